@@ -1,0 +1,71 @@
+"""One forward pass as two frozen values: what to run (`StepPlan`) and what came of it (`StepResult`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.request import Request, TokenLogprob
+
+Int32s = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Which tokens of which sequences run in this step. One entry per scheduled sequence, n entries.
+
+    Shapes: `slots`, `num_scheduled_tokens`, `num_computed_tokens` int32[n]; `is_sampled` bool[n]: the last scheduled token
+    of that entry yields a new token; `token_ids` int32[max_num_seqs, max_model_len] and `block_tables`
+    int32[max_num_seqs, max_blocks] are the sequence table's own arrays, indexed by slot, borrowed until the step has
+    been applied (both are empty where the executor asks for no tokens). Entry i computes positions
+    [num_computed_tokens[i], num_computed_tokens[i] + num_scheduled_tokens[i]) of row slots[i]. Prefill entries may read
+    blocks that an earlier entry of the same step computes; executors write the KV of a layer before attention reads it.
+    """
+
+    slots: Int32s
+    num_scheduled_tokens: Int32s
+    num_computed_tokens: Int32s
+    is_sampled: NDArray[np.bool_]
+    token_ids: Int32s
+    block_tables: Int32s
+    num_prefill_tokens: int
+    num_decode_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced.
+
+    Shapes: `token_ids` int32[number of sampled entries], in the order of the plan. `logprobs` maps a position in
+    `token_ids` to its log probabilities, for sequences that asked. Units: `elapsed_s` is wall clock for real
+    executors and virtual time for the simulated one. `compute_s` and `memory_s` are the step's two resource times where
+    the executor knows them (the simulated one), else 0.
+    """
+
+    token_ids: Int32s
+    elapsed_s: float
+    logprobs: dict[int, TokenLogprob]
+    compute_s: float = 0.0
+    memory_s: float = 0.0
+
+
+class Executor(Protocol):
+    """Runs steps. Sampling parameters reach it once per sequence, through `admit`.
+
+    `num_blocks` KV blocks of `block_size` tokens exist; `needs_tokens` is False for executors that never look at token
+    values (the simulated one). `eos_token_ids` end a sequence unless its request ignores them.
+    Raises: ExecutorError when a step cannot run.
+    """
+
+    num_blocks: int
+    block_size: int
+    needs_tokens: bool
+    eos_token_ids: tuple[int, ...]
+
+    def admit(self, slot: int, request: Request) -> None: ...
+    def release(self, slot: int) -> None: ...
+    def execute(self, plan: StepPlan) -> StepResult: ...
+    def close(self) -> None: ...

@@ -1,0 +1,35 @@
+"""Every error that BlendServe raises on purpose.
+
+A message says what happened, the actual value, the limit, and what to do about it.
+"""
+
+
+class BlendServeError(Exception):
+    """Root of all errors raised on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(BlendServeError):
+    """A setting, a path or a model that cannot work; raised before any request runs."""
+
+
+class RequestError(BlendServeError):
+    """One request that cannot be served: it becomes a row of the error file and never ends the run.
+
+    `code` is machine-readable (`invalid_json_line`, `context_length_exceeded`, ...), `param` names the
+    offending field of the request body, `status_code` is the HTTP status that OpenAI would answer.
+    """
+
+    def __init__(self, message: str, *, code: str, param: str | None = None, status_code: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.status_code = status_code
+
+
+class CapacityError(BlendServeError):
+    """Memory or disk that cannot hold what was asked for."""
+
+
+class ExecutorError(BlendServeError):
+    """An executor could not run a step; the run ends, finished work is kept."""

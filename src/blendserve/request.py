@@ -1,0 +1,94 @@
+"""What a user asks for and what comes back: immutable values that every other module shares.
+
+Validation of user input happens where it enters (`batchfile.schema`, `llm`); these types only hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.int32]
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen; names and defaults are those of vLLM's offline API.
+
+    `max_tokens=None` means as many as the model's context leaves. `seed=None` means a seed derived from
+    the request's identity, so that a rerun gives the same tokens. `top_k=0` and `min_p=0` switch the filter off.
+    `logprobs=k` asks for the k best alternatives of every sampled token (0: the sampled token only).
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate. A user's request with `n` choices becomes `n` of these.
+
+    `index` is the row of the job (dense from 0); `max_output_tokens` is `sampling.max_tokens` already capped by
+    the context; `seed` is resolved. `block_keys[j]` identifies the content of prompt tokens
+    [0, (j + 1) * block_size): equal keys, equal content. Only full blocks have keys.
+    """
+
+    index: int
+    prompt_token_ids: TokenIds
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    max_output_tokens: int
+    seed: int = 0
+    block_keys: Sequence[Hashable] = ()
+
+
+class RequestSource(Protocol):
+    """Random access to the requests of a job by index; may build them on demand from mapped files."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Request: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability of one token, with the best alternatives as (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What the engine yields when the sequence of `Request.index` has ended.
+
+    `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled.
+    """
+
+    index: int
+    token_ids: TokenIds
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    stop_reason: int | str | None = None
+    error: Exception | None = None
