@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from blendserve.errors import ConfigError
 
@@ -38,3 +41,60 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs {self.max_num_seqs}: "
                 "every running sequence decodes one token per step; raise the first or lower the second"
             )
+
+
+_BYTES_BY_UNIT = {
+    "": 1,
+    "k": 1000,
+    "m": 1000**2,
+    "g": 1000**3,
+    "t": 1000**4,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as "512MiB", "2G" or "1073741824". Units: bytes. Raises: ConfigError when it is not one."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(
+            f"size {text!r} is not understood; write a number with an optional unit, such as 512MiB or 2GB"
+        )
+    return int(float(match.group(1)) * _BYTES_BY_UNIT[(match.group(2) or "").lower()])
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping: the kernel's estimate, within the control group's limit."""
+    available = _meminfo_available_bytes()
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        if (text := limit.read_text().strip()) != "max":
+            available = min(available, int(text) - int(used.read_text()))
+    except (OSError, ValueError):
+        pass
+    return available
+
+
+def _meminfo_available_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def cache_dir() -> Path:
+    """Where models and calibrations are kept: BLENDSERVE_CACHE, else XDG_CACHE_HOME/blendserve, else ~/.cache/blendserve."""
+    if own := os.environ.get("BLENDSERVE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blendserve"
