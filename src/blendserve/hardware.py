@@ -1,0 +1,255 @@
+"""Hardware as frozen numbers with sources, and the time of one engine step on it (`StepCost`).
+
+The only place where the simulator is calibrated: paper Table 1 (Llama-3-8B on an A100) gives rates as shares of peak,
+and those shares are assumed to hold for every GPU, model and degree of tensor parallelism. `Calibration` holds the
+same numbers measured on a machine; `blendserve calibrate` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blendserve.cost import CostModel, Floats, ModelCost
+from blendserve.errors import CapacityError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareSpec:
+    """One device as its datasheet states it: dense bf16 peak, memory bandwidth and size, board power. Price is the
+    user's."""
+
+    name: str
+    flop_per_s: float
+    bytes_per_s: float
+    memory_bytes: float
+    watts: float = 0.0
+    price_per_hour: float = 0.0
+
+
+# Datasheets quote bf16 with 2:4 sparsity for L4, H100, H200 and B200; half of that is the dense peak.
+A100_80G = HardwareSpec("a100-80g", 312e12, 2.039e12, 80e9, 400)  # NVIDIA A100 datasheet, SXM4 80GB
+H100 = HardwareSpec("h100", 989.5e12, 3.35e12, 80e9, 700)  # NVIDIA H100 datasheet, SXM5: 1,979 sparse
+H200 = HardwareSpec("h200", 989.5e12, 4.8e12, 141e9, 700)  # NVIDIA H200 datasheet, SXM: 1,979 sparse
+L4 = HardwareSpec("l4", 121e12, 0.3e12, 24e9, 72)  # NVIDIA L4 datasheet: 242 sparse
+B200 = HardwareSpec("b200", 2250e12, 8e12, 180e9, 1000)  # NVIDIA DGX B200 datasheet / 8: 36 PFLOP/s sparse, 64 TB/s
+HARDWARE_BY_NAME = {spec.name: spec for spec in (A100_80G, H100, H200, L4, B200)}
+
+
+def known_hardware(name: str) -> HardwareSpec:
+    """A device by name. Raises: ConfigError with the names that exist."""
+    if name not in HARDWARE_BY_NAME:
+        raise ConfigError(f"unknown hardware {name!r}; known: {', '.join(HARDWARE_BY_NAME)}")
+    return HARDWARE_BY_NAME[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Interference:
+    """How far compute time c and memory time m of one step hide each other: f(c, m) = max(c + a m, m + b c).
+
+    `compute_delay` is a, `memory_delay` is b: 1 and 1 is a sequential engine (c + m), 0 and 0 perfect overlap (max). f
+    is convex and homogeneous, which is what the bounds rest on.
+    """
+
+    compute_delay: float
+    memory_delay: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.compute_delay <= 1 and 0 <= self.memory_delay <= 1):
+            raise ConfigError(f"interference delays lie in [0, 1]; got {self.compute_delay} and {self.memory_delay}")
+
+    def step_s(self, compute_s: float, memory_s: float) -> float:
+        """Elapsed time of one step."""
+        return max(compute_s + self.compute_delay * memory_s, memory_s + self.memory_delay * compute_s)
+
+    def steps_s(self, compute_s: Floats, memory_s: Floats) -> Floats:
+        """Elapsed time of many steps, aligned arrays."""
+        return np.maximum(compute_s + self.compute_delay * memory_s, memory_s + self.memory_delay * compute_s)
+
+
+SEQUENTIAL = Interference(1.0, 1.0)
+PERFECT = Interference(0.0, 0.0)
+# NanoFlow (OSDI 2025) Table 3: attention given 0.4 of the GPU runs at 0.8 of its speed and leaves GEMM 0.6. Until the
+# shorter of the two ends both progress at those speeds, then the other runs alone: c + m / 2 or m + c / 3.
+NANOFLOW = Interference(1 / 2, 1 / 3)
+
+# Paper Table 1, measured ms per layer of Llama-3-8B on an A100, sequence 1024: GEMM 1.087 and 2.005 at 512 and 1024
+# tokens, attention 1.317 at 512 sequences. Hence per layer 0.169 ms + 1.793 us per token, and KV streams at 1.63 TB/s.
+_TABLE_1_TOKEN_S = 1.793e-6
+_TABLE_1_LAYER_S = 0.169e-3
+_TABLE_1_BYTES_PER_S = 1.63e12
+_TABLE_1_LAYER_PARAMETERS = 218_103_808
+_GEMM_EFFICIENCY = 2 * _TABLE_1_LAYER_PARAMETERS / _TABLE_1_TOKEN_S / A100_80G.flop_per_s  # 0.78
+_BANDWIDTH_EFFICIENCY = _TABLE_1_BYTES_PER_S / A100_80G.bytes_per_s  # 0.80
+# The constant of a GEMM scales with its weights: as a share of the time that loading them takes.
+_CONSTANT_PER_LOAD = _TABLE_1_LAYER_S * _TABLE_1_BYTES_PER_S / (2 * _TABLE_1_LAYER_PARAMETERS)  # 0.63
+_USABLE_MEMORY = 0.95  # leaves 60 GB of KV beside Llama-3-8B on an A100, as the paper has it
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Time of one engine step: c = max(weight_floor_s, constant_s + token_s n) + prefill attention, m = KV tokens
+    read, then f(c, m).
+
+    Units: seconds; `token_s` per scheduled token, `pair_s` per pair of a prefill token and a token it attends to,
+    `kv_token_s` per token of KV that a decode reads.
+    """
+
+    weight_floor_s: float
+    constant_s: float
+    token_s: float
+    kv_token_s: float
+    pair_s: float = 0.0
+    interference: Interference = NANOFLOW
+
+    def compute_s(self, num_tokens: float, num_pairs: float = 0.0) -> float:
+        """GEMM time of a step of so many tokens, plus its prefill attention."""
+        return max(self.weight_floor_s, self.constant_s + self.token_s * num_tokens) + self.pair_s * num_pairs
+
+    def memory_s(self, num_kv_tokens: float) -> float:
+        """Decode attention time of a step."""
+        return self.kv_token_s * num_kv_tokens
+
+    def elapsed_s(self, num_tokens: float, num_kv_tokens: float, num_pairs: float = 0.0) -> float:
+        """Time of the whole step."""
+        return self.interference.step_s(self.compute_s(num_tokens, num_pairs), self.memory_s(num_kv_tokens))
+
+    def cost_model(self) -> CostModel:
+        """The marginal costs of a token, for the planner: what a request adds to a busy step."""
+        return CostModel(token_s=self.token_s, kv_token_s=self.kv_token_s, pair_s=self.pair_s)
+
+
+def gpu_step_cost(
+    model: ModelCost,
+    hardware: HardwareSpec,
+    *,
+    tensor_parallel: int = 1,
+    interference: Interference = NANOFLOW,
+    has_prefill_attention: bool = False,
+) -> StepCost:
+    """Step cost of a model on a GPU: Table 1's shares of peak, peaks multiplied by the degree of tensor parallelism.
+
+    Communication between ranks is left out: overlapped engines hide it. Deviation from the paper: prefill attention is
+    causal here (half of its 4 p^2 H L).
+    """
+    check_tensor_parallel(tensor_parallel)
+    flop_per_s = hardware.flop_per_s * _GEMM_EFFICIENCY * tensor_parallel
+    bytes_per_s = hardware.bytes_per_s * _BANDWIDTH_EFFICIENCY * tensor_parallel
+    matmul_bytes = model.weight_bytes * model.num_matmul_parameters / model.num_parameters
+    return StepCost(
+        weight_floor_s=model.weight_bytes / bytes_per_s,
+        constant_s=_CONSTANT_PER_LOAD * matmul_bytes / bytes_per_s,
+        token_s=2 * model.num_matmul_parameters / flop_per_s,
+        kv_token_s=model.kv_bytes_per_token / bytes_per_s,
+        pair_s=4 * model.attention_width * model.num_layers / flop_per_s if has_prefill_attention else 0.0,
+        interference=interference,
+    )
+
+
+def peak_cost_model(
+    model: ModelCost, hardware: HardwareSpec, *, tensor_parallel: int = 1, has_prefill_attention: bool = False
+) -> CostModel:
+    """The paper's density model: datasheet peaks, all parameters, nothing calibrated."""
+    check_tensor_parallel(tensor_parallel)
+    return CostModel.at_rates(
+        model,
+        flop_per_s=hardware.flop_per_s * tensor_parallel,
+        bytes_per_s=hardware.bytes_per_s * tensor_parallel,
+        has_prefill_attention=has_prefill_attention,
+    )
+
+
+def kv_capacity_bytes(model: ModelCost, hardware: HardwareSpec, *, tensor_parallel: int = 1) -> float:
+    """Bytes left for KV beside weights and workspace, over all ranks. Raises: CapacityError when weights do not fit."""
+    check_tensor_parallel(tensor_parallel)
+    usable = hardware.memory_bytes * _USABLE_MEMORY * tensor_parallel
+    if usable <= model.weight_bytes:
+        raise CapacityError(
+            f"{model.name} has {model.weight_bytes / 1e9:.0f} GB of weights; {tensor_parallel} x {hardware.name} "
+            f"offers {usable / 1e9:.0f} GB: raise the degree of tensor parallelism"
+        )
+    return usable - model.weight_bytes
+
+
+def check_tensor_parallel(tensor_parallel: int) -> None:
+    """Raises: ConfigError when the degree is not positive."""
+    if tensor_parallel < 1:
+        raise ConfigError(f"tensor parallelism is {tensor_parallel}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Rates measured on this machine, as stored in the user's cache. Rates are those of the whole machine.
+
+    `constant_s` is the fixed time of one step; `gemm_points` are (tokens, flop/s), `bandwidth_points` (threads,
+    bytes/s), kept so that a reader can check the summary. Reading a file of another `version` fails: calibrate again.
+    """
+
+    machine: str
+    dtype: str
+    num_threads: int
+    gemm_flop_per_s: float
+    weight_bytes_per_s: float
+    kv_bytes_per_s: float
+    prefill_attention_flop_per_s: float
+    constant_s: float
+    compute_delay: float
+    memory_delay: float
+    memory_bytes: float
+    gemm_points: tuple[tuple[int, float], ...] = ()
+    bandwidth_points: tuple[tuple[int, float], ...] = ()
+    version: int = 1
+
+    def hardware(self) -> HardwareSpec:
+        """The machine as a spec whose peaks are what was measured."""
+        return HardwareSpec(self.machine, self.gemm_flop_per_s, self.kv_bytes_per_s, self.memory_bytes)
+
+    def step_cost(self, model: ModelCost) -> StepCost:
+        """Step cost of a model at the measured rates."""
+        matmul_bytes = model.weight_bytes * model.num_matmul_parameters / model.num_parameters
+        return StepCost(
+            weight_floor_s=matmul_bytes / self.weight_bytes_per_s,
+            constant_s=self.constant_s,
+            token_s=2 * model.num_matmul_parameters / self.gemm_flop_per_s,
+            kv_token_s=model.kv_bytes_per_token / self.kv_bytes_per_s,
+            pair_s=4 * model.attention_width * model.num_layers / self.prefill_attention_flop_per_s,
+            interference=Interference(self.compute_delay, self.memory_delay),
+        )
+
+    def to_json(self) -> str:
+        """One JSON object, keys as the fields."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """Raises: ConfigError when the text is not a calibration of this version."""
+        remedy = "run `blendserve calibrate` again"
+        try:
+            values: dict[str, Any] = json.loads(text)
+            names = {field.name for field in fields(cls)}
+            if values.get("version") != 1 or set(values) != names:
+                raise ConfigError(f"calibration has version {values.get('version')} and {len(values)} fields; {remedy}")
+            for name in ("gemm_points", "bandwidth_points"):
+                values[name] = tuple((int(count), float(rate)) for count, rate in values[name])
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"calibration cannot be read ({error}); {remedy}") from error
+
+    def save(self, cache_directory: Path) -> Path:
+        """Write `calibration.json` under the directory and return its path."""
+        cache_directory.mkdir(parents=True, exist_ok=True)
+        path = cache_directory / "calibration.json"
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+
+def load_calibration(cache_directory: Path) -> Calibration:
+    """This machine's calibration. Raises: ConfigError when there is none or it cannot be used."""
+    path = cache_directory / "calibration.json"
+    if not path.is_file():
+        raise ConfigError(f"no calibration at {path}; run `blendserve calibrate`")
+    return Calibration.from_json(path.read_text(encoding="utf-8"))
