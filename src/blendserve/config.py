@@ -94,7 +94,7 @@ def _meminfo_available_bytes() -> int:
 
 
 def cache_dir() -> Path:
-    """Where models and calibrations are kept: BLENDSERVE_CACHE, else XDG_CACHE_HOME/blendserve, else ~/.cache/blendserve."""
+    """Where models and calibrations are kept: BLENDSERVE_CACHE, else blendserve in XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("BLENDSERVE_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blendserve"
