@@ -1,0 +1,98 @@
+"""Policies that walk one order fixed beforehand and leave every step its full token budget: the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+
+from blendserve.planner.base import Int64s, SchedulerView
+from blendserve.planner.tree import PrefixTree
+
+BUCKET_PREFIX_RATIO = 0.33
+"""Daft's default: a prompt joins the bucket of the one before it when they share this much of the prompt."""
+
+
+class StaticPolicy:
+    """Admit requests in a fixed order whenever the next one's prompt fits; preempted ones come first again."""
+
+    def __init__(self, name: str, order: Int64s, num_prompt_tokens: Int64s) -> None:
+        self.name = name
+        self._order = order
+        self._num_prompt_tokens = num_prompt_tokens
+        self._position = 0
+        self._preempted: list[int] = []
+        self._proposed = -1
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._order) - self._position + len(self._preempted)
+
+    def next(self, view: SchedulerView) -> int | None:
+        if not self.num_waiting:
+            return None
+        if self._proposed < 0:
+            self._proposed = self._preempted[-1] if self._preempted else int(self._order[self._position])
+        num_running = len(view.request_index)
+        if num_running and not self._has_room(view, num_running):
+            return None
+        return self._proposed
+
+    def prefill_tokens(self, view: SchedulerView) -> int:
+        return view.max_num_batched_tokens
+
+    def admitted(self, index: int, num_cached_tokens: int) -> None:  # noqa: ARG002: protocol
+        if self._preempted and self._preempted[-1] == index:
+            self._preempted.pop()
+        else:
+            self._position += 1
+        self._proposed = -1
+
+    def finished(self, index: int, num_output_tokens: int) -> None:
+        pass
+
+    def preempted(self, index: int, num_output_tokens: int) -> None:  # noqa: ARG002: protocol
+        self._preempted.append(index)
+        self._proposed = -1
+
+    def next_use(self, key: Hashable) -> float:  # noqa: ARG002: protocol
+        return 0.0
+
+    def _has_room(self, view: SchedulerView, num_running: int) -> bool:
+        """Room for the prompt beside the prompts that running sequences have yet to compute, a step's worth at most."""
+        if num_running >= view.max_num_seqs:
+            return False
+        pending = int(np.maximum(view.num_prompt_tokens - view.num_computed_tokens, 0).sum())
+        if pending >= view.max_num_batched_tokens:
+            return False
+        return view.free_tokens >= pending + int(self._num_prompt_tokens[self._proposed])
+
+
+def fcfs_order(num_requests: int) -> Int64s:
+    """The order of the input file."""
+    return np.arange(num_requests, dtype=np.int64)
+
+
+def random_order(num_requests: int, seed: int) -> Int64s:
+    """NanoFlow-Balance: mixes the two resources by chance, and loses the sharing."""
+    return np.random.default_rng(seed).permutation(num_requests).astype(np.int64)
+
+
+def longest_first_order(expected_output_tokens: Int64s | np.ndarray[tuple[int], np.dtype[np.float64]]) -> Int64s:
+    """Most expected output first, ties in file order."""
+    return np.argsort(-np.asarray(expected_output_tokens), kind="stable").astype(np.int64)
+
+
+def bucket_order(tree: PrefixTree) -> Int64s:
+    """Sorted prompts cut into buckets where the shared prefix falls below a third of the prompt, largest buckets first.
+
+    Source: Daft's dynamic prefix bucketing; the release of large buckets first is our reading of it.
+    """
+    if not tree.num_requests:
+        return tree.order
+    is_cut = tree.leaf_lcp < BUCKET_PREFIX_RATIO * tree.leaf_len
+    is_cut[0] = True
+    leaf_bucket = np.cumsum(is_cut) - 1
+    bucket = np.repeat(leaf_bucket, tree.leaf_count)
+    size = np.bincount(bucket)
+    return tree.order[np.argsort(-size[bucket], kind="stable")]
