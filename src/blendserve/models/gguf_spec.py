@@ -1,0 +1,133 @@
+"""A `ModelSpec` from the metadata of a GGUF file (llama.cpp's key names)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.errors import ConfigError
+from blendserve.models.gguf_dequantize import dequantize
+from blendserve.models.gguf_file import GgufFile
+from blendserve.models.rope import frequency_divisors
+from blendserve.models.spec import Architecture, ModelSpec, RopeScaling, checked
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_REQUIRED = object()
+_FACTORS_TENSOR = "rope_freqs.weight"
+_FACTOR_TOLERANCE = 1e-4  # the factors are stored as float32 ratios, computed in float32
+
+
+def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
+    """Read the metadata of a GGUF file.
+
+    Raises: ConfigError for an unknown architecture, a missing key, or a feature that would change the answer.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise ConfigError(
+            f"{name}: GGUF architecture {architecture!r} is not supported; known architectures: "
+            f"{', '.join(_ARCHITECTURES)} (Mistral is exported as llama), with full attention and dense layers"
+        )
+    keys = _Keys(name, architecture, file.metadata)
+    num_heads, hidden_size = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
+    _refuse_features(keys, head_dim)
+    rope_theta = float(keys.get("rope.freq_base", 10000.0))
+    eos_token_id = file.metadata.get("tokenizer.ggml.eos_token_id")
+    return checked(
+        ModelSpec(
+            name=name,
+            architecture=cast(Architecture, architecture),
+            vocab_size=_vocab_size(name, file),
+            hidden_size=hidden_size,
+            intermediate_size=keys.integer("feed_forward_length"),
+            num_layers=keys.integer("block_count"),
+            num_heads=num_heads,
+            num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
+            head_dim=head_dim,
+            max_position=keys.integer("context_length"),
+            rope_theta=rope_theta,
+            rms_norm_eps=float(keys.get("attention.layer_norm_rms_epsilon")),
+            rope_scaling=_rope_scaling(keys, file, rope_theta, head_dim),
+            has_tied_embeddings="output.weight" not in file.tensor_by_name,
+            has_qkv_bias=architecture == "qwen2",
+            has_qk_norm=architecture == "qwen3",
+            eos_token_ids=() if eos_token_id is None else (eos_token_id,),
+            bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
+        )
+    )
+
+
+class _Keys:
+    """Reads `{architecture}.KEY` of the metadata."""
+
+    def __init__(self, name: str, architecture: str, metadata: dict[str, Any]) -> None:
+        self.name, self.architecture, self._metadata = name, architecture, metadata
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        value = self._metadata.get(f"{self.architecture}.{key}", default)
+        if value is _REQUIRED:
+            raise ConfigError(f"{self.name}: the GGUF metadata lacks '{self.architecture}.{key}'")
+        return value
+
+    def integer(self, key: str, default: Any = _REQUIRED) -> int:
+        value = self.get(key, default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]  # one entry per layer, all alike
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{self.name}: '{self.architecture}.{key}' is {value!r}; one integer is supported")
+        return value
+
+
+def _refuse_features(keys: _Keys, head_dim: int) -> None:
+    """Raise for every setting under which our forward pass would compute something else."""
+    supported = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "attention.sliding_window": 0,
+        "expert_count": 0,
+    }
+    for key, value in supported.items():
+        found = keys.get(key, value)
+        if found != value:
+            raise ConfigError(f"{keys.name}: '{keys.architecture}.{key}' is {found!r}; only {value} is supported")
+
+
+def _vocab_size(name: str, file: GgufFile) -> int:
+    embedding = file.tensor_by_name.get("token_embd.weight")
+    if embedding is None:
+        raise ConfigError(f"{name}: the GGUF file has no tensor 'token_embd.weight'; is it a whole model?")
+    return embedding.shape[0]
+
+
+def _rope_scaling(keys: _Keys, file: GgufFile, rope_theta: float, head_dim: int) -> RopeScaling | None:
+    factors = file.tensor_by_name.get(_FACTORS_TENSOR)
+    if factors is not None:
+        stored = dequantize(file.tensor_bytes(factors), factors.kind).reshape(-1).astype(np.float64)
+        return _llama3_scaling(keys.name, stored, rope_theta, head_dim)
+    kind = keys.get("rope.scaling.type", "none")
+    factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return None
+    if kind != "linear" or factor <= 0:
+        raise ConfigError(f"{keys.name}: rotary scaling {kind!r} by {factor} is not supported; known: linear, llama3")
+    return RopeScaling("linear", factor)
+
+
+def _llama3_scaling(name: str, factors: NDArray[np.float64], rope_theta: float, head_dim: int) -> RopeScaling | None:
+    """The llama3 rule that gives these divisors: llama.cpp stores the divisors, not the rule.
+
+    Every released Llama 3 has low and high factors 1 and 4 over 8192 positions; anything else is refused.
+    """
+    plain = rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    scaling = RopeScaling("llama3", float(factors.max()), 1.0, 4.0, 8192)
+    if factors.shape == plain.shape and np.allclose(
+        frequency_divisors(plain, scaling), factors, rtol=_FACTOR_TOLERANCE, atol=0
+    ):
+        return None if scaling.factor == 1.0 else scaling
+    raise ConfigError(
+        f"{name}: the rotary factors in {_FACTORS_TENSOR!r} {list(factors.shape)} do not follow the llama3 rule; "
+        "use the model's safetensors directory, whose config.json states its rule"
+    )

@@ -1,0 +1,144 @@
+"""Weights from a Hugging Face directory of `*.safetensors` files, memory-mapped and read tensor by tensor.
+
+The format is read here (an eight-byte length, a JSON header, raw little-endian tensors): the package of the same name
+hands bfloat16 over only to frameworks that we do not depend on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from blendserve.errors import ConfigError
+from blendserve.models.weights import Floats
+
+_BYTES_BY_DTYPE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+_NAME_BY_STEM = {
+    "input_layernorm": "input_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "o_proj",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "mlp.gate_proj": "gate_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "down_proj",
+}
+_TOP_NAMES = {"model.embed_tokens.weight": "embed_tokens", "model.norm.weight": "norm", "lm_head.weight": "lm_head"}
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsWeights:
+    """Weights of all `*.safetensors` files in a directory (those that the index names, where there is one).
+
+    Raises: ConfigError when a file is missing, damaged, or holds a type of number that we do not read.
+    """
+
+    def __init__(self, directory: Path, has_tied_embeddings: bool) -> None:
+        self._entry_by_name: dict[str, _Entry] = {}
+        self._map_by_path: dict[Path, mmap.mmap] = {}
+        for path in _weight_files(directory):
+            self._map_by_path[path] = _map_file(path)
+            for entry_name, entry in _read_header(path, self._map_by_path[path]).items():
+                name = _our_name(entry_name)
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head" and has_tied_embeddings):
+                    continue  # a buffer of old checkpoints; a second copy of the embedding
+                if name in self._entry_by_name:
+                    raise ConfigError(f"tensor {entry_name!r} is in {self._entry_by_name[name].path} and in {path}")
+                self._entry_by_name[name] = entry
+
+    @property
+    def shape_by_name(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._entry_by_name.items()}
+
+    def tensor(self, name: str, /) -> Floats:
+        entry = self._entry_by_name.get(name)
+        if entry is None:
+            raise ConfigError(f"the model has no tensor {name!r}; it has {len(self._entry_by_name)} others")
+        count = math.prod(entry.shape)
+        source = self._map_by_path[entry.path]
+        return _to_float32(source, entry.dtype, count, entry.offset).reshape(entry.shape)
+
+
+def _to_float32(source: mmap.mmap, dtype: str, count: int, offset: int) -> Floats:
+    if dtype == "BF16":
+        bits = np.frombuffer(source, dtype="<u2", count=count, offset=offset).astype(np.uint32)
+        return np.left_shift(bits, np.uint32(16), out=bits).view(np.float32)
+    stored = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
+    return np.frombuffer(source, dtype=stored, count=count, offset=offset).astype(np.float32)
+
+
+def _our_name(name: str) -> str:
+    """The project's name of a tensor, or the given one where it has none."""
+    if match := _LAYER_NAME.fullmatch(name):
+        layer, stem, kind = match.groups()
+        if stem in _NAME_BY_STEM:
+            return f"layers.{layer}.{_NAME_BY_STEM[stem]}" + (".bias" if kind == "bias" else "")
+    return _TOP_NAMES.get(name, name)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            paths = [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index} is not an index of safetensors files ({error!r}); download it again") from error
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise ConfigError(f"{directory} lacks {', '.join(missing) or '*.safetensors files'}; download the model again")
+    return paths
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def _read_header(path: Path, source: mmap.mmap) -> dict[str, _Entry]:
+    length = int.from_bytes(source[:8], "little")
+    if len(source) < 8 or length > min(_MAX_HEADER_BYTES, len(source) - 8):
+        raise ConfigError(f"{path} is not a safetensors file, or is cut short ({len(source)} bytes); download it again")
+    try:
+        header = json.loads(source[8 : 8 + length])
+        header.pop("__metadata__", None)
+        return {name: _checked_entry(path, len(source), 8 + length, name, value) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} has a damaged safetensors header ({error!r}); download it again") from error
+
+
+def _checked_entry(path: Path, num_file_bytes: int, data_start: int, name: str, value: Mapping[str, object]) -> _Entry:
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"entry of {name!r} is {value!r}")
+    if dtype not in _BYTES_BY_DTYPE:
+        raise ConfigError(f"{path}: tensor {name!r} is {dtype}; supported: {', '.join(_BYTES_BY_DTYPE)}")
+    begin, end = offsets
+    num_bytes = math.prod(shape) * _BYTES_BY_DTYPE[dtype]
+    if begin < 0 or min(shape, default=1) < 0 or end - begin != num_bytes or data_start + end > num_file_bytes:
+        raise ValueError(f"{name!r} {shape} takes bytes [{begin}, {end}) of {num_file_bytes - data_start}")
+    return _Entry(path, dtype, tuple(int(size) for size in shape), data_start + begin)
