@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from blendserve.errors import ConfigError
-from blendserve.planner.base import Policy
+from blendserve.planner.base import Int64s, Policy
 from blendserve.planner.plan import Plan
 from blendserve.planner.static import StaticPolicy, bucket_order, fcfs_order, longest_first_order, random_order
 
-_ORDER_BY_NAME = {
+_ORDER_BY_NAME: dict[str, Callable[[Plan], Int64s]] = {
     "fcfs": lambda plan: fcfs_order(plan.num_requests),
     "random": lambda plan: random_order(plan.num_requests, plan.seed),
     "dfs": lambda plan: plan.tree.order,

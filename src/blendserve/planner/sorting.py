@@ -7,6 +7,7 @@ window by window for all neighbours at once. Nothing here knows costs or lengths
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def _lexicographic_order(prompts: FlatPrompts) -> Int64s:
         end = max(begin + 1, int(np.searchsorted(offsets, offsets[begin] + _CHUNK_TOKENS, side="right")) - 1)
         chunk = prompts.token_ids[offsets[begin] : offsets[end]].astype(">i4").tobytes()
         bounds = ((offsets[begin : end + 1] - offsets[begin]) * 4).tolist()
-        keys += [chunk[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+        keys += [chunk[first:last] for first, last in pairwise(bounds)]
         begin = end
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
 

@@ -41,7 +41,7 @@ class StaticPolicy:
     def prefill_tokens(self, view: SchedulerView) -> int:
         return view.max_num_batched_tokens
 
-    def admitted(self, index: int, num_cached_tokens: int) -> None:  # noqa: ARG002: protocol
+    def admitted(self, index: int, num_cached_tokens: int) -> None:  # noqa: ARG002
         if self._preempted and self._preempted[-1] == index:
             self._preempted.pop()
         else:
@@ -51,11 +51,11 @@ class StaticPolicy:
     def finished(self, index: int, num_output_tokens: int) -> None:
         pass
 
-    def preempted(self, index: int, num_output_tokens: int) -> None:  # noqa: ARG002: protocol
+    def preempted(self, index: int, num_output_tokens: int) -> None:  # noqa: ARG002
         self._preempted.append(index)
         self._proposed = -1
 
-    def next_use(self, key: Hashable) -> float:  # noqa: ARG002: protocol
+    def next_use(self, key: Hashable) -> float:  # noqa: ARG002
         return 0.0
 
     def _has_room(self, view: SchedulerView, num_running: int) -> bool:

@@ -22,10 +22,10 @@ class PrefixTree:
     """A compressed trie of prompts: inner nodes are shared segments, leaves are distinct prompts.
 
     Shapes: `order` int64[num_requests], request indices in sorted order; leaf j owns order[leaf_start[j] :
-    leaf_start[j + 1]] (identical prompts) and shares `leaf_lcp[j]` tokens with leaf j - 1; `leaf_of` int64[num_requests]
-    maps a request to its leaf. Nodes: inner ones first, in preorder, the root being 0; leaf j is node num_inner + j.
-    `parent` (-1 for the root), `prefix_len`, `first_leaf`, `last_leaf`, `level` are int64[num_nodes]; the subtree of a
-    node is leaves [first_leaf, last_leaf), and parents come before their children.
+    leaf_start[j + 1]] (identical prompts) and shares `leaf_lcp[j]` tokens with leaf j - 1; `leaf_of`
+    int64[num_requests] maps a request to its leaf. Nodes: inner ones first, in preorder, the root being 0; leaf j is
+    node num_inner + j. `parent` (-1 for the root), `prefix_len`, `first_leaf`, `last_leaf`, `level` are
+    int64[num_nodes]; the subtree of a node is leaves [first_leaf, last_leaf), and parents come before their children.
     """
 
     order: Int64s

@@ -1,0 +1,29 @@
+"""From what users ask for to what a planner needs to know: rows of a `RequestTable`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from blendserve.planner.base import RequestTable
+from blendserve.request import SamplingParams
+
+
+def known_output_tokens(sampling: SamplingParams, max_output_tokens: int) -> int:
+    """The exact output length where the request fixes it, else -1: nothing can stop it early, or nothing may."""
+    can_stop = not sampling.ignore_eos or bool(sampling.stop) or bool(sampling.stop_token_ids)
+    return -1 if can_stop and sampling.min_tokens < max_output_tokens else max_output_tokens
+
+
+def request_table(num_prompt_tokens: Iterable[int], limits: Iterable[tuple[SamplingParams, int]]) -> RequestTable:
+    """Collect rows from prompt lengths and, aligned with them, sampling parameters and output limits (tokens)."""
+    known, most = [], []
+    for sampling, max_output_tokens in limits:
+        known.append(known_output_tokens(sampling, max_output_tokens))
+        most.append(max_output_tokens)
+    return RequestTable(
+        num_prompt_tokens=np.fromiter(num_prompt_tokens, np.int64),
+        max_output_tokens=np.array(most, np.int64),
+        known_output_tokens=np.array(known, np.int64),
+    )
