@@ -1,0 +1,195 @@
+"""The executable specification of the model, in NumPy: what the native core must compute, written to be read.
+
+It runs steps like any executor, one sequence after another and one layer after another, with its own paged KV arrays.
+Slow on purpose; for tests, for tiny models and for settling arguments.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.config import BLOCK_SIZE
+from blendserve.engine.step import Int32s, StepPlan, StepResult
+from blendserve.errors import ConfigError
+from blendserve.executors.sampling import sample, token_logprob
+from blendserve.models.rope import inverse_frequencies
+from blendserve.models.spec import ModelSpec
+from blendserve.models.weights import Weights, expected_shapes, round_to_bf16
+from blendserve.request import Request, TokenLogprob
+
+Array = NDArray[np.floating[Any]]
+Precision = Literal["float64", "float32", "bf16"]
+"""Of weights, activations and KV; `bf16` rounds weights and KV as the native core does and computes in float32."""
+
+
+@dataclass(slots=True)
+class ReferenceModel:
+    """Weights in memory and the forward pass over them.
+
+    Mutates: the KV arrays that it is given, nothing of its own.
+    """
+
+    spec: ModelSpec
+    weights: Weights
+    precision: Precision = "float32"
+    _tensor_by_name: dict[str, Array] = field(init=False, repr=False)
+    _inverse_frequencies: NDArray[np.float64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._inverse_frequencies = inverse_frequencies(self.spec)
+        self._tensor_by_name = {name: self._loaded(name) for name in expected_shapes(self.spec)}
+
+    @property
+    def dtype(self) -> type[np.float32] | type[np.float64]:
+        return np.float64 if self.precision == "float64" else np.float32
+
+    def _loaded(self, name: str) -> Array:
+        tensor = self.weights.tensor(name)
+        is_matrix = tensor.ndim == 2
+        return (round_to_bf16(tensor) if self.precision == "bf16" and is_matrix else tensor).astype(self.dtype)
+
+    def hidden_states(self, token_ids: Int32s, first_position: int, cache: KvCache, blocks: Int32s) -> Array:
+        """Run tokens [first_position, first_position + n) of one sequence through all layers.
+
+        Shapes: `token_ids` [n] -> [n, hidden_size], after the final norm. Mutates: `cache`, in the sequence's `blocks`.
+        """
+        hidden = self._tensor_by_name["embed_tokens"][token_ids]
+        positions = first_position + np.arange(len(token_ids))
+        for layer in range(self.spec.num_layers):
+            name = f"layers.{layer}."
+            attended = self._attention(layer, self._norm(hidden, name + "input_norm"), positions, cache, blocks)
+            hidden = hidden + attended
+            hidden = hidden + self._mlp(name, self._norm(hidden, name + "post_attention_norm"))
+        return self._norm(hidden, "norm")
+
+    def logits(self, hidden: Array) -> NDArray[np.float64]:
+        """Shapes: [n, hidden_size] -> [n, vocab_size]."""
+        head = "embed_tokens" if self.spec.has_tied_embeddings else "lm_head"
+        return np.asarray(self._linear(hidden, head), dtype=np.float64)
+
+    def _attention(self, layer: int, x: Array, positions: NDArray[np.int64], cache: KvCache, blocks: Int32s) -> Array:
+        spec, name = self.spec, f"layers.{layer}."
+        queries = self._linear(x, name + "q_proj").reshape(len(x), spec.num_heads, spec.head_dim)
+        keys = self._linear(x, name + "k_proj").reshape(len(x), spec.num_kv_heads, spec.head_dim)
+        values = self._linear(x, name + "v_proj").reshape(len(x), spec.num_kv_heads, spec.head_dim)
+        if spec.has_qk_norm:
+            queries, keys = self._norm(queries, name + "q_norm"), self._norm(keys, name + "k_norm")
+        cache.write(layer, blocks, positions, self._rotated(keys, positions), values)
+        all_keys, all_values = cache.read(layer, blocks, int(positions[-1]) + 1)
+
+        grouped = self._rotated(queries, positions).reshape(len(x), spec.num_kv_heads, -1, spec.head_dim)
+        scores = np.einsum("nhgd,mhd->hgnm", grouped, all_keys) / np.sqrt(self.dtype(spec.head_dim))
+        is_future = np.arange(len(all_keys)) > positions[:, None]
+        scores = np.where(is_future, self.dtype(-np.inf), scores)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares = shares / shares.sum(axis=-1, keepdims=True)
+        mixed = np.einsum("hgnm,mhd->nhgd", shares, all_values)
+        return self._linear(mixed.reshape(len(x), -1), name + "o_proj")
+
+    def _mlp(self, name: str, x: Array) -> Array:
+        gate = self._linear(x, name + "gate_proj")
+        activated = gate / (1.0 + np.exp(-gate))
+        return self._linear(activated * self._linear(x, name + "up_proj"), name + "down_proj")
+
+    def _linear(self, x: Array, name: str) -> Array:
+        product: Array = x @ self._tensor_by_name[name].T
+        bias = self._tensor_by_name.get(f"{name}.bias")
+        return product if bias is None else product + bias
+
+    def _norm(self, x: Array, name: str) -> Array:
+        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+        scale = self.dtype(1.0) / np.sqrt(mean_square + self.dtype(self.spec.rms_norm_eps))
+        normed: Array = x * scale * self._tensor_by_name[name]
+        return normed
+
+    def _rotated(self, x: Array, positions: NDArray[np.int64]) -> Array:
+        """Turn pair (j, j + head_dim / 2) of every head by frequency times position. Shapes: [n, heads, head_dim]."""
+        angles = (positions[:, None] * self._inverse_frequencies)[:, None, :]
+        cosines: Array = np.cos(angles).astype(self.dtype)
+        sines: Array = np.sin(angles).astype(self.dtype)
+        half = self.spec.head_dim // 2
+        first, second = x[..., :half], x[..., half:]
+        return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
+
+
+class KvCache:
+    """K (rotated) and V of every layer, in blocks. Shapes: [num_layers, num_blocks, block_size, kv_heads, head_dim]."""
+
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, precision: Precision) -> None:
+        shape = (spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        dtype = np.float64 if precision == "float64" else np.float32
+        self._precision, self._block_size = precision, block_size
+        self._keys: Array = np.full(shape, np.nan, dtype=dtype)  # reading what was never written shows
+        self._values: Array = np.full(shape, np.nan, dtype=dtype)
+
+    def write(self, layer: int, blocks: Int32s, positions: NDArray[np.int64], keys: Array, values: Array) -> None:
+        """Store rows for these positions. Shapes: `keys`, `values` [n, kv_heads, head_dim]. Mutates: this."""
+        if self._precision == "bf16":
+            keys, values = round_to_bf16(keys.astype(np.float32)), round_to_bf16(values.astype(np.float32))
+        at = blocks[positions // self._block_size], positions % self._block_size
+        self._keys[layer][at], self._values[layer][at] = keys, values
+
+    def read(self, layer: int, blocks: Int32s, num_tokens: int) -> tuple[Array, Array]:
+        """Rows of positions [0, num_tokens). Shapes: two of [num_tokens, kv_heads, head_dim]."""
+        positions = np.arange(num_tokens)
+        at = blocks[positions // self._block_size], positions % self._block_size
+        return self._keys[layer][at], self._values[layer][at]
+
+
+class ReferenceExecutor:
+    """Runs steps with a `ReferenceModel`.
+
+    Mutates: its KV arrays and the table of admitted requests.
+    """
+
+    needs_tokens = True
+
+    def __init__(self, model: ReferenceModel, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
+        if num_blocks < 1:
+            raise ConfigError(f"num_blocks is {num_blocks}; it must be at least 1")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.eos_token_ids = model.spec.eos_token_ids
+        self._model = model
+        self._cache = KvCache(model.spec, num_blocks, block_size, model.precision)
+        self._request_by_slot: dict[int, Request] = {}
+
+    def admit(self, slot: int, request: Request) -> None:
+        self._request_by_slot[slot] = request
+
+    def release(self, slot: int) -> None:
+        del self._request_by_slot[slot]
+
+    def close(self) -> None:
+        self._request_by_slot.clear()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        tokens: list[int] = []
+        logprobs: dict[int, TokenLogprob] = {}
+        for entry, slot in enumerate(plan.slots.tolist()):
+            begin = int(plan.num_computed_tokens[entry])
+            end = begin + int(plan.num_scheduled_tokens[entry])
+            blocks = plan.block_tables[slot]
+            hidden = self._model.hidden_states(plan.token_ids[slot, begin:end], begin, self._cache, blocks)
+            if not plan.is_sampled[entry]:
+                continue
+            request = self._request_by_slot[slot]
+            logits = self._model.logits(hidden[-1:])[0]
+            token = sample(logits, request, plan.token_ids[slot, request.num_prompt_tokens : end], self.eos_token_ids)
+            if request.sampling.logprobs is not None:
+                logprobs[len(tokens)] = token_logprob(logits, token, request.sampling.logprobs)
+            tokens.append(token)
+        return StepResult(np.array(tokens, dtype=np.int32), time.perf_counter() - started, logprobs)
+
+
+def prompt_logits(model: ReferenceModel, token_ids: Int32s) -> NDArray[np.float64]:
+    """Logits after every token of one sequence, for comparisons. Shapes: [n] -> [n, vocab_size]."""
+    num_blocks = -(-len(token_ids) // BLOCK_SIZE)
+    cache = KvCache(model.spec, num_blocks, BLOCK_SIZE, model.precision)
+    return model.logits(model.hidden_states(token_ids, 0, cache, np.arange(num_blocks, dtype=np.int32)))
