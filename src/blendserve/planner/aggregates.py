@@ -82,8 +82,10 @@ def node_costs(
     shared_s = np.append(cost.prefix_compute_s(kept_lcp(tree, kept)), 0.0)
 
     def over_subtrees(values: Floats) -> Floats:
-        total = np.concatenate([[0.0], np.cumsum(values)])
-        return total[last] - total[first]
+        total = np.zeros(len(values) + 1)
+        np.cumsum(values, out=total[1:])
+        sums: Floats = total[last] - total[first]
+        return sums
 
     is_empty = first == last
     saved = over_subtrees(leaves.saved_s[kept] + shared_s[:-1]) - np.where(is_empty, 0.0, shared_s[first])
@@ -102,11 +104,7 @@ def node_costs(
 
 def kept_lcp(tree: PrefixTree, kept: Int64s) -> Int64s:
     """Prefix that each kept leaf shares with the kept leaf before it; `kept` ascends. The first one's is 0."""
-    if not len(kept):
-        return np.zeros(0, dtype=np.int64)
-    shared = np.empty(len(kept), dtype=np.int64)
-    shared[1:] = np.minimum.reduceat(tree.leaf_lcp, kept[:-1] + 1)[: len(kept) - 1] if len(kept) > 1 else 0
-    shared[0] = 0
-    if len(kept) > 1 and kept[-1] + 1 < tree.num_leaves:
-        shared[-1] = tree.leaf_lcp[kept[-2] + 1 : kept[-1] + 1].min()
+    shared = np.zeros(len(kept), dtype=np.int64)
+    if len(kept) > 1:
+        shared[1:] = np.minimum.reduceat(tree.leaf_lcp[: kept[-1] + 1], kept[:-1] + 1)
     return shared
