@@ -17,8 +17,8 @@ Int32s = NDArray[np.int32]
 class StepPlan:
     """Which tokens of which sequences run in this step. One entry per scheduled sequence, n entries.
 
-    Shapes: `slots`, `num_scheduled_tokens`, `num_computed_tokens` int32[n]; `is_sampled` bool[n]: the last scheduled token
-    of that entry yields a new token; `token_ids` int32[max_num_seqs, max_model_len] and `block_tables`
+    Shapes: `slots`, `num_scheduled_tokens`, `num_computed_tokens` int32[n]; `is_sampled` bool[n]: the last scheduled
+    token of that entry yields a new token; `token_ids` int32[max_num_seqs, max_model_len] and `block_tables`
     int32[max_num_seqs, max_blocks] are the sequence table's own arrays, indexed by slot, borrowed until the step has
     been applied (both are empty where the executor asks for no tokens). Entry i computes positions
     [num_computed_tokens[i], num_computed_tokens[i] + num_scheduled_tokens[i]) of row slots[i]. Prefill entries may read

@@ -1,0 +1,249 @@
+"""The engine's loop, shared by real and simulated runs: decide (`Batcher`), execute (`Executor`), apply, yield."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+from blendserve.config import EngineConfig
+from blendserve.engine.batcher import Batcher, Schedule
+from blendserve.engine.finish import StopChecker, StopReason, stopped_rows
+from blendserve.engine.sequence import NO_TOKENS, Int64s, Sequence
+from blendserve.engine.stats import RunStats
+from blendserve.engine.step import Executor, StepResult
+from blendserve.errors import BlendServeError, CapacityError, RequestError
+from blendserve.planner.base import Policy
+from blendserve.request import Request, RequestSource, SequenceOutput
+
+Clock = Callable[[], float]
+
+
+class EngineLoop:
+    """Serves all requests of a source in the order of a policy, one step at a time.
+
+    `run` is all that most callers need; a server or a test calls `begin`, then `step` while `has_work`, then `end`.
+    A request that cannot run (its prompt exceeds the model or the memory) yields an error output and never ends the
+    run; the policy sees it admitted and finished with 0 output tokens. `stats` is of the latest run.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        *,
+        stop_checker: StopChecker | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.batcher = Batcher(executor, config, has_stop_checker=stop_checker is not None)
+        self.stats = RunStats(self.batcher.capacity_tokens)
+        self._executor = executor
+        self._stop_checker = stop_checker
+        self._clock = clock
+        self._source: RequestSource = ()
+        self._policy: Policy | None = None
+        self._candidate: Sequence | None = None
+        self._preempted: dict[int, Sequence] = {}
+        self._outputs: list[SequenceOutput] = []
+
+    def run(self, source: RequestSource, policy: Policy) -> Iterator[SequenceOutput]:
+        """Yield the output of every request as it ends. Closing the iterator early gives all KV memory back.
+
+        Raises: ExecutorError when the executor fails, after yielding what had ended.
+        """
+        self.begin(source, policy)
+        try:
+            while self.has_work:
+                yield from self.step()
+        except BlendServeError:
+            yield from self._take_outputs()
+            raise
+        finally:
+            self.end()
+
+    def begin(self, source: RequestSource, policy: Policy) -> None:
+        """Start a run with nothing admitted."""
+        self.end()
+        self.stats = RunStats(self.batcher.capacity_tokens)
+        self.batcher.cache.next_use = policy.next_use
+        self._source = source
+        self._policy = policy
+
+    @property
+    def has_work(self) -> bool:
+        """Do requests run or wait?"""
+        return self.batcher.table.num_running > 0 or (self._policy is not None and self._policy.num_waiting > 0)
+
+    def step(self) -> list[SequenceOutput]:
+        """Admit, run one forward pass and return the outputs of the requests that ended.
+
+        Raises: ExecutorError; outputs that were due are then returned by `run`, or lost with `end`.
+        """
+        assert self._policy is not None, "step before begin"
+        started = self._clock()
+        for sequence in self.batcher.grow(self._policy):
+            self.stats.num_preemptions += 1
+            self._preempted[sequence.request.index] = sequence
+        self._admit(self._policy)
+        if self.batcher.table.num_running:
+            schedule = self.batcher.plan(self._policy.prefill_tokens(self.batcher))
+            planned = self._clock()
+            result = self._executor.execute(schedule.plan)
+            executed = self._clock()
+            self._record(schedule, result)
+            self._apply(schedule, result, self._policy)
+            self.stats.scheduling_s -= executed - planned
+        self.stats.scheduling_s += self._clock() - started
+        return self._take_outputs()
+
+    def end(self) -> None:
+        """Give back every slot and block of the current run."""
+        table = self.batcher.table
+        if table.num_running:
+            self.batcher.remove(list(range(table.num_running)))
+        self.batcher.cache.clear()
+        self._policy = None
+        self._source = ()
+        self._candidate = None
+        self._preempted.clear()
+        self._outputs.clear()
+
+    def close(self) -> None:
+        """End the current run and close the executor."""
+        self.end()
+        self._executor.close()
+
+    def __enter__(self) -> EngineLoop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Assert the invariants of every part. For tests: slow."""
+        self.batcher.check()
+        running = set(self.batcher.table.request_index.tolist())
+        assert not running & self._preempted.keys(), "a request runs and waits"
+
+    # Admission
+
+    def _admit(self, policy: Policy) -> None:
+        batcher = self.batcher
+        while not batcher.table.is_full and (index := policy.next(batcher)) is not None:
+            sequence = self._propose(index, policy)
+            if sequence is None:
+                continue
+            if not batcher.try_admit(sequence):
+                assert batcher.table.num_running, "a request that fits the pool was refused by an idle engine"
+                return
+            num_cached = int(batcher.table.num_cached_tokens[-1])
+            self.stats.num_admissions += 1
+            self.stats.num_admitted_tokens += sequence.num_tokens
+            self.stats.num_cached_tokens += num_cached
+            self._preempted.pop(index, None)
+            self._candidate = None
+            policy.admitted(index, num_cached)
+        if not batcher.table.num_running and policy.num_waiting:
+            raise RuntimeError(
+                f"policy {policy.name} proposes nothing to an idle engine while {policy.num_waiting} requests wait"
+            )
+
+    def _propose(self, index: int, policy: Policy) -> Sequence | None:
+        """The sequence of a proposed request; None where it can never run, which is then one of the outputs."""
+        if index in self._preempted:
+            return self._preempted[index]
+        if self._candidate is None or self._candidate.request.index != index:
+            try:
+                self._candidate = self._new_sequence(self._source[index])
+            except (RequestError, CapacityError) as error:
+                policy.admitted(index, 0)
+                policy.finished(index, 0)
+                self.stats.num_errors += 1
+                self._outputs.append(SequenceOutput(index, NO_TOKENS, "error", 0, 0, error=error))
+                return None
+        return self._candidate
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        """Raises: RequestError or CapacityError for a request that can never run here."""
+        batcher = self.batcher
+        room = batcher.max_model_len - request.num_prompt_tokens
+        if request.num_prompt_tokens < 1:
+            raise RequestError("the prompt has no tokens; it needs at least 1", code="empty_prompt", param="prompt")
+        if room < min(1, request.max_output_tokens):
+            raise RequestError(
+                f"the prompt has {request.num_prompt_tokens} tokens, which leaves no room for output within the "
+                f"context length of {batcher.max_model_len}; shorten the prompt or raise --max-model-len",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        max_output_tokens = min(request.max_output_tokens, room)
+        needed = request.num_prompt_tokens + max(max_output_tokens - 1, 0)  # the last output token needs no KV
+        if needed > batcher.capacity_tokens:
+            raise CapacityError(
+                f"the request may need {needed} tokens of KV memory ({request.num_prompt_tokens} prompt, up to "
+                f"{max_output_tokens} output), {batcher.capacity_tokens} are available; raise --kv-memory, or lower "
+                "max_tokens or --max-model-len"
+            )
+        keys = tuple(request.block_keys) if batcher.has_prefix_caching else ()
+        return Sequence(request, max_output_tokens, keys)
+
+    # What came of a step
+
+    def _record(self, schedule: Schedule, result: StepResult) -> None:
+        batcher = self.batcher
+        self.stats.add_step(
+            elapsed_s=result.elapsed_s,
+            compute_s=result.compute_s,
+            memory_s=result.memory_s,
+            num_prefill_tokens=schedule.plan.num_prefill_tokens,
+            num_decode_tokens=schedule.plan.num_decode_tokens,
+            num_kv_tokens=batcher.capacity_tokens - batcher.free_tokens,
+            num_running=batcher.table.num_running,
+        )
+
+    def _apply(self, schedule: Schedule, result: StepResult, policy: Policy) -> None:
+        batcher, table = self.batcher, self.batcher.table
+        sampled = batcher.apply(schedule, result.token_ids)
+        for position, logprob in result.logprobs.items():
+            table.sequence(int(sampled[position])).logprobs.append(logprob)
+        stopped: dict[int, StopReason] = {}
+        if batcher.needs_tokens:
+            stopped = stopped_rows(table, sampled, result.token_ids, self._executor.eos_token_ids, self._stop_checker)
+        finished = self._finished_rows(stopped)
+        for row in finished:
+            self._finish(row, stopped, policy)
+        if finished:
+            batcher.remove(finished)
+
+    def _finished_rows(self, stopped: dict[int, StopReason]) -> list[int]:
+        table = self.batcher.table
+        is_finished = (table.num_output_tokens >= table.max_output_tokens) & (table.is_prefilling == 0)
+        rows: Int64s = is_finished.nonzero()[0]
+        return sorted({*rows.tolist(), *stopped}) if stopped else rows.tolist()
+
+    def _finish(self, row: int, stopped: dict[int, StopReason], policy: Policy) -> None:
+        table = self.batcher.table
+        sequence = table.sequence(row)
+        request = sequence.request
+        token_ids = table.output_token_ids(row)
+        self.stats.num_finished += 1
+        self.stats.num_prompt_tokens += request.num_prompt_tokens
+        self.stats.num_output_tokens += len(token_ids)
+        policy.finished(request.index, len(token_ids))
+        self._outputs.append(
+            SequenceOutput(
+                index=request.index,
+                token_ids=token_ids.copy() if self.batcher.needs_tokens else token_ids,
+                finish_reason="stop" if row in stopped else "length",
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_cached_tokens=sequence.num_cached_tokens,
+                logprobs=tuple(sequence.logprobs),
+                stop_reason=stopped.get(row),
+            )
+        )
+
+    def _take_outputs(self) -> list[SequenceOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs

@@ -1,0 +1,194 @@
+"""Reuse of prompt blocks at run time: which block holds the content named by a key, and which to evict first.
+
+Keys are chained (a key names all tokens up to its block), so a dictionary acts as a radix tree. Unreferenced blocks are
+kept in runs, contiguous pieces of one chain with the same next use, so that eviction looks at runs and not at blocks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Hashable, Sequence
+from itertools import islice
+
+import numpy as np
+
+from blendserve.engine.blocks import BlockPool, Int32s
+
+NextUse = Callable[[Hashable], float]
+
+
+class _Run:
+    """Unreferenced computed blocks [start, len(blocks)) of one chain: reused from the front, evicted from the back."""
+
+    __slots__ = ("blocks", "keys", "start")
+
+    def __init__(self, keys: list[Hashable], blocks: list[int]) -> None:
+        self.keys = keys
+        self.blocks = blocks
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.blocks) - self.start
+
+
+class PrefixCache:
+    """Blocks of `pool` by key. A registered block is pending until its owner has computed it, then shared by all.
+
+    `next_use(key)` ranks unreferenced blocks: the largest is evicted first, the longest unused among equals, and a
+    block that is never used again is freed at once. It is expected not to decrease along a chain; one that does costs
+    hits, not correctness.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.num_evictable = 0
+        self.next_use: NextUse = lambda _: 0.0
+        self._pool = pool
+        self._block_by_key: dict[Hashable, int] = {}
+        self._key_by_block: list[Hashable] = [None] * pool.num_blocks
+        self._owner_by_block = [-1] * pool.num_blocks
+        self._run_by_block: list[_Run | None] = [None] * pool.num_blocks
+        self._is_computed = np.zeros(pool.num_blocks, np.bool_)
+        self._heap: list[tuple[float, int, _Run]] = []  # (-next use, age, run); empty runs are dropped when met
+        self._num_retired = 0
+
+    def __len__(self) -> int:
+        return len(self._block_by_key)
+
+    def match(self, keys: Sequence[Hashable], limit: int) -> list[int]:
+        """Blocks of the longest cached chain of the first `limit` keys, pending ones included. Mutates nothing."""
+        blocks: list[int] = []
+        find = self._block_by_key.get
+        for key in islice(keys, limit):
+            block = find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_evictable_of(self, blocks: Int32s) -> int:
+        """How many of the matched `blocks` are unreferenced, so that acquiring them takes evictable memory."""
+        return len(blocks) - int(np.count_nonzero(self._pool.ref_counts[blocks]))
+
+    def acquire(self, blocks: Int32s) -> None:
+        """Reference the matched `blocks`, which leave their runs."""
+        num_unused = self.num_evictable_of(blocks)
+        self._pool.acquire(blocks)
+        self.num_evictable -= num_unused
+        for block in blocks[len(blocks) - num_unused :].tolist():  # references never grow along a chain
+            run = self._run_by_block[block]
+            assert run is not None
+            assert run.blocks[run.start] == block
+            run.start += 1
+
+    def register(self, keys: Sequence[Hashable], begin: int, blocks: Int32s, owner: int) -> int:
+        """Make `blocks` pending under keys[begin:], owned by slot `owner`; stops at the first key that is taken.
+        Returns how many were registered.
+        """
+        count = 0
+        for key, block in zip(islice(keys, begin, None), blocks.tolist(), strict=False):
+            if self._block_by_key.setdefault(key, block) != block:
+                break
+            self._key_by_block[block] = key
+            self._owner_by_block[block] = owner
+            count += 1
+        self._is_computed[blocks[:count]] = False
+        return count
+
+    def is_computed(self, block: int) -> bool:
+        return bool(self._is_computed[block])
+
+    def owner(self, block: int) -> int:
+        """Slot that computes the pending `block`."""
+        return self._owner_by_block[block]
+
+    def mark_computed(self, blocks: Int32s) -> None:
+        self._is_computed[blocks] = True
+
+    def release(self, blocks: Int32s) -> None:
+        """Drop one reference to a chain of registered `blocks`; what nobody references is kept for reuse, or freed
+        where it was never computed or has no next use.
+        """
+        self._pool.release(blocks)
+        num_used = int(np.count_nonzero(self._pool.ref_counts[blocks]))
+        unused = blocks[num_used:]
+        num_computed = int(np.count_nonzero(self._is_computed[unused]))
+        self._forget(unused[num_computed:].tolist())
+        self._retire(unused[:num_computed].tolist())
+
+    def evict(self, count: int) -> None:
+        """Free `count` unreferenced blocks, those needed last first."""
+        assert count <= self.num_evictable, "more blocks to evict than are unreferenced"
+        while count > 0:
+            negative_use, age, run = self._heap[0]
+            if not run:
+                heapq.heappop(self._heap)
+                continue
+            use = self.next_use(run.keys[-1])
+            if -use > negative_use:  # needed sooner than when it was ranked
+                heapq.heapreplace(self._heap, (-use, age, run))
+                continue
+            taken = min(count, len(run))
+            victims = run.blocks[-taken:]
+            del run.blocks[-taken:], run.keys[-taken:]
+            self.num_evictable -= taken
+            count -= taken
+            self._forget(victims)
+
+    def clear(self) -> None:
+        """Free every unreferenced block."""
+        for _, _, run in self._heap:
+            self.num_evictable -= len(run)
+            self._forget(run.blocks[run.start :])
+        self._heap.clear()
+
+    def _retire(self, blocks: list[int]) -> None:
+        keys = [self._key_by_block[block] for block in blocks]
+        start = 0
+        while start < len(blocks):
+            use = self.next_use(keys[start])
+            if use == math.inf:
+                self._forget(blocks[start:])
+                break
+            end = self._end_of_use(keys, start, use)
+            run = _Run(keys[start:end], blocks[start:end])
+            for block in run.blocks:
+                self._run_by_block[block] = run
+            self._num_retired += 1
+            heapq.heappush(self._heap, (-use, self._num_retired, run))
+            self.num_evictable += end - start
+            start = end
+        if len(self._heap) > 2 * self.num_evictable + 64:
+            self._heap = [entry for entry in self._heap if entry[2]]
+            heapq.heapify(self._heap)
+
+    def _end_of_use(self, keys: list[Hashable], start: int, use: float) -> int:
+        """End of the piece of a chain from `start` on that has the same next use, by bisection."""
+        low, high = start + 1, len(keys)
+        if self.next_use(keys[-1]) == use:
+            return high
+        while low < high:
+            middle = (low + high) // 2
+            if self.next_use(keys[middle]) == use:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _forget(self, blocks: list[int]) -> None:
+        if blocks:
+            for block in blocks:
+                del self._block_by_key[self._key_by_block[block]]
+                self._key_by_block[block] = None
+                self._run_by_block[block] = None
+            self._pool.free(np.array(blocks, np.int32))
+
+    def check(self) -> None:
+        """Assert the invariants: runs hold exactly the unreferenced registered blocks, all of them computed."""
+        for key, block in self._block_by_key.items():
+            assert self._key_by_block[block] == key
+        in_runs = [block for _, _, run in self._heap for block in run.blocks[run.start :]]
+        assert len(in_runs) == len(set(in_runs)) == self.num_evictable, "runs overlap or are miscounted"
+        unused = {block for block in self._block_by_key.values() if self._pool.ref_counts[block] == 0}
+        assert set(in_runs) == unused, "runs are not the unreferenced registered blocks"
+        assert all(self._is_computed[block] for block in in_runs), "a pending block may be evicted"
