@@ -13,7 +13,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "blendserve"
 LAYERS = (
     ("errors",),
     ("request", "config"),
-    ("models", "hardware", "cost"),
+    ("models",),
+    ("cost",),
+    ("hardware",),
     ("planner", "workloads", "detokenize"),
     ("engine",),
     ("executors", "batchfile"),
