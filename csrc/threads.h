@@ -33,8 +33,10 @@ class ThreadTeam {
 
   int num_threads() const;
   // Runs fn(tile, worker) once for every tile in [0, num_tiles); returns when all are done. Tiles are claimed one by
-  // one from a shared counter; `worker` is in [0, num_threads). Must not be called from inside a tile.
-  void run(int64_t num_tiles, TileFn fn);
+  // one from a shared counter, in rising order; `worker` is in [0, num_threads), 0 is the calling thread. At most 2^32
+  // - 1 tiles. Never allocates. Must not be called from inside a tile nor by two threads at once; a tile that throws
+  // terminates the process, since the others cannot be taken back.
+  void run(int64_t num_tiles, TileFn fn) noexcept;
 
  private:
   struct State;

@@ -1,11 +1,13 @@
 // Y = X W^T with bf16 weights packed once. Every output element is reduced over k in one fixed order that does
-// not depend on the number of rows, the tile or the thread, so results are bitwise equal under any batching.
+// not depend on the number of rows, the tile or the thread, so results are bitwise equal under any batching
+// (on one Isa; different instruction sets round differently).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string_view>
-#include <vector>
 
 namespace blendserve {
 
@@ -21,38 +23,63 @@ std::string_view isa_name(Isa isa);
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  // Rounds float32 weights (row-major [n, k]) to bf16, to nearest even.
+  // Row-major [n, k]; float32 is rounded to bf16, to nearest even. Throws std::invalid_argument where sizes disagree.
   PackedMatrix(Isa isa, std::span<const float> weights, int64_t n, int64_t k);
+  PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k);
 
   Isa isa() const { return isa_; }
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
-  int64_t num_bytes() const { return static_cast<int64_t>(data_.size()) * 2; }
-  const uint16_t* data() const { return data_.data(); }
+  int64_t num_bytes() const { return num_bytes_; }
+  const uint16_t* data() const { return data_.get(); }  // aligned to 64 bytes; layout in matmul_kernels.h
+  // Writes row `row` (k values) as float32: the embedding of a token where the head is tied to it.
+  void unpack_row(int64_t row, float* out) const;
 
  private:
+  struct Free {
+    void operator()(uint16_t* data) const noexcept;
+  };
+  template <class T>
+  void pack(std::span<const T> weights);
+
   Isa isa_ = Isa::kPortable;
   int64_t n_ = 0;
   int64_t k_ = 0;
-  std::vector<uint16_t> data_;  // layout is private to matmul_<isa>.cpp; aligned allocation is up to the implementation
+  int64_t num_bytes_ = 0;
+  std::unique_ptr<uint16_t[], Free> data_;
 };
 
-// Activations in the form a kernel reads: float32 (kPortable, kAvx2) or bf16 (kAvx512Bf16), rows possibly in panels.
-// Bytes needed for m rows of k columns.
+// Activations in the form a kernel reads: float32 rows (kPortable, kAvx2) or bf16 in panels of rows (kAvx512Bf16).
+// Bytes needed for m rows of k columns; allocate them aligned to 64 bytes.
 int64_t activation_bytes(Isa isa, int64_t m, int64_t k);
 // Row panels are kRowPanel rows: callers split work for pack_activations at multiples of it.
 inline constexpr int64_t kRowPanel = 12;
 // Packs rows [row_begin, row_end) of x (float32, leading dimension ldx) into `packed`, which holds all m rows.
-void pack_activations(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
+// row_begin is a multiple of kRowPanel, row_end too or m.
+void pack_activations(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k,
+                      void* packed);
 
 // Column tiles are multiples of this many columns (the last one may be shorter).
 inline constexpr int64_t kColumnPanel = 32;
-// y[row, col] = (accumulate ? y[row, col] : 0) + sum_k x[row, k] * w[col, k] (+ bias[col] where bias is not null) for rows [row_begin, row_end)
-// and columns [col_begin, col_end); row_begin a multiple of kRowPanel, col_begin of kColumnPanel.
+// y[row, col] = (accumulate ? y[row, col] : 0) + sum_k x[row, k] * w[col, k] (+ bias[col] where bias is not null) for
+// rows [row_begin, row_end) and columns [col_begin, col_end); row_begin a multiple of kRowPanel, col_begin of
+// kColumnPanel. The sum starts from y where it accumulates; bias is added last and counts columns from 0, as y does.
 struct MatmulTile {
   int64_t row_begin, row_end, col_begin, col_end;
 };
-void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate, float* y,
-                 int64_t ldy);
+void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias,
+                 bool accumulate, float* y, int64_t ldy);
+
+// How to cut one matmul into tiles: tile i of size() covers tile(i). Tiles that share weights follow each other, so
+// that the threads that run them at the same time read those weights from memory once.
+struct MatmulGrid {
+  int64_t m, n, row_tile, col_tile;
+  int64_t num_row_tiles() const { return (m + row_tile - 1) / row_tile; }
+  int64_t num_col_tiles() const { return (n + col_tile - 1) / col_tile; }
+  int64_t size() const { return num_row_tiles() * num_col_tiles(); }
+  MatmulTile tile(int64_t index) const;
+};
+// A grid whose tiles keep their operands in l2_bytes (one core's second-level cache) and give every thread equal work.
+MatmulGrid suggest_grid(Isa isa, int64_t m, int64_t n, int64_t k, int num_threads, int64_t l2_bytes);
 
 }  // namespace blendserve
