@@ -1,0 +1,65 @@
+"""An executor without a model: the cost model says how long each step takes, on a virtual clock (paper sections 2 and
+9).
+
+The engine loop, batcher, block pool, prefix cache and policies around it are those of real runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blendserve.config import BLOCK_SIZE
+from blendserve.engine.step import StepPlan, StepResult
+from blendserve.errors import CapacityError
+from blendserve.hardware import StepCost
+from blendserve.request import Request
+
+
+class SimulatedExecutor:
+    """Times the steps of one replica.
+
+    A decode reads the KV of its whole context, shared or not, its own new token included; cached prefixes are not
+    scheduled, so they cost nothing. Prefill attention counts as compute where `cost.pair_s` says so. `now_s` is the
+    virtual time.
+    """
+
+    needs_tokens = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, cost: StepCost, capacity_tokens: int, *, block_size: int = BLOCK_SIZE) -> None:
+        if capacity_tokens < block_size:
+            raise CapacityError(f"{capacity_tokens} tokens of KV memory do not hold one block of {block_size}")
+        self.cost = cost
+        self.block_size = block_size
+        self.num_blocks = capacity_tokens // block_size
+        self.now_s = 0.0
+        self._tokens = np.zeros(0, dtype=np.int32)
+
+    def admit(self, slot: int, request: Request) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Time one step; the tokens are zeros. The first `plan.num_decode_tokens` entries are the decodes."""
+        num_decodes = plan.num_decode_tokens
+        num_kv_tokens = int(plan.num_computed_tokens[:num_decodes].sum(dtype=np.int64)) + num_decodes
+        num_pairs = 0.0
+        if self.cost.pair_s and plan.num_prefill_tokens:
+            chunks = plan.num_scheduled_tokens[num_decodes:].astype(np.float64)
+            num_pairs = float(np.dot(chunks, plan.num_computed_tokens[num_decodes:] + (chunks + 1) / 2))
+        compute_s = self.cost.compute_s(num_decodes + plan.num_prefill_tokens, num_pairs)
+        memory_s = self.cost.memory_s(num_kv_tokens)
+        elapsed_s = self.cost.interference.step_s(compute_s, memory_s)
+        self.now_s += elapsed_s
+        return StepResult(self._zeros(plan), elapsed_s, {}, compute_s, memory_s)
+
+    def _zeros(self, plan: StepPlan) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        num_sampled = int(np.count_nonzero(plan.is_sampled))
+        if num_sampled > len(self._tokens):
+            self._tokens = np.zeros(2 * num_sampled, dtype=np.int32)
+        return self._tokens[:num_sampled]
