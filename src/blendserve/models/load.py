@@ -1,0 +1,66 @@
+"""Open a model: its shape, its weights and its tokenizer, from either kind of file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from blendserve.errors import ConfigError
+from blendserve.models.hub import ModelFiles
+from blendserve.models.spec import ModelSpec, spec_from_hf_config
+from blendserve.models.tokenizer import Tokenizer, read_json, tokenizer_from_directory
+from blendserve.models.weights import Weights, check_weights
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready for an executor. `spec.eos_token_ids` are those of the tokenizer and generation settings."""
+
+    spec: ModelSpec
+    weights: Weights
+    tokenizer: Tokenizer
+
+
+def load_model(files: ModelFiles) -> LoadedModel:
+    """Open a model without reading its weights' data; every name and shape is checked.
+
+    Raises: ConfigError when the architecture is not supported or a file is missing or damaged.
+    """
+    spec, weights, tokenizer = _from_gguf(files) if files.is_gguf else _from_directory(files)
+    check_weights(spec, weights)
+    num_tokens = tokenizer.backend.get_vocab_size()
+    if num_tokens > spec.vocab_size:
+        raise ConfigError(
+            f"{spec.name}: the tokenizer has {num_tokens} tokens, the embedding only {spec.vocab_size} rows"
+        )
+    return LoadedModel(replace(spec, eos_token_ids=tokenizer.eos_token_ids or spec.eos_token_ids), weights, tokenizer)
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """Open a model's tokenizer only. Raises: ConfigError when it is missing, damaged or of an unknown kind."""
+    if not files.is_gguf:
+        return tokenizer_from_directory(files.path)
+    from blendserve.models.gguf_file import GgufFile
+    from blendserve.models.gguf_tokenizer import tokenizer_from_gguf
+
+    return tokenizer_from_gguf(GgufFile(files.path))
+
+
+def _from_gguf(files: ModelFiles) -> tuple[ModelSpec, Weights, Tokenizer]:
+    from blendserve.models.gguf_file import GgufFile
+    from blendserve.models.gguf_spec import spec_from_gguf
+    from blendserve.models.gguf_tokenizer import tokenizer_from_gguf
+    from blendserve.models.gguf_weights import GgufWeights
+
+    file = GgufFile(files.path)
+    spec = spec_from_gguf(files.name, file)
+    return spec, GgufWeights(file, spec), tokenizer_from_gguf(file)
+
+
+def _from_directory(files: ModelFiles) -> tuple[ModelSpec, Weights, Tokenizer]:
+    from blendserve.models.safetensors import SafetensorsWeights
+
+    config = read_json(files.path / "config.json")
+    if not config:
+        raise ConfigError(f"{files.path} has no config.json; give a model directory, a .gguf file or a hub id")
+    spec = spec_from_hf_config(files.name, config)
+    return spec, SafetensorsWeights(files.path, spec.has_tied_embeddings), tokenizer_from_directory(files.path)

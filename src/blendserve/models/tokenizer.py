@@ -1,0 +1,176 @@
+"""Text to token ids and back, for one model: a thin layer over `tokenizers`, with the model's chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from blendserve.errors import ConfigError
+from blendserve.models.spec import token_ids
+from blendserve.request import TokenIds
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from blendserve.models.chat_template import ChatTemplate
+
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass
+class Tokenizer:
+    """A model's vocabulary. `special_tokens` are those its chat template may name (`bos_token`, `eos_token`, ...)."""
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    eos_token_ids: tuple[int, ...] = ()
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    chat_template_source: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.chat_template_source is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+        """Shapes: int32[number of tokens]. `add_special_tokens` adds what a plain prompt needs around it (BOS)."""
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[TokenIds]:
+        """Encode many texts on all cores. Lone surrogates, which no UTF-8 holds, count as U+FFFD."""
+        try:
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except (UnicodeEncodeError, TypeError):
+            cleaned = [_LONE_SURROGATES.sub("\ufffd", text) for text in texts]
+            encoded = self.backend.encode_batch_fast(cleaned, add_special_tokens=add_special_tokens)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+    def decode(self, ids: TokenIds | Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 (a character cut in half, say) come out as U+FFFD."""
+        listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        return str(self.backend.decode(listed, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to the text: not always whole characters, none for ids past the vocabulary."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self.added_token_ids:
+            return token.encode()
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        if self._is_byte_level and all(char in _BYTE_BY_CHAR for char in token):
+            return bytes(_BYTE_BY_CHAR[char] for char in token)
+        return token.replace("▁", " ").encode()
+
+    @cached_property
+    def added_token_ids(self) -> frozenset[int]:
+        """Tokens matched whole in the text, special or not."""
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in repr(self.backend.decoder)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        from blendserve.models.chat_template import (
+            ChatTemplate,
+        )  # jinja2 takes a while to import; completions need none
+
+        if self.chat_template_source is None:
+            raise ConfigError("the model has no chat template; use /v1/completions (LLM.generate) or an instruct model")
+        return ChatTemplate(self.chat_template_source, self.special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation; encode it with `add_special_tokens=False`.
+
+        Raises: ConfigError when the model has no template, RequestError when it does not take these messages.
+        """
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> TokenIds:
+        """Token ids of a conversation, ready for the assistant's answer. Raises: as `apply_chat_template`."""
+        return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
+
+
+def tokenizer_from_directory(directory: Path) -> Tokenizer:
+    """Read tokenizer.json and what lies beside it: tokenizer_config.json, chat_template.jinja, generation_config.json.
+
+    Raises: ConfigError when tokenizer.json is missing or a file cannot be read.
+    """
+    import tokenizers
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{directory} has no tokenizer.json; save one with transformers "
+            f"(AutoTokenizer.from_pretrained(...).save_pretrained({str(directory)!r}))"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    config = read_json(directory / "tokenizer_config.json")
+    generation = read_json(directory / "generation_config.json")
+    special_tokens = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
+    eos_ids = token_ids(generation.get("eos_token_id"))
+    if not eos_ids and (eos_id := backend.token_to_id(special_tokens.get("eos_token", ""))) is not None:
+        eos_ids = (eos_id,)
+    return Tokenizer(backend, eos_ids, special_tokens, _chat_template_source(directory, config))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file, empty where there is no file. Raises: ConfigError when it holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}, not an object; download the model again")
+    return value
+
+
+def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
+    jinja = directory / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    template = config.get("chat_template") or read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        return next((str(entry["template"]) for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _token_text(token: Any) -> str | None:
+    """A special token of tokenizer_config.json, which is a text or an object around it."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable character that byte-level vocabularies write for each byte. Source: GPT-2's `bytes_to_unicode`."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_BY_CHAR = _byte_level_alphabet()
