@@ -29,12 +29,12 @@ inline constexpr MatmulShape kLlama1bShapes[] = {
 };
 inline constexpr int64_t kMatmulRows[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048};
 
-// Bound of the error of a float32 sum over k products whose absolute values sum to `magnitude`: (k + 2) roundings of at
-// most half a unit in the last place each, with products rounded apart (portable) or not. `activation_epsilon` is what
-// rounding the activations adds: 0, or 2^-8 / 2 where they become bf16.
-constexpr double matmul_error_bound(int64_t k, double magnitude, double activation_epsilon) {
+// Bound of the error of a float32 sum over k products and two more terms whose absolute values sum to `magnitude`:
+// every product and every addition rounds by at most half a unit in the last place (fused or in pairs they round less
+// often).
+constexpr double matmul_error_bound(int64_t k, double magnitude) {
   constexpr double kHalfUlp = 1.0 / (1 << 24);
-  return magnitude * (static_cast<double>(2 * k + 2) * kHalfUlp + activation_epsilon);
+  return magnitude * static_cast<double>(2 * k + 2) * kHalfUlp;
 }
 
 }  // namespace blendserve

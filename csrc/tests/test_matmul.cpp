@@ -1,0 +1,362 @@
+// Matmul against a twin in double precision, and bit for bit against itself under any batching.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "check.h"
+#include "ops/bf16.h"
+#include "ops/matmul.h"
+#include "ops/matmul_kernels.h"
+#include "ops/table.h"
+#include "threads.h"
+
+namespace blendserve {
+namespace {
+
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Bf16};
+
+std::vector<float> random_floats(int64_t count, uint32_t seed) {
+  test::Random random(seed);
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = random.unit();
+  return values;
+}
+
+// Memory as kernels want it: aligned, exactly as large as asked for (so that AddressSanitizer sees the end).
+struct Activations {
+  Activations(Isa isa, const std::vector<float>& x, int64_t m, int64_t k)
+      : bytes(static_cast<size_t>(activation_bytes(isa, m, k))), data(::operator new(bytes, std::align_val_t{64})) {
+    std::memset(data, 0xff, bytes);  // NaNs wherever a kernel reads what nobody packed
+    for (int64_t row = 0; row < m; row += kRowPanel) {
+      pack_activations(isa, x.data(), k, row, std::min(row + kRowPanel, m), k, data);
+    }
+  }
+  ~Activations() { ::operator delete(data, std::align_val_t{64}); }
+  Activations(const Activations&) = delete;
+  Activations& operator=(const Activations&) = delete;
+
+  size_t bytes;
+  void* data;
+};
+
+struct Case {
+  int64_t m, n, k;
+  bool has_bias, accumulate;
+};
+
+struct Operands {
+  Operands(Isa isa, const Case& c)
+      : c(c),
+        x(random_floats(c.m * c.k, 1)),
+        weights(random_floats(c.n * c.k, 2)),
+        bias(random_floats(c.n, 3)),
+        y(random_floats(c.m * c.n, 4)),
+        w(isa, weights, c.n, c.k) {}
+  const float* bias_or_null() const { return c.has_bias ? bias.data() : nullptr; }
+
+  Case c;
+  std::vector<float> x, weights, bias, y;
+  PackedMatrix w;
+};
+
+// All m rows under one grid.
+std::vector<float> multiply(const Operands& o, const MatmulGrid& grid) {
+  const Activations packed(o.w.isa(), o.x, o.c.m, o.c.k);
+  std::vector<float> y = o.y;
+  for (int64_t i = 0; i < grid.size(); ++i) {
+    matmul_tile(packed.data, o.w, grid.tile(i), o.bias_or_null(), o.c.accumulate, y.data(), o.c.n);
+  }
+  return y;
+}
+
+// Row by row, each alone in its matmul.
+std::vector<float> multiply_rows_apart(const Operands& o) {
+  std::vector<float> y = o.y;
+  for (int64_t row = 0; row < o.c.m; ++row) {
+    const std::vector<float> x(o.x.begin() + row * o.c.k, o.x.begin() + (row + 1) * o.c.k);
+    const Activations packed(o.w.isa(), x, 1, o.c.k);
+    matmul_tile(packed.data, o.w, {0, 1, 0, o.c.n}, o.bias_or_null(), o.c.accumulate, y.data() + row * o.c.n, o.c.n);
+  }
+  return y;
+}
+
+void expect_same_bits(const std::vector<float>& actual, const std::vector<float>& expected, const Operands& o,
+                      const char* what) {
+  for (size_t i = 0; i < actual.size(); ++i) {
+    CHECK(std::bit_cast<uint32_t>(actual[i]) == std::bit_cast<uint32_t>(expected[i]), what, " on ", isa_name(o.w.isa()),
+          ", m ", o.c.m, " n ", o.c.n, " k ", o.c.k, " row ", static_cast<int64_t>(i) / o.c.n, " column ",
+          static_cast<int64_t>(i) % o.c.n, ": ", actual[i], " against ", expected[i]);
+  }
+}
+
+void expect_near_twin(const std::vector<float>& actual, const Operands& o) {
+  const auto activation = [&](int64_t index) {
+    const float value = o.x[static_cast<size_t>(index)];
+    return double{o.w.isa() == Isa::kAvx512Bf16 ? float_from_bf16(bf16_from_float(value)) : value};
+  };
+  for (int64_t row = 0; row < o.c.m; ++row) {
+    for (int64_t col = 0; col < o.c.n; ++col) {
+      const size_t at = static_cast<size_t>(row * o.c.n + col);
+      double sum = o.c.accumulate ? o.y[at] : 0.0;
+      double magnitude = std::abs(sum);
+      for (int64_t i = 0; i < o.c.k; ++i) {
+        const double weight = float_from_bf16(bf16_from_float(o.weights[static_cast<size_t>(col * o.c.k + i)]));
+        sum += activation(row * o.c.k + i) * weight;
+        magnitude += std::abs(activation(row * o.c.k + i) * weight);
+      }
+      if (o.c.has_bias) {
+        sum += o.bias[static_cast<size_t>(col)];
+        magnitude += std::abs(o.bias[static_cast<size_t>(col)]);
+      }
+      const double bound = matmul_error_bound(o.c.k, magnitude);
+      CHECK(std::abs(actual[at] - sum) <= bound, isa_name(o.w.isa()), ", m ", o.c.m, " n ", o.c.n, " k ", o.c.k,
+            " row ", row, " column ", col, ": ", actual[at], " against ", sum, " +- ", bound);
+    }
+  }
+}
+
+template <class F>
+void for_each_isa(F&& f) {
+  for (const Isa isa : kIsas) {
+    if (is_supported(isa)) f(isa);
+  }
+}
+
+void matches_the_twin() {
+  for_each_isa([](Isa isa) {
+    for (const int64_t n : {1, 16, 31, 33, 70}) {
+      for (const int64_t k : {1, 2, 17, 64, 290, 577}) {
+        for (const int64_t m : {1, 2, 3, 6, 13, 25}) {
+          for (const int flags : {0, 1, 2, 3}) {
+            const Operands o(isa, {m, n, k, (flags & 1) != 0, (flags & 2) != 0});
+            expect_near_twin(multiply(o, suggest_grid(isa, m, n, k, 2, 512 << 10)), o);
+          }
+        }
+      }
+    }
+  });
+}
+
+void model_shapes_match_the_twin() {
+  for_each_isa([](Isa isa) {
+    for (const MatmulShape& shape : kSmolLm2Shapes) {
+      const int64_t n = std::min<int64_t>(shape.n, 96);
+      for (const int64_t m : {1, 30}) {
+        const Operands o(isa, {m, n, shape.k, false, true});
+        expect_near_twin(multiply(o, suggest_grid(isa, m, n, shape.k, 2, 512 << 10)), o);
+      }
+    }
+  });
+}
+
+void any_number_of_rows_gives_the_same_bits() {
+  for_each_isa([](Isa isa) {
+    for (const int64_t k : {1, 7, 64, 301, 600}) {
+      for (const int64_t n : {5, 32, 81, 112}) {
+        const Operands all(isa, {50, n, k, true, k == 64});
+        const std::vector<float> expected = multiply_rows_apart(all);
+        for (int64_t m = 1; m <= all.c.m; ++m) {
+          Operands o = Operands(isa, {m, n, k, true, k == 64});
+          const std::vector<float> rows(expected.begin(), expected.begin() + m * n);
+          expect_same_bits(multiply(o, {m, n, m, n}), rows, o, "row count");
+        }
+      }
+    }
+  });
+}
+
+void any_tiling_gives_the_same_bits() {
+  for_each_isa([](Isa isa) {
+    for (const int64_t m : {1, 5, 24, 67}) {
+      for (const int64_t n : {40, 160, 225}) {
+        const Operands o(isa, {m, n, 330, true, true});
+        const std::vector<float> expected = multiply_rows_apart(o);
+        for (const int64_t row_tile : {12, 24, 36, 72}) {
+          for (const int64_t col_tile : {32, 64, 96, 256}) {
+            expect_same_bits(multiply(o, {m, n, row_tile, col_tile}), expected, o, "tiling");
+          }
+        }
+      }
+    }
+  });
+}
+
+// A row's neighbours and its place among them do not matter, not even if they are not numbers.
+void any_place_gives_the_same_bits() {
+  for_each_isa([](Isa isa) {
+    const int64_t n = 49, k = 130;
+    for (const int64_t m : {7, 12, 26, 41}) {
+      Operands o(isa, {m, n, k, false, false});
+      const std::vector<float> row = random_floats(k, 9);
+      for (int64_t place = 0; place < m; ++place) {
+        o.x.assign(o.x.size(), std::bit_cast<float>(0x7fc00000u));
+        std::copy(row.begin(), row.end(), o.x.begin() + place * k);
+        const std::vector<float> y = multiply(o, {m, n, 24, 32});
+        o.x = row;
+        o.c.m = 1;
+        const std::vector<float> alone = multiply(o, {1, n, 12, 64});
+        o.c.m = m;
+        o.x.resize(static_cast<size_t>(m * k));
+        expect_same_bits({y.begin() + place * n, y.begin() + (place + 1) * n}, {alone.begin(), alone.begin() + n}, o,
+                         "place");
+      }
+    }
+  });
+}
+
+void any_number_of_threads_gives_the_same_bits() {
+  for_each_isa([](Isa isa) {
+    const Operands o(isa, {61, 300, 576, true, true});
+    const std::vector<float> expected = multiply_rows_apart(o);
+    for (int num_threads = 1; num_threads <= 8; ++num_threads) {
+      ThreadTeam team(num_threads);
+      const Activations packed(isa, o.x, o.c.m, o.c.k);
+      const MatmulGrid grid = suggest_grid(isa, o.c.m, o.c.n, o.c.k, num_threads, 64 << 10);
+      std::vector<float> y = o.y;
+      team.run(grid.size(), [&](int64_t tile, int) {
+        matmul_tile(packed.data, o.w, grid.tile(tile), o.bias_or_null(), o.c.accumulate, y.data(), o.c.n);
+      });
+      expect_same_bits(y, expected, o, "threads");
+    }
+  });
+}
+
+#if defined(__x86_64__)
+void both_avx2_paths_give_the_same_bits() {
+  if (!is_supported(Isa::kAvx2)) return;
+  for (const int64_t k : {1, 2, 287, 288, 289, 577, 1000}) {
+    for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 24, 31}) {
+      for (const int64_t n : {16, 33, 100}) {
+        const Operands o(Isa::kAvx2, {m, n, k, true, m % 2 == 0});
+        const Activations packed(Isa::kAvx2, o.x, m, k);
+        std::vector<float> direct = o.y, expanded = o.y;
+        kernels::TileArgs args{packed.data,    o.w.data(),    k, {0, m, 0, n}, o.bias.data(),
+                               o.c.accumulate, direct.data(), n};
+        kernels::tile_avx2(args, kernels::Path::kDirect);
+        args.y = expanded.data();
+        kernels::tile_avx2(args, kernels::Path::kExpanded);
+        expect_same_bits(expanded, direct, o, "path");
+      }
+    }
+  }
+}
+#endif
+
+void writes_only_its_tile() {
+  for_each_isa([](Isa isa) {
+    const int64_t m = 40, n = 100, k = 48, ldy = 131;
+    const Operands o(isa, {m, n, k, true, false});
+    const Activations packed(isa, o.x, m, k);
+    for (const MatmulTile tile : {MatmulTile{12, 17, 32, 64}, {24, 40, 64, 100}, {0, 36, 96, 100}, {36, 37, 32, 96}}) {
+      std::vector<float> y(static_cast<size_t>(m * ldy), 77.0f);
+      matmul_tile(packed.data, o.w, tile, o.bias.data(), false, y.data(), ldy);
+      for (int64_t row = 0; row < m; ++row) {
+        for (int64_t col = 0; col < ldy; ++col) {
+          const bool is_inside =
+              row >= tile.row_begin && row < tile.row_end && col >= tile.col_begin && col < tile.col_end;
+          CHECK((y[static_cast<size_t>(row * ldy + col)] != 77.0f) == is_inside, isa_name(isa), " row ", row,
+                " column ", col);
+        }
+      }
+    }
+  });
+}
+
+void weights_round_to_nearest_even_and_unpack() {
+  for_each_isa([](Isa isa) {
+    const int64_t n = 37, k = 9;
+    std::vector<float> weights = random_floats(n * k, 5);
+    weights[0] = std::bit_cast<float>(0x3f808000u);  // halfway, to even below
+    weights[1] = std::bit_cast<float>(0x3f818000u);  // halfway, to even above
+    const PackedMatrix w(isa, weights, n, k);
+    CHECK(w.n() == n && w.k() == k && w.isa() == isa && w.num_bytes() >= 2 * n * k);
+    CHECK(reinterpret_cast<uintptr_t>(w.data()) % 64 == 0);
+    std::vector<float> row(static_cast<size_t>(k));
+    std::vector<uint16_t> rounded;
+    for (int64_t i = 0; i < n; ++i) {
+      w.unpack_row(i, row.data());
+      for (int64_t j = 0; j < k; ++j) {
+        rounded.push_back(bf16_from_float(weights[static_cast<size_t>(i * k + j)]));
+        CHECK(row[static_cast<size_t>(j)] == float_from_bf16(rounded.back()));
+      }
+    }
+    CHECK(rounded[0] == 0x3f80 && rounded[1] == 0x3f82);
+    const PackedMatrix same(isa, std::span<const uint16_t>(rounded), n, k);
+    CHECK(std::memcmp(same.data(), w.data(), static_cast<size_t>(w.num_bytes())) == 0);
+  });
+  CHECK(std::isnan(float_from_bf16(bf16_from_float(std::bit_cast<float>(0x7f800001u)))));
+  CHECK(std::isinf(float_from_bf16(bf16_from_float(std::bit_cast<float>(0x7f7fffffu)))));
+}
+
+void large_matrices_pack_whole() {
+  const int64_t n = 2100, k = 700;  // more than one huge page and a tail
+  const std::vector<float> weights = random_floats(n * k, 6);
+  const PackedMatrix w(Isa::kPortable, weights, n, k);
+  std::vector<float> row(static_cast<size_t>(k));
+  for (int64_t i = 0; i < n; i += 97) {
+    w.unpack_row(i, row.data());
+    for (int64_t j = 0; j < k; ++j) {
+      CHECK(row[static_cast<size_t>(j)] == float_from_bf16(bf16_from_float(weights[static_cast<size_t>(i * k + j)])));
+    }
+  }
+}
+
+void grids_cover_every_output_once() {
+  for_each_isa([](Isa isa) {
+    for (const int64_t m : {1, 2, 11, 12, 13, 100, 640, 2048}) {
+      for (const int64_t n : {1, 31, 576, 960, 3072}) {
+        for (const int64_t k : {3, 576, 8192}) {
+          for (const int num_threads : {1, 2, 7}) {
+            const MatmulGrid grid = suggest_grid(isa, m, n, k, num_threads, 512 << 10);
+            CHECK(grid.row_tile % kRowPanel == 0 && grid.col_tile % kColumnPanel == 0);
+            std::vector<int> visits(static_cast<size_t>(m * n), 0);
+            for (int64_t i = 0; i < grid.size(); ++i) {
+              const MatmulTile tile = grid.tile(i);
+              CHECK(tile.row_begin < tile.row_end && tile.col_begin < tile.col_end);
+              for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
+                for (int64_t col = tile.col_begin; col < tile.col_end; ++col)
+                  ++visits[static_cast<size_t>(row * n + col)];
+              }
+            }
+            for (const int count : visits) CHECK(count == 1, "m ", m, " n ", n, " k ", k);
+          }
+        }
+      }
+    }
+  });
+}
+
+void names_and_limits() {
+  for (const Isa isa : kIsas) CHECK(isa_from_name(isa_name(isa)) == isa);
+  CHECK(test::throws<std::invalid_argument>([] { isa_from_name("sse9"); }));
+  CHECK(is_supported(best_isa()) && is_supported(Isa::kPortable));
+  const std::vector<float> weights(10);
+  CHECK(test::throws<std::invalid_argument>([&] { PackedMatrix(Isa::kPortable, weights, 3, 4); }));
+  CHECK(test::throws<std::invalid_argument>([&] { PackedMatrix(Isa::kPortable, std::vector<float>(), 0, 4); }));
+}
+
+}  // namespace
+}  // namespace blendserve
+
+int main() {
+  using namespace blendserve;
+  RUN(names_and_limits);
+  RUN(weights_round_to_nearest_even_and_unpack);
+  RUN(large_matrices_pack_whole);
+  RUN(grids_cover_every_output_once);
+  RUN(matches_the_twin);
+  RUN(model_shapes_match_the_twin);
+  RUN(any_number_of_rows_gives_the_same_bits);
+  RUN(any_tiling_gives_the_same_bits);
+  RUN(any_place_gives_the_same_bits);
+  RUN(any_number_of_threads_gives_the_same_bits);
+  RUN(writes_only_its_tile);
+#if defined(__x86_64__)
+  RUN(both_avx2_paths_give_the_same_bits);
+#endif
+  return 0;
+}
