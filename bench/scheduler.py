@@ -56,7 +56,7 @@ class FrugalFifo(FifoPolicy):
 
 
 def run(num_running: int, num_steps: int, admissions_per_step: float) -> EngineLoop:
-    """Run `num_steps` steps with about `num_running` sequences of which `admissions_per_step` are replaced each step."""
+    """Run `num_steps` steps with `num_running` sequences, `admissions_per_step` of them replaced each step."""
     mean_output_tokens = int(num_running / admissions_per_step)
     source = SyntheticSource(int(num_steps * admissions_per_step) + 2 * num_running, mean_output_tokens, seed=0)
     num_blocks = num_running * (800 + mean_output_tokens) // BLOCK_SIZE

@@ -17,6 +17,9 @@ from blendserve.engine.sequence import NO_TOKENS, Int32s, Int64s, Sequence, Sequ
 from blendserve.engine.step import Executor, StepPlan
 from blendserve.planner.base import Policy
 
+NO_LIMIT = 2**31
+"""Context length in tokens where the configuration sets none: only the memory limits a request then."""
+
 
 class Schedule(NamedTuple):
     """A plan and the table rows of its entries: `num_decodes` decode entries first, then prefill chunks."""
@@ -39,7 +42,7 @@ class Batcher:
         self._executor = executor
         self.block_size = executor.block_size
         self.capacity_tokens = executor.num_blocks * executor.block_size
-        self.max_model_len = config.max_model_len or self.capacity_tokens
+        self.max_model_len = config.max_model_len or NO_LIMIT
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.needs_tokens = executor.needs_tokens

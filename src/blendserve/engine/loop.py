@@ -81,9 +81,7 @@ class EngineLoop:
         """
         assert self._policy is not None, "step before begin"
         started = self._clock()
-        for sequence in self.batcher.grow(self._policy):
-            self.stats.num_preemptions += 1
-            self._preempted[sequence.request.index] = sequence
+        self._keep(self.batcher.grow(self._policy))
         self._admit(self._policy)
         if self.batcher.table.num_running:
             schedule = self.batcher.plan(self._policy.prefill_tokens(self.batcher))
@@ -95,6 +93,11 @@ class EngineLoop:
             self.stats.scheduling_s -= executed - planned
         self.stats.scheduling_s += self._clock() - started
         return self._take_outputs()
+
+    def preempt(self, row: int) -> None:
+        """Take the KV memory of a running sequence, and of those that wait for what it computes; they wait again."""
+        assert self._policy is not None, "preempt before begin"
+        self._keep(self.batcher.preempt(row, self._policy))
 
     def end(self) -> None:
         """Give back every slot and block of the current run."""
@@ -149,6 +152,11 @@ class EngineLoop:
             raise RuntimeError(
                 f"policy {policy.name} proposes nothing to an idle engine while {policy.num_waiting} requests wait"
             )
+
+    def _keep(self, preempted: list[Sequence]) -> None:
+        self.stats.num_preemptions += len(preempted)
+        for sequence in preempted:
+            self._preempted[sequence.request.index] = sequence
 
     def _propose(self, index: int, policy: Policy) -> Sequence | None:
         """The sequence of a proposed request; None where it can never run, which is then one of the outputs."""

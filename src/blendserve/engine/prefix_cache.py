@@ -46,7 +46,7 @@ class PrefixCache:
         self._pool = pool
         self._block_by_key: dict[Hashable, int] = {}
         self._key_by_block: list[Hashable] = [None] * pool.num_blocks
-        self._owner_by_block = [-1] * pool.num_blocks
+        self._owner_by_block = np.full(pool.num_blocks, -1, np.int32)
         self._run_by_block: list[_Run | None] = [None] * pool.num_blocks
         self._is_computed = np.zeros(pool.num_blocks, np.bool_)
         self._heap: list[tuple[float, int, _Run]] = []  # (-next use, age, run); empty runs are dropped when met
@@ -86,12 +86,13 @@ class PrefixCache:
         Returns how many were registered.
         """
         count = 0
+        claim = self._block_by_key.setdefault
         for key, block in zip(islice(keys, begin, None), blocks.tolist(), strict=False):
-            if self._block_by_key.setdefault(key, block) != block:
+            if claim(key, block) != block:
                 break
             self._key_by_block[block] = key
-            self._owner_by_block[block] = owner
             count += 1
+        self._owner_by_block[blocks[:count]] = owner
         self._is_computed[blocks[:count]] = False
         return count
 
@@ -100,7 +101,7 @@ class PrefixCache:
 
     def owner(self, block: int) -> int:
         """Slot that computes the pending `block`."""
-        return self._owner_by_block[block]
+        return int(self._owner_by_block[block])
 
     def mark_computed(self, blocks: Int32s) -> None:
         self._is_computed[blocks] = True

@@ -61,6 +61,7 @@ class SequenceTable:
         self.max_num_seqs = max_num_seqs
         self.num_running = 0
         self._columns = np.zeros((self._NUM_COLUMNS, max_num_seqs), np.int64)
+        self._zero_tokens = np.broadcast_to(np.int32(0), max_model_len)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._sequence_by_slot: list[Sequence | None] = [None] * max_num_seqs
         self.token_ids = np.zeros((max_num_seqs, max_model_len) if needs_tokens else (0, 0), np.int32)
@@ -157,7 +158,7 @@ class SequenceTable:
         """Output tokens of one row: a view, or that many zeros where the executor makes no tokens."""
         count = int(self.num_output_tokens[row])
         if not self.token_ids.size:
-            return np.broadcast_to(np.int32(0), count)
+            return self._zero_tokens[:count]
         begin = int(self.num_prompt_tokens[row])
         return self.token_ids[self.slot[row], begin : begin + count]
 
