@@ -2,32 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from blendserve.cost import CostModel, Floats
-from blendserve.planner.base import RequestTable
+from blendserve.planner.base import Int64s, RequestTable
+from blendserve.planner.lengths import DEFAULT_SAMPLE_RATE, LengthModel, Lengths
+from blendserve.planner.order import DEFAULT_KEPT_SHARING
+from blendserve.planner.schedule import Schedule, make_schedule
 from blendserve.planner.tree import PrefixTree
+
+LengthsFactory = Callable[[PrefixTree, RequestTable], Lengths]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a policy starts from. Shapes: `expected_output_tokens` float64[num_requests]."""
+    """What a policy starts from. `schedule` holds for the estimates before anything has run; a policy that learns makes
+    its own lengths with `new_lengths` and its own schedules from them.
+    """
 
     tree: PrefixTree
     table: RequestTable
     cost: CostModel
-    expected_output_tokens: Floats
+    schedule: Schedule
+    samples: Int64s
+    new_lengths: Callable[[], Lengths]
+    kept_sharing: float = DEFAULT_KEPT_SHARING
     seed: int = 0
 
     @property
     def num_requests(self) -> int:
         return len(self.table)
 
+    @property
+    def expected_output_tokens(self) -> Floats:
+        """float64[num_requests]."""
+        return self.schedule.expected_output_tokens
 
-def make_plan(tree: PrefixTree, table: RequestTable, cost: CostModel, *, seed: int = 0) -> Plan:
-    """Plan a job whose prompts are sorted."""
-    known = table.known_output_tokens
-    expected = np.where(known >= 0, known, table.max_output_tokens).astype(np.float64)
-    return Plan(tree=tree, table=table, cost=cost, expected_output_tokens=expected, seed=seed)
+    @property
+    def optimal_sharing(self) -> float:
+        """Share of prompt tokens that a depth-first walk need not compute, whole tokens counted."""
+        return self.tree.sharing
+
+    @property
+    def planned_sharing(self) -> float:
+        """The same after conditional splits."""
+        return self.schedule.leaf_order.sharing(self.tree)
+
+    @property
+    def root_density(self) -> float:
+        """Compute over memory time of the whole job, every shared token computed once."""
+        return self.schedule.root_density
+
+    def reschedule(self, lengths: Lengths) -> Schedule:
+        """Order all requests anew by other estimates. Mutates nothing."""
+        return make_schedule(self.tree, self.table, self.cost, lengths, kept_sharing=self.kept_sharing)
+
+
+def make_plan(
+    tree: PrefixTree,
+    table: RequestTable,
+    cost: CostModel,
+    *,
+    seed: int = 0,
+    sample_rate: float = DEFAULT_SAMPLE_RATE,
+    kept_sharing: float = DEFAULT_KEPT_SHARING,
+    lengths: LengthsFactory | None = None,
+) -> Plan:
+    """Plan a job. `lengths` makes a model of output lengths other than `LengthModel` (the paper's means, an oracle)."""
+
+    def new_lengths() -> Lengths:
+        if lengths is not None:
+            return lengths(tree, table)
+        return LengthModel(tree, table, sample_rate=sample_rate, seed=seed)
+
+    model = new_lengths()
+    return Plan(
+        tree=tree,
+        table=table,
+        cost=cost,
+        schedule=make_schedule(tree, table, cost, model, kept_sharing=kept_sharing),
+        samples=model.samples,
+        new_lengths=new_lengths,
+        kept_sharing=kept_sharing,
+        seed=seed,
+    )

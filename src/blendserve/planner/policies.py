@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from blendserve.errors import ConfigError
 from blendserve.planner.base import Int64s, Policy
+from blendserve.planner.blend import BlendPolicy
 from blendserve.planner.plan import Plan
 from blendserve.planner.static import StaticPolicy, bucket_order, fcfs_order, longest_first_order, random_order
 
@@ -16,7 +17,9 @@ _ORDER_BY_NAME: dict[str, Callable[[Plan], Int64s]] = {
     "longest-first": lambda plan: longest_first_order(plan.expected_output_tokens),
     "lexical-buckets": lambda plan: bucket_order(plan.tree),
 }
-_POLICY_BY_NAME: dict[str, Callable[[Plan], Policy]] = {}
+_POLICY_BY_NAME: dict[str, Callable[[Plan], Policy]] = {
+    "blend": BlendPolicy,
+}
 
 POLICY_NAMES = (*_POLICY_BY_NAME, *_ORDER_BY_NAME)
 
@@ -26,5 +29,5 @@ def make_policy(name: str, plan: Plan) -> Policy:
     if name in _POLICY_BY_NAME:
         return _POLICY_BY_NAME[name](plan)
     if name in _ORDER_BY_NAME:
-        return StaticPolicy(name, _ORDER_BY_NAME[name](plan), plan.table.num_prompt_tokens)
+        return StaticPolicy(name, _ORDER_BY_NAME[name](plan))
     raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICY_NAMES)}")

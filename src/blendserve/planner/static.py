@@ -14,12 +14,12 @@ BUCKET_PREFIX_RATIO = 0.33
 
 
 class StaticPolicy:
-    """Admit requests in a fixed order whenever the next one's prompt fits; preempted ones come first again."""
+    """Propose requests in a fixed order while a step's worth of tokens is not yet pending; the engine refuses what does
+    not fit. Preempted requests come first again."""
 
-    def __init__(self, name: str, order: Int64s, num_prompt_tokens: Int64s) -> None:
+    def __init__(self, name: str, order: Int64s) -> None:
         self.name = name
         self._order = order
-        self._num_prompt_tokens = num_prompt_tokens
         self._position = 0
         self._preempted: list[int] = []
         self._proposed = -1
@@ -33,8 +33,7 @@ class StaticPolicy:
             return None
         if self._proposed < 0:
             self._proposed = self._preempted[-1] if self._preempted else int(self._order[self._position])
-        num_running = len(view.request_index)
-        if num_running and not self._has_room(view, num_running):
+        if len(view.request_index) and num_pending_tokens(view) >= view.max_num_batched_tokens:
             return None
         return self._proposed
 
@@ -58,14 +57,11 @@ class StaticPolicy:
     def next_use(self, key: Hashable) -> float:  # noqa: ARG002
         return 0.0
 
-    def _has_room(self, view: SchedulerView, num_running: int) -> bool:
-        """Room for the prompt beside the prompts that running sequences have yet to compute, a step's worth at most."""
-        if num_running >= view.max_num_seqs:
-            return False
-        pending = int(np.maximum(view.num_prompt_tokens - view.num_computed_tokens, 0).sum())
-        if pending >= view.max_num_batched_tokens:
-            return False
-        return view.free_tokens >= pending + int(self._num_prompt_tokens[self._proposed])
+
+def num_pending_tokens(view: SchedulerView) -> int:
+    """Tokens that running sequences have yet to compute before they decode."""
+    left = view.num_prompt_tokens + view.num_output_tokens - view.num_computed_tokens - 1
+    return int(np.maximum(left, 0).sum())
 
 
 def fcfs_order(num_requests: int) -> Int64s:

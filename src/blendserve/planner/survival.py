@@ -111,9 +111,9 @@ class SurvivalTable:
             low = np.where(is_beyond, middle, low)
             high = np.where(is_beyond, high, np.maximum(middle - 1, low))
         upper, lower = self.beyond[strata, low], self.beyond[strata, low + 1]
-        share = np.clip((upper - survival) / np.maximum(upper - lower, 1e-300), 0.0, 1.0)
-        result: Floats = self.edges[low] + share * (self.edges[low + 1] - self.edges[low])
-        return result
+        share: Floats = np.clip((upper - survival) / np.maximum(upper - lower, 1e-300), 0.0, 1.0)
+        width = (self.edges[low + 1] - self.edges[low]).astype(np.float64)
+        return self.edges[low] + share * width
 
     def _bins(self, lengths: Int64s) -> Int64s:
         if len(lengths) and int(lengths.max()) < len(self.bin_of):

@@ -1,0 +1,198 @@
+"""The default policy: both resources in the proportion in which they remain, and a KV memory that stays full.
+
+Four rules (paper.md section 9). The prefill tokens of a step follow from the KV it reads, by the ratio of compute to
+memory time left in the whole job. The memory end enters as the forecast of its peak allows, longest first because that
+is how densities fall. The compute end enters as prefill is wanted. What finishes corrects the estimates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+
+from blendserve.planner.base import SchedulerView
+from blendserve.planner.forecast import KvForecast
+from blendserve.planner.learner import Learner
+from blendserve.planner.plan import Plan
+from blendserve.planner.scanner import NO_REQUEST, DualScanner
+from blendserve.planner.tree import BLOCK_KEY_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class BlendSettings:
+    """`kv_share`: share of the KV memory that forecasts may fill; more loses to preemption, less leaves steps empty.
+    `max_reserve`: most of it that is held for the compute end. `refresh_steps`: steps between two forecasts from
+    scratch. `window`: requests at the compute end whose shape decides what it needs.
+    """
+
+    kv_share: float = 0.95
+    max_reserve: float = 0.5
+    refresh_steps: int = 16
+    window: int = 256
+
+
+class BlendPolicy:
+    """Admission and step mix by feedback; see the module."""
+
+    name = "blend"
+
+    def __init__(self, plan: Plan, settings: BlendSettings = BlendSettings()) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._learner = Learner(plan)
+        self._schedule = plan.schedule
+        self._scanner = DualScanner(plan.schedule.order, plan.samples)
+        self._is_at_memory_end = np.zeros(plan.num_requests, dtype=np.bool_)
+        self._num_cached = np.zeros(plan.num_requests, dtype=np.int64)
+        self._all = KvForecast()
+        self._memory_end = KvForecast()
+        self._step = 0
+        self._is_new_step = True
+        self._is_stale = True
+        self._proposed_at_memory_end = False
+        self._proposed_remaining = np.zeros(1)
+        self._pending = self._pending_memory_end = 0
+        self._budget = 0
+        self._reserve = 0.0
+        self._running_compute_s = self._running_memory_s = 0.0
+        self._waiting_compute_s = float(self._schedule.compute_s.sum())
+        self._waiting_memory_s = float(self._schedule.memory_s.sum())
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scanner.num_waiting
+
+    def next(self, view: SchedulerView) -> int | None:
+        if not self._scanner.num_waiting:
+            return None
+        if self._is_new_step:
+            self._begin_step(view)
+        num_running = len(view.request_index)
+        if num_running >= view.max_num_seqs or self._pending >= view.max_num_batched_tokens:
+            return None
+        limit = self._settings.kv_share * view.capacity_tokens
+        request = self._scanner.peek_memory_end()
+        if self._fits(self._memory_end, request, limit - self._reserve):
+            self._proposed_at_memory_end = True
+            return request
+        self._proposed_at_memory_end = False
+        if self._pending >= self._budget and num_running:
+            return None
+        request = self._scanner.peek_first()
+        if request == NO_REQUEST:
+            request = self._scanner.peek_compute_end()
+        if self._fits(self._all, request, limit) or not num_running:
+            return request
+        return None
+
+    def prefill_tokens(self, view: SchedulerView) -> int:
+        if self._is_new_step:
+            self._begin_step(view)
+        self._step += 1
+        self._is_new_step = True
+        return max(self._budget, self._pending_memory_end)
+
+    def admitted(self, index: int, num_cached_tokens: int) -> None:
+        schedule = self._schedule
+        self._scanner.take(index)
+        self._waiting_compute_s -= float(schedule.compute_s[index])
+        self._waiting_memory_s -= float(schedule.memory_s[index])
+        self._running_compute_s += float(schedule.compute_s[index])
+        self._running_memory_s += float(schedule.memory_s[index])
+        self._is_at_memory_end[index] = self._proposed_at_memory_end
+        self._num_cached[index] = num_cached_tokens
+        own = int(self._plan.table.num_prompt_tokens[index]) - num_cached_tokens
+        self._pending += own
+        self._all.add(self._step, own, self._proposed_remaining)
+        if self._proposed_at_memory_end:
+            self._pending_memory_end += own
+            self._memory_end.add(self._step, own, self._proposed_remaining)
+
+    def finished(self, index: int, num_output_tokens: int) -> None:
+        self._learner.lengths.observe(index, num_output_tokens)
+
+    def preempted(self, index: int, num_output_tokens: int) -> None:  # noqa: ARG002
+        self._scanner.put_back(index, at_memory_end=bool(self._is_at_memory_end[index]))
+        self._waiting_compute_s += float(self._schedule.compute_s[index])
+        self._waiting_memory_s += float(self._schedule.memory_s[index])
+        self._is_stale = True
+
+    def next_use(self, key: Hashable) -> float:
+        """Requests to pass before the block's subtree is reached from an end; 0 where keys are not the tree's."""
+        if not isinstance(key, int):
+            return 0.0
+        node = key >> BLOCK_KEY_BITS
+        if node >= self._plan.tree.num_nodes:
+            return 0.0
+        schedule = self._schedule
+        return self._scanner.distance(int(schedule.first_position[node]), int(schedule.last_position[node]))
+
+    def _fits(self, forecast: KvForecast, request: int, limit: float) -> bool:
+        index = np.array([request])
+        self._proposed_remaining = self._learner.lengths.quantiles(index, np.zeros(1, dtype=np.int64))[0]
+        kv_tokens = float(self._plan.table.num_prompt_tokens[request])
+        return forecast.peak_with(self._step, kv_tokens, self._proposed_remaining) <= limit
+
+    def _begin_step(self, view: SchedulerView) -> None:
+        """Look at what runs: the budget of the coming step follows from the KV that its decodes read."""
+        self._is_new_step = False
+        computed = view.num_computed_tokens
+        left = np.maximum(view.num_prompt_tokens + view.num_output_tokens - 1 - computed, 0)
+        is_decoding = left == 0
+        self._pending = int(left.sum())
+        self._pending_memory_end = int(left[self._is_at_memory_end[view.request_index]].sum())
+        if self._is_stale or self._step % self._settings.refresh_steps == 0:
+            self._look_ahead(view)
+        cost = self._plan.cost
+        memory_s = cost.kv_token_s * float(computed[is_decoding].sum())
+        wanted = memory_s * self._ratio() / cost.token_s - np.count_nonzero(is_decoding)
+        self._budget = int(min(max(wanted, 0.0), view.max_num_batched_tokens))
+
+    def _ratio(self) -> float:
+        """Compute time over memory time of all that remains."""
+        compute_s = self._waiting_compute_s + self._running_compute_s
+        memory_s = self._waiting_memory_s + self._running_memory_s
+        return max(compute_s, 0.0) / memory_s if memory_s > 1e-12 else math.inf
+
+    def _look_ahead(self, view: SchedulerView) -> None:
+        """Forecast from scratch, and learn where there is enough to learn from."""
+        self._is_stale = False
+        if self._learner.is_due:
+            self._replan(view)
+        running, outputs = view.request_index, view.num_output_tokens
+        lengths, cost = self._learner.lengths, self._plan.cost
+        own = view.num_prompt_tokens - self._num_cached[running] + outputs
+        remaining = lengths.quantiles(running, outputs)
+        at_memory_end = self._is_at_memory_end[running]
+        self._all.rebuild(self._step, own.astype(np.float64), remaining)
+        self._memory_end.rebuild(self._step, own[at_memory_end].astype(np.float64), remaining[at_memory_end])
+
+        first, squared = lengths.moments(running, outputs)
+        held = view.num_prompt_tokens + outputs
+        self._running_compute_s = cost.token_s * (self._pending + float(first.sum()))
+        self._running_memory_s = cost.kv_token_s * float((held * first + squared / 2).sum())
+        present = float(own[~at_memory_end].sum())
+        self._reserve = min(max(present, self._steady_compute_end()), self._settings.max_reserve * view.capacity_tokens)
+
+    def _steady_compute_end(self) -> float:
+        """KV tokens that the compute end holds when it delivers the budget in every step (Little's law)."""
+        upcoming = self._scanner.upcoming(self._settings.window)
+        if not len(upcoming):
+            return 0.0
+        cost, schedule = self._plan.cost, self._schedule
+        expected = schedule.expected_output_tokens[upcoming]
+        prefill = float(schedule.compute_s[upcoming].sum()) / cost.token_s - float(expected.sum())
+        token_steps = float(schedule.memory_s[upcoming].sum()) / cost.kv_token_s
+        return self._budget * token_steps / max(prefill, 1.0)
+
+    def _replan(self, view: SchedulerView) -> None:
+        waiting = self._scanner.waiting()
+        schedule = self._learner.refresh(view, waiting)
+        if schedule is not None:
+            self._schedule = schedule
+            self._scanner.reorder(schedule.order)
+            self._waiting_compute_s = float(schedule.compute_s[waiting].sum())
+            self._waiting_memory_s = float(schedule.memory_s[waiting].sum())

@@ -1,0 +1,70 @@
+"""How full the KV memory will be: the peak that running sequences are heading for, and what one more would make of it.
+
+Every sequence grows by a token per step until it ends, so the load between two ends rises by one line; it peaks just
+before an end. Times are absolute steps, which keeps a forecast valid as steps pass. Lengths are distributions: each
+sequence is several equally likely ones of a fraction of its size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blendserve.cost import Floats
+
+MAX_SPANS = 64
+"""Ends are grouped into this many spans, each with its highest load: an admission costs microseconds."""
+
+
+class KvForecast:
+    """Expected KV load in tokens over the steps to come, by spans (begin, end] of steps."""
+
+    def __init__(self) -> None:
+        self._begin = np.zeros(0)
+        self._end = np.zeros(0)
+        self._load = np.zeros(0)
+
+    def rebuild(self, step: int, kv_tokens: Floats, remaining: Floats) -> None:
+        """Forecast from scratch. Shapes: `kv_tokens` [n] held now, `remaining` [n, num_quantiles] tokens to come."""
+        num_quantiles = remaining.shape[1] if remaining.ndim == 2 else 1
+        ends = (step + remaining).ravel()
+        if not len(ends):
+            self._begin = self._end = self._load = np.zeros(0)
+            return
+        by_end = np.argsort(ends)
+        ends = ends[by_end]
+        held = np.repeat(kv_tokens - step, num_quantiles)[by_end] / num_quantiles
+        held_after = np.cumsum(held[::-1])[::-1]
+        count_after = np.arange(len(ends), 0, -1) / num_quantiles
+        load = held_after + count_after * ends
+        starts = np.arange(0, len(ends), max(1, -(-len(ends) // MAX_SPANS)))
+        self._load = np.maximum.reduceat(load, starts)
+        self._end = ends[np.append(starts[1:] - 1, len(ends) - 1)]
+        self._begin = np.concatenate([[step], self._end[:-1]])
+
+    @property
+    def peak(self) -> float:
+        """Highest load to come, in tokens."""
+        return float(self._load.max()) if len(self._load) else 0.0
+
+    def peak_with(self, step: int, kv_tokens: float, remaining: Floats) -> float:
+        """The peak with one more sequence, given its equally likely remaining lengths (ascending)."""
+        alone = kv_tokens + float(remaining[-1])
+        if not len(self._load):
+            return alone
+        return max(alone, float((self._load + self._added(step, kv_tokens, remaining)).max()))
+
+    def add(self, step: int, kv_tokens: float, remaining: Floats) -> None:
+        """Count one more sequence in."""
+        self._load = self._load + self._added(step, kv_tokens, remaining)
+        last = step + float(remaining[-1])
+        previous = float(self._end[-1]) if len(self._end) else float(step)
+        if last > previous:
+            self._begin = np.append(self._begin, previous)
+            self._end = np.append(self._end, last)
+            self._load = np.append(self._load, kv_tokens + remaining[-1])
+
+    def _added(self, step: int, kv_tokens: float, remaining: Floats) -> Floats:
+        """Load of the sequence at the end of each span that it may still run in."""
+        share = 1.0 - np.searchsorted(step + remaining, self._begin, side="right") / len(remaining)
+        added: Floats = share * (kv_tokens + self._end - step)
+        return added

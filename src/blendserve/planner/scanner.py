@@ -1,0 +1,98 @@
+"""The two ends of the order: requests leave from the compute end, from the memory end, or out of turn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from blendserve.planner.base import Int64s
+
+NO_REQUEST = -1
+
+
+class DualScanner:
+    """Which request comes next at each end of an order. Both ends walk depth-first, because the order is.
+
+    Requests in `first` are served before others (length samples); they leave from a lane of their own. Preempted
+    requests go back to the end they came from and leave first. Looking mutates nothing that a caller can see.
+    """
+
+    def __init__(self, order: Int64s, first: Int64s) -> None:
+        self._is_waiting = np.zeros(len(order), dtype=np.bool_)
+        self._is_waiting[order] = True
+        self._num_waiting = len(order)
+        self._first = first.tolist()
+        self._first.reverse()
+        self._returned: tuple[list[int], list[int]] = ([], [])
+        self.reorder(order)
+
+    def reorder(self, order: Int64s) -> None:
+        """Go on with another order of the same requests: those that have left stay out."""
+        self._order = order
+        self._low, self._high = 0, len(order)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    def is_waiting(self, request: int) -> bool:
+        return bool(self._is_waiting[request])
+
+    def waiting(self) -> Int64s:
+        """Indices of all requests that wait, ascending."""
+        return np.flatnonzero(self._is_waiting)
+
+    def upcoming(self, count: int) -> Int64s:
+        """The next `count` requests at the compute end, about: some may have left out of turn."""
+        self.peek_compute_end()
+        return self._order[self._low : min(self._low + count, self._high)]
+
+    def peek_first(self) -> int:
+        """The next request of those to be served before others, or NO_REQUEST."""
+        while self._first and not self._is_waiting[self._first[-1]]:
+            self._first.pop()
+        return self._first[-1] if self._first else NO_REQUEST
+
+    def peek_compute_end(self) -> int:
+        """The next request at the compute end, or NO_REQUEST."""
+        if self._returned[0]:
+            return self._returned[0][-1]
+        while self._low < self._high and not self._is_waiting[self._order[self._low]]:
+            self._low += 1
+        if self._low < self._high:
+            return int(self._order[self._low])
+        return self._returned[1][-1] if self._returned[1] else NO_REQUEST
+
+    def peek_memory_end(self) -> int:
+        """The next request at the memory end, or NO_REQUEST."""
+        if self._returned[1]:
+            return self._returned[1][-1]
+        while self._low < self._high and not self._is_waiting[self._order[self._high - 1]]:
+            self._high -= 1
+        if self._low < self._high:
+            return int(self._order[self._high - 1])
+        return self._returned[0][-1] if self._returned[0] else NO_REQUEST
+
+    def take(self, request: int) -> None:
+        """A request leaves."""
+        assert self._is_waiting[request], f"request {request} left twice"
+        self._is_waiting[request] = False
+        self._num_waiting -= 1
+        for returned in self._returned:
+            if returned and returned[-1] == request:
+                returned.pop()
+
+    def put_back(self, request: int, *, at_memory_end: bool) -> None:
+        """A request that left comes back, next in line at its end."""
+        assert not self._is_waiting[request], f"request {request} came back twice"
+        self._is_waiting[request] = True
+        self._num_waiting += 1
+        self._returned[at_memory_end].append(request)
+
+    def distance(self, first: int, last: int) -> float:
+        """Requests to pass at the nearer end before one of order[first:last] is next; infinite where none is left."""
+        begin, end = max(first, self._low), min(last, self._high)
+        if begin >= end:
+            return math.inf
+        return float(min(begin - self._low, self._high - end))
