@@ -1,0 +1,121 @@
+#include "batch.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "ops/attention.h"
+
+namespace blendserve {
+namespace {
+
+// One long sequence is split where its tile alone exceeds this share of a thread's fair part of the work: the tail of
+// the op is then at most that share of it.
+constexpr int64_t kSharesPerThread = 4;
+// Time per KV token of a tile in units of one query row's arithmetic: loading and unpacking it costs about four rows.
+constexpr int64_t kLoadCost = 4;
+
+void require(bool condition, const char* what, int64_t actual, int64_t limit) {
+  if (condition) return;
+  throw std::invalid_argument(std::string("a step's ") + what + " is " + std::to_string(actual) +
+                              "; the executor was made for " + std::to_string(limit));
+}
+
+}  // namespace
+
+Batch::Batch(const BatchLimits& limits, const AttentionCut& cut) : limits_(limits), cut_(cut) {
+  const int64_t max_segments = num_attention_segments(limits.max_model_len);
+  max_partials_ = kSharesPerThread * cut.num_threads * max_segments;
+  const int64_t tile_tokens = attention_tile_tokens(cut.group);
+  const int64_t max_tiles = limits.max_num_seqs + div_up(limits.max_num_batched_tokens, tile_tokens);
+  rows_.reserve(static_cast<size_t>(limits.max_num_batched_tokens));
+  entries_.reserve(static_cast<size_t>(limits.max_num_seqs));
+  sampled_entries_.reserve(static_cast<size_t>(limits.max_num_seqs));
+  tasks_.reserve(static_cast<size_t>(max_tiles * cut.num_kv_heads + max_partials_));
+  splits_.reserve(static_cast<size_t>(kSharesPerThread * cut.num_threads));
+}
+
+void Batch::gather(const StepInput& input) {
+  rows_.clear();
+  entries_.clear();
+  sampled_entries_.clear();
+  num_attended_tokens_ = num_read_tokens_ = 0;
+  const int64_t num_entries = static_cast<int64_t>(input.slots.size());
+  require(num_entries <= limits_.max_num_seqs, "number of sequences", num_entries, limits_.max_num_seqs);
+  for (int64_t index = 0; index < num_entries; ++index) add_entry(input, index);
+  cut_attention();
+}
+
+void Batch::add_entry(const StepInput& input, int64_t index) {
+  const auto at = static_cast<size_t>(index);
+  const int64_t slot = input.slots[at];
+  const int64_t num_tokens = input.num_scheduled_tokens[at];
+  const int64_t first = input.num_computed_tokens[at];
+  const int64_t end = first + num_tokens;
+  require(slot >= 0 && slot < input.num_slots, "slot", slot, input.num_slots);
+  require(num_tokens >= 1, "number of scheduled tokens of an entry", num_tokens, 1);
+  require(first >= 0, "number of computed tokens of an entry", first, 0);
+  require(end <= limits_.max_model_len, "sequence length", end, limits_.max_model_len);
+  require(end <= input.token_stride, "sequence length", end, input.token_stride);
+  require(div_up(end, kBlockSize) <= input.block_stride, "block table length", div_up(end, kBlockSize),
+          input.block_stride);
+  const int64_t first_row = static_cast<int64_t>(rows_.size());
+  require(first_row + num_tokens <= limits_.max_num_batched_tokens, "number of tokens", first_row + num_tokens,
+          limits_.max_num_batched_tokens);
+  const int32_t* tokens = input.token_ids + slot * input.token_stride;
+  const int32_t* blocks = input.block_tables + slot * input.block_stride;
+  for (int64_t b = 0; b < div_up(end, kBlockSize); ++b) {
+    require(blocks[b] >= 0 && blocks[b] < limits_.num_blocks, "block number", blocks[b], limits_.num_blocks);
+  }
+  for (int64_t position = first; position < end; ++position) {
+    const int32_t token = tokens[position];
+    require(token >= 0 && token < limits_.vocab_size, "token id", token, limits_.vocab_size);
+    rows_.push_back({token, static_cast<int32_t>(position), blocks[position / kBlockSize]});
+    num_attended_tokens_ += position + 1;
+  }
+  num_read_tokens_ += end;
+  if (input.is_sampled[index]) sampled_entries_.push_back(static_cast<int32_t>(entries_.size()));
+  entries_.push_back({slot, first_row, num_tokens, first, tokens, blocks});
+}
+
+void Batch::cut_attention() {
+  tasks_.clear();
+  splits_.clear();
+  const int64_t tile_tokens = attention_tile_tokens(cut_.group);
+  const auto cost = [&](int64_t num_tokens, int64_t context) {
+    return (num_tokens * cut_.group + kLoadCost) * context;
+  };
+  int64_t total = 0;
+  for (const BatchEntry& entry : entries_) {
+    total += cost(entry.num_rows, entry.first_position + entry.num_rows) * cut_.num_kv_heads;
+  }
+  const int64_t largest = total / (kSharesPerThread * cut_.num_threads);
+  int32_t num_partials = 0;
+  for (int32_t e = 0; e < static_cast<int32_t>(entries_.size()); ++e) {
+    const BatchEntry& entry = entries_[static_cast<size_t>(e)];
+    const int64_t context = entry.first_position + entry.num_rows;
+    const int64_t num_segments = num_attention_segments(context);
+    const bool is_split = entry.num_rows == 1 && num_segments > 1 && cost(1, context) > largest;
+    for (int32_t head = 0; head < cut_.num_kv_heads; ++head) {
+      if (is_split && num_partials + num_segments <= max_partials_) {
+        splits_.push_back({e, head, num_partials, static_cast<int32_t>(num_segments)});
+        for (int32_t s = 0; s < num_segments; ++s) {
+          const int64_t length = std::min(kSegmentTokens, context - s * kSegmentTokens);
+          tasks_.push_back({e, head, 0, 1, s, num_partials++, cost(1, length)});
+        }
+        continue;
+      }
+      for (int64_t token = 0; token < entry.num_rows; token += tile_tokens) {
+        const int64_t count = std::min(tile_tokens, entry.num_rows - token);
+        tasks_.push_back({e, head, static_cast<int32_t>(token), static_cast<int32_t>(count), -1, -1,
+                          cost(count, entry.first_position + token + count)});
+      }
+    }
+  }
+  std::sort(tasks_.begin(), tasks_.end(), [](const AttentionTask& a, const AttentionTask& b) {
+    if (a.cost != b.cost) return a.cost > b.cost;
+    return a.entry != b.entry ? a.entry < b.entry : a.kv_head < b.kv_head;
+  });
+}
+
+}  // namespace blendserve

@@ -1,0 +1,105 @@
+// The rows of one step, gathered from a plan: which token at which position of which sequence, what attention has to
+// read, and which rows are sampled. Knows nothing of weights.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace blendserve {
+
+// A plan as it arrives (engine/step.py's StepPlan): borrowed arrays, one entry per scheduled sequence.
+struct StepInput {
+  std::span<const int32_t> slots;
+  std::span<const int32_t> num_scheduled_tokens;
+  std::span<const int32_t> num_computed_tokens;
+  const bool* is_sampled;
+  const int32_t* token_ids;  // [num_slots][token_stride]
+  int64_t token_stride;
+  const int32_t* block_tables;  // [num_slots][block_stride]
+  int64_t block_stride;
+  int64_t num_slots;
+};
+
+struct BatchLimits {
+  int64_t max_num_seqs;
+  int64_t max_num_batched_tokens;
+  int64_t max_model_len;
+  int64_t num_blocks;
+  int64_t vocab_size;
+};
+
+// What attention needs of the model and the machine in order to cut tiles.
+struct AttentionCut {
+  int64_t num_kv_heads;
+  int64_t group;  // query heads per KV head
+  int64_t num_threads;
+};
+
+struct BatchRow {
+  int32_t token;
+  int32_t position;
+  int32_t block;  // that holds this position
+};
+
+struct BatchEntry {
+  int64_t slot;
+  int64_t first_row;
+  int64_t num_rows;
+  int64_t first_position;
+  const int32_t* token_ids;
+  const int32_t* block_table;
+};
+
+// Query tokens [first_token, first_token + num_tokens) of one entry and one KV head; `segment` >= 0: that segment only,
+// as part `partial` of split `split`.
+struct AttentionTask {
+  int32_t entry;
+  int32_t kv_head;
+  int32_t first_token;
+  int32_t num_tokens;
+  int32_t segment;
+  int32_t partial;
+  int64_t cost;
+};
+
+// A sequence and KV head whose segments are computed apart; merged when all are done.
+struct AttentionSplit {
+  int32_t entry;
+  int32_t kv_head;
+  int32_t first_partial;
+  int32_t num_segments;
+};
+
+class Batch {
+ public:
+  Batch(const BatchLimits& limits, const AttentionCut& cut);  // allocates for the largest step
+  // Replaces the contents. Throws std::invalid_argument where the plan does not fit the limits.
+  void gather(const StepInput& input);
+
+  std::span<const BatchRow> rows() const { return rows_; }
+  std::span<const BatchEntry> entries() const { return entries_; }
+  std::span<const int32_t> sampled_entries() const { return sampled_entries_; }
+  std::span<const AttentionTask> tasks() const { return tasks_; }  // by falling cost
+  std::span<const AttentionSplit> splits() const { return splits_; }
+  int64_t max_partials() const { return max_partials_; }
+  int64_t num_attended_tokens() const { return num_attended_tokens_; }  // sum over rows of the positions they see
+  int64_t num_read_tokens() const { return num_read_tokens_; }          // sum over entries of the positions they read
+
+ private:
+  void add_entry(const StepInput& input, int64_t index);
+  void cut_attention();
+
+  BatchLimits limits_;
+  AttentionCut cut_;
+  int64_t max_partials_;
+  int64_t num_attended_tokens_ = 0;
+  int64_t num_read_tokens_ = 0;
+  std::vector<BatchRow> rows_;
+  std::vector<BatchEntry> entries_;
+  std::vector<int32_t> sampled_entries_;
+  std::vector<AttentionTask> tasks_;
+  std::vector<AttentionSplit> splits_;
+};
+
+}  // namespace blendserve

@@ -1,0 +1,216 @@
+// The Python face of the core: arrays in, arrays out, no logic. src/blendserve/_native.pyi describes it.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "model.h"
+#include "ops/bf16.h"
+
+namespace nb = nanobind;
+
+namespace blendserve {
+namespace {
+
+template <class T, int kDimensions>
+using Array = nb::ndarray<const T, nb::ndim<kDimensions>, nb::c_contig, nb::device::cpu>;
+using Matrix = Array<float, 2>;
+using Vector = Array<float, 1>;
+
+template <class AnyArray>
+auto view(const AnyArray& array) {
+  return std::span(array.data(), array.size());
+}
+
+std::vector<float> copy(const Vector& vector) { return {vector.data(), vector.data() + vector.size()}; }
+
+std::vector<float> copy(const std::optional<Vector>& vector) { return vector ? copy(*vector) : std::vector<float>(); }
+
+// Weights on their way from files to a model, packed layer by layer so that float32 copies never add up.
+class WeightLoader {
+ public:
+  WeightLoader(std::string_view isa, size_t num_layers) : isa_(isa_from_name(isa)) {
+    if (!is_supported(isa_)) {
+      throw std::invalid_argument("this processor has no " + std::string(isa) + "; use 'auto'");
+    }
+    weights_.layers.resize(num_layers);
+  }
+
+  void set_layer(size_t index, const Matrix& qkv, const Matrix& output, const Matrix& gate_up, const Matrix& down,
+                 const Vector& input_norm, const Vector& post_attention_norm, const std::optional<Vector>& qkv_bias,
+                 const std::optional<Vector>& q_norm, const std::optional<Vector>& k_norm) {
+    LayerWeights layer;
+    layer.input_norm = copy(input_norm);
+    layer.post_attention_norm = copy(post_attention_norm);
+    layer.qkv_bias = copy(qkv_bias);
+    layer.q_norm = copy(q_norm);
+    layer.k_norm = copy(k_norm);
+    layer.qkv = pack(qkv);
+    layer.o = pack(output);
+    layer.gate_up = pack(gate_up);
+    layer.down = pack(down);
+    weights_.layers.at(index) = std::move(layer);
+  }
+
+  // `embedding` is absent where it is tied to the head.
+  void set_ends(const std::optional<Matrix>& embedding, const Matrix& lm_head, const Vector& norm,
+                const Array<double, 1>& inverse_frequencies) {
+    weights_.norm = copy(norm);
+    weights_.inverse_frequencies.assign(inverse_frequencies.data(),
+                                        inverse_frequencies.data() + inverse_frequencies.size());
+    weights_.lm_head = pack(lm_head);
+    if (!embedding) return;
+    nb::gil_scoped_release release;
+    weights_.embedding = Buffer<uint16_t>(static_cast<int64_t>(embedding->size()));
+    std::transform(embedding->data(), embedding->data() + embedding->size(), weights_.embedding.data(),
+                   bf16_from_float);
+  }
+
+  Isa isa() const { return isa_; }
+  ModelWeights take() { return std::exchange(weights_, {}); }
+
+ private:
+  PackedMatrix pack(const Matrix& matrix) const {
+    nb::gil_scoped_release release;
+    return {isa_, view(matrix), static_cast<int64_t>(matrix.shape(0)), static_cast<int64_t>(matrix.shape(1))};
+  }
+
+  Isa isa_;
+  ModelWeights weights_;
+};
+
+template <class T, size_t kDimensions>
+auto own(std::vector<T> values, const std::array<size_t, kDimensions>& shape) {
+  auto owned = std::make_unique<std::vector<T>>(std::move(values));
+  T* data = owned->data();
+  nb::capsule owner(owned.release(), [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return nb::ndarray<nb::numpy, T, nb::ndim<kDimensions>>(data, kDimensions, shape.data(), owner);
+}
+
+auto step(Model& model, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& num_scheduled_tokens,
+          const Array<int32_t, 1>& num_computed_tokens, const Array<bool, 1>& is_sampled,
+          const Array<int32_t, 2>& token_ids, const Array<int32_t, 2>& block_tables) {
+  if (num_scheduled_tokens.size() != slots.size() || num_computed_tokens.size() != slots.size() ||
+      is_sampled.size() != slots.size() || token_ids.shape(0) != block_tables.shape(0)) {
+    throw std::invalid_argument("the arrays of a plan differ in length");
+  }
+  const StepInput input = {view(slots),
+                           view(num_scheduled_tokens),
+                           view(num_computed_tokens),
+                           is_sampled.data(),
+                           token_ids.data(),
+                           static_cast<int64_t>(token_ids.shape(1)),
+                           block_tables.data(),
+                           static_cast<int64_t>(block_tables.shape(1)),
+                           static_cast<int64_t>(token_ids.shape(0))};
+  std::span<const Sample> samples;
+  {
+    nb::gil_scoped_release release;
+    samples = model.step(input);
+  }
+  std::vector<int32_t> tokens;
+  std::vector<std::tuple<int64_t, float, std::vector<std::pair<int32_t, float>>>> logprobs;
+  for (const Sample& sample : samples) {
+    if (sample.has_logprob) {
+      std::vector<std::pair<int32_t, float>> top;
+      for (const TokenLogit& best : sample.top) top.emplace_back(best.token, best.logit);
+      logprobs.emplace_back(static_cast<int64_t>(tokens.size()), sample.logprob, std::move(top));
+    }
+    tokens.push_back(sample.token);
+  }
+  return std::make_pair(own<int32_t, 1>(std::move(tokens), {samples.size()}), std::move(logprobs));
+}
+
+auto logits(Model& model, const Array<int32_t, 1>& token_ids) {
+  const auto vocab_size = static_cast<size_t>(model.shape().vocab_size);
+  std::vector<float> result(token_ids.size() * vocab_size);
+  {
+    nb::gil_scoped_release release;
+    model.logits(view(token_ids), result.data());
+  }
+  return own<float, 2>(std::move(result), {token_ids.size(), vocab_size});
+}
+
+nb::dict counters(const Model& model) {
+  const StepCounters& counters = model.counters();
+  nb::dict seconds, result;
+  for (int op = 0; op < kNumOps; ++op) {
+    const std::string_view name = op_name(static_cast<Op>(op));
+    seconds[nb::str(name.data(), name.size())] = counters.op_s[static_cast<size_t>(op)];
+  }
+  result["num_steps"] = counters.num_steps;
+  result["num_tokens"] = counters.num_tokens;
+  result["matmul_flop"] = counters.matmul_flop;
+  result["attention_flop"] = counters.attention_flop;
+  result["weight_bytes"] = counters.weight_bytes;
+  result["kv_bytes"] = counters.kv_bytes;
+  result["op_s"] = seconds;
+  return result;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("best_isa", [] { return std::string(isa_name(best_isa())); });
+  m.def("is_supported", [](std::string_view name) { return is_supported(isa_from_name(name)); }, nb::arg("isa"));
+
+  nb::class_<WeightLoader>(m, "WeightLoader")
+      .def(nb::init<std::string_view, size_t>(), nb::arg("isa"), nb::arg("num_layers"))
+      .def("set_layer", &WeightLoader::set_layer, nb::arg("index"), nb::kw_only(), nb::arg("qkv"), nb::arg("output"),
+           nb::arg("gate_up"), nb::arg("down"), nb::arg("input_norm"), nb::arg("post_attention_norm"),
+           nb::arg("qkv_bias").none() = nb::none(), nb::arg("q_norm").none() = nb::none(),
+           nb::arg("k_norm").none() = nb::none())
+      .def("set_ends", &WeightLoader::set_ends, nb::kw_only(), nb::arg("embedding").none(), nb::arg("lm_head"),
+           nb::arg("norm"), nb::arg("inverse_frequencies"));
+
+  nb::class_<ModelShape>(m, "ModelShape")
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>(), nb::kw_only(),
+           nb::arg("vocab_size"), nb::arg("hidden_size"), nb::arg("intermediate_size"), nb::arg("num_layers"),
+           nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("rms_norm_eps"))
+      .def_prop_ro("head_stride", &ModelShape::head_stride);
+
+  nb::class_<ModelLimits>(m, "ModelLimits")
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t>(), nb::kw_only(), nb::arg("max_num_seqs"),
+           nb::arg("max_num_batched_tokens"), nb::arg("max_model_len"), nb::arg("num_blocks"));
+
+  nb::class_<SamplingParams>(m, "SamplingParams")
+      .def(nb::init<float, float, float, float, float, float, int32_t, int32_t, int64_t, int64_t, uint64_t,
+                    std::vector<std::pair<int32_t, float>>, std::vector<int32_t>>(),
+           nb::kw_only(), nb::arg("temperature"), nb::arg("top_p"), nb::arg("min_p"), nb::arg("presence_penalty"),
+           nb::arg("frequency_penalty"), nb::arg("repetition_penalty"), nb::arg("top_k"), nb::arg("num_logprobs"),
+           nb::arg("min_tokens"), nb::arg("num_prompt_tokens"), nb::arg("seed"), nb::arg("logit_bias"),
+           nb::arg("stop_token_ids"));
+
+  nb::class_<Model>(m, "Model")
+      .def(
+          "__init__",
+          [](Model* self, WeightLoader& loader, const ModelShape& shape, const ModelLimits& limits, int num_threads) {
+            new (self) Model(loader.isa(), shape, limits, loader.take(), num_threads);
+          },
+          nb::arg("weights"), nb::arg("shape"), nb::arg("limits"), nb::kw_only(), nb::arg("num_threads"))
+      .def("admit", &Model::admit, nb::arg("slot"), nb::arg("params"))
+      .def("release", &Model::release, nb::arg("slot"))
+      .def("step", &step, nb::arg("slots"), nb::arg("num_scheduled_tokens"), nb::arg("num_computed_tokens"),
+           nb::arg("is_sampled"), nb::arg("token_ids"), nb::arg("block_tables"))
+      .def("logits", &logits, nb::arg("token_ids"))
+      .def("counters", &counters)
+      .def_prop_ro("isa", [](const Model& model) { return std::string(isa_name(model.isa())); })
+      .def_prop_ro("num_threads", &Model::num_threads)
+      .def_prop_ro("num_weight_bytes", &Model::num_weight_bytes)
+      .def_prop_ro("num_kv_bytes", &Model::num_kv_bytes)
+      .def_prop_ro("num_workspace_bytes", &Model::num_workspace_bytes);
+}
+
+}  // namespace blendserve

@@ -1,0 +1,45 @@
+// Keys and values of all tokens in blocks of 16, bf16, in the order in which attention reads them.
+// Which block belongs to whom is decided elsewhere (engine/blocks.py); here a block is a number.
+#pragma once
+
+#include <cstdint>
+
+#include "tensor.h"
+
+namespace blendserve {
+
+inline constexpr int64_t kBlockSize = 16;  // tokens; config.py's BLOCK_SIZE
+
+// Per (layer, block, KV head): keys as [head_dim / 2][16 tokens][2], then values as [8 token pairs][head_dim][2].
+// Either way one 32-bit word holds the two factors of neighbouring steps of the reduction, so that scores and outputs
+// need no horizontal sums. Contents are undefined until written; attention never lets an unwritten token reach a
+// result.
+class KvCache {
+ public:
+  KvCache() = default;
+  KvCache(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim);
+
+  int64_t num_blocks() const { return num_blocks_; }
+  int64_t num_bytes() const { return data_.num_bytes(); }
+  // Elements from one block to the next of the same layer and head.
+  int64_t block_stride() const { return num_kv_heads_ * head_stride(); }
+  // The first block of a layer and head; its values follow its keys after kBlockSize * head_dim elements.
+  uint16_t* head(int64_t layer, int64_t kv_head) { return data_.data() + head_offset(layer, kv_head); }
+  const uint16_t* head(int64_t layer, int64_t kv_head) const { return data_.data() + head_offset(layer, kv_head); }
+
+  // Rounds and stores key[head_dim] and value[head_dim] of the token at `offset` in `block`.
+  void write(int64_t layer, int64_t kv_head, int64_t block, int64_t offset, const float* key, const float* value);
+
+ private:
+  int64_t head_stride() const { return 2 * kBlockSize * head_dim_; }
+  int64_t head_offset(int64_t layer, int64_t kv_head) const {
+    return layer * num_blocks_ * block_stride() + kv_head * head_stride();
+  }
+
+  int64_t num_blocks_ = 0;
+  int64_t num_kv_heads_ = 0;
+  int64_t head_dim_ = 0;
+  Buffer<uint16_t> data_;
+};
+
+}  // namespace blendserve

@@ -1,0 +1,230 @@
+#include "model.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "ops/pointwise.h"
+
+namespace blendserve {
+namespace {
+
+// Rows whose logits exist at the same time: a multiple of the kernels' 12 rows, enough of them that reading the head's
+// weights costs a small part of multiplying by them, few enough that logits stay in tens of megabytes.
+constexpr int64_t kHeadRows = 8 * kRowPanel;
+constexpr int64_t kFallbackL2Bytes = 512 * 1024;
+
+int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return kFallbackL2Bytes;
+}
+
+void check_size(const char* what, int64_t actual, int64_t expected) {
+  if (actual == expected) return;
+  throw std::invalid_argument(std::string(what) + " has size " + std::to_string(actual) + ", expected " +
+                              std::to_string(expected));
+}
+
+void check_matrix(const char* what, const PackedMatrix& matrix, int64_t n, int64_t k) {
+  check_size(what, matrix.n(), n);
+  check_size(what, matrix.k(), k);
+}
+
+void check_vector(const char* what, const std::vector<float>& vector, int64_t n) {
+  check_size(what, static_cast<int64_t>(vector.size()), n);
+}
+
+BatchLimits batch_limits(const ModelShape& shape, const ModelLimits& limits) {
+  return {limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, limits.num_blocks,
+          shape.vocab_size};
+}
+
+}  // namespace
+
+std::string_view op_name(Op op) {
+  constexpr std::string_view kNames[kNumOps] = {"embed",     "norm",   "qkv",     "rotate",   "attention",
+                                                "pack",      "output", "gate_up", "activate", "down",
+                                                "head_norm", "head",   "sample"};
+  return kNames[static_cast<int>(op)];
+}
+
+Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads)
+    : isa_(isa),
+      shape_(shape),
+      limits_(limits),
+      weights_(std::move(weights)),
+      l2_bytes_(l2_bytes()),
+      team_(num_threads),
+      cache_(shape.num_layers, limits.num_blocks, shape.num_kv_heads, shape.head_stride()),
+      batch_(batch_limits(shape, limits), {shape.num_kv_heads, shape.group(), num_threads}) {
+  check_weights();
+  make_rotary_tables();
+  const int64_t rows = round_up(std::max(limits.max_num_batched_tokens, kHeadRows), kRowPanel);
+  const int64_t widest = std::max({shape.hidden_size, shape.q_width(), shape.intermediate_size});
+  residual_ = Buffer<float>(rows * shape.hidden_size);
+  normed_ = Buffer<float>(rows * shape.hidden_size);
+  qkv_ = Buffer<float>(rows * shape.qkv_width());
+  gate_up_ = Buffer<float>(rows * 2 * shape.intermediate_size);
+  packed_ = Buffer<uint8_t>(activation_bytes(isa, rows, widest));
+  logits_ = Buffer<float>(kHeadRows * shape.vocab_size);
+  partials_ = Buffer<float>(batch_.max_partials() * attention_partial_floats(shape.group(), shape.head_stride()));
+  attention_scratch_ = Buffer<float>(num_threads * attention_scratch_floats(shape.group(), shape.head_stride()));
+  params_by_slot_.resize(static_cast<size_t>(limits.max_num_seqs));
+  samples_.resize(static_cast<size_t>(limits.max_num_seqs));
+  head_rows_.reserve(kHeadRows);
+  for (int i = 0; i < num_threads; ++i) sample_scratch_.emplace_back(shape.vocab_size);
+}
+
+void Model::check_weights() const {
+  const ModelShape& s = shape_;
+  check_size("the list of layers", static_cast<int64_t>(weights_.layers.size()), s.num_layers);
+  check_matrix("lm_head", weights_.lm_head, s.vocab_size, s.hidden_size);
+  if (weights_.embedding.size() > 0) check_size("embedding", weights_.embedding.size(), s.vocab_size * s.hidden_size);
+  check_vector("norm", weights_.norm, s.hidden_size);
+  check_size("inverse_frequencies", static_cast<int64_t>(weights_.inverse_frequencies.size()), s.head_dim / 2);
+  for (const LayerWeights& layer : weights_.layers) {
+    check_matrix("qkv", layer.qkv, s.qkv_width(), s.hidden_size);
+    check_matrix("o", layer.o, s.hidden_size, s.q_width());
+    check_matrix("gate_up", layer.gate_up, 2 * s.intermediate_size, s.hidden_size);
+    check_matrix("down", layer.down, s.hidden_size, s.intermediate_size);
+    check_vector("input_norm", layer.input_norm, s.hidden_size);
+    check_vector("post_attention_norm", layer.post_attention_norm, s.hidden_size);
+    if (!layer.qkv_bias.empty()) check_vector("qkv_bias", layer.qkv_bias, s.qkv_width());
+    if (!layer.q_norm.empty()) check_vector("q_norm", layer.q_norm, s.head_dim);
+    check_size("k_norm", static_cast<int64_t>(layer.k_norm.size()), static_cast<int64_t>(layer.q_norm.size()));
+  }
+}
+
+void Model::make_rotary_tables() {
+  const int64_t half = shape_.head_dim / 2;
+  cosine_ = Buffer<float>(limits_.max_model_len * half);
+  sine_ = Buffer<float>(limits_.max_model_len * half);
+  for (int64_t position = 0; position < limits_.max_model_len; ++position) {
+    for (int64_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(position) * weights_.inverse_frequencies[static_cast<size_t>(i)];
+      cosine_[position * half + i] = static_cast<float>(std::cos(angle));
+      sine_[position * half + i] = static_cast<float>(std::sin(angle));
+    }
+  }
+}
+
+void Model::admit(int64_t slot, SamplingParams params) {
+  if (slot < 0 || slot >= limits_.max_num_seqs) {
+    throw std::invalid_argument("slot " + std::to_string(slot) + " does not exist; there are " +
+                                std::to_string(limits_.max_num_seqs));
+  }
+  for (const auto& [token, bias] : params.logit_bias) {
+    if (token < 0 || token >= shape_.vocab_size) throw std::invalid_argument("logit_bias of an unknown token");
+  }
+  std::erase_if(params.stop_token_ids, [&](int32_t token) { return token < 0 || token >= shape_.vocab_size; });
+  params_by_slot_[static_cast<size_t>(slot)] = std::move(params);
+}
+
+void Model::release(int64_t slot) {
+  if (slot >= 0 && slot < limits_.max_num_seqs) params_by_slot_[static_cast<size_t>(slot)] = {};
+}
+
+std::span<const Sample> Model::step(const StepInput& input) {
+  if (input.num_slots > limits_.max_num_seqs) {
+    throw std::invalid_argument("the plan's table has " + std::to_string(input.num_slots) +
+                                " slots; the executor was made for " + std::to_string(limits_.max_num_seqs));
+  }
+  batch_.gather(input);
+  forward(cache_);
+  const std::span<const int32_t> sampled = batch_.sampled_entries();
+  for (size_t begin = 0; begin < sampled.size(); begin += kHeadRows) {
+    const auto part = sampled.subspan(begin, std::min<size_t>(kHeadRows, sampled.size() - begin));
+    sample_entries(part, samples_.data() + begin);
+  }
+  count_step(static_cast<int64_t>(sampled.size()));
+  return {samples_.data(), sampled.size()};
+}
+
+void Model::sample_entries(std::span<const int32_t> entries, Sample* samples) {
+  head_rows_.clear();
+  for (const int32_t e : entries) {
+    const BatchEntry& entry = batch_.entries()[static_cast<size_t>(e)];
+    head_rows_.push_back(entry.first_row + entry.num_rows - 1);
+  }
+  head(head_rows_);
+  run(Op::kSample, static_cast<int64_t>(entries.size()), [&](int64_t i, int worker) {
+    const BatchEntry& entry = batch_.entries()[static_cast<size_t>(entries[static_cast<size_t>(i)])];
+    const std::span<float> row = {logits_.data() + i * shape_.vocab_size, static_cast<size_t>(shape_.vocab_size)};
+    const auto num_tokens = static_cast<size_t>(entry.first_position + entry.num_rows);
+    samples[i] = sample_row(isa_, row, params_by_slot_[static_cast<size_t>(entry.slot)], {entry.token_ids, num_tokens},
+                            sample_scratch_[static_cast<size_t>(worker)]);
+  });
+}
+
+void Model::logits(std::span<const int32_t> tokens, float* out) {
+  const auto num_tokens = static_cast<int64_t>(tokens.size());
+  const int64_t num_blocks = div_up(num_tokens, kBlockSize);
+  if (num_blocks > limits_.num_blocks) throw std::invalid_argument("more tokens than the executor's KV memory holds");
+  KvCache cache(shape_.num_layers, num_blocks, shape_.num_kv_heads, shape_.head_stride());
+  std::vector<int32_t> blocks(static_cast<size_t>(num_blocks));
+  for (size_t b = 0; b < blocks.size(); ++b) blocks[b] = static_cast<int32_t>(b);
+  for (int64_t begin = 0; begin < num_tokens; begin += limits_.max_num_batched_tokens) {
+    const auto first = static_cast<int32_t>(begin);
+    const auto count = static_cast<int32_t>(std::min(limits_.max_num_batched_tokens, num_tokens - begin));
+    const int32_t slot = 0;
+    const bool is_sampled = false;
+    batch_.gather(
+        {{&slot, 1}, {&count, 1}, {&first, 1}, &is_sampled, tokens.data(), num_tokens, blocks.data(), num_blocks, 1});
+    forward(cache);
+    for (int64_t row = 0; row < count; row += kHeadRows) {
+      const int64_t end = std::min<int64_t>(count, row + kHeadRows);
+      head_rows_.clear();
+      for (int64_t i = row; i < end; ++i) head_rows_.push_back(i);
+      head(head_rows_);
+      std::copy_n(logits_.data(), (end - row) * shape_.vocab_size, out + (begin + row) * shape_.vocab_size);
+    }
+  }
+}
+
+int64_t Model::num_weight_bytes() const {
+  int64_t bytes = weights_.lm_head.num_bytes() + weights_.embedding.num_bytes();
+  for (const LayerWeights& layer : weights_.layers) {
+    bytes += layer.qkv.num_bytes() + layer.o.num_bytes() + layer.gate_up.num_bytes() + layer.down.num_bytes();
+  }
+  return bytes;
+}
+
+int64_t Model::num_workspace_bytes() const {
+  int64_t bytes = packed_.num_bytes();
+  for (const auto* buffer :
+       {&residual_, &normed_, &qkv_, &gate_up_, &logits_, &partials_, &attention_scratch_, &cosine_, &sine_}) {
+    bytes += buffer->num_bytes();
+  }
+  return bytes;
+}
+
+void Model::count_step(int64_t num_head_rows) {
+  const ModelShape& s = shape_;
+  const int64_t layer_parameters = s.hidden_size * (s.qkv_width() + s.q_width() + 3 * s.intermediate_size);
+  const auto num_rows = static_cast<double>(batch_.rows().size());
+  const auto layers = static_cast<double>(s.num_layers);
+  ++counters_.num_steps;
+  counters_.num_tokens += static_cast<int64_t>(batch_.rows().size());
+  counters_.matmul_flop += 2.0 * num_rows * layers * static_cast<double>(layer_parameters);
+  counters_.matmul_flop += 2.0 * static_cast<double>(num_head_rows * s.vocab_size * s.hidden_size);
+  counters_.attention_flop += 4.0 * layers * static_cast<double>(batch_.num_attended_tokens() * s.q_width());
+  counters_.weight_bytes += 2.0 * layers * static_cast<double>(layer_parameters);
+  if (num_head_rows > 0) counters_.weight_bytes += static_cast<double>(weights_.lm_head.num_bytes());
+  counters_.kv_bytes += 4.0 * layers * static_cast<double>(batch_.num_read_tokens() * s.kv_width());
+}
+
+void Model::run(Op op, int64_t num_tiles, TileFn fn) {
+  const auto start = std::chrono::steady_clock::now();
+  team_.run(num_tiles, fn);
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  counters_.op_s[static_cast<size_t>(op)] += elapsed.count();
+}
+
+}  // namespace blendserve

@@ -1,0 +1,292 @@
+// The source of attention_<isa>.cpp: compiled once for each instruction set, see simd.h.
+#include <math.h>
+
+#include "ops/attention.h"
+#include "ops/simd.h"
+
+namespace blendserve::BLENDSERVE_KERNELS {
+namespace {
+
+// Rows of query heads that share one pass over keys or values, and vectors of a pass by its rows: 8 to 12 accumulators
+// hide the 4-cycle latency of two multiply-adds per cycle and leave registers for operands (16 in all).
+constexpr int kPassRows = 6;
+constexpr int kPassVectors[kPassRows + 1] = {0, 8, 4, 4, 2, 2, 2};
+constexpr int kBlockVectors = kBlockSize / kWidth;
+
+// Running softmax of `rows` queries: weighted values, largest score, sum of weights.
+struct Softmax {
+  float* out;  // [rows][head_dim]
+  float* max;  // [rows]
+  float* sum;  // [rows]
+};
+
+struct Chunk {
+  const uint16_t* blocks[kChunkBlocks];
+  const uint16_t* next[kChunkBlocks];  // of the following chunk, to be prefetched
+  int64_t num_blocks;                  // that hold tokens this tile may see; blocks[] repeats the last one
+  int64_t num_tokens;
+};
+
+BLENDSERVE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// scores[row][0, kVectors * kWidth) of the tokens from vector `first` of the chunk on: sum over head_dim in order.
+template <int kRows, int kVectors>
+BLENDSERVE_INLINE void score_pass(const float* q, int64_t head_dim, const Chunk& chunk, int64_t first, float* scores) {
+  constexpr int kPerBlock = kVectors < kBlockVectors ? kVectors : kBlockVectors;
+  constexpr int kBlocks = kVectors / kPerBlock;
+  Vec acc[kRows][kVectors] = {};
+  const uint16_t* keys[kBlocks];
+  const uint16_t* next[kBlocks];
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+    keys[b] = chunk.blocks[first / kBlockVectors + b] + first % kBlockVectors * 2 * kWidth;
+    next[b] = chunk.next[first / kBlockVectors + b];
+  }
+  for (int64_t i = 0; i < head_dim; i += 2) {
+    const int64_t offset = i * kBlockSize;
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) prefetch(next[b] + offset);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      const Vec k = low_bf16(load_bits(keys[c / kPerBlock] + offset + c % kPerBlock * 2 * kWidth));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(q[r * head_dim + i]), k, acc[r][c]);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      const Vec k = high_bf16(load_bits(keys[c / kPerBlock] + offset + c % kPerBlock * 2 * kWidth));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(q[r * head_dim + i + 1]), k, acc[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) store(scores + r * kChunkTokens + c * kWidth, acc[r][c]);
+  }
+}
+
+// out[row][column, column + kVectors * kWidth) = out * decay[row] + sum over tokens in order of weight * value.
+template <int kRows, int kVectors>
+BLENDSERVE_INLINE void value_pass(const float* weights, const float* decay, const Chunk& chunk, int64_t head_dim,
+                                  int64_t column, float* out) {
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      acc[r][c] = load(out + r * head_dim + column + c * kWidth) * set(decay[r]);
+    }
+  }
+  const int64_t first = kBlockSize * head_dim + 2 * column;
+  for (int64_t block = 0; block < chunk.num_blocks; ++block) {
+    const uint16_t* values = chunk.blocks[block] + first;
+    const uint16_t* next = chunk.next[block] + first;
+    const int64_t begin = block * kBlockSize;
+    const int64_t end = begin + kBlockSize < chunk.num_tokens ? begin + kBlockSize : chunk.num_tokens;
+    for (int64_t t = begin; t < end; t += 2, values += 2 * head_dim, next += 2 * head_dim) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors * kWidth; c += 16) prefetch(next + 2 * c);
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) {
+        const Vec v = low_bf16(load_bits(values + 2 * c * kWidth));
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(weights[r * kChunkTokens + t]), v, acc[r][c]);
+      }
+      if (t + 1 == end) break;  // the word's other half was never written
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) {
+        const Vec v = high_bf16(load_bits(values + 2 * c * kWidth));
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(weights[r * kChunkTokens + t + 1]), v, acc[r][c]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) store(out + r * head_dim + column + c * kWidth, acc[r][c]);
+  }
+}
+
+// Scores of one query become weights relative to its new largest score. Returns the factor for what was summed before.
+BLENDSERVE_INLINE float softmax_row(float* scores, int64_t num_visible, float& row_max, float& row_sum) {
+  for (int64_t t = num_visible; t < kChunkTokens; ++t) scores[t] = -INFINITY;
+  Vec largest = load(scores);
+#pragma GCC unroll 16
+  for (int64_t t = kWidth; t < kChunkTokens; t += kWidth) largest = max(largest, load(scores + t));
+  const float chunk_max = max_lanes(largest);
+  const float new_max = chunk_max > row_max ? chunk_max : row_max;
+  const float decay = first_lane(exp(set(row_max - new_max)));
+  Vec sum = {};
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < kChunkTokens; t += kWidth) {
+    const Vec weight = exp(load(scores + t) - set(new_max));
+    store(scores + t, weight);
+    sum = sum + weight;
+  }
+  row_max = new_max;
+  row_sum = row_sum * decay + sum_lanes(sum);
+  return decay;
+}
+
+// One chunk for kRows query rows.
+template <int kRows>
+void chunk_pass(const float* q, int64_t head_dim, const Chunk& chunk, const int64_t* num_visible, Softmax softmax,
+                float* scores) {
+  constexpr int kVectors = kPassVectors[kRows];
+  for (int64_t v = 0; v < chunk.num_blocks * kBlockVectors; v += kVectors) {
+    score_pass<kRows, kVectors>(q, head_dim, chunk, v, scores + v * kWidth);
+  }
+  float decay[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    decay[r] = softmax_row(scores + r * kChunkTokens, num_visible[r], softmax.max[r], softmax.sum[r]);
+  }
+  int64_t column = 0;
+  for (; column + kVectors * kWidth <= head_dim; column += kVectors * kWidth) {
+    value_pass<kRows, kVectors>(scores, decay, chunk, head_dim, column, softmax.out);
+  }
+  for (; column < head_dim; column += 2 * kWidth) {
+    value_pass<kRows, 2>(scores, decay, chunk, head_dim, column, softmax.out);
+  }
+}
+
+using ChunkPass = void (*)(const float*, int64_t, const Chunk&, const int64_t*, Softmax, float*);
+constexpr ChunkPass kChunkPasses[kPassRows + 1] = {nullptr,       chunk_pass<1>, chunk_pass<2>, chunk_pass<3>,
+                                                   chunk_pass<4>, chunk_pass<5>, chunk_pass<6>};
+
+Chunk chunk_at(const AttentionTile& tile, int64_t begin, int64_t end) {
+  Chunk chunk;
+  const int64_t first = begin / kBlockSize;
+  const int64_t last = (end - 1) / kBlockSize;
+  chunk.num_tokens = end - begin < kChunkTokens ? end - begin : kChunkTokens;
+  chunk.num_blocks = div_up(chunk.num_tokens, kBlockSize);
+  for (int64_t b = 0; b < kChunkBlocks; ++b) {
+    const int64_t here = first + b < last ? first + b : last;
+    const int64_t next = here + kChunkBlocks < last ? here + kChunkBlocks : last;
+    chunk.blocks[b] = tile.cache + tile.block_table[here] * tile.block_stride;
+    chunk.next[b] = tile.cache + tile.block_table[next] * tile.block_stride;
+  }
+  return chunk;
+}
+
+// Adds positions [begin, end) to the softmax of all rows of the tile; q is [rows][head_dim].
+void add_positions(const AttentionTile& tile, const float* q, int64_t begin, int64_t end, Softmax softmax,
+                   float* scores) {
+  const int64_t num_rows = tile.num_tokens * tile.group;
+  for (int64_t start = begin; start < end; start += kChunkTokens) {
+    const Chunk chunk = chunk_at(tile, start, end);
+    const int64_t first_token = start > tile.first_position ? start - tile.first_position : 0;
+    for (int64_t row = first_token * tile.group; row < num_rows;) {
+      const int64_t rows = num_rows - row < kPassRows ? num_rows - row : kPassRows;
+      int64_t num_visible[kPassRows];
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t visible = tile.first_position + (row + r) / tile.group + 1 - start;
+        num_visible[r] = visible < kChunkTokens ? visible : kChunkTokens;
+      }
+      const Softmax part = {softmax.out + row * tile.head_dim, softmax.max + row, softmax.sum + row};
+      kChunkPasses[rows](q + row * tile.head_dim, tile.head_dim, chunk, num_visible, part, scores);
+      row += rows;
+    }
+  }
+}
+
+void clear(Softmax softmax, int64_t first_row, int64_t num_rows, int64_t head_dim) {
+  for (int64_t row = first_row; row < num_rows; ++row) {
+    softmax.max[row] = -INFINITY;
+    softmax.sum[row] = 0.0f;
+  }
+  for (int64_t i = first_row * head_dim; i < num_rows * head_dim; i += kWidth) store(softmax.out + i, Vec{});
+}
+
+// total = total merged with part, which holds later positions.
+void merge(Softmax total, Softmax part, int64_t first_row, int64_t num_rows, int64_t head_dim) {
+  for (int64_t row = first_row; row < num_rows; ++row) {
+    const float new_max = part.max[row] > total.max[row] ? part.max[row] : total.max[row];
+    const Vec keep = exp(set(total.max[row] - new_max));
+    const Vec add = exp(set(part.max[row] - new_max));
+    total.max[row] = new_max;
+    total.sum[row] = total.sum[row] * first_lane(keep) + part.sum[row] * first_lane(add);
+    float* out = total.out + row * head_dim;
+    const float* more = part.out + row * head_dim;
+    for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(out + i) * keep + load(more + i) * add);
+  }
+}
+
+void write_out(const AttentionTile& tile, Softmax softmax) {
+  for (int64_t row = 0; row < tile.num_tokens * tile.group; ++row) {
+    const Vec inverse = set(1.0f / softmax.sum[row]);
+    const float* from = softmax.out + row * tile.head_dim;
+    float* to = tile.out + row / tile.group * tile.row_stride + row % tile.group * tile.head_dim;
+    // + 0: a masked token's 0 * value may have turned a -0 into 0, depending on the tile; here all zeros become +0.
+    for (int64_t i = 0; i < tile.head_dim; i += kWidth) store(to + i, load(from + i) * inverse + Vec{});
+  }
+}
+
+struct Scratch {
+  float* q;
+  Softmax total, part;
+  float* scores;
+};
+
+BLENDSERVE_INLINE float* take(float*& memory, int64_t count) {
+  float* start = memory;
+  memory += round_up(count, 16);
+  return start;
+}
+
+Scratch lay_out(float* memory, int64_t num_rows, int64_t head_dim) {
+  Scratch scratch;
+  scratch.scores = take(memory, kPassRows * kChunkTokens);
+  scratch.q = take(memory, num_rows * head_dim);
+  for (Softmax* softmax : {&scratch.total, &scratch.part}) {
+    softmax->out = take(memory, num_rows * head_dim);
+    softmax->max = take(memory, num_rows);
+    softmax->sum = take(memory, num_rows);
+  }
+  return scratch;
+}
+
+Softmax partial_at(const AttentionTile& tile, float* partials, int64_t segment) {
+  float* start = partials + segment * attention_partial_floats(tile.group, tile.head_dim);
+  return {start, start + tile.group * tile.head_dim, start + tile.group * (tile.head_dim + 1)};
+}
+
+}  // namespace
+
+void attention_tile(const AttentionTile& tile, float* memory) {
+  const int64_t num_rows = tile.num_tokens * tile.group;
+  const Scratch scratch = lay_out(memory, num_rows, tile.head_dim);
+  for (int64_t token = 0; token < tile.num_tokens; ++token) {
+    const int64_t count = tile.group * tile.head_dim;
+    memcpy(scratch.q + token * count, tile.q + token * tile.row_stride, static_cast<size_t>(count) * sizeof(float));
+  }
+  const int64_t end = tile.first_position + tile.num_tokens;
+  for (int64_t begin = 0; begin < end; begin += kSegmentTokens) {
+    const int64_t first_token = begin > tile.first_position ? begin - tile.first_position : 0;
+    const Softmax softmax = begin == 0 ? scratch.total : scratch.part;
+    clear(softmax, first_token * tile.group, num_rows, tile.head_dim);
+    const int64_t segment_end = begin + kSegmentTokens < end ? begin + kSegmentTokens : end;
+    add_positions(tile, scratch.q, begin, segment_end, softmax, scratch.scores);
+    if (begin > 0) merge(scratch.total, scratch.part, first_token * tile.group, num_rows, tile.head_dim);
+  }
+  write_out(tile, scratch.total);
+}
+
+void attention_segment(const AttentionTile& tile, int64_t segment, float* partial, float* memory) {
+  const Softmax softmax = partial_at(tile, partial, 0);
+  clear(softmax, 0, tile.group, tile.head_dim);
+  const int64_t begin = segment * kSegmentTokens;
+  const int64_t end = tile.first_position + 1;
+  add_positions(tile, tile.q, begin, begin + kSegmentTokens < end ? begin + kSegmentTokens : end, softmax, memory);
+}
+
+void merge_attention_segments(const AttentionTile& tile, int64_t num_segments, float* partials) {
+  const Softmax total = partial_at(tile, partials, 0);
+  for (int64_t segment = 1; segment < num_segments; ++segment) {
+    merge(total, partial_at(tile, partials, segment), 0, tile.group, tile.head_dim);
+  }
+  write_out(tile, total);
+}
+
+}  // namespace blendserve::BLENDSERVE_KERNELS

@@ -1,0 +1,2 @@
+#define BLENDSERVE_USE_AVX2
+#include "ops/pointwise_kernels.h"

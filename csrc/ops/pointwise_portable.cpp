@@ -1,0 +1,1 @@
+#include "ops/pointwise_kernels.h"

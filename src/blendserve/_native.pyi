@@ -1,0 +1,115 @@
+"""The C++ core as Python sees it: packed weights, a model, steps. Arrays are C-contiguous; shapes as in csrc/model.h.
+
+Raises: ValueError for arrays, sizes or plans that do not fit.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Floats = NDArray[np.float32]
+_Int32s = NDArray[np.int32]
+
+def best_isa() -> str:
+    """The best instruction set of this processor: "portable", "avx2" or "avx512bf16"."""
+
+def is_supported(isa: str) -> bool:
+    """May kernels of this instruction set run here?"""
+
+class WeightLoader:
+    """Weights on their way from files to a `Model`, which takes them away."""
+
+    def __init__(self, isa: str, num_layers: int) -> None: ...
+    def set_layer(
+        self,
+        index: int,
+        *,
+        qkv: _Floats,
+        output: _Floats,
+        gate_up: _Floats,
+        down: _Floats,
+        input_norm: _Floats,
+        post_attention_norm: _Floats,
+        qkv_bias: _Floats | None = None,
+        q_norm: _Floats | None = None,
+        k_norm: _Floats | None = None,
+    ) -> None: ...
+    def set_ends(
+        self,
+        *,
+        embedding: _Floats | None,
+        lm_head: _Floats,
+        norm: _Floats,
+        inverse_frequencies: NDArray[np.float64],
+    ) -> None: ...
+
+class ModelShape:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rms_norm_eps: float,
+    ) -> None: ...
+    @property
+    def head_stride(self) -> int: ...
+
+class ModelLimits:
+    def __init__(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_blocks: int
+    ) -> None: ...
+
+class SamplingParams:
+    """`num_logprobs` -1: none; `stop_token_ids`: every token that `min_tokens` bans."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_p: float,
+        min_p: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        repetition_penalty: float,
+        top_k: int,
+        num_logprobs: int,
+        min_tokens: int,
+        num_prompt_tokens: int,
+        seed: int,
+        logit_bias: list[tuple[int, float]],
+        stop_token_ids: list[int],
+    ) -> None: ...
+
+class Model:
+    """Takes its weights out of the loader. Not to be used from two threads at once; the GIL is free during a step."""
+
+    def __init__(self, weights: WeightLoader, shape: ModelShape, limits: ModelLimits, *, num_threads: int) -> None: ...
+    def admit(self, slot: int, params: SamplingParams) -> None: ...
+    def release(self, slot: int) -> None: ...
+    def step(
+        self,
+        slots: _Int32s,
+        num_scheduled_tokens: _Int32s,
+        num_computed_tokens: _Int32s,
+        is_sampled: NDArray[np.bool_],
+        token_ids: _Int32s,
+        block_tables: _Int32s,
+    ) -> tuple[_Int32s, list[tuple[int, float, list[tuple[int, float]]]]]:
+        """Sampled tokens and, for entries that asked, (position among them, logprob, best alternatives)."""
+
+    def logits(self, token_ids: _Int32s) -> _Floats: ...
+    def counters(self) -> dict[str, float | dict[str, float]]: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def num_weight_bytes(self) -> int: ...
+    @property
+    def num_kv_bytes(self) -> int: ...
+    @property
+    def num_workspace_bytes(self) -> int: ...

@@ -1,0 +1,205 @@
+"""The native executor: hands a step's arrays to the C++ core and brings its tokens back.
+
+Loading fuses and pads matrices for the core one layer at a time; no float32 copy outlives its layer.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve import _native
+from blendserve.config import BLOCK_SIZE
+from blendserve.engine.step import StepPlan, StepResult
+from blendserve.errors import CapacityError, ConfigError, ExecutorError
+from blendserve.models.rope import inverse_frequencies
+from blendserve.models.spec import ModelSpec
+from blendserve.models.weights import Weights, check_weights
+from blendserve.request import Request, TokenIds, TokenLogprob
+
+Floats = NDArray[np.float32]
+Isa = Literal["auto", "portable", "avx2", "avx512bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLimits:
+    """The largest step and the KV memory that an executor is made for."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCounters:
+    """Work since the executor was made. `weight_bytes` and `kv_bytes` are what memory must deliver at least."""
+
+    num_steps: int
+    num_tokens: int
+    matmul_flop: float
+    attention_flop: float
+    weight_bytes: float
+    kv_bytes: float
+    seconds_by_op: dict[str, float]
+
+
+class NativeExecutor:
+    """Runs steps on this machine's CPU.
+
+    Mutates: its KV memory and the table of admitted requests. Raises: ConfigError for weights or an instruction set
+    that do not fit, CapacityError where the memory cannot be had.
+    """
+
+    needs_tokens = True
+    block_size = BLOCK_SIZE
+
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, limits: NativeLimits, *, num_threads: int, isa: Isa = "auto"
+    ) -> None:
+        self.num_blocks = limits.num_blocks
+        self.eos_token_ids = spec.eos_token_ids
+        try:
+            self._model = _load(spec, weights, limits, num_threads, _native.best_isa() if isa == "auto" else isa)
+        except ValueError as error:
+            raise ConfigError(f"the native executor cannot run {spec.name!r}: {error}") from error
+        except MemoryError as error:
+            raise CapacityError(
+                f"no memory for {limits.num_blocks} KV blocks of {spec.name!r} beside its weights; lower --kv-memory"
+            ) from error
+
+    @property
+    def isa(self) -> str:
+        return self._model.isa
+
+    @property
+    def num_threads(self) -> int:
+        return self._model.num_threads
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, KV blocks and the buffers of a step."""
+        return self._model.num_weight_bytes + self._model.num_kv_bytes + self._model.num_workspace_bytes
+
+    def admit(self, slot: int, request: Request) -> None:
+        self._model.admit(slot, _sampling_params(request, self.eos_token_ids))
+
+    def release(self, slot: int) -> None:
+        self._model.release(slot)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        try:
+            token_ids, logprobs = self._model.step(
+                plan.slots,
+                plan.num_scheduled_tokens,
+                plan.num_computed_tokens,
+                plan.is_sampled,
+                plan.token_ids,
+                plan.block_tables,
+            )
+        except (ValueError, TypeError) as error:
+            raise ExecutorError(f"the native core refused a step of {len(plan.slots)} sequences: {error}") from error
+        logprob_by_position = {
+            position: TokenLogprob(int(token_ids[position]), logprob, tuple(top)) for position, logprob, top in logprobs
+        }
+        return StepResult(token_ids, time.perf_counter() - started, logprob_by_position)
+
+    def logits(self, token_ids: TokenIds) -> Floats:
+        """Logits after every token of one sequence, apart from all steps. Shapes: [n] -> [n, vocab_size]."""
+        return self._model.logits(np.ascontiguousarray(token_ids, dtype=np.int32))
+
+    def counters(self) -> NativeCounters:
+        values = self._model.counters()
+        seconds_by_op = values.pop("op_s")
+        return NativeCounters(**values, seconds_by_op=seconds_by_op)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Free weights and KV memory; the executor is of no use afterwards."""
+        del self._model
+
+
+def _sampling_params(request: Request, eos_token_ids: tuple[int, ...]) -> _native.SamplingParams:
+    sampling = request.sampling
+    ends = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *eos_token_ids)
+    return _native.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        top_k=max(sampling.top_k, 0),
+        num_logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
+        min_tokens=sampling.min_tokens,
+        num_prompt_tokens=request.num_prompt_tokens,
+        seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
+        logit_bias=list(sampling.logit_bias.items()),
+        stop_token_ids=list(ends),
+    )
+
+
+def _load(spec: ModelSpec, weights: Weights, limits: NativeLimits, num_threads: int, isa: str) -> _native.Model:
+    check_weights(spec, weights)
+    shape = _native.ModelShape(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        rms_norm_eps=spec.rms_norm_eps,
+    )
+    loader = _native.WeightLoader(isa, spec.num_layers)
+    for index in range(spec.num_layers):
+        _load_layer(loader, spec, weights, index, shape.head_stride)
+    loader.set_ends(
+        embedding=None if spec.has_tied_embeddings else weights.tensor("embed_tokens"),
+        lm_head=weights.tensor("embed_tokens" if spec.has_tied_embeddings else "lm_head"),
+        norm=weights.tensor("norm"),
+        inverse_frequencies=inverse_frequencies(spec),
+    )
+    native_limits = _native.ModelLimits(
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        num_blocks=limits.num_blocks,
+    )
+    return _native.Model(loader, shape, native_limits, num_threads=num_threads)
+
+
+def _load_layer(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights, index: int, head_stride: int) -> None:
+    def tensor(name: str) -> Floats:
+        return weights.tensor(f"layers.{index}.{name}")
+
+    def heads(suffix: str = "") -> Floats:
+        parts = [tensor(f"{name}_proj{suffix}") for name in ("q", "k", "v")]
+        return np.concatenate([_pad_heads(part, spec.head_dim, head_stride) for part in parts])
+
+    output = _pad_heads(np.ascontiguousarray(tensor("o_proj").T), spec.head_dim, head_stride)
+    loader.set_layer(
+        index,
+        qkv=heads(),
+        output=np.ascontiguousarray(output.T),
+        gate_up=np.concatenate([tensor("gate_proj"), tensor("up_proj")]),
+        down=tensor("down_proj"),
+        input_norm=tensor("input_norm"),
+        post_attention_norm=tensor("post_attention_norm"),
+        qkv_bias=heads(".bias") if spec.has_qkv_bias else None,
+        q_norm=tensor("q_norm") if spec.has_qk_norm else None,
+        k_norm=tensor("k_norm") if spec.has_qk_norm else None,
+    )
+
+
+def _pad_heads(values: Floats, head_dim: int, head_stride: int) -> Floats:
+    """Put zeros after the rows of every head. Shapes: [heads * head_dim, ...] -> [heads * head_stride, ...]."""
+    if head_dim == head_stride:
+        return values
+    by_head = values.reshape(-1, head_dim, *values.shape[1:])
+    padding = [(0, 0), (0, head_stride - head_dim), *[(0, 0)] * (values.ndim - 1)]
+    return np.pad(by_head, padding).reshape(-1, *values.shape[1:])
