@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from blendserve.models.spec import Architecture, ModelSpec, RopeScaling, checked
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REQUIRED = object()
 _FACTORS_TENSOR = "rope_freqs.weight"
+_LOW_FACTOR, _HIGH_FACTOR, _DEFAULT_ORIGINAL = 1.0, 4.0, 8192
 _FACTOR_TOLERANCE = 1e-4  # the factors are stored as float32 ratios, computed in float32
 
 
@@ -34,7 +36,7 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
     num_heads, hidden_size = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
     _refuse_features(keys, head_dim)
-    rope_theta = float(keys.get("rope.freq_base", 10000.0))
+    rope_theta = _decimal(keys.get("rope.freq_base", 10000.0))
     eos_token_id = file.metadata.get("tokenizer.ggml.eos_token_id")
     return checked(
         ModelSpec(
@@ -49,7 +51,7 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
             head_dim=head_dim,
             max_position=keys.integer("context_length"),
             rope_theta=rope_theta,
-            rms_norm_eps=float(keys.get("attention.layer_norm_rms_epsilon")),
+            rms_norm_eps=_decimal(keys.get("attention.layer_norm_rms_epsilon")),
             rope_scaling=_rope_scaling(keys, file, rope_theta, head_dim),
             has_tied_embeddings="output.weight" not in file.tensor_by_name,
             has_qkv_bias=architecture == "qwen2",
@@ -119,15 +121,30 @@ def _rope_scaling(keys: _Keys, file: GgufFile, rope_theta: float, head_dim: int)
 def _llama3_scaling(name: str, factors: NDArray[np.float64], rope_theta: float, head_dim: int) -> RopeScaling | None:
     """The llama3 rule that gives these divisors: llama.cpp stores the divisors, not the rule.
 
-    Every released Llama 3 has low and high factors 1 and 4 over 8192 positions; anything else is refused.
+    Low and high factors are 1 and 4 in every released Llama 3; the original context follows from a divisor that lies
+    between the two ends. Divisors that this does not give back are refused.
     """
     plain = rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    scaling = RopeScaling("llama3", float(factors.max()), 1.0, 4.0, 8192)
+    largest = float(factors.max())
+    if largest == 1.0:
+        return None
+    original = _DEFAULT_ORIGINAL
+    between = np.flatnonzero((factors > 1.0) & (factors < largest)) if factors.shape == plain.shape else []
+    if len(between):
+        slow_share = (1.0 - 1.0 / factors[between[0]]) / (1.0 - 1.0 / largest)
+        turns = _HIGH_FACTOR - slow_share * (_HIGH_FACTOR - _LOW_FACTOR)
+        original = round(turns * 2.0 * math.pi / plain[between[0]])
+    scaling = RopeScaling("llama3", largest, _LOW_FACTOR, _HIGH_FACTOR, original)
     if factors.shape == plain.shape and np.allclose(
-        frequency_divisors(plain, scaling), factors, rtol=_FACTOR_TOLERANCE, atol=0
+        frequency_divisors(plain, scaling), factors, _FACTOR_TOLERANCE, 0.0
     ):
-        return None if scaling.factor == 1.0 else scaling
+        return scaling
     raise ConfigError(
         f"{name}: the rotary factors in {_FACTORS_TENSOR!r} {list(factors.shape)} do not follow the llama3 rule; "
         "use the model's safetensors directory, whose config.json states its rule"
     )
+
+
+def _decimal(value: float) -> float:
+    """A float32 of the file as the decimal that it was written from: 9.99999975e-06 is 1e-05."""
+    return float(f"{value:.7g}")
