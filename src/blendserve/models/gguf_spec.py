@@ -129,8 +129,9 @@ def _llama3_scaling(name: str, factors: NDArray[np.float64], rope_theta: float, 
     if largest == 1.0:
         return None
     original = _DEFAULT_ORIGINAL
-    between = np.flatnonzero((factors > 1.0) & (factors < largest)) if factors.shape == plain.shape else []
-    if len(between):
+    is_whole = factors.shape == plain.shape
+    between = np.flatnonzero((factors > 1.0) & (factors < largest))
+    if is_whole and len(between):
         slow_share = (1.0 - 1.0 / factors[between[0]]) / (1.0 - 1.0 / largest)
         turns = _HIGH_FACTOR - slow_share * (_HIGH_FACTOR - _LOW_FACTOR)
         original = round(turns * 2.0 * math.pi / plain[between[0]])
