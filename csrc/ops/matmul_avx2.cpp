@@ -181,27 +181,6 @@ void run_expanded(const Block& b, int64_t num_rows) {
   }
 }
 
-// Runs a kernel on a block whose columns end before its last panel does: through copies padded to whole panels.
-template <class Run>
-void run_padded(Block b, int64_t num_rows, int64_t num_columns, int64_t num_panels, Run run) {
-  alignas(32) float y[kMaxRows * 4 * kWeightPanel] = {};
-  alignas(32) float bias[4 * kWeightPanel] = {};
-  const int64_t width = num_panels * kWeightPanel;
-  float* const target = b.y;
-  for (int64_t r = 0; b.is_loaded && r < num_rows; ++r) {
-    for (int64_t c = 0; c < num_columns; ++c) y[r * width + c] = target[r * b.ldy + c];
-  }
-  for (int64_t c = 0; b.bias != nullptr && c < num_columns; ++c) bias[c] = b.bias[c];
-  const int64_t ldy = b.ldy;
-  b.y = y;
-  b.ldy = width;
-  if (b.bias != nullptr) b.bias = bias;
-  run(b);
-  for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t c = 0; c < num_columns; ++c) target[r * ldy + c] = y[r * width + c];
-  }
-}
-
 // Rows of a tile cut into groups of at most kMaxRows whose sizes differ by one at most: 7 rows as 4 + 3, never as 6
 // + 1.
 struct RowGroups {
@@ -244,8 +223,8 @@ void tile_direct(const TileArgs& a) {
         if (num_columns == num_panels * kWeightPanel) {
           run_direct(b, num_rows, num_panels);
         } else {
-          run_padded(b, num_rows, num_columns, num_panels,
-                     [=](const Block& p) { run_direct(p, num_rows, num_panels); });
+          run_padded<kMaxRows, 4 * kWeightPanel>(b, num_rows, num_columns,
+                                                 [=](const Block& p) { run_direct(p, num_rows, num_panels); });
         }
       }
     }
@@ -292,7 +271,8 @@ void tile_expanded(const TileArgs& a) {
         if (num_columns == kWeightPanel) {
           run_expanded(b, num_rows);
         } else {
-          run_padded(b, num_rows, num_columns, 1, [=](const Block& p) { run_expanded(p, num_rows); });
+          run_padded<kMaxRows, kWeightPanel>(b, num_rows, num_columns,
+                                             [=](const Block& p) { run_expanded(p, num_rows); });
         }
       }
     }

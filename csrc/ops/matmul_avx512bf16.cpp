@@ -20,14 +20,9 @@ struct Block {
   int64_t num_pairs;
   float* y;
   int64_t ldy;
-  int64_t num_columns;
-  bool accumulate;
-  const float* bias;
+  bool is_loaded;     // start from y instead of 0
+  const float* bias;  // added last; may be null
 };
-
-[[gnu::always_inline]] inline __mmask16 lanes_below(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
-}
 
 template <int kRows, int kPanels>
 void kernel(const Block& b) {
@@ -37,8 +32,7 @@ void kernel(const Block& b) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const __mmask16 mask = b.accumulate ? lanes_below(b.num_columns - v * 16) : static_cast<__mmask16>(0);
-      sums[r][v] = _mm512_maskz_loadu_ps(mask, b.y + r * b.ldy + v * 16);
+      sums[r][v] = b.is_loaded ? _mm512_loadu_ps(b.y + r * b.ldy + v * 16) : _mm512_setzero_ps();
     }
   }
   const uint16_t* x = b.x;
@@ -63,14 +57,13 @@ void kernel(const Block& b) {
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
-    const __mmask16 mask = lanes_below(b.num_columns - v * 16);
     if (b.bias != nullptr) {
-      const __m512 bias = _mm512_maskz_loadu_ps(mask, b.bias + v * 16);
+      const __m512 bias = _mm512_loadu_ps(b.bias + v * 16);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) sums[r][v] = _mm512_add_ps(sums[r][v], bias);
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) _mm512_mask_storeu_ps(b.y + r * b.ldy + v * 16, mask, sums[r][v]);
+    for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(b.y + r * b.ldy + v * 16, sums[r][v]);
   }
 }
 
@@ -141,10 +134,15 @@ void tile_avx512bf16(const TileArgs& a) {
                       .num_pairs = num_k / 2,
                       .y = a.y + row * a.ldy + col,
                       .ldy = a.ldy,
-                      .num_columns = num_columns,
-                      .accumulate = a.accumulate,
+                      .is_loaded = a.accumulate,
                       .bias = a.bias != nullptr ? a.bias + col : nullptr};
-        run(b, num_rows, ceil_div(num_columns, kPanel));
+        const int64_t num_panels = ceil_div(num_columns, kPanel);
+        if (num_columns == num_panels * kPanel) {
+          run(b, num_rows, num_panels);
+        } else {
+          run_padded<kRowPanel, kMaxPanels * kPanel>(b, num_rows, num_columns,
+                                                     [=](const Block& p) { run(p, num_rows, num_panels); });
+        }
       }
     }
   }

@@ -42,4 +42,25 @@ void tile_avx2(const TileArgs& args, Path path);
 void tile_avx512bf16(const TileArgs& args);
 void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 
+// Runs a kernel on a block (y, ldy, is_loaded, bias) whose columns end before its last weight panel does: on copies
+// that are as wide as whole panels.
+template <int64_t kMaxRows, int64_t kWidth, class Block, class Run>
+void run_padded(Block block, int64_t num_rows, int64_t num_columns, Run run) {
+  alignas(64) float y[kMaxRows * kWidth] = {};
+  alignas(64) float bias[kWidth] = {};
+  float* const target = block.y;
+  const int64_t ldy = block.ldy;
+  for (int64_t r = 0; block.is_loaded && r < num_rows; ++r) {
+    for (int64_t c = 0; c < num_columns; ++c) y[r * kWidth + c] = target[r * ldy + c];
+  }
+  for (int64_t c = 0; block.bias != nullptr && c < num_columns; ++c) bias[c] = block.bias[c];
+  block.y = y;
+  block.ldy = kWidth;
+  if (block.bias != nullptr) block.bias = bias;
+  run(block);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t c = 0; c < num_columns; ++c) target[r * ldy + c] = y[r * kWidth + c];
+  }
+}
+
 }  // namespace blendserve::kernels
