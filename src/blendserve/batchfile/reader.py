@@ -71,7 +71,7 @@ class BatchReader:
         if mark.startswith(_UTF16_MARKS):
             raise ConfigError(f"{self._path} is UTF-16 text; convert it first: iconv -f utf-16 -t utf-8")
         if mark.startswith(b"\x1f\x8b"):
-            return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stored, mode="rb")), _BUFFER_BYTES)
+            return io.BufferedReader(_InflatedFile(stored), _BUFFER_BYTES)
         return stored
 
     def _number_lines(self, content: io.BufferedReader[Any]) -> Iterator[tuple[int, bytes | RequestError]]:
@@ -146,6 +146,28 @@ class _HashingFile(io.RawIOBase):
         num_bytes = cast(int, self._file.readinto(view))
         self.sha256.update(view[:num_bytes])
         return num_bytes
+
+
+class _InflatedFile(io.RawIOBase):
+    """A gzip stream in small reads: a read that spans damage would lose the good bytes before it."""
+
+    def __init__(self, stored: io.BufferedReader[Any]) -> None:
+        self._file = gzip.GzipFile(fileobj=stored, mode="rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
+        data = self._file.read1(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+
+def check_readable(path: Path) -> None:
+    """Raises: ConfigError when a file is missing, is no regular file, or cannot be opened."""
+    with _open_input(path):
+        pass
 
 
 def sha256_of(path: Path) -> str:

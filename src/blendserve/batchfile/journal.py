@@ -1,0 +1,184 @@
+"""The directory `OUT.jsonl.journal/`: what a job has done so far, bound to what it was asked to do.
+
+`header.json` is written when ingestion has ended (before that nothing here counts), `records` grows while requests
+run, `complete.json` takes the place of all the rest when the output files stand. A lock keeps a second process out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from blendserve.batchfile.disk import replace_durably, sync_directory, writing_to
+from blendserve.batchfile.recordlog import RecordLog
+from blendserve.errors import ConfigError
+
+FORMAT_VERSION = 1
+_LOCK, _HEADER, _RECORDS, _SEAL = "lock", "header.json", "records", "complete.json"
+
+
+@dataclass(frozen=True, slots=True)
+class JobIdentity:
+    """All that the answers depend on: same identity, same answers. `settings` hold JSON values only."""
+
+    input_sha256: str
+    model: str
+    settings: Mapping[str, Any]
+
+    def differences(self, other: JobIdentity) -> list[str]:
+        """What differs, one phrase each: "max_model_len was 2048, is 4096" (`other` being the present one)."""
+        mine, theirs = _flat(self), _flat(other)
+        return [
+            f"{name} was {mine.get(name)}, is {theirs.get(name)}"
+            for name in sorted({*mine, *theirs})
+            if mine.get(name) != theirs.get(name)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalHeader:
+    """What is fixed once ingestion has ended. `created` is the Unix time that every response carries."""
+
+    identity: JobIdentity
+    created: int
+    num_lines: int
+    requested_model: str | None
+    num_ingest_bytes: int
+    store_sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSeal:
+    """A finished job: which files it wrote, how large they were, and the report to repeat."""
+
+    identity: JobIdentity
+    is_ordered: bool
+    file_sizes: Mapping[str, int]
+    report: Mapping[str, Any]
+
+
+class Journal:
+    """The journal directory, held under its lock from construction to `close`.
+
+    Raises: ConfigError when another process holds it or a file in it cannot be understood.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with writing_to(directory):
+            directory.mkdir(exist_ok=True)
+            self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            sync_directory(directory.parent)
+        self._take_lock()
+
+    @property
+    def store_directory(self) -> Path:
+        """Where the tokens of the job's prompts are kept."""
+        return self.directory / "prompts"
+
+    def header(self) -> JournalHeader | None:
+        """The header of a job whose ingestion has ended, else None."""
+        fields = self._read_json(_HEADER)
+        if fields is None:
+            return None
+        return JournalHeader(**{**fields, "identity": JobIdentity(**fields["identity"])})
+
+    def write_header(self, header: JournalHeader) -> None:
+        replace_durably(self.directory / _HEADER, _to_json(header))
+
+    def seal(self) -> JournalSeal | None:
+        """What a finished job left, else None."""
+        fields = self._read_json(_SEAL)
+        return None if fields is None else JournalSeal(**{**fields, "identity": JobIdentity(**fields["identity"])})
+
+    def write_seal(self, seal: JournalSeal) -> None:
+        """Mark the job finished; records and prompts are dropped, the output files hold all that counts."""
+        replace_durably(self.directory / _SEAL, _to_json(seal))
+        self._discard(keep={_LOCK, _SEAL})
+
+    def discard(self) -> None:
+        """Forget everything but the lock. The header goes first: without it the rest counts for nothing."""
+        with writing_to(self.directory):
+            for name in (_SEAL, _HEADER):
+                (self.directory / name).unlink(missing_ok=True)
+            sync_directory(self.directory)
+        self._discard(keep={_LOCK})
+
+    def open_records(self) -> RecordLog:
+        return RecordLog(self.directory / _RECORDS)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            if isinstance(error, BlockingIOError):
+                message = f"{self.directory} is in use by process {holder}; wait for it, or write to another file (-o)"
+            else:
+                message = f"cannot lock {self.directory}: {error.strerror}; write to a local disk"
+            raise ConfigError(message) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _discard(self, keep: set[str]) -> None:
+        for entry in self.directory.iterdir():
+            if entry.name in keep:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.directory / name
+        try:
+            fields: dict[str, Any] = json.loads(path.read_bytes())
+            version = fields.pop("format")
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"{path} has format {version}, this version of blendserve reads {FORMAT_VERSION}; finish the job with "
+                "the version that began it, or discard the journal with --fresh"
+            )
+        return fields
+
+
+def check_same_job(recorded: JobIdentity, present: JobIdentity, directory: Path) -> None:
+    """Raises: ConfigError naming every difference between the job that a journal records and the present one."""
+    differences = recorded.differences(present)
+    if differences:
+        raise ConfigError(
+            f"{directory} belongs to another job: {'; '.join(differences)}. Run the command that began it, write to "
+            "another file (-o), or discard that job with --fresh"
+        )
+
+
+def _flat(identity: JobIdentity) -> dict[str, Any]:
+    return {"input (sha256)": identity.input_sha256[:16], "model": identity.model, **identity.settings}
+
+
+def _to_json(value: JournalHeader | JournalSeal) -> bytes:
+    return json.dumps({"format": FORMAT_VERSION, **asdict(value)}, indent=1).encode()
