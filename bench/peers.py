@@ -1,0 +1,222 @@
+"""BlendServe beside its peers on this machine: the same prompts and output lengths, in turn, in one run.
+
+Prompts are random token ids (no text, no prefix in common), end of sequence is ignored, sampling is greedy. Timed from
+token ids to token ids with the model loaded; every run uses new prompts, so that no engine's prefix cache helps.
+Set the peers up with scripts/setup-peers.
+
+    python bench/peers.py --peers openvino,llamacpp --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import common
+from peer_lineup import entrant, parse_override
+from peer_process import PeerError, PeerProcess, Run
+
+from blendserve.models.gguf_file import GgufFile
+from blendserve.models.gguf_spec import spec_from_gguf
+from blendserve.models.spec import ModelSpec
+
+# "What is the capital of France?" in the default model's chat template.
+QUESTION = (1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198)
+MAX_ANSWER_TOKENS = 24
+FIRST_ORDINARY_TOKEN = 64  # below lie control tokens, which some engines treat apart
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Equal requests: `num_requests` prompts of `prompt_tokens`, each answered by exactly `output_tokens`."""
+
+    name: str
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+    def scaled(self, scale: float) -> Workload:
+        return Workload(self.name, max(2, round(self.num_requests * scale)), self.prompt_tokens, self.output_tokens)
+
+    def prompts(self, vocab_size: int, seed: str) -> list[list[int]]:
+        source = random.Random(seed)
+        return [
+            [source.randrange(FIRST_ORDINARY_TOKEN, vocab_size) for _ in range(self.prompt_tokens)]
+            for _ in range(self.num_requests)
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_requests * (self.prompt_tokens + self.output_tokens)
+
+    def flop(self, spec: ModelSpec) -> float:
+        """Multiply-adds count two. The last token made is not fed back; logits are made for sampled positions only."""
+        fed = self.prompt_tokens + self.output_tokens - 1
+        matrices = 2.0 * fed * spec.num_layers * spec.num_layer_parameters
+        logits = 2.0 * self.output_tokens * spec.vocab_size * spec.hidden_size
+        attention = 4.0 * spec.num_layers * spec.num_heads * spec.head_dim * fed * (fed + 1) / 2
+        return self.num_requests * (matrices + logits + attention)
+
+    def decode_bytes(self, spec: ModelSpec) -> float:
+        """Bytes that decoding reads in bf16 with all requests in one batch: their KV, and the weights once per step."""
+        contexts = sum(self.prompt_tokens + made for made in range(1, self.output_tokens))
+        weights = 2.0 * (spec.num_layers * spec.num_layer_parameters + spec.vocab_size * spec.hidden_size)
+        return self.num_requests * contexts * spec.kv_bytes_per_token() + self.output_tokens * weights
+
+
+WORKLOADS = (Workload("prefill", 32, 1000, 2), Workload("decode", 64, 16, 256), Workload("mixed", 64, 1000, 256))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One timed run. `neighbours` is the share of the machine's CPU time that other processes took meanwhile."""
+
+    peer: str
+    workload: str
+    repeat: int
+    elapsed_s: float
+    num_tokens: int
+    num_output_tokens: int
+    neighbours: float
+
+
+def main() -> None:
+    arguments = _parse()
+    common.print_header()
+    spec = spec_from_gguf(arguments.model.stem, GgufFile(arguments.model))
+    workloads = [w.scaled(arguments.scale) for w in WORKLOADS if w.name in arguments.workloads.split(",")]
+    with contextlib.ExitStack() as stack:
+        processes = _start(arguments, stack)
+        results = _race(processes, workloads, spec, arguments.repeats)
+    for workload in workloads:
+        print(_table(workload, [r for r in results if r.workload == workload.name], spec), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--peers", default="openvino,llamacpp", help="comma-separated; vllm, or openvino-f16 for other weights"
+    )
+    parser.add_argument("--without-ours", action="store_true", help="race the peers alone")
+    parser.add_argument("--workloads", default=",".join(w.name for w in WORKLOADS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the requests, for a quick look")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--set", action="append", default=[], metavar="PEER.SETTING=VALUE", help="change a setting")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run may take")
+    parser.add_argument("--json", type=Path, help="write every run to this file")
+    return parser.parse_args()
+
+
+def _start(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> list[PeerProcess]:
+    """Start every entrant and show what it is and whether it read the weights; those that fail are left out, aloud."""
+    names = [*(() if arguments.without_ours else ("ours",)), *filter(None, arguments.peers.split(","))]
+    overrides = [parse_override(text) for text in arguments.set]
+    processes, rows = [], []
+    for name in names:
+        own = {path: value for owner, path, value in overrides if owner == name}
+        try:
+            chosen = entrant(name, arguments.model, arguments.threads, own)
+            process = stack.enter_context(PeerProcess(chosen, QUESTION, MAX_ANSWER_TOKENS, arguments.timeout))
+        except PeerError as error:
+            print(f"left out: {error}\n")
+            continue
+        told = process.description
+        processes.append(process)
+        rows.append(
+            [
+                name,
+                told["version"],
+                told["precision"],
+                f"{told['load_s']:.1f}",
+                told["settings"],
+                told["answer"].strip(),
+            ]
+        )
+    print(
+        common.table(["", "version", "precision", "load s", "settings", "the capital of France?"], rows) + "\n",
+        flush=True,
+    )
+    return processes
+
+
+def _race(processes: list[PeerProcess], workloads: list[Workload], spec: ModelSpec, repeats: int) -> list[Result]:
+    """Run every workload `repeats` times after a small warm-up, the entrants in turn; each time another one begins."""
+    results = []
+    running = list(processes)
+    for workload in workloads:
+        warm_up = Workload(workload.name, 4, workload.prompt_tokens, min(workload.output_tokens, 8))
+        for repeat in range(-1, repeats):
+            job = warm_up if repeat < 0 else workload
+            prompts = job.prompts(spec.vocab_size, f"{workload.name} {repeat}")
+            for position in range(len(running)):
+                process = running[(position + max(repeat, 0)) % len(running)]
+                try:
+                    result = _timed(process, job, prompts, repeat)
+                except PeerError as error:
+                    print(f"drops out of the race: {error}\n")
+                    running = [other for other in running if other is not process]
+                    break
+                if repeat >= 0:
+                    results.append(result)
+                    print(
+                        f"{workload.name} {repeat + 1}/{repeats} {process.name}: {result.elapsed_s:.1f} s", flush=True
+                    )
+    print()
+    return results
+
+
+def _timed(process: PeerProcess, job: Workload, prompts: list[list[int]], repeat: int) -> Result:
+    before = common.cpu_use()
+    run: Run = process.run(prompts, [job.output_tokens] * job.num_requests)
+    used = common.cpu_use() - before
+    others = max(0.0, used.busy_s - run.cpu_s + used.stolen_s) / (run.elapsed_s * os.cpu_count())  # type: ignore[operator]
+    return Result(process.name, job.name, repeat, run.elapsed_s, job.num_tokens, run.num_output_tokens, others)
+
+
+def _table(workload: Workload, results: list[Result], spec: ModelSpec) -> str:
+    title = (
+        f"### {workload.name}: {workload.num_requests} requests, {workload.prompt_tokens} tokens in, "
+        f"{workload.output_tokens} out; "
+        f"{workload.flop(spec) / 1e9:.0f} GFLOP, decode reads {workload.decode_bytes(spec) / 1e9:.1f} GB\n"
+    )
+    by_peer: dict[str, list[Result]] = {}
+    for result in results:
+        by_peer.setdefault(result.peer, []).append(result)
+    rows = [_row(name, runs, by_peer.get("ours"), workload, spec) for name, runs in by_peer.items()]
+    header = ["", "seconds", "in+out tok/s", "out tok/s", "GFLOP/s", "GB/s", "ours is", "neighbours"]
+    return title + "\n" + common.table(header, rows) + "\n"
+
+
+def _row(name: str, runs: list[Result], ours: list[Result] | None, workload: Workload, spec: ModelSpec) -> list[str]:
+    seconds = common.summarise([run.elapsed_s for run in runs])
+    return [
+        name,
+        seconds.text(1),
+        common.summarise([run.num_tokens / run.elapsed_s for run in runs]).text(),
+        common.summarise([run.num_output_tokens / run.elapsed_s for run in runs]).text(),
+        f"{workload.flop(spec) / seconds.median / 1e9:.0f}",
+        f"{workload.decode_bytes(spec) / seconds.median / 1e9:.1f}",
+        "" if ours is None or name == "ours" else _speedup(runs, ours),
+        f"{statistics.median(run.neighbours for run in runs):.0%}",
+    ]
+
+
+def _speedup(runs: list[Result], ours: list[Result]) -> str:
+    """Ratio of times within each repeat, then the median: slow minutes of the machine cancel."""
+    own = {run.repeat: run.elapsed_s for run in ours}
+    ratios = [run.elapsed_s / own[run.repeat] for run in runs if run.repeat in own]
+    return common.summarise(ratios).text(2) + "x" if ratios else ""
+
+
+if __name__ == "__main__":
+    main()
