@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blendserve import _native
-from blendserve.config import BLOCK_SIZE
+from blendserve.config import BLOCK_SIZE, EngineConfig, usable_cores
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError, ConfigError, ExecutorError
 from blendserve.models.rope import inverse_frequencies
@@ -22,17 +21,6 @@ from blendserve.models.weights import Weights, check_weights
 from blendserve.request import Request, TokenIds, TokenLogprob
 
 Floats = NDArray[np.float32]
-Isa = Literal["auto", "portable", "avx2", "avx512bf16"]
-
-
-@dataclass(frozen=True, slots=True)
-class NativeLimits:
-    """The largest step and the KV memory that an executor is made for."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +37,8 @@ class NativeCounters:
 
 
 class NativeExecutor:
-    """Runs steps on this machine's CPU.
+    """Runs steps on this machine's CPU. `config` gives the largest step, the longest sequence and the threads; `isa` is
+    "auto" or a name that `_native.is_supported` accepts.
 
     Mutates: its KV memory and the table of admitted requests. Raises: ConfigError for weights or an instruction set
     that do not fit, CapacityError where the memory cannot be had.
@@ -59,17 +48,25 @@ class NativeExecutor:
     block_size = BLOCK_SIZE
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, limits: NativeLimits, *, num_threads: int, isa: Isa = "auto"
+        self, spec: ModelSpec, weights: Weights, config: EngineConfig, *, num_blocks: int, isa: str = "auto"
     ) -> None:
-        self.num_blocks = limits.num_blocks
+        self.num_blocks = num_blocks
         self.eos_token_ids = spec.eos_token_ids
+        limits = _native.ModelLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len or spec.max_position,
+            num_blocks=num_blocks,
+        )
+        num_threads = config.num_threads or usable_cores()
         try:
-            self._model = _load(spec, weights, limits, num_threads, _native.best_isa() if isa == "auto" else isa)
+            loader = _packed_weights(spec, weights, _native.best_isa() if isa == "auto" else isa)
+            self._model = _native.Model(loader, _shape(spec), limits, num_threads=num_threads)
         except ValueError as error:
             raise ConfigError(f"the native executor cannot run {spec.name!r}: {error}") from error
         except MemoryError as error:
             raise CapacityError(
-                f"no memory for {limits.num_blocks} KV blocks of {spec.name!r} beside its weights; lower --kv-memory"
+                f"no memory for {num_blocks} KV blocks of {spec.name!r} beside its weights; lower --kv-memory"
             ) from error
 
     @property
@@ -143,9 +140,8 @@ def _sampling_params(request: Request, eos_token_ids: tuple[int, ...]) -> _nativ
     )
 
 
-def _load(spec: ModelSpec, weights: Weights, limits: NativeLimits, num_threads: int, isa: str) -> _native.Model:
-    check_weights(spec, weights)
-    shape = _native.ModelShape(
+def _shape(spec: ModelSpec) -> _native.ModelShape:
+    return _native.ModelShape(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
@@ -155,22 +151,20 @@ def _load(spec: ModelSpec, weights: Weights, limits: NativeLimits, num_threads: 
         head_dim=spec.head_dim,
         rms_norm_eps=spec.rms_norm_eps,
     )
+
+
+def _packed_weights(spec: ModelSpec, weights: Weights, isa: str) -> _native.WeightLoader:
+    check_weights(spec, weights)
     loader = _native.WeightLoader(isa, spec.num_layers)
     for index in range(spec.num_layers):
-        _load_layer(loader, spec, weights, index, shape.head_stride)
+        _load_layer(loader, spec, weights, index, _shape(spec).head_stride)
     loader.set_ends(
         embedding=None if spec.has_tied_embeddings else weights.tensor("embed_tokens"),
         lm_head=weights.tensor("embed_tokens" if spec.has_tied_embeddings else "lm_head"),
         norm=weights.tensor("norm"),
         inverse_frequencies=inverse_frequencies(spec),
     )
-    native_limits = _native.ModelLimits(
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_model_len=limits.max_model_len,
-        num_blocks=limits.num_blocks,
-    )
-    return _native.Model(loader, shape, native_limits, num_threads=num_threads)
+    return loader
 
 
 def _load_layer(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights, index: int, head_stride: int) -> None:
