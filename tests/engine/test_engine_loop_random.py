@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Hashable
 
+import pytest
 from engine_scenarios import BLOCK_SIZE, EOS, VOCAB_SIZE, PlannedPolicy, make_loop, make_request, run_checked
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,3 +93,26 @@ def test_a_shared_block_is_computed_once_where_memory_suffices(
         end = min(begin + count, (request.num_prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE)
         computed.update((request.block_keys[t // BLOCK_SIZE], t % BLOCK_SIZE) for t in range(begin, end))
     assert not [key for key, times in computed.items() if times > 1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_busy_engine_with_growing_sequences(seed: int) -> None:
+    chooser = random.Random(seed)
+    requests = []
+    for index in range(60):
+        prefix = chooser.choice(PREFIXES)
+        own = [chooser.randrange(3) for _ in range(chooser.randrange(1, 9))]
+        tokens = prefix[: chooser.randrange(len(prefix))] + own
+        requests.append(make_request(index, tokens, chooser.randrange(1, 20), SamplingParams(ignore_eos=True)))
+    order = chooser.sample(range(60), 60)
+    executor = FakeExecutor(chooser.randrange(12, 60), BLOCK_SIZE, VOCAB_SIZE, EOS)
+    loop = make_loop(executor, max_num_seqs=10, max_num_batched_tokens=24)
+
+    outputs = run_checked(loop, requests, PlannedPolicy(requests, order, seed, budgets=[24, 24, 5, 1]), preempt_every=9)
+
+    for request in requests:
+        assert outputs[request.index].token_ids.tolist() == expected_tokens(request, VOCAB_SIZE)
+    assert loop.stats.num_preemptions > 0
+    num_tokens = [sum(count for _, _, count in plan) for plan in executor.plans]
+    assert max(num_tokens) == 24
+    assert min(num_tokens) > 0

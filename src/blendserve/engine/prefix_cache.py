@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Hashable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 
@@ -21,10 +21,9 @@ NextUse = Callable[[Hashable], float]
 class _Run:
     """Unreferenced computed blocks [start, len(blocks)) of one chain: reused from the front, evicted from the back."""
 
-    __slots__ = ("blocks", "keys", "start")
+    __slots__ = ("blocks", "start")
 
-    def __init__(self, keys: list[Hashable], blocks: list[int]) -> None:
-        self.keys = keys
+    def __init__(self, blocks: list[int]) -> None:
         self.blocks = blocks
         self.start = 0
 
@@ -45,7 +44,7 @@ class PrefixCache:
         self.next_use: NextUse = lambda _: 0.0
         self._pool = pool
         self._block_by_key: dict[Hashable, int] = {}
-        self._key_by_block: list[Hashable] = [None] * pool.num_blocks
+        self._key_by_block: dict[int, Hashable] = {}
         self._owner_by_block = np.full(pool.num_blocks, -1, np.int32)
         self._run_by_block: list[_Run | None] = [None] * pool.num_blocks
         self._is_computed = np.zeros(pool.num_blocks, np.bool_)
@@ -74,6 +73,8 @@ class PrefixCache:
         """Reference the matched `blocks`, which leave their runs."""
         num_unused = self.num_evictable_of(blocks)
         self._pool.acquire(blocks)
+        if not num_unused:
+            return
         self.num_evictable -= num_unused
         for block in blocks[len(blocks) - num_unused :].tolist():  # references never grow along a chain
             run = self._run_by_block[block]
@@ -85,16 +86,16 @@ class PrefixCache:
         """Make `blocks` pending under keys[begin:], owned by slot `owner`; stops at the first key that is taken.
         Returns how many were registered.
         """
-        count = 0
-        claim = self._block_by_key.setdefault
-        for key, block in zip(islice(keys, begin, None), blocks.tolist(), strict=False):
-            if claim(key, block) != block:
-                break
-            self._key_by_block[block] = key
-            count += 1
-        self._owner_by_block[blocks[:count]] = owner
-        self._is_computed[blocks[:count]] = False
-        return count
+        own = list(islice(keys, begin, begin + len(blocks)))
+        if not self._block_by_key.keys().isdisjoint(own):
+            own = list(takewhile(lambda key: key not in self._block_by_key, own))
+        registered = blocks[: len(own)]
+        numbers = registered.tolist()
+        self._block_by_key.update(zip(own, numbers, strict=True))
+        self._key_by_block.update(zip(numbers, own, strict=True))
+        self._owner_by_block[registered] = owner
+        self._is_computed[registered] = False
+        return len(own)
 
     def is_computed(self, block: int) -> bool:
         return bool(self._is_computed[block])
@@ -125,13 +126,13 @@ class PrefixCache:
             if not run:
                 heapq.heappop(self._heap)
                 continue
-            use = self.next_use(run.keys[-1])
+            use = self.next_use(self._key_by_block[run.blocks[-1]])
             if -use > negative_use:  # needed sooner than when it was ranked
                 heapq.heapreplace(self._heap, (-use, age, run))
                 continue
             taken = min(count, len(run))
             victims = run.blocks[-taken:]
-            del run.blocks[-taken:], run.keys[-taken:]
+            del run.blocks[-taken:]
             self.num_evictable -= taken
             count -= taken
             self._forget(victims)
@@ -144,15 +145,14 @@ class PrefixCache:
         self._heap.clear()
 
     def _retire(self, blocks: list[int]) -> None:
-        keys = [self._key_by_block[block] for block in blocks]
         start = 0
         while start < len(blocks):
-            use = self.next_use(keys[start])
+            use = self.next_use(self._key_by_block[blocks[start]])
             if use == math.inf:
                 self._forget(blocks[start:])
                 break
-            end = self._end_of_use(keys, start, use)
-            run = _Run(keys[start:end], blocks[start:end])
+            end = self._end_of_use(blocks, start, use)
+            run = _Run(blocks[start:end])
             for block in run.blocks:
                 self._run_by_block[block] = run
             self._num_retired += 1
@@ -163,14 +163,14 @@ class PrefixCache:
             self._heap = [entry for entry in self._heap if entry[2]]
             heapq.heapify(self._heap)
 
-    def _end_of_use(self, keys: list[Hashable], start: int, use: float) -> int:
+    def _end_of_use(self, blocks: list[int], start: int, use: float) -> int:
         """End of the piece of a chain from `start` on that has the same next use, by bisection."""
-        low, high = start + 1, len(keys)
-        if self.next_use(keys[-1]) == use:
+        low, high = start + 1, len(blocks)
+        if self.next_use(self._key_by_block[blocks[-1]]) == use:
             return high
         while low < high:
             middle = (low + high) // 2
-            if self.next_use(keys[middle]) == use:
+            if self.next_use(self._key_by_block[blocks[middle]]) == use:
                 low = middle + 1
             else:
                 high = middle
@@ -178,16 +178,13 @@ class PrefixCache:
 
     def _forget(self, blocks: list[int]) -> None:
         if blocks:
-            for block in blocks:
-                del self._block_by_key[self._key_by_block[block]]
-                self._key_by_block[block] = None
-                self._run_by_block[block] = None
+            for key in map(self._key_by_block.pop, blocks):
+                del self._block_by_key[key]
             self._pool.free(np.array(blocks, np.int32))
 
     def check(self) -> None:
         """Assert the invariants: runs hold exactly the unreferenced registered blocks, all of them computed."""
-        for key, block in self._block_by_key.items():
-            assert self._key_by_block[block] == key
+        assert self._key_by_block == {block: key for key, block in self._block_by_key.items()}
         in_runs = [block for _, _, run in self._heap for block in run.blocks[run.start :]]
         assert len(in_runs) == len(set(in_runs)) == self.num_evictable, "runs overlap or are miscounted"
         unused = {block for block in self._block_by_key.values() if self._pool.ref_counts[block] == 0}
