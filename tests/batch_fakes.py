@@ -13,7 +13,7 @@ import numpy as np
 from blendserve.batchfile.schema import Message, ServedModel
 from blendserve.batchfile.store import PendingRequests
 from blendserve.errors import RequestError
-from blendserve.job import BatchJob, JobReport, run_job
+from blendserve.job import BatchJob, Generate, JobReport, run_job
 from blendserve.request import Request, SequenceOutput, TokenLogprob
 
 EOS = 0
@@ -120,7 +120,7 @@ def mixed_lines(num_lines: int) -> list[dict[str, Any] | str]:
 
 
 def run_fake(
-    input_path: Path, output_path: Path, engine: FakeEngine | None = None, codec: FakeCodec | None = None, **fields: Any
+    input_path: Path, output_path: Path, engine: Generate | None = None, codec: FakeCodec | None = None, **fields: Any
 ) -> JobReport:
     """`run_job` on the fakes, at a fixed time."""
     clock = fields.pop("clock", lambda: 1_700_000_000.0)
