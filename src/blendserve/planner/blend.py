@@ -131,10 +131,9 @@ class BlendPolicy:
         return self._scanner.distance(int(schedule.first_position[node]), int(schedule.last_position[node]))
 
     def _fits(self, forecast: KvForecast, request: int, limit: float) -> bool:
-        index = np.array([request])
-        self._proposed_remaining = self._learner.lengths.quantiles(index, np.zeros(1, dtype=np.int64))[0]
+        self._proposed_remaining = self._learner.lengths.outset(request)
         kv_tokens = float(self._plan.table.num_prompt_tokens[request])
-        return forecast.peak_with(self._step, kv_tokens, self._proposed_remaining) <= limit
+        return forecast.fits(request, self._step, kv_tokens, self._proposed_remaining, limit)
 
     def _begin_step(self, view: SchedulerView) -> None:
         """Look at what runs: the budget of the coming step follows from the KV that its decodes read."""

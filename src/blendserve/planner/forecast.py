@@ -19,12 +19,14 @@ class KvForecast:
     """Expected KV load in tokens over the steps to come, by spans (begin, end] of steps."""
 
     def __init__(self) -> None:
+        self._refused: set[int] = set()
         self._begin = np.zeros(0)
         self._end = np.zeros(0)
         self._load = np.zeros(0)
 
     def rebuild(self, step: int, kv_tokens: Floats, remaining: Floats) -> None:
         """Forecast from scratch. Shapes: `kv_tokens` [n] held now, `remaining` [n, num_quantiles] tokens to come."""
+        self._refused.clear()
         num_quantiles = remaining.shape[1] if remaining.ndim == 2 else 1
         ends = (step + remaining).ravel()
         if not len(ends):
@@ -46,12 +48,19 @@ class KvForecast:
         """Highest load to come, in tokens."""
         return float(self._load.max()) if len(self._load) else 0.0
 
-    def peak_with(self, step: int, kv_tokens: float, remaining: Floats) -> float:
-        """The peak with one more sequence, given its equally likely remaining lengths (ascending)."""
-        alone = kv_tokens + float(remaining[-1])
-        if not len(self._load):
-            return alone
-        return max(alone, float((self._load + self._added(step, kv_tokens, remaining)).max()))
+    def fits(self, request: int, step: int, kv_tokens: float, remaining: Floats, limit: float) -> bool:
+        """Does the peak stay within `limit` with one more sequence, of equally likely remaining lengths (ascending)?
+
+        What was refused stays refused until the next rebuild: until then the load only grows.
+        """
+        if request in self._refused:
+            return False
+        if kv_tokens + remaining[-1] <= limit and (
+            not len(self._load) or (self._load + self._added(step, kv_tokens, remaining)).max() <= limit
+        ):
+            return True
+        self._refused.add(request)
+        return False
 
     def add(self, step: int, kv_tokens: float, remaining: Floats) -> None:
         """Count one more sequence in."""

@@ -31,6 +31,7 @@ class Lengths(Protocol):
     def remaining(self, indices: Int64s, num_output_tokens: Int64s) -> Floats: ...
     def moments(self, indices: Int64s, num_output_tokens: Int64s) -> tuple[Floats, Floats]: ...
     def quantiles(self, indices: Int64s, num_output_tokens: Int64s) -> Floats: ...
+    def outset(self, index: int) -> Floats: ...
     def observe(self, index: int, num_output_tokens: int) -> None: ...
     @property
     def num_observed(self) -> int: ...
@@ -87,6 +88,10 @@ class LengthModel:
         passed = np.cumsum((self._events + censored)[:, ::-1], axis=1)[:, ::-1]
         hazard = hazards(self._events, passed - censored, self.strata.parent, self.strata.level, self._edges)
         self._table = SurvivalTable.from_hazards(hazard, self._edges)
+        every = np.arange(len(self.strata))[:, None]
+        self._outset = np.maximum(
+            self._table.quantile(every, np.broadcast_to(_LEVELS, (len(every), NUM_QUANTILES))), 1.0
+        )
 
     def estimate(self, indices: Int64s) -> Floats:
         """Expected output tokens of requests that have not started."""
@@ -127,6 +132,14 @@ class LengthModel:
             length = self._table.quantile(rows[:, None], level) - done[:, None]
             result[is_open] = np.clip(length, 1.0, left[is_open])
         return result
+
+    def outset(self, index: int) -> Floats:
+        """Output tokens of one request that has not started: equally likely lengths, rising; one where it is known."""
+        cap = self._cap[index : index + 1]
+        if self._known[index] >= 0:
+            return cap.astype(np.float64)
+        lengths: Floats = np.minimum(self._outset[self.strata.stratum_of[index]], cap)
+        return lengths
 
     def _add_censored(self, censored: Floats, strata: Int64s, lengths: Int64s) -> None:
         """Requests known to be longer than `lengths` were at risk in all bins before the one that holds it."""
@@ -196,3 +209,7 @@ class MeanLengthModel:
     def quantiles(self, indices: Int64s, num_output_tokens: Int64s) -> Floats:
         """The estimate at every level. Shapes: [len(indices), NUM_QUANTILES]."""
         return np.repeat(self.remaining(indices, num_output_tokens)[:, None], NUM_QUANTILES, axis=1)
+
+    def outset(self, index: int) -> Floats:
+        """The estimate of one request."""
+        return self.estimate(np.array([index]))
