@@ -58,7 +58,8 @@ def save_with_transformers(spec: ModelSpec, path: Path) -> Any:
 
     weights = random_weights(spec)
     config = transformers.AutoConfig.for_model(**hf_config(spec))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    factory: Any = transformers.AutoModelForCausalLM
+    model = factory.from_config(config, attn_implementation="eager").float().eval()
     state = {hf_name(name): torch.from_numpy(weights.tensor(name)) for name in weights.shape_by_name}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
@@ -89,8 +90,8 @@ def peer_default() -> Any:
     import transformers
 
     path = default_files().path
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
-    return model.eval()
+    factory: Any = transformers.AutoModelForCausalLM
+    return factory.from_pretrained(path.parent, gguf_file=path.name, dtype="float32").eval()
 
 
 def mean_negative_log_likelihood(logits: NDArray[np.float64], token_ids: NDArray[np.int32]) -> float:
