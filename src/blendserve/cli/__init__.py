@@ -1,0 +1,56 @@
+"""The `blendserve` command: one module per subcommand, each with `add_parser` and functions that return exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from blendserve.errors import BlendServeError
+
+COMMANDS = ("run", "check", "models")
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run it. Returns the exit code: 0 done, 1 error, 2 usage, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.command(args)
+        sys.stdout.flush()
+    except BlendServeError as error:
+        print(f"blendserve: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("blendserve: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blendserve",
+        description="Answer a file of LLM requests for the least machine time: plan the order, overlap compute and "
+        "memory, lose nothing.",
+    )
+    parser.add_argument("--version", action="version", version=f"blendserve {_version()}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        import_module(f"blendserve.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("blendserve")
+    except PackageNotFoundError:  # run from the sources without an install
+        return "unknown"

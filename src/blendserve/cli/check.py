@@ -1,0 +1,53 @@
+"""`blendserve check`: validate a batch file without running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from blendserve.batchfile.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
+from blendserve.batchfile.codec import ModelCodec
+from blendserve.cli.options import add_model, find_model, served_model
+from blendserve.models.load import load_model
+
+EXIT_HAS_ERRORS = 1
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "check",
+        help="validate a batch file without running it",
+        description="Validate every line of a batch file: what a run would answer, and what would become an error row. "
+        "Exits with 1 when a line has an error.",
+    )
+    parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the file. Returns 1 when a line has an error, else 0."""
+    model = load_model(find_model(args))
+    served = served_model(args, model, args.max_model_len or model.spec.max_position)
+    report = check_file(args.input, served, ModelCodec(model.tokenizer))
+    print(json.dumps(asdict(report)) if args.json else describe(report))
+    return EXIT_HAS_ERRORS if report.errors else 0
+
+
+def describe(report: CheckReport) -> str:
+    """Counts by error code with line numbers, for a person."""
+    lines = [
+        f"{report.num_lines} lines, {report.num_valid} valid: {report.num_requests} requests, "
+        f"{report.num_prompt_tokens} prompt tokens"
+    ]
+    by_count = sorted(report.errors.items(), key=lambda item: (-item[1].num_lines, item[0]))
+    return "\n".join(lines + [_describe_code(code, count) for code, count in by_count])
+
+
+def _describe_code(code: str, count: CodeCount) -> str:
+    numbers = ", ".join(map(str, count.line_numbers)) + (", ..." if count.num_lines > MAX_LISTED_LINES else "")
+    plural = "line" if count.num_lines == 1 else "lines"
+    return f"{code}: {count.num_lines} {plural} ({numbers}): {count.message}"

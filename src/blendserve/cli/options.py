@@ -1,0 +1,80 @@
+"""Options that several commands share, and the values they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from blendserve.batchfile.schema import ServedModel
+from blendserve.config import EngineConfig, cache_dir, parse_bytes
+from blendserve.errors import ConfigError
+from blendserve.models.hub import ModelFiles, resolve
+from blendserve.models.load import LoadedModel
+
+ISA_NAMES = ("auto", "portable", "avx2", "avx512bf16")
+
+
+def size(text: str) -> int:
+    """An argument such as 512MiB, in bytes."""
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a model directory, a .gguf file, a hub id (owner/name), or a name from `blendserve models`; "
+        "default: SmolLM2-135M-Instruct",
+    )
+    parser.add_argument(
+        "--max-model-len", type=int, default=0, metavar="TOKENS", help="context length; default: the model's"
+    )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine", "limits change how long a run takes, never its answers")
+    group.add_argument("--kv-memory", type=size, default=0, metavar="SIZE", help="memory of the KV cache, such as 4GiB")
+    group.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="most requests running at once (256)")
+    group.add_argument(
+        "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="most tokens in one step (2048)"
+    )
+    group.add_argument("--threads", type=int, default=0, metavar="N", help="default: every core this process may use")
+    group.add_argument(
+        "--no-prefix-caching", action="store_true", help="compute every prompt in full, also where prefixes are shared"
+    )
+    group.add_argument("--isa", choices=ISA_NAMES, default="auto", help="instruction set of the kernels")
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """Limits as given. Raises: ConfigError."""
+    return EngineConfig(
+        kv_memory_bytes=args.kv_memory,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=args.max_model_len,
+        num_threads=args.threads,
+        enable_prefix_caching=not args.no_prefix_caching,
+    )
+
+
+def find_model(args: argparse.Namespace) -> ModelFiles:
+    """The files of the model that --model names, fetched if need be; what takes long is told on standard error."""
+    return resolve(args.model, cache_dir(), notify=tell)
+
+
+def served_model(args: argparse.Namespace, model: LoadedModel, max_model_len: int) -> ServedModel:
+    """Which names lines may carry: the model's own; any one other name too where the user chose the model."""
+    return ServedModel(
+        names=(model.spec.name,),
+        accepts_any_name=args.model is not None,
+        vocab_size=model.spec.vocab_size,
+        max_model_len=max_model_len,
+    )
+
+
+def tell(text: str) -> None:
+    """A line for the person at the terminal, kept out of standard output."""
+    print(text, file=sys.stderr, flush=True)

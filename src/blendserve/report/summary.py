@@ -1,0 +1,95 @@
+"""What a finished run tells its user: as lines of text, or as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blendserve.engine.stats import RunStats
+from blendserve.job import JobReport
+from blendserve.report.progress import format_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A job's report beside the clock and the engine's counters. Units: seconds, tokens; tokens are of this run only.
+
+    `makespan_s` is from the start of the command to the last file written; `run_s` is the part in which requests ran.
+    `stats` is None where nothing was left to run.
+    """
+
+    report: JobReport
+    policy: str
+    makespan_s: float
+    load_s: float
+    plan_s: float
+    run_s: float
+    stats: RunStats | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Input and output tokens served per second of the run, prefix hits included."""
+        return (self.report.num_prompt_tokens + self.report.num_output_tokens) / self.run_s if self.run_s else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, units in the names."""
+        report = asdict(self.report)
+        report["errors_by_code"] = dict(self.report.errors_by_code)
+        own: dict[str, Any] = {
+            "policy": self.policy,
+            "makespan_s": self.makespan_s,
+            "load_s": self.load_s,
+            "plan_s": self.plan_s,
+            "run_s": self.run_s,
+            "tokens_per_s": self.tokens_per_s,
+        }
+        return report | own | (_stats_fields(self.stats) if self.stats is not None else {})
+
+    def to_text(self) -> str:
+        """A few lines for a person."""
+        report = self.report
+        if report.was_complete:
+            return f"already complete: {report.output_path} ({report.num_succeeded} answers); --fresh runs it again"
+        lines = [
+            f"{report.num_succeeded} answers in {report.output_path}" + _resumed(report.num_resumed),
+            f"{report.num_failed} errors" + _by_code(report.errors_by_code, report.errors_path),
+            f"makespan {format_seconds(self.makespan_s)} ({self.makespan_s:.1f} s: load {self.load_s:.1f}, plan "
+            f"{self.plan_s:.1f}, run {self.run_s:.1f}), policy {self.policy}",
+            f"tokens in {report.num_prompt_tokens} (cached {report.num_cached_tokens}), out "
+            f"{report.num_output_tokens}, {self.tokens_per_s:.0f} tok/s",
+        ]
+        if self.stats is not None:
+            lines.append(
+                f"steps {self.stats.num_steps}, scheduling {self.stats.scheduling_share:.1%} of step time, "
+                f"{self.stats.num_preemptions} preemptions, KV peak {_kv_peak(self.stats):.0%}"
+            )
+        return "\n".join([*lines, *report.notes])
+
+
+def _stats_fields(stats: RunStats) -> dict[str, Any]:
+    return {
+        "num_steps": stats.num_steps,
+        "executor_s": stats.executor_s,
+        "scheduling_s": stats.scheduling_s,
+        "scheduling_share": stats.scheduling_share,
+        "num_preemptions": stats.num_preemptions,
+        "max_running": stats.max_running,
+        "kv_peak": _kv_peak(stats),
+        "prefix_hit_rate": stats.prefix_hit_rate,
+    }
+
+
+def _kv_peak(stats: RunStats) -> float:
+    return stats.max_kv_tokens / max(1, stats.capacity_tokens)
+
+
+def _resumed(count: int) -> str:
+    return f", {count} requests of them from an earlier run" if count else ""
+
+
+def _by_code(errors_by_code: Mapping[str, int], errors_path: str | None) -> str:
+    if not errors_by_code:
+        return ""
+    listed = ", ".join(f"{code} {count}" for code, count in sorted(errors_by_code.items()))
+    return f" in {errors_path}: {listed}"

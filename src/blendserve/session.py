@@ -1,0 +1,99 @@
+"""From a loaded model to a running engine: limits that follow from the machine, and one planned run of requests.
+
+`LLM` and batch jobs both stand on this; neither builds an engine or a plan of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from blendserve.config import BLOCK_SIZE, EngineConfig, available_memory_bytes, usable_cores
+from blendserve.cost import CostModel, ModelCost
+from blendserve.detokenize import StopChecker
+from blendserve.engine.loop import EngineLoop
+from blendserve.errors import CapacityError, ConfigError
+from blendserve.executors.native import NativeExecutor
+from blendserve.models.load import LoadedModel
+from blendserve.models.spec import ModelSpec
+from blendserve.planner.base import RequestTable
+from blendserve.planner.plan import Plan, make_plan
+from blendserve.planner.policies import make_policy
+from blendserve.planner.sorting import FlatPrompts
+from blendserve.planner.tree import PrefixTree
+from blendserve.request import Request, RequestSource, SequenceOutput
+
+MAX_KV_SHARE = 0.5
+"""Share of the available memory that the KV cache takes unless told otherwise; the rest is for weights and the user."""
+
+# One core with 256-bit vectors, until the machine is calibrated: only the ratio of the two matters to a plan.
+_FLOP_PER_S_PER_CORE = 90e9
+_BYTES_PER_S_PER_CORE = 12e9
+
+
+def resolve_limits(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
+    """Fill the limits that were left open: KV memory, context length, threads.
+
+    Raises: ConfigError when the context asked for is longer than the model's, CapacityError when not one block fits.
+    """
+    if config.max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but {spec.name} was made for {spec.max_position} tokens; "
+            "lower it, or leave it out"
+        )
+    max_model_len = config.max_model_len or spec.max_position
+    bytes_per_token = spec.kv_bytes_per_token()
+    kv_memory_bytes = config.kv_memory_bytes or min(
+        int(available_memory_bytes() * MAX_KV_SHARE), config.max_num_seqs * max_model_len * bytes_per_token
+    )
+    if kv_memory_bytes < bytes_per_token * BLOCK_SIZE:
+        raise CapacityError(
+            f"KV memory is {kv_memory_bytes} bytes; one block of {BLOCK_SIZE} tokens of {spec.name} takes "
+            f"{bytes_per_token * BLOCK_SIZE}; raise --kv-memory"
+        )
+    return replace(
+        config,
+        kv_memory_bytes=kv_memory_bytes,
+        max_model_len=max_model_len,
+        num_threads=config.num_threads or usable_cores(),
+    )
+
+
+def open_engine(model: LoadedModel, config: EngineConfig, *, isa: str = "auto") -> EngineLoop:
+    """Load the weights and build an engine on the native executor. `config` has resolved limits."""
+    num_blocks = config.kv_memory_bytes // (model.spec.kv_bytes_per_token() * BLOCK_SIZE)
+    executor = NativeExecutor(model.spec, model.weights, config, num_blocks=num_blocks, isa=isa)
+    return EngineLoop(executor, config, stop_checker=StopChecker(model.tokenizer))
+
+
+def cost_of(spec: ModelSpec, num_threads: int) -> CostModel:
+    """Compute and memory seconds of requests of this model on this machine."""
+    return CostModel.at_rates(
+        ModelCost.from_spec(spec),
+        flop_per_s=_FLOP_PER_S_PER_CORE * num_threads,
+        bytes_per_s=_BYTES_PER_S_PER_CORE * num_threads,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequests:
+    """A source whose requests carry the plan's block keys, by which prefixes are shared and evicted."""
+
+    source: RequestSource
+    tree: PrefixTree
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> Request:
+        return replace(self.source[index], block_keys=self.tree.block_keys(index, BLOCK_SIZE))
+
+
+def plan_requests(prompts: FlatPrompts, table: RequestTable, cost: CostModel, *, seed: int = 0) -> Plan:
+    """Sort the prompts into a tree and plan them. Shapes: row i of `table` is prompt i."""
+    return make_plan(PrefixTree.from_flat(prompts), table, cost, seed=seed)
+
+
+def run_planned(engine: EngineLoop, source: RequestSource, plan: Plan, policy: str) -> Iterator[SequenceOutput]:
+    """Run every request of `source` under a policy, yielding outputs as they finish."""
+    return engine.run(PlannedRequests(source, plan.tree), make_policy(policy, plan))
