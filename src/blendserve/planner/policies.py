@@ -7,6 +7,7 @@ from collections.abc import Callable
 from blendserve.errors import ConfigError
 from blendserve.planner.base import Int64s, Policy
 from blendserve.planner.blend import BlendPolicy
+from blendserve.planner.paper import PaperPolicy
 from blendserve.planner.plan import Plan
 from blendserve.planner.static import StaticPolicy, bucket_order, fcfs_order, longest_first_order, random_order
 
@@ -19,6 +20,7 @@ _ORDER_BY_NAME: dict[str, Callable[[Plan], Int64s]] = {
 }
 _POLICY_BY_NAME: dict[str, Callable[[Plan], Policy]] = {
     "blend": BlendPolicy,
+    "paper": PaperPolicy,
 }
 
 POLICY_NAMES = (*_POLICY_BY_NAME, *_ORDER_BY_NAME)

@@ -48,6 +48,11 @@ class DualScanner:
         self.peek_compute_end()
         return self._order[self._low : min(self._low + count, self._high)]
 
+    def upcoming_memory_end(self, count: int) -> Int64s:
+        """The next `count` requests at the memory end, about."""
+        self.peek_memory_end()
+        return self._order[max(self._high - count, self._low) : self._high]
+
     def peek_first(self) -> int:
         """The next request of those to be served before others, or NO_REQUEST."""
         while self._first and not self._is_waiting[self._first[-1]]:
