@@ -21,8 +21,9 @@ class Schedule:
 
     Shapes: `order` int64[num_requests], compute end first; by request index, float64[num_requests]:
     `expected_output_tokens`, `compute_s` (with what earlier requests of the order share taken off), `memory_s` and
-    `density` (of the request alone). By node, int64[num_nodes]: the subtree's requests, but for leaves split off, are
-    order[first_position : last_position]. Units: seconds.
+    `density` (of the request alone); `num_shared_tokens` int64[num_requests], the prompt tokens that were taken off. By
+    node, int64[num_nodes]: the subtree's requests, but for leaves split off, are order[first_position :
+    last_position]. Units: seconds.
     """
 
     leaf_order: LeafOrder
@@ -33,6 +34,7 @@ class Schedule:
     compute_s: Floats
     memory_s: Floats
     density: Floats
+    num_shared_tokens: Int64s
     root_density: float
 
 
@@ -62,9 +64,12 @@ def make_schedule(
         first_position=leaf_begin[leaf_order.first_position],
         last_position=leaf_begin[leaf_order.last_position],
         expected_output_tokens=expected,
-        compute_s=compute_s - _shared_s(tree, cost, leaf_order, order, leaf_begin),
+        compute_s=compute_s - _shared(tree, leaf_order, order, leaf_begin, cost.prefix_compute_s(tree.prefix_len)),
         memory_s=memory_s,
         density=density,
+        num_shared_tokens=_shared(tree, leaf_order, order, leaf_begin, tree.prefix_len.astype(np.float64)).astype(
+            np.int64
+        ),
         root_density=root_density,
     )
 
@@ -78,20 +83,20 @@ def _request_order(tree: PrefixTree, leaf_order: LeafOrder) -> tuple[Int64s, Int
     return tree.order[source], begin
 
 
-def _shared_s(tree: PrefixTree, cost: CostModel, leaf_order: LeafOrder, order: Int64s, leaf_begin: Int64s) -> Floats:
-    """Prefill that each request finds done by those before it, by request index: all but the segments it opens.
+def _shared(tree: PrefixTree, leaf_order: LeafOrder, order: Int64s, leaf_begin: Int64s, prefix: Floats) -> Floats:
+    """What each request finds done by those before it, by request index: its prompt without the segments it opens.
 
-    The first leaf of a subtree opens the segment of its node; the first request of a leaf opens that of the leaf.
+    `prefix` float64[num_nodes] measures the prompt up to every node (tokens, seconds). The first leaf of a subtree
+    opens the segment of its node; the first request of a leaf opens that of the leaf.
     """
-    prefix_s = cost.prefix_compute_s(tree.prefix_len)
     opened = np.zeros(tree.num_requests + 1)
     is_open = leaf_order.first_position < leaf_order.last_position
     is_open[0] = False
     above = tree.parent.copy()
     above[tree.num_inner :][leaf_order.is_split] = 0
     nodes = np.flatnonzero(is_open)
-    np.add.at(opened, leaf_begin[leaf_order.first_position[nodes]], prefix_s[nodes] - prefix_s[above[nodes]])
-    own = np.repeat(prefix_s[tree.num_inner :][leaf_order.leaves], np.diff(leaf_begin))
+    np.add.at(opened, leaf_begin[leaf_order.first_position[nodes]], prefix[nodes] - prefix[above[nodes]])
+    own = np.repeat(prefix[tree.num_inner :][leaf_order.leaves], np.diff(leaf_begin))
     shared = np.empty(tree.num_requests)
     shared[order] = np.maximum(own - opened[:-1], 0.0)
     return shared

@@ -111,6 +111,21 @@ class PrefixTree:
             node, last = above, min(first, last)
         return keys
 
+    def restrict(self, requests: Int64s) -> PrefixTree:
+        """The tree of some of the requests (ascending), renumbered from 0 in that order."""
+        rank = np.full(self.num_requests, -1, dtype=np.int64)
+        rank[requests] = np.arange(len(requests))
+        is_first = np.zeros(self.num_requests, dtype=np.bool_)
+        is_first[self.leaf_start[:-1]] = True
+        leaves = self.leaf_of[self.order]
+        lengths = self.leaf_len[leaves]
+        lcp = np.where(is_first, self.leaf_lcp[leaves], lengths)
+        kept = np.flatnonzero(rank[self.order] >= 0)
+        shared = np.zeros(len(kept), dtype=np.int64)
+        if len(kept) > 1:
+            shared[1:] = np.minimum.reduceat(lcp[: kept[-1] + 1], kept[:-1] + 1)
+        return PrefixTree.from_sorted(rank[self.order[kept]], shared, lengths[kept])
+
     def check(self) -> None:
         """Assert the invariants of the arrays."""
         assert self.leaf_start[0] == 0

@@ -1,0 +1,156 @@
+"""Jobs that have not arrived whole: plan what is here, go on planning while it runs (paper.md section 7).
+
+One window is served while the next is read. When little of it waits, the rest and the next window are planned together,
+so that both ends stay filled; what runs stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from blendserve.cost import CostModel
+from blendserve.planner.base import Int64s, Policy, RequestTable, SchedulerView
+from blendserve.planner.plan import Plan, make_plan
+from blendserve.planner.sorting import FlatPrompts
+from blendserve.planner.tree import PrefixTree
+from blendserve.request import TokenIds
+
+LOW_WATER = 0.25
+"""Share of a window that still waits when the next one joins it."""
+
+
+class Window(NamedTuple):
+    """Requests that arrived together; indices go on from the window before."""
+
+    prompts: FlatPrompts
+    table: RequestTable
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalView:
+    """A view whose running requests carry the numbers of the present plan."""
+
+    view: SchedulerView
+    request_index: Int64s
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.view.capacity_tokens
+
+    @property
+    def free_tokens(self) -> int:
+        return self.view.free_tokens
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.view.max_num_seqs
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.view.max_num_batched_tokens
+
+    @property
+    def num_prompt_tokens(self) -> Int64s:
+        return self.view.num_prompt_tokens
+
+    @property
+    def num_computed_tokens(self) -> Int64s:
+        return self.view.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> Int64s:
+        return self.view.num_output_tokens
+
+
+class WindowedPolicy:
+    """Serves windows of requests with one policy after another; indices are the job's throughout.
+
+    Keeps the prompts of unfinished requests and of the window ahead, nothing else. Block keys must name contents (a
+    tree's keys hold for one plan only), so prefix blocks are evicted least recently used first.
+    """
+
+    def __init__(self, windows: Iterator[Window], cost: CostModel, make: Callable[[Plan], Policy]) -> None:
+        self._windows = windows
+        self._cost = cost
+        self._make = make
+        self._num_arrived = 0
+        self._prompt_by_index: dict[int, tuple[TokenIds, int, int]] = {}  # prompt, cap, known length
+        self._cached_by_running: dict[int, int] = {}
+        self._indices = np.zeros(0, dtype=np.int64)
+        self._window_size = 0
+        self._next = next(windows, None)
+        self._policy: Policy | None = None
+        self.name = "windowed"
+        self._plan_next_window()
+
+    @property
+    def num_waiting(self) -> int:
+        assert self._policy is not None
+        return self._policy.num_waiting + (len(self._next.table) if self._next is not None else 0)
+
+    def next(self, view: SchedulerView) -> int | None:
+        assert self._policy is not None
+        while self._next is not None and self._policy.num_waiting <= LOW_WATER * self._window_size:
+            self._plan_next_window()
+        local = self._policy.next(self._local(view))
+        return None if local is None else int(self._indices[local])
+
+    def prefill_tokens(self, view: SchedulerView) -> int:
+        assert self._policy is not None
+        return self._policy.prefill_tokens(self._local(view))
+
+    def admitted(self, index: int, num_cached_tokens: int) -> None:
+        assert self._policy is not None
+        self._cached_by_running[index] = num_cached_tokens
+        self._policy.admitted(self._local_index(index), num_cached_tokens)
+
+    def finished(self, index: int, num_output_tokens: int) -> None:
+        assert self._policy is not None
+        del self._cached_by_running[index], self._prompt_by_index[index]
+        self._policy.finished(self._local_index(index), num_output_tokens)
+
+    def preempted(self, index: int, num_output_tokens: int) -> None:
+        assert self._policy is not None
+        del self._cached_by_running[index]
+        self._policy.preempted(self._local_index(index), num_output_tokens)
+
+    def next_use(self, key: Hashable) -> float:  # noqa: ARG002
+        return 0.0
+
+    def _local(self, view: SchedulerView) -> _LocalView:
+        return _LocalView(view, np.searchsorted(self._indices, view.request_index))
+
+    def _local_index(self, index: int) -> int:
+        return int(np.searchsorted(self._indices, index))
+
+    def _plan_next_window(self) -> None:
+        """Plan what waits, what runs and the next window together; read the window after it."""
+        self._take_in(self._next)
+        self._next = next(self._windows, None)
+        self._indices = np.array(sorted(self._prompt_by_index), dtype=np.int64)
+        rows = [self._prompt_by_index[index] for index in self._indices.tolist()]
+        table = RequestTable(
+            num_prompt_tokens=np.array([len(row[0]) for row in rows], dtype=np.int64),
+            max_output_tokens=np.array([row[1] for row in rows], dtype=np.int64),
+            known_output_tokens=np.array([row[2] for row in rows], dtype=np.int64),
+        )
+        tree = PrefixTree.from_prompts(row[0] for row in rows)
+        self._policy = self._make(make_plan(tree, table, self._cost))
+        self.name = f"{self._policy.name}-windowed"
+        for index, num_cached_tokens in self._cached_by_running.items():
+            self._policy.admitted(self._local_index(index), num_cached_tokens)
+
+    def _take_in(self, window: Window | None) -> None:
+        if window is None:
+            return
+        offsets, table = window.prompts.offsets, window.table
+        for row in range(len(table)):
+            prompt = window.prompts.token_ids[offsets[row] : offsets[row + 1]]
+            limits = int(table.max_output_tokens[row]), int(table.known_output_tokens[row])
+            self._prompt_by_index[self._num_arrived + row] = (prompt, *limits)
+        self._num_arrived += len(table)
+        self._window_size = len(table)
