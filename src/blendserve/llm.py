@@ -153,7 +153,7 @@ class LLM:
                 code="invalid_token_id",
                 param="prompt",
             )
-        room = self.config.max_model_len - len(token_ids)
+        room = max(1, self.config.max_model_len - len(token_ids))  # the engine refuses prompts that leave none
         return room if sampling.max_tokens is None else min(room, sampling.max_tokens)
 
     def _run(self, requests: list[Request]) -> list[SequenceOutput]:

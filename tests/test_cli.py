@@ -1,0 +1,161 @@
+"""The command line on tiny models: what it prints, what it writes, how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_files import tiny_directory
+
+from blendserve.cli import main
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_directory(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def line(custom_id: str, **body: Any) -> str:
+    content = {
+        "model": "m",
+        "messages": [{"role": "user", "content": f"what is {custom_id}?"}],
+        "max_tokens": 6,
+        **body,
+    }
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": content})
+
+
+def rows_by_id(path: Path) -> dict[str, Any]:
+    return {row["custom_id"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def run_args(tiny: Path, source: Path, output: Path, *extra: str) -> list[str]:
+    limits = ["--kv-memory", "4MiB", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--threads", "2"]
+    return ["run", str(source), "-o", str(output), "--model", str(tiny), *limits, *extra]
+
+
+def test_run_answers_every_line_and_sets_errors_apart(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join([line("a"), "{nonsense", line("b", n=2), line("c", tools=[{"type": "function"}])]))
+    assert main(run_args(tiny, source, output)) == 0
+    assert sorted(rows_by_id(output)) == ["a", "b"]
+    assert len(rows_by_id(output)["b"]["response"]["body"]["choices"]) == 2
+    errors = [json.loads(text) for text in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+    assert len(errors) == 2
+    captured = capsys.readouterr()
+    assert "2 answers" in captured.out
+    assert "2 errors" in captured.out
+    assert "scheduling" in captured.out
+    assert "3/3 requests" in captured.err, "plain progress lines where there is no terminal"
+
+
+def test_the_summary_as_json(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a") + "\n" + line("b"))
+    assert main(run_args(tiny, source, output, "--json")) == 0
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    assert summary["num_succeeded"] == 2
+    assert summary["num_prompt_tokens"] > 0
+    assert 0 <= summary["scheduling_share"] <= 1
+    assert captured.err == ""
+
+
+def test_a_finished_run_is_not_repeated(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    assert main(run_args(tiny, source, output, "--quiet")) == 0
+    before = output.read_bytes()
+    assert main(run_args(tiny, source, output, "--quiet")) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert output.read_bytes() == before
+
+
+def test_ordered_output_is_in_the_order_of_the_input(tiny: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    names = [f"r{i}" for i in range(12)]
+    source.write_text("\n".join(line(name, max_tokens=1 + i * 5 % 13) for i, name in enumerate(names)))
+    assert main(run_args(tiny, source, output, "--ordered", "--policy", "random", "--quiet")) == 0
+    assert list(rows_by_id(output)) == names
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "missing.jsonl", "-o", "out.jsonl"], "missing.jsonl"),
+        (["run", ".", "-o", "out.jsonl"], "directory"),
+        (["check", "missing.jsonl"], "missing.jsonl"),
+        (["models", "pull", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_1(
+    args: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = [] if args[0] == "models" else ["--model", str(tiny)]
+    assert main([*args, *model]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("blendserve: ")
+    assert error.count("\n") == 1
+
+
+def test_check_counts_errors_with_line_numbers(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join([line("a"), "{nonsense", line("a"), line("b", temperature="hot")]))
+    assert main(["check", str(source), "--model", str(tiny)]) == 1
+    printed = capsys.readouterr().out
+    assert "4 lines, 1 valid" in printed
+    assert "invalid_json_line: 1 line (2)" in printed
+    assert "duplicate_custom_id: 1 line (3)" in printed
+    source.write_text(line("a"))
+    assert main(["check", str(source), "--model", str(tiny), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_valid"] == 1
+
+
+def test_models_lists_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BLENDSERVE_CACHE", str(tmp_path))
+    assert main(["models"]) == 0
+    assert "SmolLM2-135M-Instruct (default)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "check", "models"])
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"blendserve {command}" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lengths = [1 + i * 37 % 400 for i in range(120)]
+    source.write_text("\n".join(line(f"r{i}", max_tokens=n, ignore_eos=True) for i, n in enumerate(lengths)))
+    command = [sys.executable, "-m", "blendserve", *run_args(tiny, source, output, "--max-num-seqs", "4")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
+    records = tmp_path / "out.jsonl.journal" / "records"
+    while process.poll() is None and not (records.exists() and records.stat().st_size > 2000):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "run the same command again" in error
+    assert not output.exists()
+    assert main(command[3:]) == 0
+    assert len(rows_by_id(output)) == len(lengths)
