@@ -149,6 +149,14 @@ def test_one_request_may_fill_the_whole_pool() -> None:
     assert loop.stats.max_kv_tokens == 40
 
 
+def test_block_tables_widen_for_long_prompts_and_long_outputs() -> None:
+    requests = [make_request(0, range(3), 400), make_request(1, [i % 9 for i in range(700)], 5)]
+    loop = make_loop(fake(num_blocks=300), max_num_batched_tokens=512)
+    outputs = run_checked(loop, requests, PlannedPolicy(requests, [0, 1]))
+    for request in requests:
+        assert outputs[request.index].token_ids.tolist() == expected_tokens(request, VOCAB_SIZE)
+
+
 def test_a_prompt_beyond_the_context_is_an_error_and_outputs_end_with_it() -> None:
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=12)
     loop = EngineLoop(fake(), config)
@@ -245,6 +253,17 @@ def test_a_consumer_that_stops_early_leaves_nothing_behind() -> None:
     assert not executor.request_by_slot
     assert not loop.has_work
     assert len(list(loop.run(requests, FifoPolicy(5)))) == 5
+
+
+def test_another_run_ends_the_one_before() -> None:
+    requests = [make_request(i, range(9), 3 + i) for i in range(5)]
+    loop = make_loop(fake())
+    first, second = (loop.run(requests, FifoPolicy(5)) for _ in range(2))
+    next(first)
+    seen = [next(second).index]
+    assert list(first) == []
+    seen += [output.index for output in second]
+    assert sorted(seen) == list(range(5))
 
 
 def test_close_closes_the_executor() -> None:

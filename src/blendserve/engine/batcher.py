@@ -59,6 +59,7 @@ class Batcher:
         max_tokens = min(self.max_model_len, self.capacity_tokens + 1)  # the last output token needs no KV
         self.table = SequenceTable(config.max_num_seqs, max_tokens, max_blocks, executor.needs_tokens)
         self._num_gated_steps = 0
+        self._all_rows = np.arange(config.max_num_seqs)
         self._ones = np.ones(config.max_num_seqs, np.int32)
         self._no_tokens: Int32s = np.zeros((0, 0), np.int32)
 
@@ -123,6 +124,7 @@ class Batcher:
             num_reserved_tokens=num_blocks * self.block_size,
             stop_rules=stop_rules_of(sequence.request, self.has_stop_checker),
         )
+        self.table.widen(num_blocks)
         self.table.block_tables[slot, :num_matched] = matched
         self.table.block_tables[slot, num_matched:num_blocks] = own
         self._executor.admit(slot, sequence.request)
@@ -139,14 +141,15 @@ class Batcher:
         preempted: list[Sequence] = []
         self._num_gated_steps -= 1
         while True:
-            rows = np.flatnonzero(table.num_computed_tokens >= table.num_reserved_tokens)
+            rows = (table.num_computed_tokens >= table.num_reserved_tokens).nonzero()[0]
             if len(rows) <= self.num_available_blocks:
                 break
             assert table.num_running > 1, "a sequence that runs alone outgrew the pool"
             preempted += self.preempt(self._cheapest_row(), policy)
         if len(rows):
-            blocks = self._allocate(len(rows))
-            table.block_tables[table.slot[rows], table.num_reserved_tokens[rows] // self.block_size] = blocks
+            columns = table.num_reserved_tokens[rows] // self.block_size
+            table.widen(int(columns.max()) + 1)
+            table.block_tables[table.slot[rows], columns] = self._allocate(len(rows))
             table.num_reserved_tokens[rows] += self.block_size
         return preempted
 
@@ -170,7 +173,7 @@ class Batcher:
 
     def _youngest_dependent(self, row: int) -> int | None:
         owner = self.table.sequence(row).slot
-        for other in np.flatnonzero(self.table.is_prefilling)[::-1].tolist():
+        for other in self.table.is_prefilling.nonzero()[0][::-1].tolist():
             block = self.table.sequence(other).dependency_block
             if block >= 0 and not self.cache.is_computed(block) and self.cache.owner(block) == owner:
                 return int(other)
@@ -198,15 +201,14 @@ class Batcher:
         A step without decodes computes at least one token, whatever the budget.
         """
         table = self.table
-        is_prefilling = table.is_prefilling
-        num_prefilling = int(np.count_nonzero(is_prefilling))
-        if not num_prefilling:
-            return self._schedule(np.arange(table.num_running), [], table.num_running)
-        decodes = np.flatnonzero(is_prefilling == 0)
+        prefills = table.is_prefilling.nonzero()[0].tolist()
+        if not prefills:
+            return self._schedule(self._all_rows[: table.num_running], [], table.num_running)
+        decodes = (table.is_prefilling == 0).nonzero()[0]
         budget = min(max_prefill_tokens, self.max_num_batched_tokens - len(decodes))
         if budget <= 0 and not len(decodes):
             budget = self.max_num_batched_tokens
-        rows, chunks = self._prefill_chunks(np.flatnonzero(is_prefilling).tolist(), budget)
+        rows, chunks = self._prefill_chunks(prefills, budget)
         return self._schedule(np.concatenate((decodes, np.array(rows, np.int64))), chunks, len(decodes))
 
     def _prefill_chunks(self, candidates: list[int], budget: int) -> tuple[list[int], list[int]]:

@@ -47,19 +47,21 @@ class EngineLoop:
         self._outputs: list[SequenceOutput] = []
 
     def run(self, source: RequestSource, policy: Policy) -> Iterator[SequenceOutput]:
-        """Yield the output of every request as it ends. Closing the iterator early gives all KV memory back.
+        """Yield the output of every request as it ends. Closing the iterator early gives all KV memory back; another
+        run ends this one.
 
         Raises: ExecutorError when the executor fails, after yielding what had ended.
         """
         self.begin(source, policy)
         try:
-            while self.has_work:
+            while self._policy is policy and self.has_work:
                 yield from self.step()
         except BlendServeError:
             yield from self._take_outputs()
             raise
         finally:
-            self.end()
+            if self._policy is policy:
+                self.end()
 
     def begin(self, source: RequestSource, policy: Policy) -> None:
         """Start a run with nothing admitted."""

@@ -17,6 +17,8 @@ from blendserve.request import Request, TokenIds, TokenLogprob
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 NO_TOKENS: TokenIds = np.zeros(0, np.int32)
+FIRST_TABLE_WIDTH = 64
+"""Blocks per row of the first block tables. They widen by doubling: full width would be gigabytes for a large pool."""
 
 
 @dataclass(slots=True)
@@ -51,8 +53,8 @@ class SequenceTable:
 
     Shapes: every column property int64[num_running], a view that is valid until a row is added or removed;
     `token_ids` int32[max_num_seqs, max_model_len], empty where the executor never looks at tokens; `block_tables`
-    int32[max_num_seqs, max_blocks]; both by slot. `cached` counts tokens of prefix hits, `reserved` those of all
-    blocks held.
+    int32[max_num_seqs, blocks of the longest so far]; both by slot. `cached` counts tokens of prefix hits, `reserved`
+    those of all blocks held.
     """
 
     _NUM_COLUMNS = 11
@@ -65,7 +67,8 @@ class SequenceTable:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._sequence_by_slot: list[Sequence | None] = [None] * max_num_seqs
         self.token_ids = np.zeros((max_num_seqs, max_model_len) if needs_tokens else (0, 0), np.int32)
-        self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.block_tables = np.zeros((max_num_seqs, min(max_blocks, FIRST_TABLE_WIDTH)), np.int32)
+        self._max_blocks = max_blocks
 
     @property
     def slot(self) -> Int64s:
@@ -153,6 +156,15 @@ class SequenceTable:
             self.token_ids[slot, : request.num_prompt_tokens] = request.prompt_token_ids
             self.token_ids[slot, request.num_prompt_tokens : sequence.num_tokens] = sequence.output_token_ids
         return slot
+
+    def widen(self, num_blocks: int) -> None:
+        """Make block tables that hold `num_blocks` a row."""
+        width = self.block_tables.shape[1]
+        if num_blocks > width:
+            assert num_blocks <= self._max_blocks, "a sequence is longer than the context or the pool"
+            wider = np.zeros((self.max_num_seqs, min(max(2 * width, num_blocks), self._max_blocks)), np.int32)
+            wider[:, :width] = self.block_tables
+            self.block_tables = wider
 
     def output_token_ids(self, row: int) -> TokenIds:
         """Output tokens of one row: a view, or that many zeros where the executor makes no tokens."""
