@@ -31,6 +31,7 @@ from blendserve.hardware import (
 )
 from blendserve.models.spec import ModelSpec
 from blendserve.planner.base import RequestTable
+from blendserve.planner.partition import partition
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.policies import make_policy
 from blendserve.workloads.knowledge import SAMPLED, LengthKnowledge, ScaledLengths
@@ -198,20 +199,14 @@ def simulate(
     lengths: LengthKnowledge = SAMPLED,
     seed: int = 0,
     keeps_steps: bool = False,
-    partition: Callable[[Plan, int], list[Int64s]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SimulationResult:
-    """Run a workload under a policy on virtual replicas.
-
-    `partition` cuts a plan into file rows per replica. Raises: ConfigError when several replicas have no partition.
-    """
+    """Run a workload under a policy on virtual replicas, each with its part of one central plan."""
     began = clock()
     parts = [workload]
     if num_replicas > 1:
-        if partition is None:
-            raise ConfigError(f"{num_replicas} replicas need a partition; pass planner.partition")
         plan = plan_workload(workload, machine, lengths, seed=seed)
-        parts = [workload.subset(np.asarray(rows)) for rows in partition(plan, num_replicas)]
+        parts = [workload.subset(rows) for rows in partition(plan, num_replicas).parts]
     results = [
         _run_replica(part, machine, policy, lengths, seed=seed, keeps_steps=keeps_steps, clock=clock) for part in parts
     ]

@@ -62,3 +62,8 @@ class ScaledLengths:
     def quantiles(self, indices: Int64s, num_output_tokens: Int64s) -> Floats:
         """The estimate, as the only quantile. Shapes: [len(indices), 1]."""
         return self.remaining(indices, num_output_tokens)[:, None]
+
+    def outset(self, index: int) -> Floats:
+        """The estimate of one request that has not started."""
+        estimate: Floats = self._estimate[index : index + 1]
+        return estimate

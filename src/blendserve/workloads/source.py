@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from blendserve.config import BLOCK_SIZE
-from blendserve.planner.base import RequestTable
+from blendserve.planner.sorting import flatten, sort_prompts
 from blendserve.planner.tree import PrefixTree
 from blendserve.request import Request, SamplingParams, TokenIds
+from blendserve.workloads.traces import Int64s
 from blendserve.workloads.workload import Workload
 
 _NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
@@ -37,13 +40,26 @@ class WorkloadSource:
         )
 
 
+def workload_from_prompts(
+    name: str, prompts: Sequence[TokenIds], num_output_tokens: Int64s, known_output_tokens: Int64s | None = None
+) -> Workload:
+    """A job of real prompts, so that a batch file can be simulated. Outputs are not known beforehand unless given."""
+    order, lcp, lengths = sort_prompts(flatten(prompts))
+    num_prompt_tokens = np.empty(len(prompts), dtype=np.int64)
+    num_prompt_tokens[order] = lengths
+    return Workload(
+        name=name,
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=np.asarray(num_output_tokens, dtype=np.int64),
+        known_output_tokens=np.full(len(prompts), -1) if known_output_tokens is None else known_output_tokens,
+        kind=np.zeros(len(prompts), dtype=np.int64),
+        kinds=(name,),
+        order=order,
+        lcp=lcp,
+    )
+
+
 def prefix_tree(workload: Workload) -> PrefixTree:
     """The tree of the workload's prompts."""
     lengths = workload.num_prompt_tokens[workload.order]
     return PrefixTree.from_sorted(workload.order, workload.lcp, lengths)
-
-
-def request_table(workload: Workload, *, max_output_tokens: int) -> RequestTable:
-    """What a planner may know: prompts, a common cap, and the outputs that are fixed beforehand."""
-    cap = np.maximum(max_output_tokens, workload.known_output_tokens)
-    return RequestTable(workload.num_prompt_tokens, cap, workload.known_output_tokens)

@@ -1,0 +1,118 @@
+"""Simulated jobs: bounds that nothing beats, shares, replicas, and what the planner may know."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from blendserve.bounds import job_bounds
+from blendserve.errors import ConfigError
+from blendserve.hardware import A100_80G, NANOFLOW, SEQUENTIAL, StepCost
+from blendserve.models.known import LLAMA_3_8B
+from blendserve.simulate import EngineKind, Machine, gpu_machine, simulate
+from blendserve.workloads.blend import blend
+from blendserve.workloads.knowledge import EXACT, LengthKnowledge, ScaledLengths
+from blendserve.workloads.workload import Workload
+
+MACHINE = gpu_machine(A100_80G, LLAMA_3_8B)
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    """Short enough to simulate in a second: no videos, so no run of tens of thousands of steps."""
+    mixed = blend(1.4, 0.35, 3_000, compute_trace="sharegpt")
+    return mixed.subset(np.flatnonzero(mixed.kind != mixed.kinds.index("openvid"))[:1500])
+
+
+def test_bounds_by_hand() -> None:
+    cost = StepCost(weight_floor_s=0.5, constant_s=0.25, token_s=1.0, kv_token_s=0.1, interference=NANOFLOW)
+    bounds = job_bounds([10, 20], [3, 1], [0, 15], cost, capacity_tokens=11)
+    assert bounds.compute_s == 10 + 2 + 5
+    assert bounds.memory_s == pytest.approx(0.1 * (11 + 12))
+    assert bounds.num_steps == pytest.approx(23 / 11)
+    assert bounds.optimum_s == pytest.approx(17 + 2.3 / 2)
+    assert bounds.lower_bound_s == pytest.approx(17 + 0.25 * 23 / 11 + 2.3 / 2)
+    half = job_bounds([10, 20], [3, 1], [0, 15], cost, capacity_tokens=11, num_replicas=2)
+    assert half.lower_bound_s == pytest.approx(bounds.lower_bound_s / 2)
+
+
+def test_a_job_cannot_end_before_its_longest_request() -> None:
+    cost = StepCost(weight_floor_s=0.5, constant_s=0.25, token_s=0.001, kv_token_s=0.0001, interference=SEQUENTIAL)
+    bounds = job_bounds([10], [1001], [0], cost, capacity_tokens=1_000_000)
+    assert bounds.lower_bound_s == bounds.longest_s == pytest.approx(1000 * 0.5 + 0.0001 * (10_000 + 500_500))
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "dfs", "random", "longest-first", "blend"])
+@pytest.mark.parametrize("engine", ["overlapped", "sequential"])
+def test_nothing_beats_the_bounds(workload: Workload, policy: str, engine: EngineKind) -> None:
+    part = workload.subset(np.arange(400))
+    result = simulate(part, gpu_machine(A100_80G, LLAMA_3_8B, engine=engine), policy, engine=engine)
+    assert 0 < result.share_of_optimum <= result.share_of_bound <= 1
+    assert result.sharing_kept <= 1 + 1e-9
+    assert result.num_requests == 400
+    assert result.tokens_per_s == pytest.approx(part.num_tokens / result.time_s)
+
+
+def test_overlap_is_never_slower_than_one_after_the_other(workload: Workload) -> None:
+    sequential = simulate(workload, gpu_machine(A100_80G, LLAMA_3_8B, engine="sequential"), "dfs", engine="sequential")
+    overlapped = simulate(workload, MACHINE, "dfs")
+    assert overlapped.time_s < sequential.time_s
+    assert sequential.bounds == overlapped.bounds
+
+
+def test_steps_add_up_to_the_time(workload: Workload) -> None:
+    (replica,) = simulate(workload, MACHINE, "blend", keeps_steps=True).replicas
+    steps = replica.steps
+    assert len(steps["elapsed_s"]) == replica.num_steps
+    assert steps["elapsed_s"].sum() == pytest.approx(replica.time_s)
+    expected = NANOFLOW.steps_s(steps["compute_s"], steps["memory_s"])
+    assert steps["elapsed_s"] == pytest.approx(expected)
+
+
+def test_the_same_simulation_twice_is_the_same(workload: Workload) -> None:
+    first, again = (simulate(workload, MACHINE, "blend") for _ in range(2))
+    assert first.replicas[0].time_s == again.replicas[0].time_s
+    assert first.replicas[0].num_steps == again.replicas[0].num_steps
+
+
+def test_costs_follow_from_time(workload: Workload) -> None:
+    result = simulate(workload, MACHINE, "dfs")
+    assert result.gpu_hours == pytest.approx(result.time_s / 3600)
+    assert result.energy_kwh == pytest.approx(result.time_s * 400 / 3.6e6)
+    assert result.price == 0
+
+
+def test_replicas_share_the_work(workload: Workload) -> None:
+    one = simulate(workload, MACHINE, "dfs")
+    two = simulate(workload, MACHINE, "dfs", num_replicas=2)
+    assert len(two.replicas) == two.num_gpus == 2
+    assert two.time_s < one.time_s
+    assert two.bounds.optimum_s == pytest.approx(one.bounds.optimum_s / 2)
+    assert two.num_requests == one.num_requests
+    assert sum(replica.num_admitted_tokens for replica in two.replicas) >= one.num_prompt_tokens
+
+
+@pytest.mark.parametrize("knowledge", [EXACT, LengthKnowledge("scaled", 2.0), LengthKnowledge("scaled", 0.5)])
+def test_every_kind_of_knowledge_serves_everything(workload: Workload, knowledge: LengthKnowledge) -> None:
+    result = simulate(workload.subset(np.arange(300)), MACHINE, "blend", lengths=knowledge)
+    assert result.share_of_bound > 0
+
+
+def test_scaled_lengths_outlive_their_estimate() -> None:
+    lengths = ScaledLengths(np.array([100, 8]), 0.5)
+    indices = np.array([0, 1])
+    assert lengths.estimate(indices).tolist() == [50, 4]
+    assert lengths.remaining(indices, np.array([20, 8])).tolist() == [30, 2]
+    assert lengths.quantiles(indices, np.array([20, 8])).shape == (2, 1)
+
+
+def test_an_unknown_engine_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="overlapped"):
+        gpu_machine(A100_80G, LLAMA_3_8B, engine="magic")  # type: ignore[arg-type]
+
+
+def test_tensor_parallel_replicas_count_their_gpus(workload: Workload) -> None:
+    machine: Machine = gpu_machine(A100_80G, LLAMA_3_8B, tensor_parallel=2)
+    result = simulate(workload.subset(np.arange(100)), machine, "dfs")
+    assert result.num_gpus == 2
+    assert result.gpu_hours == pytest.approx(2 * result.time_s / 3600)
