@@ -52,7 +52,12 @@ def test_greedy_takes_the_lowest_id_of_equals_and_ignores_the_seed() -> None:
 
 def test_logits_are_not_changed() -> None:
     before = LOGITS.copy()
-    params: dict[str, Any] = {"logit_bias": {1: 5.0}, "repetition_penalty": 2.0, "frequency_penalty": 1.0, "min_tokens": 3}
+    params: dict[str, Any] = {
+        "logit_bias": {1: 5.0},
+        "repetition_penalty": 2.0,
+        "frequency_penalty": 1.0,
+        "min_tokens": 3,
+    }
     sample(LOGITS, request_of(**params), np.array([2], np.int32), (1,))
     np.testing.assert_array_equal(LOGITS, before)
 
