@@ -40,7 +40,7 @@ def request_lists(draw: st.DrawFn) -> list[Request]:
     return requests
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     requests=request_lists(),
     num_blocks=st.integers(12, 40),
@@ -75,7 +75,7 @@ def test_every_request_ends_once_with_its_twins_tokens(
     assert max((sum(count for _, _, count in plan) for plan in executor.plans), default=0) <= max_num_batched_tokens
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(requests=request_lists(), budget=st.integers(1, 40), data=st.data())
 def test_a_shared_block_is_computed_once_where_memory_suffices(
     requests: list[Request], budget: int, data: st.DataObject
