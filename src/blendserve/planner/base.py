@@ -59,7 +59,8 @@ class Policy(Protocol):
 
     `next` proposes the request to admit now, or None to leave the KV memory as it is; it proposes the same one
     until `admitted` confirms it. With nothing running and requests waiting it must propose one. A preempted
-    request waits again. `prefill_tokens` is the most prefill tokens the coming step may hold beside its decodes.
+    request waits again. One that can never run is admitted and at once finished with 0 tokens, which says nothing of
+    lengths. `prefill_tokens` is the most prefill tokens the coming step may hold beside its decodes.
     `next_use` ranks cached prefix blocks for eviction: larger means needed later, infinity means never again.
     """
 
