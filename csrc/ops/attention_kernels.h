@@ -27,7 +27,91 @@ struct Chunk {
   int64_t num_tokens;
 };
 
+// The two steps that use all 16 registers are written out for AVX2: compilers load ahead of them and spill sums.
+BLENDSERVE_INLINE void add_products_of_row(const float* x, Vec v0, Vec v1, Vec& sum0, Vec& sum1) {
+#if defined(BLENDSERVE_USE_AVX2)
+  Vec factor;
+  asm("vbroadcastss %[x], %[factor]\n\tvfmadd231ps %[v0], %[factor], %[sum0]\n\tvfmadd231ps %[v1], %[factor], %[sum1]"
+      : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [factor] "=&x"(factor)
+      : [x] "m"(*x), [v0] "x"(v0), [v1] "x"(v1));
+#else
+  const Vec factor = set(*x);
+  sum0 = fma(factor, v0, sum0);
+  sum1 = fma(factor, v1, sum1);
+#endif
+}
+
+// `words` holds kWidth pairs of bf16: kHalf 0 multiplies by the first of each pair, 1 by the second.
+template <int kHalf>
+BLENDSERVE_INLINE Vec half_of(const uint16_t* words) {
+  return kHalf == 0 ? low_bf16(load_bits(words)) : high_bf16(load_bits(words));
+}
+
+#if defined(BLENDSERVE_USE_AVX2)
+alignas(32) constexpr uint32_t kHighHalves[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+#endif
+
+template <int kHalf>
+BLENDSERVE_INLINE void add_products_of_vector(const uint16_t* words, Vec f0, Vec f1, Vec f2, Vec& sum0, Vec& sum1,
+                                              Vec& sum2) {
+#if defined(BLENDSERVE_USE_AVX2)
+  Vec v;
+  const auto& pairs = *reinterpret_cast<const uint16_t (*)[16]>(words);
+  if constexpr (kHalf == 0) {
+    asm("vmovups %[pairs], %[v]\n\tvpslld $16, %[v], %[v]\n\t"
+        "vfmadd231ps %[f0], %[v], %[sum0]\n\tvfmadd231ps %[f1], %[v], %[sum1]\n\tvfmadd231ps %[f2], %[v], %[sum2]"
+        : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [sum2] "+x"(sum2), [v] "=&x"(v)
+        : [f0] "x"(f0), [f1] "x"(f1), [f2] "x"(f2), [pairs] "m"(pairs));
+  } else {
+    asm("vmovaps %[mask], %[v]\n\tvandps %[pairs], %[v], %[v]\n\t"
+        "vfmadd231ps %[f0], %[v], %[sum0]\n\tvfmadd231ps %[f1], %[v], %[sum1]\n\tvfmadd231ps %[f2], %[v], %[sum2]"
+        : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [sum2] "+x"(sum2), [v] "=&x"(v)
+        : [f0] "x"(f0), [f1] "x"(f1), [f2] "x"(f2), [pairs] "m"(pairs), [mask] "m"(kHighHalves));
+  }
+#else
+  const Vec v = half_of<kHalf>(words);
+  sum0 = fma(f0, v, sum0);
+  sum1 = fma(f1, v, sum1);
+  sum2 = fma(f2, v, sum2);
+#endif
+}
+
 BLENDSERVE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// acc[r][c] += x[r * stride] * half of words(c). The shorter side is held in registers (12 accumulators leave 4), the
+// longer one streams.
+template <int kHalf, int kRows, int kVectors, class Words>
+BLENDSERVE_INLINE void add_products(const float* x, int64_t stride, Words words, Vec (&acc)[kRows][kVectors]) {
+  if constexpr (kRows >= kVectors) {
+    Vec v[kVectors];
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) v[c] = half_of<kHalf>(words(c));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kVectors == 2) {
+        add_products_of_row(x + r * stride, v[0], v[1], acc[r][0], acc[r][1]);
+      } else {
+#pragma GCC unroll 8
+        for (int c = 0; c < kVectors; ++c) acc[r][c] = fma(set(x[r * stride]), v[c], acc[r][c]);
+      }
+    }
+  } else {
+    Vec factor[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) factor[r] = set(x[r * stride]);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      if constexpr (kRows == 3) {
+        add_products_of_vector<kHalf>(words(c), factor[0], factor[1], factor[2], acc[0][c], acc[1][c], acc[2][c]);
+      } else {
+        const Vec v = half_of<kHalf>(words(c));
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) acc[r][c] = fma(factor[r], v, acc[r][c]);
+      }
+    }
+  }
+}
 
 // scores[row][0, kVectors * kWidth) of the tokens from vector `first` of the chunk on: sum over head_dim in order.
 template <int kRows, int kVectors>
@@ -46,18 +130,9 @@ BLENDSERVE_INLINE void score_pass(const float* q, int64_t head_dim, const Chunk&
     const int64_t offset = i * kBlockSize;
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b) prefetch(next[b] + offset);
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      const Vec k = low_bf16(load_bits(keys[c / kPerBlock] + offset + c % kPerBlock * 2 * kWidth));
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(q[r * head_dim + i]), k, acc[r][c]);
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      const Vec k = high_bf16(load_bits(keys[c / kPerBlock] + offset + c % kPerBlock * 2 * kWidth));
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(q[r * head_dim + i + 1]), k, acc[r][c]);
-    }
+    const auto words = [&](int c) { return keys[c / kPerBlock] + offset + c % kPerBlock * 2 * kWidth; };
+    add_products<0>(q + i, head_dim, words, acc);
+    add_products<1>(q + i + 1, head_dim, words, acc);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -87,19 +162,10 @@ BLENDSERVE_INLINE void value_pass(const float* weights, const float* decay, cons
     for (int64_t t = begin; t < end; t += 2, values += 2 * head_dim, next += 2 * head_dim) {
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors * kWidth; c += 16) prefetch(next + 2 * c);
-#pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) {
-        const Vec v = low_bf16(load_bits(values + 2 * c * kWidth));
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(weights[r * kChunkTokens + t]), v, acc[r][c]);
-      }
+      const auto words = [&](int c) { return values + 2 * c * kWidth; };
+      add_products<0>(weights + t, kChunkTokens, words, acc);
       if (t + 1 == end) break;  // the word's other half was never written
-#pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) {
-        const Vec v = high_bf16(load_bits(values + 2 * c * kWidth));
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) acc[r][c] = fma(set(weights[r * kChunkTokens + t + 1]), v, acc[r][c]);
-      }
+      add_products<1>(weights + t + 1, kChunkTokens, words, acc);
     }
   }
 #pragma GCC unroll 8

@@ -1,0 +1,96 @@
+// Time of one step by op, on random weights of SmolLM2-135M's shape.
+//   build/dev/bench_step [threads] [isa]
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <vector>
+
+#include "model.h"
+
+namespace blendserve {
+namespace {
+
+constexpr ModelShape kShape = {49152, 576, 1536, 30, 9, 3, 64, 1e-5f};
+constexpr ModelLimits kLimits = {64, 1024, 1216, 64 * 76};
+constexpr int64_t kBlocksEach = 76;
+
+PackedMatrix random_matrix(Isa isa, int64_t n, int64_t k) {
+  std::vector<float> values(static_cast<size_t>(n * k));
+  uint32_t state = 1;
+  for (float& value : values) {
+    state = state * 1664525u + 1013904223u;
+    value = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * 0.1f;
+  }
+  return {isa, values, n, k};
+}
+
+ModelWeights random_weights(Isa isa) {
+  ModelWeights weights;
+  weights.lm_head = random_matrix(isa, kShape.vocab_size, kShape.hidden_size);
+  weights.norm.assign(static_cast<size_t>(kShape.hidden_size), 1.0f);
+  weights.inverse_frequencies.assign(static_cast<size_t>(kShape.head_dim / 2), 0.01);
+  for (int64_t i = 0; i < kShape.num_layers; ++i) {
+    LayerWeights layer;
+    layer.qkv = random_matrix(isa, kShape.qkv_width(), kShape.hidden_size);
+    layer.o = random_matrix(isa, kShape.hidden_size, kShape.q_width());
+    layer.gate_up = random_matrix(isa, 2 * kShape.intermediate_size, kShape.hidden_size);
+    layer.down = random_matrix(isa, kShape.hidden_size, kShape.intermediate_size);
+    layer.input_norm = layer.post_attention_norm = weights.norm;
+    weights.layers.push_back(std::move(layer));
+  }
+  return weights;
+}
+
+// `num_sequences` times `num_tokens` tokens after `num_computed` others; the fastest of some repeats.
+void measure(Model& model, const char* name, int32_t num_sequences, int32_t num_tokens, int32_t num_computed) {
+  const auto n = static_cast<size_t>(num_sequences);
+  std::vector<int32_t> slots(n), scheduled(n, num_tokens), computed(n, num_computed);
+  std::iota(slots.begin(), slots.end(), 0);
+  const auto is_sampled = std::make_unique<bool[]>(n);
+  std::fill_n(is_sampled.get(), n, true);
+  std::vector<int32_t> tokens(static_cast<size_t>(kLimits.max_num_seqs * kLimits.max_model_len));
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 7919 % 49152);
+  std::vector<int32_t> blocks(static_cast<size_t>(kLimits.num_blocks));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  StepCounters best;
+  double best_s = 1e9;
+  for (int repeat = 0; repeat < 4; ++repeat) {
+    const StepCounters before = model.counters();
+    model.step({slots, scheduled, computed, is_sampled.get(), tokens.data(), kLimits.max_model_len, blocks.data(),
+                kBlocksEach, kLimits.max_num_seqs});
+    StepCounters spent = model.counters();
+    for (size_t op = 0; op < kNumOps; ++op) spent.op_s[op] -= before.op_s[op];
+    spent.matmul_flop -= before.matmul_flop;
+    spent.attention_flop -= before.attention_flop;
+    spent.kv_bytes -= before.kv_bytes;
+    const double total_s = std::accumulate(spent.op_s.begin(), spent.op_s.end(), 0.0);
+    if (total_s >= best_s) continue;
+    best_s = total_s;
+    best = spent;
+  }
+  const auto at = [&](Op op) { return best.op_s[static_cast<size_t>(op)]; };
+  const double matmul_s = at(Op::kQkv) + at(Op::kOutput) + at(Op::kGateUp) + at(Op::kDown) + at(Op::kHead);
+  std::printf("%s: %.1f ms, %.1f%% outside matmul; matmul %.1f GFLOP/s, attention %.1f GFLOP/s, %.1f GB/s of KV\n ",
+              name, best_s * 1e3, 100.0 * (1.0 - matmul_s / best_s), best.matmul_flop / matmul_s * 1e-9,
+              best.attention_flop / at(Op::kAttention) * 1e-9, best.kv_bytes / at(Op::kAttention) * 1e-9);
+  for (int op = 0; op < kNumOps; ++op) {
+    std::printf(" %s %.2f", op_name(static_cast<Op>(op)).data(), best.op_s[static_cast<size_t>(op)] * 1e3);
+  }
+  std::printf("\n");
+}
+
+}  // namespace
+}  // namespace blendserve
+
+int main(int argc, char** argv) {
+  using namespace blendserve;
+  const int num_threads = argc > 1 ? std::atoi(argv[1]) : 2;
+  const Isa isa = argc > 2 ? isa_from_name(argv[2]) : best_isa();
+  Model model(isa, kShape, kLimits, random_weights(isa), num_threads);
+  measure(model, "prefill of 512 tokens", 1, 512, 0);
+  measure(model, "prefill of 1000 tokens", 1, 1000, 0);
+  measure(model, "decode of 64 sequences at 300", 64, 1, 299);
+  measure(model, "decode of 64 sequences at 1200", 64, 1, 1199);
+  measure(model, "decode of 1 sequence at 1200", 1, 1, 1199);
+}
