@@ -5,6 +5,7 @@ The other side is `peers/worker_loop.py`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -69,7 +70,10 @@ class PeerProcess:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._stderr.close()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):  # a job that the worker did not live to read
+                    stream.close()
 
     def __enter__(self) -> Self:
         return self

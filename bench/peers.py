@@ -22,8 +22,10 @@ import common
 from peer_lineup import entrant, parse_override
 from peer_process import PeerError, PeerProcess, Run
 
+from blendserve.config import cache_dir
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.gguf_spec import spec_from_gguf
+from blendserve.models.hub import resolve
 from blendserve.models.spec import ModelSpec
 
 # "What is the capital of France?" in the default model's chat template.
@@ -81,6 +83,7 @@ class Result:
     workload: str
     repeat: int
     elapsed_s: float
+    cpu_s: float
     num_tokens: int
     num_output_tokens: int
     neighbours: float
@@ -89,10 +92,11 @@ class Result:
 def main() -> None:
     arguments = _parse()
     common.print_header()
-    spec = spec_from_gguf(arguments.model.stem, GgufFile(arguments.model))
+    model = resolve(arguments.model, cache_dir(), print)
+    spec = spec_from_gguf(model.name, GgufFile(model.path))
     workloads = [w.scaled(arguments.scale) for w in WORKLOADS if w.name in arguments.workloads.split(",")]
     with contextlib.ExitStack() as stack:
-        processes = _start(arguments, stack)
+        processes = _start(arguments, model.path, stack)
         results = _race(processes, workloads, spec, arguments.repeats)
     for workload in workloads:
         print(_table(workload, [r for r in results if r.workload == workload.name], spec), flush=True)
@@ -110,14 +114,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the requests, for a quick look")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--model", help="GGUF file; the default model if absent")
     parser.add_argument("--set", action="append", default=[], metavar="PEER.SETTING=VALUE", help="change a setting")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run may take")
     parser.add_argument("--json", type=Path, help="write every run to this file")
     return parser.parse_args()
 
 
-def _start(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> list[PeerProcess]:
+def _start(arguments: argparse.Namespace, model: Path, stack: contextlib.ExitStack) -> list[PeerProcess]:
     """Start every entrant and show what it is and whether it read the weights; those that fail are left out, aloud."""
     names = [*(() if arguments.without_ours else ("ours",)), *filter(None, arguments.peers.split(","))]
     overrides = [parse_override(text) for text in arguments.set]
@@ -125,7 +129,7 @@ def _start(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> list[P
     for name in names:
         own = {path: value for owner, path, value in overrides if owner == name}
         try:
-            chosen = entrant(name, arguments.model, arguments.threads, own)
+            chosen = entrant(name, model, arguments.threads, own)
             process = stack.enter_context(PeerProcess(chosen, QUESTION, MAX_ANSWER_TOKENS, arguments.timeout))
         except PeerError as error:
             print(f"left out: {error}\n")
@@ -180,7 +184,9 @@ def _timed(process: PeerProcess, job: Workload, prompts: list[list[int]], repeat
     run: Run = process.run(prompts, [job.output_tokens] * job.num_requests)
     used = common.cpu_use() - before
     others = max(0.0, used.busy_s - run.cpu_s + used.stolen_s) / (run.elapsed_s * os.cpu_count())  # type: ignore[operator]
-    return Result(process.name, job.name, repeat, run.elapsed_s, job.num_tokens, run.num_output_tokens, others)
+    return Result(
+        process.name, job.name, repeat, run.elapsed_s, run.cpu_s, job.num_tokens, run.num_output_tokens, others
+    )
 
 
 def _table(workload: Workload, results: list[Result], spec: ModelSpec) -> str:
@@ -193,7 +199,7 @@ def _table(workload: Workload, results: list[Result], spec: ModelSpec) -> str:
     for result in results:
         by_peer.setdefault(result.peer, []).append(result)
     rows = [_row(name, runs, by_peer.get("ours"), workload, spec) for name, runs in by_peer.items()]
-    header = ["", "seconds", "in+out tok/s", "out tok/s", "GFLOP/s", "GB/s", "ours is", "neighbours"]
+    header = ["", "seconds", "in+out tok/s", "out tok/s", "GFLOP/s", "GB/s", "ours is", "cpu s", "neighbours"]
     return title + "\n" + common.table(header, rows) + "\n"
 
 
@@ -205,8 +211,11 @@ def _row(name: str, runs: list[Result], ours: list[Result] | None, workload: Wor
         common.summarise([run.num_tokens / run.elapsed_s for run in runs]).text(),
         common.summarise([run.num_output_tokens / run.elapsed_s for run in runs]).text(),
         f"{workload.flop(spec) / seconds.median / 1e9:.0f}",
-        f"{workload.decode_bytes(spec) / seconds.median / 1e9:.1f}",
+        f"{workload.decode_bytes(spec) / seconds.median / 1e9:.1f}"
+        if name == "ours"
+        else "",  # others store KV otherwise
         "" if ours is None or name == "ours" else _speedup(runs, ours),
+        f"{statistics.median(run.cpu_s for run in runs):.1f}",
         f"{statistics.median(run.neighbours for run in runs):.0%}",
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from worker_loop import serve
@@ -22,7 +21,7 @@ class Ours:
         arguments = ", ".join(
             f"{name} {value}" for name, value in self._settings["arguments"].items() if name != "model"
         )
-        return {"version": version("blendserve"), "precision": self._settings["precision"], "settings": arguments}
+        return {"version": "this commit", "precision": self._settings["precision"], "settings": arguments}
 
     def generate(self, prompts: list[list[int]], num_output_tokens: list[int]) -> list[int]:
         params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in num_output_tokens]
