@@ -163,7 +163,7 @@ void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& 
   switch (w.isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
-      return kernels::tile_avx2(args, kernels::Path::kAuto);
+      return kernels::tile_avx2(args);
     case Isa::kAvx512Bf16:
       return kernels::tile_avx512bf16(args);
 #endif

@@ -16,10 +16,10 @@ constexpr int64_t kMinTileFlop = 1000000;
 constexpr int64_t kBandwidthRows = 8;
 // More tiles than threads, so that a thread that its core's neighbours slow down leaves tiles to the others.
 constexpr int64_t kMaxTilesPerThread = 8;
-// k that a kernel keeps of its rows while it visits all columns of a tile (kBlockK of matmul_avx2.cpp), and bytes of an
-// element.
+
+// Bytes of a row that a kernel comes back to for every column of a tile.
 int64_t resident_row_bytes(Isa isa, int64_t k) {
-  return isa == Isa::kAvx512Bf16 ? 2 * k : 4 * std::min<int64_t>(k, 288);
+  return isa == Isa::kAvx512Bf16 ? 2 * k : 4 * std::min(k, kernels::kMaxResidentK);
 }
 
 }  // namespace

@@ -22,6 +22,9 @@ inline constexpr int64_t kWeightPanelAvx512Bf16 = 32;  // two AVX-512 registers 
 // lines. An even one would map the rows of a block onto few cache sets where k is a multiple of 1024.
 [[gnu::always_inline]] constexpr int64_t row_stride(int64_t k) { return (ceil_div(k, 16) | 1) * 16; }
 
+// kAvx2 visits all columns of a tile with so many values of k of its rows at a time.
+inline constexpr int64_t kMaxResidentK = 1536;
+
 // One call of matmul_tile, with the weights unwrapped.
 struct TileArgs {
   const void* x;
@@ -34,11 +37,8 @@ struct TileArgs {
   int64_t ldy;
 };
 
-// Two ways through the same arithmetic: convert weights in registers, or expand them to float32 once per block of rows.
-enum class Path { kAuto, kDirect, kExpanded };
-
 void tile_portable(const TileArgs& args);
-void tile_avx2(const TileArgs& args, Path path);
+void tile_avx2(const TileArgs& args);
 void tile_avx512bf16(const TileArgs& args);
 void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 
