@@ -36,7 +36,7 @@ def test_freed_slots_are_given_out_again_with_their_tokens_replaced() -> None:
     slot = table.add(Sequence(request, 5, ()), num_cached_tokens=0, num_reserved_tokens=4, stop_rules=0)
     assert table.request_index.tolist() == [0, 1, 2, 3, 4, 6, 7, 9]
     assert table.token_ids[slot, :3].tolist() == [7, 7, 7]
-    assert table.row_of(slot) == 7
+    assert table.slot[7] == slot
 
 
 def test_widening_keeps_block_tables_and_stops_at_the_limit() -> None:

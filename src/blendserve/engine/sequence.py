@@ -124,9 +124,6 @@ class SequenceTable:
         assert sequence is not None
         return sequence
 
-    def row_of(self, slot: int) -> int:
-        return int(np.flatnonzero(self.slot == slot)[0])
-
     def add(self, sequence: Sequence, num_cached_tokens: int, num_reserved_tokens: int, stop_rules: int) -> int:
         """Append a row that has everything but its cached tokens to compute; returns its slot.
 
