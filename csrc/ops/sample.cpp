@@ -10,6 +10,7 @@
 namespace blendserve {
 
 BLENDSERVE_DECLARE_KERNEL(float, largest, (const float*, int64_t))
+BLENDSERVE_DECLARE_KERNEL(int32_t, first_at_least, (const float*, int64_t, float))
 BLENDSERVE_DECLARE_KERNEL(int64_t, collect_at_least, (const float*, int64_t, float, TokenLogit*))
 BLENDSERVE_DECLARE_KERNEL(void, weigh, (const float*, int64_t, float, float, float*, double*))
 
@@ -47,11 +48,11 @@ class RowSampler {
     }
   }
 
-  int32_t greedy() { return first_at_least(call_largest()); }
+  int32_t greedy() { return first_of(call_largest()); }
 
   int32_t draw(double uniform) {
     const float best = call_largest();
-    if (!(std::abs(best) < kInfinity)) return first_at_least(best);
+    if (!(std::abs(best) < kInfinity)) return first_of(best);
     if (params_.top_k <= 0 && params_.top_p >= 1.0f && params_.min_p <= 0.0f) return draw_from_all(best, uniform);
     const int64_t count = filter(best);
     std::sort(candidates(), candidates() + count, [](const auto& a, const auto& b) { return a.token < b.token; });
@@ -106,9 +107,8 @@ class RowSampler {
     return std::exp((static_cast<double>(candidate.logit) - best) / params_.temperature);
   }
 
-  int32_t first_at_least(float bound) const {
-    const auto found = std::find_if(logits_.begin(), logits_.end(), [=](float logit) { return logit >= bound; });
-    return found == logits_.end() ? 0 : static_cast<int32_t>(found - logits_.begin());
+  int32_t first_of(float logit) const {
+    return BLENDSERVE_CALL_KERNEL(isa_, first_at_least, logits_.data(), size(), logit);
   }
 
   void change(int32_t token, float logit) {
@@ -190,7 +190,7 @@ class RowSampler {
     while (block + 1 < scratch_.block_sums.size() && sum + scratch_.block_sums[block] <= target) {
       sum += scratch_.block_sums[block++];
     }
-    int32_t last = first_at_least(best);  // rounding may place the target at the very end of a block
+    int32_t last = first_of(best);  // rounding may place the target at the very end of a block
     const int64_t begin = static_cast<int64_t>(block) * kWeightBlock;
     for (int64_t i = begin; i < std::min(begin + kWeightBlock, size()); ++i) {
       const float weight = scratch_.weights[static_cast<size_t>(i)];

@@ -20,6 +20,20 @@ float largest(const float* x, int64_t n) {
   return result;
 }
 
+// The first token with x >= bound; 0 where there is none.
+int32_t first_at_least(const float* x, int64_t n, float bound) {
+  const Vec limit = set(bound);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const uint32_t mask = mask_at_least(load(x + i), limit);
+    if (mask != 0) return static_cast<int32_t>(i + __builtin_ctz(mask));
+  }
+  for (; i < n; ++i) {
+    if (x[i] >= bound) return static_cast<int32_t>(i);
+  }
+  return 0;
+}
+
 // Writes the tokens with x >= bound, in order; returns how many.
 int64_t collect_at_least(const float* x, int64_t n, float bound, TokenLogit* out) {
   const Vec limit = set(bound);
