@@ -1,0 +1,290 @@
+// Whole steps of a tiny random model: the same bits whatever is computed beside a sequence, in whatever chunks, on any
+// number of threads. That the arithmetic is the model's is tests/executors' business, against the NumPy reference.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "check.h"
+#include "model.h"
+
+namespace blendserve {
+namespace {
+
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Bf16};
+constexpr int64_t kMaxLength = 1300;  // three attention segments
+constexpr int64_t kMaxBlocks = div_up(kMaxLength, kBlockSize);
+constexpr ModelLimits kLimits = {4, 1400, kMaxLength, 4 * kMaxBlocks};
+constexpr ModelShape kPlain = {97, 48, 80, 2, 6, 2, 16, 1e-5f};
+constexpr ModelShape kPadded = {97, 40, 72, 2, 4, 4, 10, 1e-5f};  // head size 10, with q/k norm and bias
+
+class Weights {
+ public:
+  Weights(Isa isa, const ModelShape& shape) : isa_(isa), shape_(shape) {}
+
+  ModelWeights make(bool has_bias_and_norm) {
+    ModelWeights weights;
+    const ModelShape& s = shape_;
+    weights.lm_head = matrix(s.vocab_size, s.hidden_size, s.hidden_size);
+    weights.norm = vector(s.hidden_size, 1.0f);
+    for (int64_t i = 0; i < s.head_dim / 2; ++i) {
+      weights.inverse_frequencies.push_back(
+          std::pow(1e-3, static_cast<double>(i) / static_cast<double>(s.head_dim / 2)));
+    }
+    for (int64_t i = 0; i < s.num_layers; ++i) {
+      LayerWeights layer;
+      layer.qkv = matrix(s.qkv_width(), s.hidden_size, s.hidden_size, true);
+      layer.o = matrix(s.hidden_size, s.q_width(), s.q_width());
+      layer.gate_up = matrix(2 * s.intermediate_size, s.hidden_size, s.hidden_size);
+      layer.down = matrix(s.hidden_size, s.intermediate_size, s.intermediate_size);
+      layer.input_norm = layer.post_attention_norm = vector(s.hidden_size, 1.0f);
+      if (has_bias_and_norm) {
+        layer.q_norm = layer.k_norm = vector(s.head_dim, 1.0f);
+        layer.qkv_bias.assign(static_cast<size_t>(s.qkv_width()), 0.0f);
+      }
+      weights.layers.push_back(std::move(layer));
+    }
+    return weights;
+  }
+
+ private:
+  PackedMatrix matrix(int64_t n, int64_t k, int64_t fan_in, bool has_heads = false) {
+    std::vector<float> values(static_cast<size_t>(n * k));
+    const float scale = 2.0f / std::sqrt(static_cast<float>(fan_in));
+    for (int64_t row = 0; row < n; ++row) {
+      const bool is_padding = has_heads && row % shape_.head_stride() >= shape_.head_dim;
+      for (int64_t i = 0; i < k; ++i)
+        values[static_cast<size_t>(row * k + i)] = is_padding ? 0.0f : scale * random_.unit();
+    }
+    return {isa_, values, n, k};
+  }
+  std::vector<float> vector(int64_t n, float around) {
+    std::vector<float> values(static_cast<size_t>(n));
+    for (float& value : values) value = around + 0.2f * random_.unit();
+    return values;
+  }
+
+  Isa isa_;
+  ModelShape shape_;
+  test::Random random_{42};
+};
+
+// Sequences of four slots, stepped by hand. Two slots may share blocks.
+class Run {
+ public:
+  Run(Isa isa, const ModelShape& shape, int num_threads)
+      : model_(isa, shape, kLimits, Weights(isa, shape).make(shape.head_dim == kPadded.head_dim), num_threads) {
+    for (int64_t slot = 0; slot < kLimits.max_num_seqs; ++slot) {
+      test::Random random(static_cast<uint32_t>(slot + 1));
+      for (int64_t i = 0; i < kMaxLength; ++i)
+        token(slot, i) = static_cast<int32_t>(random.bits() % static_cast<uint32_t>(shape.vocab_size));
+      for (int64_t b = 0; b < kMaxBlocks; ++b) block(slot, b) = static_cast<int32_t>(b * 4 + slot);
+      SamplingParams params;
+      params.temperature = slot % 2 == 0 ? 0.0f : 0.8f;
+      params.seed = static_cast<uint64_t>(slot);
+      params.num_logprobs = 2;
+      model_.admit(slot, params);
+    }
+  }
+
+  int32_t& token(int64_t slot, int64_t position) { return tokens_[static_cast<size_t>(slot * kMaxLength + position)]; }
+  int32_t& block(int64_t slot, int64_t index) { return blocks_[static_cast<size_t>(slot * kMaxBlocks + index)]; }
+  Model& model() { return model_; }
+
+  struct Entry {
+    int32_t slot, num_tokens;
+  };
+  // Runs the next tokens of some slots, all sampled; remembers the log probabilities after each last token.
+  void step(const std::vector<Entry>& entries) {
+    std::vector<int32_t> slots, scheduled, computed;
+    const auto is_sampled = std::make_unique<bool[]>(entries.size());
+    for (size_t i = 0; i < entries.size(); ++i) {
+      slots.push_back(entries[i].slot);
+      scheduled.push_back(entries[i].num_tokens);
+      computed.push_back(static_cast<int32_t>(num_computed_[entries[i].slot]));
+      is_sampled[i] = true;
+    }
+    const auto samples = model_.step(
+        {slots, scheduled, computed, is_sampled.get(), tokens_.data(), kMaxLength, blocks_.data(), kMaxBlocks, 4});
+    CHECK(samples.size() == entries.size());
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const int32_t slot = entries[i].slot;
+      num_computed_[slot] += entries[i].num_tokens;
+      results_[{slot, num_computed_[slot]}] = {samples[i].token, samples[i].logprob, samples[i].top[0].logit,
+                                               samples[i].top[1].logit};
+    }
+  }
+  // Pretends that the first tokens of a slot are already in its blocks.
+  void skip(int32_t slot, int64_t num_tokens) { num_computed_[slot] = num_tokens; }
+
+  struct Result {
+    int32_t token;
+    float logprob, best, second;
+    bool operator==(const Result&) const = default;
+  };
+  Result result(int32_t slot, int64_t num_tokens) const { return results_.at({slot, num_tokens}); }
+
+ private:
+  Model model_;
+  std::vector<int32_t> tokens_ = std::vector<int32_t>(static_cast<size_t>(4 * kMaxLength));
+  std::vector<int32_t> blocks_ = std::vector<int32_t>(static_cast<size_t>(4 * kMaxBlocks));
+  std::map<int32_t, int64_t> num_computed_;
+  std::map<std::pair<int32_t, int64_t>, Result> results_;
+};
+
+template <class F>
+void on_each_isa(F&& test) {
+  for (const Isa isa : kIsas) {
+    if (is_supported(isa)) test(isa);
+  }
+}
+
+void steps_do_not_depend_on_batch_chunks_or_threads() {
+  on_each_isa([](Isa isa) {
+    for (const ModelShape& shape : {kPlain, kPadded}) {
+      Run whole(isa, shape, 1);
+      for (int32_t slot = 0; slot < 4; ++slot) {
+        whole.step({{slot, 70 + 9 * slot}});
+        for (int i = 0; i < 3; ++i) whole.step({{slot, 1}});
+      }
+      for (const int num_threads : {1, 2, 3, 4}) {
+        Run mixed(isa, shape, num_threads);
+        mixed.step({{3, 97}, {0, 13}, {1, 64}});
+        mixed.step({{0, 57}, {3, 1}, {1, 15}});
+        mixed.step({{2, 88}, {3, 1}, {1, 1}, {0, 1}});
+        mixed.step({{0, 1}, {1, 1}, {2, 1}, {3, 1}});
+        for (int32_t slot = 0; slot < 4; ++slot) {
+          const int64_t length = 70 + 9 * slot;
+          for (int64_t n = length; n < length + (slot == 2 ? 2 : 3); ++n) {
+            CHECK(whole.result(slot, n) == mixed.result(slot, n), isa_name(isa), " threads ", num_threads, " slot ",
+                  slot, " length ", n);
+          }
+        }
+      }
+    }
+  });
+}
+
+// One long sequence alone is split over segments, beside others it is not; in a prefill it never is.
+void splitting_a_long_sequence_changes_nothing() {
+  on_each_isa([](Isa isa) {
+    Run alone(isa, kPlain, 4), beside(isa, kPlain, 1), prefilled(isa, kPlain, 2);
+    alone.step({{0, 1200}});
+    alone.step({{0, 1}});
+    beside.step({{0, 700}, {1, 600}});
+    beside.step({{0, 500}, {1, 600}});
+    beside.step({{0, 1}, {1, 1}});
+    prefilled.step({{0, 1201}});
+    CHECK(alone.result(0, 1201) == beside.result(0, 1201) && alone.result(0, 1201) == prefilled.result(0, 1201),
+          isa_name(isa));
+  });
+}
+
+// A later entry reads blocks that an earlier entry of the same step computes.
+void shared_blocks_of_one_step_are_read_after_they_are_written() {
+  on_each_isa([](Isa isa) {
+    for (const int num_threads : {1, 3}) {
+      Run apart(isa, kPlain, 1), shared(isa, kPlain, num_threads);
+      for (Run* run : {&apart, &shared}) {
+        for (int64_t i = 0; i < 64; ++i) run->token(1, i) = run->token(0, i);
+      }
+      for (int64_t b = 0; b < 4; ++b) shared.block(1, b) = shared.block(0, b);
+      apart.step({{0, 70}});
+      apart.step({{1, 90}});
+      shared.skip(1, 64);
+      shared.step({{0, 70}, {1, 26}});
+      CHECK(apart.result(0, 70) == shared.result(0, 70) && apart.result(1, 90) == shared.result(1, 90), isa_name(isa));
+    }
+  });
+}
+
+void logits_agree_with_steps() {
+  on_each_isa([](Isa isa) {
+    Run run(isa, kPlain, 2);
+    std::vector<float> logits(static_cast<size_t>(150 * kPlain.vocab_size));
+    run.model().logits({&run.token(0, 0), 150}, logits.data());
+    for (const int32_t length : {40, 150}) {
+      run.skip(0, 0);
+      run.step({{0, length}});
+      const float* row = &logits[static_cast<size_t>((length - 1) * kPlain.vocab_size)];
+      const float* best = std::max_element(row, row + kPlain.vocab_size);
+      CHECK(run.result(0, length).token == best - row, isa_name(isa));
+    }
+  });
+}
+
+void one_poisoned_sequence_spares_the_others() {
+  ModelWeights weights = Weights(best_isa(), kPlain).make(false);
+  weights.embedding = Buffer<uint16_t>(kPlain.vocab_size * kPlain.hidden_size);
+  std::fill_n(weights.embedding.data(), weights.embedding.size(), uint16_t{0x3f80});
+  std::fill_n(weights.embedding.data(), kPlain.hidden_size, uint16_t{0x7fc0});  // token 0 is not a number
+  Model model(best_isa(), kPlain, kLimits, std::move(weights), 2);
+  SamplingParams params;
+  params.temperature = 0.0f;
+  params.num_logprobs = 0;
+  model.admit(0, params);
+  model.admit(1, params);
+  const std::vector<int32_t> tokens = {0, 0, 0, 0, 5, 6, 7, 8}, blocks = {0, 1}, slots = {0, 1}, counts = {4, 3},
+                             zeros = {0, 0};
+  const bool is_sampled[] = {true, true};
+  const auto samples = model.step({slots, counts, zeros, is_sampled, tokens.data(), 4, blocks.data(), 1, 2});
+  CHECK(std::isnan(samples[0].logprob) && !std::isnan(samples[1].logprob));
+  const float before = samples[1].logprob;
+  const std::vector<int32_t> reused = {1, 0};  // now the block of the poisoned sequence holds the clean one
+  const auto again = model.step({slots, counts, zeros, is_sampled, tokens.data(), 4, reused.data(), 1, 2});
+  CHECK(again[1].logprob == before);
+}
+
+void plans_that_do_not_fit_are_refused() {
+  Run run(best_isa(), kPlain, 1);
+  using Error = std::invalid_argument;
+  CHECK(test::throws<Error>([&] { run.step({{0, 1301}}); }));
+  CHECK(test::throws<Error>([&] { run.step({{0, 1300}, {1, 101}}); }));
+  CHECK(test::throws<Error>([&] { run.step({{4, 1}}); }));
+  CHECK(test::throws<Error>([&] { run.step({{0, 0}}); }));
+  CHECK(test::throws<Error>([&] { run.step({{0, 1}, {1, 1}, {2, 1}, {3, 1}, {0, 1}}); }));
+  run.token(0, 5) = 97;
+  CHECK(test::throws<Error>([&] { run.step({{0, 6}}); }));
+  run.block(1, 1) = static_cast<int32_t>(kLimits.num_blocks);
+  CHECK(test::throws<Error>([&] { run.step({{1, 17}}); }));
+  CHECK(test::throws<Error>([&] { run.model().admit(4, {}); }));
+  SamplingParams params;
+  params.logit_bias = {{97, 1.0f}};
+  CHECK(test::throws<Error>([&] { run.model().admit(0, params); }));
+  CHECK(test::throws<Error>([&] {
+    ModelShape other = kPlain;
+    other.hidden_size = 64;
+    Model(best_isa(), other, kLimits, Weights(best_isa(), kPlain).make(false), 1);
+  }));
+  run.step({{1, 16}});  // and the model still works
+}
+
+void counters_add_up() {
+  Run run(best_isa(), kPlain, 1);
+  run.step({{0, 20}});
+  run.step({{0, 1}, {1, 3}});
+  const StepCounters& counters = run.model().counters();
+  CHECK(counters.num_steps == 2 && counters.num_tokens == 24);
+  const double per_token = 2.0 * 2 * 48 * (160 + 96 + 240), per_head_row = 2.0 * 97 * 48;
+  CHECK(counters.matmul_flop == 24 * per_token + 3 * per_head_row);
+  CHECK(counters.attention_flop == 4.0 * 2 * 96 * (210 + 21 + 6));
+  CHECK(counters.kv_bytes == 4.0 * 2 * 32 * (20 + 21 + 3));
+}
+
+}  // namespace
+}  // namespace blendserve
+
+int main() {
+  using namespace blendserve;
+  RUN(steps_do_not_depend_on_batch_chunks_or_threads);
+  RUN(splitting_a_long_sequence_changes_nothing);
+  RUN(shared_blocks_of_one_step_are_read_after_they_are_written);
+  RUN(logits_agree_with_steps);
+  RUN(one_poisoned_sequence_spares_the_others);
+  RUN(plans_that_do_not_fit_are_refused);
+  RUN(counters_add_up);
+}
