@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "blendserve"
 LAYERS = (
     ("errors",),
     ("request", "config"),
+    ("outputs",),
     ("models",),
     ("cost",),
     ("hardware",),
@@ -21,7 +22,8 @@ LAYERS = (
     ("engine",),
     ("executors", "batchfile"),
     ("bounds",),
-    ("job", "simulate", "report"),
+    ("job", "session", "simulate"),
+    ("report",),
     ("llm",),
     ("cli",),
 )
