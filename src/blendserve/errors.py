@@ -16,7 +16,8 @@ class RequestError(BlendServeError):
     """One request that cannot be served: it becomes a row of the error file and never ends the run.
 
     `code` is machine-readable (`invalid_json_line`, `context_length_exceeded`, ...), `param` names the
-    offending field of the request body, `status_code` is the HTTP status that OpenAI would answer.
+    offending field of the request body, `status_code` is the HTTP status that OpenAI would answer, 0 where the
+    line of a batch file never became a request (no JSON, a duplicate custom_id, an unknown url).
     """
 
     def __init__(self, message: str, *, code: str, param: str | None = None, status_code: int = 400) -> None:

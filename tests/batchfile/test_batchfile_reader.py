@@ -177,14 +177,22 @@ def test_a_truncated_gzip_serves_its_whole_lines_and_says_where_it_ends(tmp_path
 
 
 def test_a_corrupt_gzip_is_an_error_row_and_is_hashed_to_its_end(tmp_path: Path) -> None:
-    content = bytearray(gzip.compress(os.urandom(4 << 20)))
-    content[2 << 20 : (2 << 20) + 64] = b"\xff" * 64
+    content = bytearray(gzip.compress(os.urandom(4 << 20).hex().encode(), 1))
+    content[1 << 20 : (1 << 20) + 64] = b"\xff" * 64
     path = tmp_path / "in.jsonl.gz"
     path.write_bytes(content)
     reader = BatchReader(path, SERVED, max_line_bytes=1 << 16)
     codes = [line.error.code for line in reader if isinstance(line, BadLine)]
     assert codes[-1] == "truncated_input"
     assert reader.sha256 == hashlib.sha256(content).hexdigest() == sha256_of(path)
+
+
+def test_what_follows_a_gzip_stream_is_one_error_row_and_hashed_too(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(as_bytes(b"\n", b"\n", b"\n")) + b"garbage" + os.urandom(3 << 20))
+    reader = BatchReader(path, SERVED)
+    assert [_outline(line) for line in reader] == [*valid(1, 2, 3), (4, "truncated_input")]
+    assert reader.sha256 == sha256_of(path)
 
 
 def test_the_hash_is_of_the_stored_bytes(tmp_path: Path) -> None:

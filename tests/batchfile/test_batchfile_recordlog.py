@@ -30,6 +30,7 @@ def recovered(path: Path) -> tuple[list[Record], int]:
     log = RecordLog(path)
     found: list[Record] = []
     num_cut = log.recover(found.append)
+    assert path.stat().st_size == log.num_bytes
     offset = log.append(RecordKind.OUTPUT_ROW, 99, 0, b"after")
     assert list(log.records()) == [*found, Record(offset, RecordKind.OUTPUT_ROW, 99, 0, b"after")]
     assert log.read(offset).body == b"after"
@@ -72,6 +73,15 @@ def test_damage_and_garbage_never_bring_back_anything_but_a_prefix(
     num_before = sum(record.offset + 21 + len(record.body) <= at for record in records)
     assert found == records[:num_before]
     assert num_cut > 0
+
+
+@pytest.mark.parametrize("num_bytes", [1, 8, 21, 22, 4096])
+def test_a_tail_of_zeros_is_no_record(tmp_path: Path, num_bytes: int) -> None:
+    """File systems leave zeros where a power cut met a file that had grown."""
+    records = fill(tmp_path / "log")
+    with (tmp_path / "log").open("ab") as file:
+        file.write(bytes(num_bytes))
+    assert recovered(tmp_path / "log") == (records, num_bytes)
 
 
 def test_a_full_disk_leaves_whole_records_and_a_log_that_can_go_on(

@@ -53,7 +53,8 @@ _NO_LIMIT = -1
 _MAX_INTERNED = 1 << 16
 """Distinct parameter sets remembered at a time: bounds memory, costs only repeated entries in the file."""
 
-_INTERNED_FIELDS = tuple(field.name for field in fields(SamplingParams) if field.name not in ("seed", "max_tokens"))
+_OWN_FIELDS = ("seed", "max_tokens", "logit_bias")
+_INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.name not in _OWN_FIELDS), "logit_bias")
 _interned_values = attrgetter(*_INTERNED_FIELDS)
 
 
@@ -136,7 +137,7 @@ class StoreWriter:
 
     def _intern(self, sampling: SamplingParams) -> tuple[int, int]:
         values = _interned_values(sampling)
-        key = tuple(tuple(value.items()) if isinstance(value, Mapping) else value for value in values)
+        key = (*values[:-1], tuple(values[-1].items()))
         place = self._interned.get(key)
         if place is None:
             data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True))).encode()
