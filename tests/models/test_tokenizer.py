@@ -191,6 +191,12 @@ def test_sentencepiece_merges_follow_the_scores(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("the ab")) == "the ab"
 
 
+def test_sentencepiece_ranks_by_score_not_by_id(tmp_path: Path) -> None:
+    scores = [0.0] * 259 + [float(rank) for rank in range(len(SCORED[3:]))]
+    tokenizer = sentencepiece(tmp_path, scores=scores)
+    assert tokenizer.backend.encode("ab", add_special_tokens=False).tokens == ["▁a", "b"]
+
+
 def test_sentencepiece_falls_back_to_bytes(tmp_path: Path) -> None:
     tokenizer = sentencepiece(tmp_path)
     ids = tokenizer.encode("é 🚂")
