@@ -1,5 +1,6 @@
 // Measures matmul on this machine: GFLOP/s, GB/s and the share of a measured multiply-add peak.
-//   bench_matmul [--isa NAME] [--threads 1,2] [--shapes smollm2|1b] [--rows 1,8,64] [--seconds 0.05] [--repeats 5]
+//   bench_matmul [--isa NAME] [--threads 1,2] [--shapes smollm2|1b] [--only NAME] [--rows 1,8,64] [--seconds 0.02]
+//                [--repeats 5] [--l2-bytes 524288]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -73,7 +74,7 @@ Timing time_op(const Op& op, bool is_cpu_time, double seconds, int repeats) {
   }
 }
 double multiply_add_gflop_per_s(ThreadTeam& team) {
-  constexpr int64_t kSteps = 1000000;
+  constexpr int64_t kSteps = 100000;  // about 1 ms
   const Timing time = time_op([&] { team.run(team.num_threads(), [](int64_t, int) { multiply_add_loop(kSteps); }); },
                               team.num_threads() == 1, 0.02, 5);
   return static_cast<double>(team.num_threads() * kSteps * 12 * 16) / time.best * 1e-9;
@@ -92,8 +93,7 @@ std::vector<float> random_floats(int64_t count) {
   return values;
 }
 
-void measure(const Options& options, ThreadTeam& team, const MatmulShape& shape, std::span<const PackedMatrix> copies,
-             double peak) {
+void measure(const Options& options, ThreadTeam& team, const MatmulShape& shape, std::span<const PackedMatrix> copies) {
   for (const int64_t m : options.rows) {
     const std::vector<float> x = random_floats(m * shape.k);
     const int64_t x_bytes = activation_bytes(options.isa, m, shape.k);
@@ -111,6 +111,7 @@ void measure(const Options& options, ThreadTeam& team, const MatmulShape& shape,
       team.run(grid.size(),
                [&](int64_t tile, int) { matmul_tile(packed, w, grid.tile(tile), nullptr, false, y.data(), shape.n); });
     };
+    const double peak = multiply_add_gflop_per_s(team);  // next to each measurement: neighbours come and go
     const Timing time = time_op(op, team.num_threads() == 1, options.seconds, options.repeats);
     const double flop = static_cast<double>(shape.flop(m));
     std::printf("%-10s %5ld %2d  %4ldx%-5ld %9.1f %9.1f us %8.1f %8.1f GFLOP/s %5.1f%% %7.1f GB/s\n", shape.name.data(),
@@ -158,8 +159,10 @@ Options parse(int argc, char** argv) {
 int run(const Options& options) {
   for (const int64_t threads : options.threads) {
     ThreadTeam team(static_cast<int>(threads));
-    const double peak = multiply_add_gflop_per_s(team);
-    std::printf("isa %s, %ld threads, multiply-add peak %.1f GFLOP/s\n", isa_name(options.isa).data(), threads, peak);
+    std::printf("isa %s, %ld threads, multiply-add peak %.1f GFLOP/s\n", isa_name(options.isa).data(), threads,
+                multiply_add_gflop_per_s(team));
+    std::printf("%-10s %5s %2s  %-10s %9s %9s    %8s %8s\n", "shape", "m", "t", "tile", "median", "best", "median",
+                "best");
     for (const MatmulShape& shape : options.shapes) {
       if (!options.only.empty() && options.only != shape.name) continue;
       // Copies that exceed the last-level cache, as a step over many layers does.
@@ -167,7 +170,7 @@ int run(const Options& options) {
       std::vector<PackedMatrix> copies;
       const int64_t num_copies = std::max<int64_t>(1, (int64_t{96} << 20) / shape.weight_bytes());
       for (int64_t i = 0; i < num_copies; ++i) copies.emplace_back(options.isa, weights, shape.n, shape.k);
-      measure(options, team, shape, copies, peak);
+      measure(options, team, shape, copies);
     }
   }
   return 0;

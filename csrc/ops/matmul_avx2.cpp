@@ -11,8 +11,6 @@ namespace {
 // also cover the FMA's latency (4 cycles x 2 per cycle = 8) with room to spare.
 constexpr int kMaxRows = 6;
 constexpr int64_t kMaxPanels = 4;
-// Longer sums are cut (and go on from y, which is exact): rows of a tile then stay in L2, see suggest_grid.
-constexpr int64_t kBlockK = kMaxResidentK;
 
 // One block of output: kRows rows x kPanels panels of 16 columns, over `num_k` (even) steps of k.
 struct Block {
@@ -153,9 +151,10 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
       const int64_t num_columns = min64(step, col_end - c);
       const int64_t num_panels = ceil_div(num_columns, kWeightPanel);
       const uint16_t* w = a.w + c / kWeightPanel * panel_stride + k * kWeightPanel;
-      // The first group streams the weights in; meanwhile it fetches those of the strip that follows.
+      // The first group streams the weights in; meanwhile it fetches those of the strip that follows. One row alone
+      // reads as fast as memory gives, on four panels at once, and is slower with fetches.
       const int64_t ahead = c + (col_end - col);
-      const bool can_fetch = group == 0 && ahead + step <= a.tile.col_end;
+      const bool can_fetch = group == 0 && groups.num_rows > 1 && ahead + step <= a.tile.col_end;
       float* y = a.y + row * a.ldy + c;
       prefetch_rows(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row));
       const Block b{.x = static_cast<const float*>(a.x) + row * ldx + k,
@@ -185,7 +184,7 @@ void tile_avx2(const TileArgs& args) {
   const MatmulTile& t = args.tile;
   const RowGroups groups(t.row_end - t.row_begin);
   const int64_t num_k = round_up(args.k, 2);
-  const int64_t num_blocks = groups.num_rows <= kRowPanel ? 1 : ceil_div(num_k, kBlockK);
+  const int64_t num_blocks = groups.num_rows <= kRowPanel ? 1 : ceil_div(num_k, kMaxResidentK);
   const int64_t block_k = round_up(ceil_div(num_k, num_blocks), 2);
   const int64_t strip = num_strip_panels(groups.num_rows) * kWeightPanel;
   for (int64_t k = 0; k < num_k; k += block_k) {

@@ -22,8 +22,9 @@ inline constexpr int64_t kWeightPanelAvx512Bf16 = 32;  // two AVX-512 registers 
 // lines. An even one would map the rows of a block onto few cache sets where k is a multiple of 1024.
 [[gnu::always_inline]] constexpr int64_t row_stride(int64_t k) { return (ceil_div(k, 16) | 1) * 16; }
 
-// kAvx2 visits all columns of a tile with so many values of k of its rows at a time.
-inline constexpr int64_t kMaxResidentK = 1536;
+// kAvx2 visits all columns of a tile with at most so many values of k of its rows at a time: longer sums are cut (and
+// go on from y, which is exact), so that the rows of a tile stay in L2 and 16 columns of weights (24 KiB) in L1.
+inline constexpr int64_t kMaxResidentK = 768;
 
 // One call of matmul_tile, with the weights unwrapped.
 struct TileArgs {
