@@ -74,10 +74,11 @@ def _ours(model: Path, threads: int, weights: str) -> dict[str, Any]:
 
 
 def _openvino(model: Path, threads: int, weights: str) -> dict[str, Any]:
+    kv = weights if weights in ("f16", "f32") else "u8"  # its own choice, seen in how much of the cache a prompt fills
     return {
         "model": str(_weights(model, weights)),
         "threads": threads,
-        "precision": f"{weights or 'u4 (Q4_1)'} weights, f32 compute, u8 KV",
+        "precision": f"{weights or 'u4 (Q4_1)'} weights, f32 compute, {kv} KV",
         "scheduler": {
             "cache_size": KV_BYTES >> 30,
             "max_num_batched_tokens": 512,

@@ -14,7 +14,9 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,6 +93,7 @@ class Result:
 
 def main() -> None:
     arguments = _parse()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers are ended too
     common.print_header()
     model = resolve(arguments.model, cache_dir(), print)
     spec = spec_from_gguf(model.name, GgufFile(model.path))
