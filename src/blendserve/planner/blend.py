@@ -1,13 +1,14 @@
 """The default policy: both resources in the proportion in which they remain, and a KV memory that stays full.
 
-Four rules (paper.md section 9). The prefill tokens of a step follow from the KV it reads, by the ratio of compute to
-memory time left in the whole job. The memory end enters as the forecast of its peak allows, longest first because that
-is how densities fall. The compute end enters as prefill is wanted. What finishes corrects the estimates.
+Four rules (paper.md section 9). Every step gets an even share of the compute that remains, over the fewest steps that
+the rest of the job can take: those that read the remaining KV at full memory, or the longest request. At a full memory
+that is the ratio of what remains of the two resources; while memory fills up, it wastes no step. The memory end enters
+as the forecast of its peak allows, longest first because that is how densities fall. The compute end enters as prefill
+is wanted. What finishes corrects the estimates.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -32,6 +33,10 @@ class BlendSettings:
     max_reserve: float = 0.5
     refresh_steps: int = 16
     window: int = 256
+
+
+TRUST_TOKENS = 256
+"""Prompt tokens that must have been planned before the sharing found in the engine outweighs the planned sharing."""
 
 
 class BlendPolicy:
@@ -60,10 +65,16 @@ class BlendPolicy:
         self._running_compute_s = self._running_memory_s = 0.0
         self._waiting_compute_s = float(self._schedule.compute_s.sum())
         self._waiting_memory_s = float(self._schedule.memory_s.sum())
+        self._planned_s = self._actual_s = TRUST_TOKENS * plan.cost.token_s
 
     @property
     def num_waiting(self) -> int:
         return self._scanner.num_waiting
+
+    @property
+    def num_replans(self) -> int:
+        """How often what waited was ordered anew."""
+        return self._learner.num_replans
 
     def next(self, view: SchedulerView) -> int | None:
         if not self._scanner.num_waiting:
@@ -75,7 +86,7 @@ class BlendPolicy:
             return None
         limit = self._settings.kv_share * view.capacity_tokens
         request = self._scanner.peek_memory_end()
-        if self._fits(self._memory_end, request, limit - self._reserve):
+        if self._is_memory_intensive(request) and self._fits(self._memory_end, request, limit - self._reserve):
             self._proposed_at_memory_end = True
             return request
         self._proposed_at_memory_end = False
@@ -106,6 +117,9 @@ class BlendPolicy:
         self._num_cached[index] = num_cached_tokens
         own = int(self._plan.table.num_prompt_tokens[index]) - num_cached_tokens
         self._pending += own
+        decode_s = self._plan.cost.token_s * float(schedule.expected_output_tokens[index])
+        self._planned_s += max(float(schedule.compute_s[index]) - decode_s, 0.0)
+        self._actual_s += self._plan.cost.token_s * own
         self._all.add(self._step, own, self._proposed_remaining)
         if self._proposed_at_memory_end:
             self._pending_memory_end += own
@@ -145,16 +159,28 @@ class BlendPolicy:
         self._pending_memory_end = int(left[self._is_at_memory_end[view.request_index]].sum())
         if self._is_stale or self._step % self._settings.refresh_steps == 0:
             self._look_ahead(view)
-        cost = self._plan.cost
-        memory_s = cost.kv_token_s * float(computed[is_decoding].sum())
-        wanted = memory_s * self._ratio() / cost.token_s - np.count_nonzero(is_decoding)
-        self._budget = int(min(max(wanted, 0.0), view.max_num_batched_tokens))
+        sharing_error = self._actual_s / self._planned_s
+        compute_s = max(self._waiting_compute_s * sharing_error + self._running_compute_s, 0.0)
+        tokens = compute_s / self._plan.cost.token_s / self._num_steps_left(view)
+        wanted = tokens - np.count_nonzero(is_decoding)
+        self._budget = int(min(max(wanted, 1.0), view.max_num_batched_tokens))
 
-    def _ratio(self) -> float:
-        """Compute time over memory time of all that remains."""
+    def _num_steps_left(self, view: SchedulerView) -> float:
+        """Steps over which to spread the compute: those that read all KV at full memory, or that the longest request
+        still runs; but what waits must start early enough to end with it."""
+        memory_s = self._waiting_memory_s + self._running_memory_s
+        full_s = self._settings.kv_share * view.capacity_tokens * self._plan.cost.kv_token_s
+        longest_waiting = 0.0
+        if self._scanner.num_waiting:
+            longest_waiting = float(self._schedule.expected_output_tokens[self._scanner.peek_memory_end()])
+        return max(memory_s / full_s, self._all.end - self._step - longest_waiting, 1.0)
+
+    def _is_memory_intensive(self, request: int) -> bool:
+        """Does it have less compute to its memory time than all that remains? Others enter as prefill is wanted."""
         compute_s = self._waiting_compute_s + self._running_compute_s
         memory_s = self._waiting_memory_s + self._running_memory_s
-        return max(compute_s, 0.0) / memory_s if memory_s > 1e-12 else math.inf
+        schedule = self._schedule
+        return float(schedule.compute_s[request]) * memory_s < compute_s * float(schedule.memory_s[request])
 
     def _look_ahead(self, view: SchedulerView) -> None:
         """Forecast from scratch, and learn where there is enough to learn from."""

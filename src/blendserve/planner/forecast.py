@@ -8,11 +8,13 @@ sequence is several equally likely ones of a fraction of its size.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blendserve.cost import Floats
 
 MAX_SPANS = 64
 """Ends are grouped into this many spans, each with its highest load: an admission costs microseconds."""
+_SOON = 4.0 ** np.arange(1, 10)  # further borders, in steps from now: a short request must not pay for a late peak
 
 
 class KvForecast:
@@ -34,19 +36,37 @@ class KvForecast:
             return
         by_end = np.argsort(ends)
         ends = ends[by_end]
-        held = np.repeat(kv_tokens - step, num_quantiles)[by_end] / num_quantiles
-        held_after = np.cumsum(held[::-1])[::-1]
-        count_after = np.arange(len(ends), 0, -1) / num_quantiles
-        load = held_after + count_after * ends
-        starts = np.arange(0, len(ends), max(1, -(-len(ends) // MAX_SPANS)))
+        held = np.zeros(len(ends) + 1)
+        held[:-1] = np.cumsum((np.repeat(kv_tokens - step, num_quantiles)[by_end] / num_quantiles)[::-1])[::-1]
+        count = np.arange(len(ends), -1, -1) / num_quantiles
+        times, is_border = self._times(step, ends)
+        first_left = np.searchsorted(ends, times)
+        load = held[first_left] + count[first_left] * times
+        starts = np.flatnonzero(np.concatenate([[True], is_border[:-1]]))
         self._load = np.maximum.reduceat(load, starts)
-        self._end = ends[np.append(starts[1:] - 1, len(ends) - 1)]
+        self._end = times[np.append(starts[1:] - 1, len(times) - 1)]
         self._begin = np.concatenate([[step], self._end[:-1]])
+
+    @staticmethod
+    def _times(step: int, ends: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        """Moments to look at, ascending: all ends, and some steps from now on; and which of them close a span."""
+        chunk = -(-len(ends) // MAX_SPANS)
+        is_border = np.zeros(len(ends), dtype=np.bool_)
+        is_border[chunk - 1 :: chunk] = True
+        soon = step + _SOON[step + _SOON < ends[-1]]
+        times = np.concatenate([ends, soon])
+        order = np.argsort(times, kind="stable")
+        return times[order], np.concatenate([is_border, np.ones(len(soon), dtype=np.bool_)])[order]
 
     @property
     def peak(self) -> float:
         """Highest load to come, in tokens."""
         return float(self._load.max()) if len(self._load) else 0.0
+
+    @property
+    def end(self) -> float:
+        """Step at which the last sequence ends."""
+        return float(self._end[-1]) if len(self._end) else 0.0
 
     def fits(self, request: int, step: int, kv_tokens: float, remaining: Floats, limit: float) -> bool:
         """Does the peak stay within `limit` with one more sequence, of equally likely remaining lengths (ascending)?

@@ -54,7 +54,7 @@ class LengthModel:
         is_unknown = self._known < 0
         self._edges = make_edges(int(self._cap[is_unknown].max()) if is_unknown.any() else 1)
         shape = (len(self.strata), len(self._edges) - 1)
-        self._events, self._censored = np.zeros(shape), np.zeros(shape)
+        self._events, self._censored, self._unseen = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         self._buffer: list[tuple[int, int]] = []
         self._num_observed = 0
         self.refresh()
@@ -79,14 +79,15 @@ class LengthModel:
             is_capped = length >= self._cap[index]
             strata = self.strata.stratum_of[index]
             np.add.at(self._events, (strata[~is_capped], bins[~is_capped]), 1.0)
-            self._add_censored(self._censored, strata[is_capped], length[is_capped])
-        censored = self._censored
+            self._add_censored(self._censored, self._unseen, strata[is_capped], length[is_capped])
+        censored, unseen = self._censored, self._unseen
         is_unknown = self._known[running] < 0
         if is_unknown.any():
-            censored = censored.copy()
-            self._add_censored(censored, self.strata.stratum_of[running[is_unknown]], num_output_tokens[is_unknown])
+            censored, unseen = censored.copy(), unseen.copy()
+            strata = self.strata.stratum_of[running[is_unknown]]
+            self._add_censored(censored, unseen, strata, num_output_tokens[is_unknown])
         passed = np.cumsum((self._events + censored)[:, ::-1], axis=1)[:, ::-1]
-        hazard = hazards(self._events, passed - censored, self.strata.parent, self.strata.level, self._edges)
+        hazard = hazards(self._events, passed - unseen, self.strata.parent, self.strata.level, self._edges)
         self._table = SurvivalTable.from_hazards(hazard, self._edges)
         every = np.arange(len(self.strata))[:, None]
         self._outset = np.maximum(
@@ -141,11 +142,15 @@ class LengthModel:
         lengths: Floats = np.minimum(self._outset[self.strata.stratum_of[index]], cap)
         return lengths
 
-    def _add_censored(self, censored: Floats, strata: Int64s, lengths: Int64s) -> None:
-        """Requests known to be longer than `lengths` were at risk in all bins before the one that holds it."""
-        bins = np.searchsorted(self._edges, lengths, side="right") - 1
-        is_beyond = bins > 0
-        np.add.at(censored, (strata[is_beyond], np.minimum(bins[is_beyond], censored.shape[1] - 1)), 1.0)
+    def _add_censored(self, censored: Floats, unseen: Floats, strata: Int64s, lengths: Int64s) -> None:
+        """Count requests known to be longer than `lengths`: at risk in the bins before, and in part of the bin there.
+
+        Mutates: `censored` counts them in the bin that holds the length, `unseen` the part of that bin still ahead.
+        """
+        bins = np.minimum(np.searchsorted(self._edges, lengths, side="right") - 1, censored.shape[1] - 1)
+        width = self._edges[bins + 1] - self._edges[bins]
+        np.add.at(censored, (strata, bins), 1.0)
+        np.add.at(unseen, (strata, bins), 1.0 - np.minimum((lengths - self._edges[bins]) / width, 1.0))
 
 
 class MeanLengthModel:

@@ -116,7 +116,7 @@ def _deal(pieces: Floats, num_parts: int) -> Int64s:
     is_small = size < MIN_PIECE_SHARE / num_parts
     small = np.flatnonzero(is_small)
     part[small] = np.arange(len(small)) % num_parts
-    load = np.stack([np.bincount(part[small], shares[small, column], num_parts) for column in (0, 1)], axis=1)
+    load = np.stack([_sums(part[small], shares[small, column], num_parts) for column in (0, 1)], axis=1)
     large = np.flatnonzero(~is_small)
     for piece in large[np.argsort(-size[large], kind="stable")].tolist():
         chosen = int((load + shares[piece]).max(axis=1).argmin())

@@ -98,6 +98,6 @@ class DualScanner:
     def distance(self, first: int, last: int) -> float:
         """Requests to pass at the nearer end before one of order[first:last] is next; infinite where none is left."""
         begin, end = max(first, self._low), min(last, self._high)
-        if begin >= end:
+        if begin >= end or not self._num_waiting:
             return math.inf
         return float(min(begin - self._low, self._high - end))

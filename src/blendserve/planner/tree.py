@@ -73,7 +73,7 @@ class PrefixTree:
     @property
     def sharing(self) -> float:
         """Share of prompt tokens that need no computation in depth-first order: the most possible."""
-        return 1.0 - self.num_unique_tokens / max(1, self.num_prompt_tokens)
+        return 1.0 - self.num_unique_tokens / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
 
     @classmethod
     def from_prompts(cls, prompts: Iterable[TokenIds]) -> PrefixTree:

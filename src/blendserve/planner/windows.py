@@ -74,7 +74,7 @@ class WindowedPolicy:
     """
 
     def __init__(self, windows: Iterator[Window], cost: CostModel, make: Callable[[Plan], Policy]) -> None:
-        self._windows = windows
+        self._windows = (window for window in windows if len(window.table))
         self._cost = cost
         self._make = make
         self._num_arrived = 0
@@ -82,7 +82,7 @@ class WindowedPolicy:
         self._cached_by_running: dict[int, int] = {}
         self._indices = np.zeros(0, dtype=np.int64)
         self._window_size = 0
-        self._next = next(windows, None)
+        self._next = next(self._windows, None)
         self._policy: Policy | None = None
         self.name = "windowed"
         self._plan_next_window()

@@ -1,0 +1,98 @@
+"""Parts for replicas, and windows that arrive while others run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import Prompt, unique_tokens
+from planner_cases import COST, TinyEngine, outputs_strategy, plan_of, prompts_strategy
+
+from blendserve.errors import ConfigError
+from blendserve.planner.base import RequestTable
+from blendserve.planner.partition import part_table, partition
+from blendserve.planner.policies import make_policy
+from blendserve.planner.sorting import flatten
+from blendserve.planner.windows import Window, WindowedPolicy
+
+jobs = prompts_strategy.flatmap(
+    lambda prompts: st.tuples(st.just(prompts), st.tuples(*[outputs_strategy] * len(prompts)))
+)
+
+
+@given(jobs, st.integers(1, 5))
+def test_parts_hold_every_request_once(job: tuple[list[Prompt], tuple[int, ...]], num_parts: int) -> None:
+    prompts, outputs = job
+    plan = plan_of(prompts, outputs)
+    found = partition(plan, num_parts)
+    assert len(found.parts) == num_parts
+    assert sorted(np.concatenate(found.parts).tolist()) == list(range(len(prompts)))
+    separate = sum(unique_tokens([prompts[index] for index in part]) for part in found.parts)
+    assert found.num_lost_tokens == separate - unique_tokens(prompts)
+    assert float(found.memory_s.sum()) == pytest.approx(float(plan.schedule.memory_s.sum()))
+
+
+@pytest.mark.parametrize("num_parts", [2, 4, 8])
+def test_parts_are_even_in_both_resources_and_cut_little(num_parts: int) -> None:
+    rng = np.random.default_rng(5)
+    stems = [tuple(rng.integers(0, 1000, 40).tolist()) for _ in range(20)]
+    prompts = [(*stems[index % 20], index) for index in range(1200)] + [(5000 + index,) for index in range(300)]
+    outputs = (1,) * 1200 + tuple(rng.integers(10, 200, 300).tolist())
+    plan = plan_of(prompts, outputs)
+    found = partition(plan, num_parts)
+    assert found.imbalance < 0.05
+    assert found.density_spread < 0.1
+    assert found.sharing_lost < 0.02 * num_parts
+    table = part_table(plan.table, found.parts[0])
+    restricted = plan.tree.restrict(found.parts[0])
+    assert restricted.num_requests == len(table)
+    assert (restricted.leaf_len[restricted.leaf_of] == table.num_prompt_tokens).all()
+
+
+def test_no_parts_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        partition(plan_of([(1,)], (1,)), 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(jobs, min_size=1, max_size=4), st.sampled_from(["blend", "paper", "fcfs"]), st.booleans())
+def test_windows_are_served_while_others_arrive(
+    arriving: list[tuple[list[Prompt], tuple[int, ...]]], name: str, is_known: bool
+) -> None:
+    prompts = [prompt for window, _ in arriving for prompt in window]
+    outputs = [length for _, lengths in arriving for length in lengths]
+
+    def windows() -> list[Window]:
+        found = []
+        for window, lengths in arriving:
+            known = np.array(lengths if is_known else [-1] * len(window), dtype=np.int64)
+            sizes = np.array([len(prompt) for prompt in window], dtype=np.int64)
+            table = RequestTable(sizes, np.full(len(window), 12, dtype=np.int64), known)
+            found.append(Window(flatten(np.array(prompt, dtype=np.int32) for prompt in window), table))
+        return found
+
+    policy = WindowedPolicy(iter(windows()), COST, lambda plan: make_policy(name, plan))
+    engine = TinyEngine(policy, [len(prompt) for prompt in prompts], outputs, 40)
+    engine.run(max_steps=5000)
+    assert set(engine.admissions) == set(range(len(prompts)))
+    assert len(engine.admissions) == len(prompts) + engine.num_preemptions
+
+
+def test_the_next_window_joins_before_the_last_request_is_admitted() -> None:
+    def window(first: int) -> Window:
+        prompts = flatten(np.array([first + index], dtype=np.int32) for index in range(40))
+        return Window(prompts, RequestTable(np.ones(40, np.int64), np.full(40, 9), np.full(40, 9)))
+
+    read = []
+
+    def arriving() -> object:
+        for first in (0, 100, 200):
+            read.append(first)
+            yield window(first)
+
+    policy = WindowedPolicy(arriving(), COST, lambda plan: make_policy("fcfs", plan))  # type: ignore[arg-type]
+    assert read == [0, 100], "one window ahead, no more"
+    engine = TinyEngine(policy, [1] * 120, [9] * 120, 60)
+    engine.run()
+    assert set(engine.admissions) == set(range(120))

@@ -1,0 +1,199 @@
+"""Every policy on a small engine: exactly once, no starvation, KV never exceeded, golden schedules, near the best."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import Prompt
+from planner_cases import COST, TinyEngine, outputs_strategy, plan_of, prompts_strategy, ranges
+
+from blendserve.errors import ConfigError
+from blendserve.planner.blend import BlendPolicy
+from blendserve.planner.lengths import MeanLengthModel
+from blendserve.planner.plan import make_plan
+from blendserve.planner.policies import POLICY_NAMES, make_policy
+from blendserve.planner.static import StaticPolicy
+
+jobs = prompts_strategy.flatmap(
+    lambda prompts: st.tuples(st.just(prompts), st.tuples(*[outputs_strategy] * len(prompts)))
+)
+
+
+def engine_for(
+    name: str,
+    prompts: list[Prompt],
+    outputs: tuple[int, ...],
+    capacity: int,
+    *,
+    is_known: bool = True,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 256,
+) -> TinyEngine:
+    policy = make_policy(name, plan_of(prompts, outputs, is_known=is_known))
+    sizes = [len(prompt) for prompt in prompts]
+    return TinyEngine(policy, sizes, outputs, capacity, max_num_seqs, max_num_batched_tokens)
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@settings(max_examples=40, deadline=None)
+@given(jobs, st.booleans(), st.integers(22, 80), st.integers(1, 6))
+def test_every_request_is_served_exactly_once(
+    name: str, job: tuple[list[Prompt], tuple[int, ...]], is_known: bool, capacity: int, max_num_seqs: int
+) -> None:
+    """Under any capacity that holds the largest request, with lengths known or not."""
+    prompts, outputs = job
+    engine = engine_for(
+        name, prompts, outputs, capacity, is_known=is_known, max_num_seqs=max_num_seqs, max_num_batched_tokens=16
+    )
+    engine.run(max_steps=2000)
+    assert set(engine.admissions) == set(range(len(prompts)))
+    assert len(engine.admissions) == len(prompts) + engine.num_preemptions
+    assert engine.policy.num_waiting == 0
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@pytest.mark.parametrize(
+    ("prompts", "outputs"),
+    [
+        ([], ()),
+        ([(1, 2, 3)] * 30, (2,) * 30),
+        ([(index,) for index in range(30)], (3,) * 30),
+        ([(1,)] * 10 + [tuple(range(90))], (1,) * 10 + (90,)),
+        ([(7,) * length for length in range(1, 30)], (2,) * 29),
+        ([(index,) for index in range(10)], (0,) * 10),
+        ([(index % 2,) for index in range(20)], (4,) * 20),
+    ],
+    ids=["empty", "all identical", "all distinct", "one giant", "nested chain", "no outputs", "ties"],
+)
+def test_adversarial_jobs_end(name: str, prompts: list[Prompt], outputs: tuple[int, ...]) -> None:
+    engine = engine_for(name, prompts, outputs, 200)
+    engine.run(max_steps=2000)
+    assert set(engine.admissions) == set(range(len(prompts)))
+
+
+def mixed_job(num_short: int = 60, num_long: int = 12) -> tuple[list[Prompt], tuple[int, ...]]:
+    """Long prompts that share a stem and answer in a token, and short prompts with long answers."""
+    stem = (1,) * 16
+    short = [(*stem, *(2,) * (index % 5), 3, index) for index in range(num_short)]
+    long = [(9, index) for index in range(num_long)]
+    return short + long, (1,) * num_short + tuple(60 + 5 * index for index in range(num_long))
+
+
+def test_golden_orders() -> None:
+    prompts, outputs = mixed_job(6, 3)
+    plan = plan_of(prompts, outputs)
+    assert plan.schedule.order.tolist() == [0, 5, 1, 2, 3, 4, 6, 7, 8]
+    served = {}
+    for name in POLICY_NAMES:
+        engine = engine_for(name, prompts, outputs, 300, max_num_batched_tokens=32)
+        engine.run()
+        served[name] = engine.admissions
+    assert served["fcfs"] == list(range(9))
+    assert served["dfs"] == plan.tree.order.tolist()
+    assert served["longest-first"] == [8, 7, 6, 0, 1, 2, 3, 4, 5]
+    assert served["lexical-buckets"] == [4, 3, 2, 1, 0, 5, 6, 7, 8]
+    assert served["blend"][:3] == [8, 7, 6], "the memory end enters longest first"
+    assert served["blend"][3:] == [0, 5, 1, 2, 3, 4], "the compute end follows in the order of the plan"
+
+
+def test_blend_never_preempts_when_lengths_are_known() -> None:
+    prompts, outputs = mixed_job()
+    for capacity in (150, 250, 400):
+        engine = engine_for("blend", prompts, outputs, capacity)
+        engine.run()
+        assert engine.num_preemptions == 0
+
+
+def test_blend_spreads_compute_over_the_memory_bound_steps() -> None:
+    prompts, outputs = mixed_job()
+    elapsed = {}
+    for name in ("blend", "dfs", "fcfs", "random"):
+        engine = engine_for(name, prompts, outputs, 800)
+        engine.run()
+        elapsed[name] = engine.elapsed_s
+    assert elapsed["blend"] == min(elapsed.values())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blend_beats_the_best_of_all_orders(seed: int) -> None:
+    """Exhaustive search: no fixed order of six requests, admitted as memory allows, beats feedback on the step mix."""
+    rng = np.random.default_rng(seed)
+    prompts = [(index, *[0] * int(rng.choice([2, 40]))) for index in range(6)]
+    outputs = tuple(int(rng.choice([1, 3, 20, 40])) for _ in range(6))
+    sizes = [len(prompt) for prompt in prompts]
+
+    def elapsed(order: tuple[int, ...]) -> float:
+        engine = TinyEngine(StaticPolicy("given", ranges(order)), sizes, outputs, 240)
+        engine.run()
+        return engine.elapsed_s
+
+    best = min(elapsed(order) for order in permutations(range(6)))
+    engine = engine_for("blend", prompts, outputs, 240)
+    engine.run()
+    assert engine.elapsed_s <= best
+
+
+@pytest.mark.parametrize("name", ["blend", "paper"])
+def test_samples_are_served_first(name: str) -> None:
+    prompts = [(index // 50, index) for index in range(400)]
+    plan = make_plan(plan_of(prompts, (5,) * 400).tree, plan_of(prompts, (5,) * 400, is_known=False).table, COST)
+    engine = TinyEngine(make_policy(name, plan), [2] * 400, [5] * 400, 400)
+    engine.run()
+    assert len(plan.samples) >= 4
+    position = {request: place for place, request in enumerate(engine.admissions)}
+    late = sum(position[int(sample)] > 40 for sample in plan.samples)
+    assert late == 0
+
+
+def test_blend_plans_anew_when_lengths_turn_out_otherwise() -> None:
+    prompts = [(index % 2, index) for index in range(600)]
+    outputs = tuple(2 if index % 2 else 40 for index in range(600))
+    plan = plan_of(prompts, outputs, is_known=False)
+    policy = BlendPolicy(plan)
+    engine = TinyEngine(policy, [2] * 600, outputs, 600)
+    engine.run()
+    assert policy.num_replans >= 1
+    assert sorted(set(engine.admissions)) == list(range(600))
+
+
+def test_the_paper_policy_holds_the_split_of_figure_6() -> None:
+    """M_L and M_R follow the densities of the ends; both ends are in flight at once."""
+    prompts, outputs = mixed_job(200, 20)
+    engine = engine_for("paper", prompts, outputs, 400)
+    engine.run()
+    first = engine.admissions[:12]
+    assert any(request < 200 for request in first)
+    assert any(request >= 200 for request in first)
+
+
+def test_mean_lengths_drive_the_paper_policy() -> None:
+    prompts = [(index % 2, index) for index in range(300)]
+    outputs = tuple(2 if index % 2 else 30 for index in range(300))
+    tree, table = plan_of(prompts, outputs).tree, plan_of(prompts, outputs, is_known=False).table
+    plan = make_plan(tree, table, COST, lengths=MeanLengthModel)
+    engine = TinyEngine(make_policy("paper", plan), [2] * 300, outputs, 300)
+    engine.run()
+    assert set(engine.admissions) == set(range(300))
+
+
+def test_blocks_of_finished_subtrees_are_never_used_again() -> None:
+    prompts, outputs = mixed_job(6, 3)
+    plan = plan_of(prompts, outputs)
+    policy = make_policy("blend", plan)
+    stem = plan.tree.block_keys(0, 16)[0]
+    other = plan.tree.block_keys(8, 2)[0]
+    assert policy.next_use(stem) < np.inf
+    engine = TinyEngine(policy, [len(prompt) for prompt in prompts], outputs, 300)
+    engine.run()
+    assert policy.next_use(stem) == np.inf
+    assert policy.next_use(other) == np.inf
+    assert policy.next_use(b"a content key") == 0.0
+
+
+def test_an_unknown_policy_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"unknown policy 'best'; known: .*blend.*fcfs"):
+        make_policy("best", plan_of([(1,)], (1,)))
