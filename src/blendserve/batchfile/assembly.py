@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from blendserve.batchfile.recordlog import Record, RecordKind, RecordLog
-from blendserve.batchfile.responses import Codec, FinishedChoice, error_code_of, error_row, output_row
+from blendserve.batchfile.responses import Codec, FinishedChoice, error_code_of, error_row, output_row, served_row
 from blendserve.batchfile.store import PendingRequests, StoredLine, TokenStore
 from blendserve.errors import ExecutorError
 from blendserve.request import SequenceOutput
@@ -72,6 +72,10 @@ class RowAssembler:
         if output.finish_reason == "error":
             error = output.error or ExecutorError("the engine gave no reason")
             self._finish(row, line, RecordKind.ERROR_ROW, error_row(line.line_number, line.custom_id, error))
+            return
+        if output.response is not None:
+            kind = RecordKind.OUTPUT_ROW if output.response.is_success else RecordKind.ERROR_ROW
+            self._finish(row, line, kind, served_row(line, output.response))
             return
         choice = number - line.first_request
         finished = FinishedChoice.from_output(line.url, choice, output, self._codec)

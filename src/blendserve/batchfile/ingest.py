@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from blendserve.batchfile.reader import BadLine
-from blendserve.batchfile.responses import Codec
+from blendserve.batchfile.responses import Codec, EncodedPrompt
 from blendserve.batchfile.schema import CHAT_URL, BatchLine, Prompt
 from blendserve.errors import RequestError
 
@@ -16,7 +16,7 @@ MAX_BATCH_LINES = 1024
 MAX_BATCH_CHARACTERS = 4 << 20
 """Bounds what is held as text at a time; both large enough to keep every core's tokenizer busy."""
 
-TokenLists = Sequence[Sequence[int]]
+TokenLists = Sequence[EncodedPrompt]
 
 
 def encode_lines(
@@ -61,9 +61,9 @@ def _encode_batch(
     return outcomes
 
 
-def _encode_texts(prompts: Sequence[Prompt], codec: Codec) -> list[Sequence[int] | RequestError]:
+def _encode_texts(prompts: Sequence[Prompt], codec: Codec) -> list[EncodedPrompt | RequestError]:
     """Encode what is text; prompts given as token ids pass through."""
-    outcomes: list[Sequence[int] | RequestError] = list(prompts)  # type: ignore[arg-type]
+    outcomes: list[EncodedPrompt | RequestError] = list(prompts)  # type: ignore[arg-type]
     positions = [position for position, prompt in enumerate(prompts) if _is_text(prompt)]
     texts = [prompts[position] for position in positions]
     for position, outcome in zip(positions, _encode_or_isolate(texts, codec), strict=True):
@@ -71,7 +71,7 @@ def _encode_texts(prompts: Sequence[Prompt], codec: Codec) -> list[Sequence[int]
     return outcomes
 
 
-def _encode_or_isolate(texts: list[Prompt], codec: Codec) -> Sequence[Sequence[int] | RequestError]:
+def _encode_or_isolate(texts: list[Prompt], codec: Codec) -> Sequence[EncodedPrompt | RequestError]:
     """One call for all; when it fails, halves, so that k bad texts of n cost about k log n calls more."""
     if not texts:
         return []
@@ -85,10 +85,10 @@ def _encode_or_isolate(texts: list[Prompt], codec: Codec) -> Sequence[Sequence[i
 
 
 def _checked(
-    line: BatchLine, encoded: Sequence[Sequence[int] | RequestError], max_model_len: int
+    line: BatchLine, encoded: Sequence[EncodedPrompt | RequestError], max_model_len: int
 ) -> TokenLists | RequestError:
     param = "messages" if line.url == CHAT_URL else "prompt"
-    token_lists: list[Sequence[int]] = []
+    token_lists: list[EncodedPrompt] = []
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
             return token_ids

@@ -15,12 +15,15 @@ from typing import Any, Protocol
 from blendserve.batchfile.schema import CHAT_URL, Message, Url
 from blendserve.batchfile.store import StoredLine
 from blendserve.errors import RequestError
-from blendserve.request import SequenceOutput, TokenLogprob
+from blendserve.request import SequenceOutput, TokenIds, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI reports for minus infinity, which JSON cannot say."""
 
 _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
+EncodedPrompt = Sequence[int] | TokenIds
 
 
 class Codec(Protocol):
@@ -31,7 +34,7 @@ class Codec(Protocol):
     stop token or stop string.
     """
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> Sequence[Sequence[int]]: ...
+    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> Sequence[EncodedPrompt]: ...
     def text_of(self, output: SequenceOutput) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 

@@ -87,7 +87,7 @@ class StoreWriter:
             self._files = {name: stack.enter_context((directory / name).open("wb", 1 << 20)) for name in _FILES}
             self._stack = stack.pop_all()
 
-    def add(self, line: BatchLine, token_ids: Sequence[Sequence[int]]) -> None:
+    def add(self, line: BatchLine, token_ids: Sequence[Sequence[int] | TokenIds]) -> None:
         """Append one line. `token_ids` holds one list per prompt."""
         with writing_to(self._directory):
             first_prompt = self._num_prompts
