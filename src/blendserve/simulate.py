@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from blendserve.hardware import (
     NANOFLOW,
     SEQUENTIAL,
     HardwareSpec,
+    Interference,
     StepCost,
     gpu_step_cost,
     kv_capacity_bytes,
@@ -49,13 +50,38 @@ MAX_OUTPUT_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One replica: its step cost and the KV tokens it holds."""
+    """One replica: its step cost, the KV tokens it holds, and the limits of a step (NanoFlow's dense batch of 2048).
+
+    `overlap` is how well the hardware overlaps at its best, which bounds rest on; `cost.interference` is the engine's.
+    """
 
     hardware: HardwareSpec
     model: ModelCost
     tensor_parallel: int
     cost: StepCost
     capacity_tokens: int
+    overlap: Interference = NANOFLOW
+    max_num_seqs: int = 2048
+    max_num_batched_tokens: int = 2048
+
+    def shrunk(self, factor: float) -> Machine:
+        """The same machine with `factor` of its KV memory, step constants and batch: small jobs keep large ones' shape.
+
+        A job of factor^2 of the requests, with videos of factor of the length, has `factor` of the steps, and the same
+        ratio of its longest request to all steps. Rates per token stay.
+        """
+        cost = replace(
+            self.cost,
+            weight_floor_s=self.cost.weight_floor_s * factor,
+            constant_s=self.cost.constant_s * factor,
+        )
+        return replace(
+            self,
+            cost=cost,
+            capacity_tokens=int(self.capacity_tokens * factor),
+            max_num_seqs=max(16, int(self.max_num_seqs * factor)),
+            max_num_batched_tokens=max(16, int(self.max_num_batched_tokens * factor)),
+        )
 
 
 def gpu_machine(
@@ -167,14 +193,20 @@ class SimulationResult:
 
 
 def make_engine_config(machine: Machine) -> EngineConfig:
-    """Limits of a simulated engine: dense batches of 2048 tokens (NanoFlow's), context as long as the KV memory."""
-    return EngineConfig(max_num_seqs=2048, max_num_batched_tokens=2048, max_model_len=machine.capacity_tokens)
+    """Limits of a simulated engine; the context is as long as the KV memory."""
+    return EngineConfig(
+        max_num_seqs=machine.max_num_seqs,
+        max_num_batched_tokens=max(machine.max_num_batched_tokens, machine.max_num_seqs),
+        max_model_len=machine.capacity_tokens,
+    )
 
 
 def plan_workload(workload: Workload, machine: Machine, lengths: LengthKnowledge, *, seed: int = 0) -> Plan:
     """The offline plan of a workload."""
     known = workload.num_output_tokens if lengths.kind == "exact" else workload.known_output_tokens
-    most = np.full(len(workload), min(machine.capacity_tokens, MAX_OUTPUT_TOKENS), dtype=np.int64)
+    most = workload.max_output_tokens
+    if most is None:
+        most = np.full(len(workload), min(machine.capacity_tokens, MAX_OUTPUT_TOKENS), dtype=np.int64)
     table = RequestTable(workload.num_prompt_tokens, np.maximum(most, workload.num_output_tokens), known)
     scaled = None
     if lengths.kind == "scaled":
@@ -257,5 +289,5 @@ def _bounds(workload: Workload, machine: Machine, num_replicas: int) -> Bounds:
     prompts, outputs = (lengths[workload.order] for lengths in (workload.num_prompt_tokens, workload.num_output_tokens))
     shared = workload.num_shared_tokens
     return job_bounds(
-        prompts, outputs, shared, machine.cost, machine.capacity_tokens, NANOFLOW, num_replicas=num_replicas
+        prompts, outputs, shared, machine.cost, machine.capacity_tokens, machine.overlap, num_replicas=num_replicas
     )

@@ -12,7 +12,7 @@ from blendserve.cost import CostModel, ModelCost
 from blendserve.errors import ConfigError
 from blendserve.hardware import A100_80G, peak_cost_model
 from blendserve.models.known import LLAMA_3_8B
-from blendserve.workloads.traces import Floats, Trace, make_trace
+from blendserve.workloads.traces import VIDEO_MEAN_TOKENS, Floats, Trace, make_trace, openvid
 from blendserve.workloads.workload import Workload, mix
 
 TOLERANCE = 0.01
@@ -48,6 +48,7 @@ def blend(
     compute_trace: str = "burstgpt",
     seed: int = 0,
     cost: CostModel | None = None,
+    video_tokens: float = VIDEO_MEAN_TOKENS,
 ) -> Workload:
     """Mix three traces so that density is within one percent and sharing within two percent of the targets.
 
@@ -60,12 +61,12 @@ def blend(
     names = (compute_trace, "openvid", "mmlu")
     counts = np.rint(np.array([0.9, 0.001, 0.1]) * num_requests)
     for attempt in range(_MAX_ROUNDS):
-        traces = _make_traces(names, counts, seed)
+        traces = _make_traces(names, counts, seed, video_tokens)
         solved = _solve_counts(traces, cost, density, sharing, num_requests)
         if (np.abs(solved - counts) <= np.maximum(1, 1e-3 * counts)).all():
             break
         counts = solved if attempt < _MAX_ROUNDS // 2 else np.rint((counts + solved) / 2)
-    traces = _make_traces(names, counts, seed)
+    traces = _make_traces(names, counts, seed, video_tokens)
     traces[1] = _stretch_videos(traces, cost, density)
     workload = mix(f"{compute_trace} density {density} sharing {sharing}", traces, np.random.default_rng(seed))
     if not _is_met(workload, cost, density, sharing):
@@ -76,9 +77,12 @@ def blend(
     return workload
 
 
-def _make_traces(names: tuple[str, ...], counts: Floats, seed: int) -> list[Trace]:
+def _make_traces(names: tuple[str, ...], counts: Floats, seed: int, video_tokens: float) -> list[Trace]:
     rng = np.random.default_rng(seed)
-    return [make_trace(name, max(1, int(count)), rng) for name, count in zip(names, counts, strict=True)]
+    sizes = [max(1, int(count)) for count in counts]
+    compute_trace = make_trace(names[0], sizes[0], rng)
+    videos = openvid(sizes[1], rng, mean_tokens=video_tokens)
+    return [compute_trace, videos, make_trace(names[2], sizes[2], rng)]
 
 
 def _is_met(workload: Workload, cost: CostModel, density: float, sharing: float) -> bool:

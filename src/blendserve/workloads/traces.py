@@ -102,10 +102,10 @@ VIDEO_MEAN_TOKENS = 16384
 VIDEO_PROMPT_TOKENS = 64
 
 
-def openvid(num_requests: int, rng: np.random.Generator) -> Trace:
+def openvid(num_requests: int, rng: np.random.Generator, *, mean_tokens: float = VIDEO_MEAN_TOKENS) -> Trace:
     """Video generation: known outputs, lognormal with mean 16384 and coefficient of variation 1; prompts of 64 tokens
     (assumed)."""
-    outputs = _lognormal(VIDEO_MEAN_TOKENS, 1.0, _strata(rng.standard_normal(num_requests)))
+    outputs = _lognormal(mean_tokens, 1.0, _strata(rng.standard_normal(num_requests)))
     prompts = np.full(num_requests, VIDEO_PROMPT_TOKENS, dtype=np.int64)
     nobody = np.full(num_requests, -1, dtype=np.int64)
     return Trace("openvid", prompts, outputs, nobody, np.zeros(0, dtype=np.int64), has_known_outputs=True)

@@ -18,7 +18,8 @@ class Workload:
 
     Shapes: `num_prompt_tokens`, `num_output_tokens`, `known_output_tokens` (-1: not known beforehand), `kind` (index
     into `kinds`) int64[n], file order. `order` int64[n]: file rows in sorted order; `lcp` int64[n]: tokens that sorted
-    prompt i shares with the one before it.
+    prompt i shares with the one before it. `max_output_tokens` int64[n]: what requests may take at most; None:
+    unlimited.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Workload:
     kinds: tuple[str, ...]
     order: Int64s
     lcp: Int64s
+    max_output_tokens: Int64s | None = None
 
     def __len__(self) -> int:
         return len(self.num_prompt_tokens)
@@ -72,6 +74,7 @@ class Workload:
             kinds=self.kinds,
             order=new_row[self.order[positions]],
             lcp=lcp,
+            max_output_tokens=None if self.max_output_tokens is None else self.max_output_tokens[rows],
         )
 
 
