@@ -242,7 +242,7 @@ class _Run:
         self._progress.num_done += 1
         self._progress.num_prompt_tokens += output.num_prompt_tokens
         self._progress.num_cached_tokens += output.num_cached_tokens
-        self._progress.num_output_tokens += len(output.token_ids)
+        self._progress.num_output_tokens += output.num_output_tokens
 
     def _identity(self, input_sha256: str) -> JobIdentity:
         served = self._job.served

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,10 +78,28 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerResponse:
+    """What a remote server answered to a whole line: its status and JSON body, kept as they came.
+
+    `request_id` is the server's own, where it gave one. Units: tokens, as the server counts them.
+    """
+
+    status_code: int
+    body: Mapping[str, Any]
+    request_id: str | None = None
+    num_output_tokens: int = 0
+
+    @property
+    def is_success(self) -> bool:
+        return self.status_code == 200
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceOutput:
     """What the engine yields when the sequence of `Request.index` has ended.
 
-    `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled.
+    `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled;
+    there are none where a remote server gave the `response`.
     """
 
     index: int
@@ -92,3 +110,8 @@ class SequenceOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     stop_reason: int | str | None = None
     error: Exception | None = None
+    response: ServerResponse | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) if self.response is None else self.response.num_output_tokens

@@ -20,7 +20,7 @@ from blendserve.batchfile.disk import replace_durably, sync_directory, writing_t
 from blendserve.batchfile.recordlog import RecordLog
 from blendserve.errors import ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LOCK, _HEADER, _RECORDS, _SEAL = "lock", "header.json", "records", "complete.json"
 
 

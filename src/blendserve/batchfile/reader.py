@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from blendserve.batchfile.parameters import shown
+from blendserve.batchfile.passthrough import parse_remote_line
 from blendserve.batchfile.schema import BatchLine, ServedModel, custom_id_of, parse_line
 from blendserve.errors import ConfigError, RequestError
 
@@ -102,7 +103,8 @@ class BatchReader:
             custom_id = custom_id_of(value)
             if custom_id:
                 self._check_first_use(custom_id)
-            line = parse_line(value, line_number, self._served)
+            parse = parse_remote_line if self._served.is_remote else parse_line
+            line = parse(value, line_number, self._served)
             self._check_model(line)
         except RequestError as error:
             return BadLine(line_number, custom_id, error)
@@ -122,6 +124,8 @@ class BatchReader:
             return
         if self.requested_model is None:
             self.requested_model = line.model
+        if self._served.is_remote:  # its own server says which models it has
+            return
         if line.model != self.requested_model and not {line.model, self.requested_model} <= set(self._served.names):
             raise _line_error(
                 "mismatched_model",

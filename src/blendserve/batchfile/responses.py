@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from blendserve.batchfile.schema import CHAT_URL, Message, Url
 from blendserve.batchfile.store import StoredLine
 from blendserve.errors import RequestError
-from blendserve.request import SequenceOutput, TokenIds, TokenLogprob
+from blendserve.request import SequenceOutput, ServerResponse, TokenIds, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI reports for minus infinity, which JSON cannot say."""
@@ -95,11 +95,25 @@ def error_row(line_number: int, custom_id: str | None, error: Exception) -> byte
     return _row(key, custom_id, {"status_code": error.status_code, "request_id": f"req_{key}", "body": body}, None)
 
 
+def served_row(line: StoredLine, response: ServerResponse) -> bytes:
+    """The row of a line that a remote server answered, well or not: the server's own body, untouched."""
+    key = _key(line.line_number, line.custom_id)
+    fields = {
+        "status_code": response.status_code,
+        "request_id": response.request_id or f"req_{key}",
+        "body": response.body,
+    }
+    return _row(key, line.custom_id, fields, None)
+
+
 def error_code_of(row: bytes) -> str:
-    """The code of an error row, for counts."""
+    """The code of an error row, for counts; the HTTP status where a remote server gave none."""
     fields = json.loads(row)
-    error = fields["error"] or fields["response"]["body"]["error"]
-    return str(error["code"])
+    if fields["error"]:
+        return str(fields["error"]["code"])
+    error = fields["response"]["body"].get("error")
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if code and isinstance(code, str) else f"http_{fields['response']['status_code']}"
 
 
 def _row(key: str, custom_id: str | None, response: object, error: object) -> bytes:
@@ -110,7 +124,10 @@ def _row(key: str, custom_id: str | None, response: object, error: object) -> by
 def _to_json(value: object) -> bytes:
     """JSON that is one line to every reader: also to those that break lines at U+0085, U+2028 and U+2029."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return (text if text.isascii() else text.translate(_LINE_BREAKS)).encode()
+    try:
+        return (text if text.isascii() else text.translate(_LINE_BREAKS)).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as a remote server may answer
+        return json.dumps(value, allow_nan=False).encode()
 
 
 def _key(line_number: int, custom_id: str | None) -> str:

@@ -42,13 +42,15 @@ class ServedModel:
 
     `names` are the model names a line may carry, the first being the one responses carry. `accepts_any_name` is for a
     user who chose the model himself: then one other name is taken too, if the whole file agrees on it. `vocab_size=0`
-    and `max_model_len=0` mean: not known, not checked. Units: tokens.
+    and `max_model_len=0` mean: not known, not checked. `is_remote`: a server that checks bodies itself answers
+    (see `passthrough`). Units: tokens.
     """
 
     names: tuple[str, ...]
     accepts_any_name: bool = False
     vocab_size: int = 0
     max_model_len: int = 0
+    is_remote: bool = False
 
     @property
     def name(self) -> str:
@@ -59,7 +61,8 @@ class ServedModel:
 class BatchLine:
     """One valid line. Chat has one prompt (its messages); a completions body may hold several.
 
-    Choices are numbered as OpenAI does: prompt i has the choices [i * n, (i + 1) * n).
+    Choices are numbered as OpenAI does: prompt i has the choices [i * n, (i + 1) * n). `body` is what a remote server
+    is sent, as JSON; empty where the line is answered here.
     """
 
     line_number: int
@@ -68,6 +71,7 @@ class BatchLine:
     model: str | None
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
+    body: bytes = b""
 
     @property
     def num_choices(self) -> int:
@@ -76,14 +80,7 @@ class BatchLine:
 
 def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLine:
     """Validate one JSON value. Raises: RequestError with code, param and status."""
-    if not isinstance(value, dict):
-        raise _line_error("invalid_json_line", f"the line is a JSON {_json_type(value)}; it must be an object")
-    custom_id = _read_custom_id(value)
-    _check_no_misplaced(value)
-    url = _read_endpoint(value)
-    body = value.get("body")
-    if not isinstance(body, dict):
-        raise _line_error("missing_required_parameter", f"body is {shown(body)}; it must be an object", "body")
+    custom_id, url, body = read_envelope(value)
     model = _read_model(body, served)
     if url == CHAT_URL:
         prompts: tuple[Prompt, ...] = (_read_messages(body),)
@@ -95,6 +92,19 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line
+
+
+def read_envelope(value: object) -> tuple[str, Url, dict[str, Any]]:
+    """custom_id, url and body of a line, whatever the body holds. Raises: RequestError."""
+    if not isinstance(value, dict):
+        raise _line_error("invalid_json_line", f"the line is a JSON {_json_type(value)}; it must be an object")
+    custom_id = _read_custom_id(value)
+    _check_no_misplaced(value)
+    url = _read_endpoint(value)
+    body = value.get("body")
+    if not isinstance(body, dict):
+        raise _line_error("missing_required_parameter", f"body is {shown(body)}; it must be an object", "body")
+    return custom_id, url, body
 
 
 def custom_id_of(value: object) -> str | None:

@@ -2,7 +2,7 @@
 
 Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
 own, the rest is the system's page cache. Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE),
-`custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters.
+`custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what remote servers are sent.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ LINE = np.dtype(
         ("first_prompt", "<i8"),
         ("id_offset", "<i8"),
         ("sampling_offset", "<i8"),
+        ("body_offset", "<i8"),
+        ("body_bytes", "<i8"),
         ("seed", "<i8"),
         ("id_bytes", "<i4"),
         ("sampling_bytes", "<i4"),
@@ -46,8 +48,8 @@ LINE = np.dtype(
         ("flags", "<u4"),
     ]
 )
-_PACK_LINE = struct.Struct("<qqqqqiiiiiI").pack
-_FILES = ("tokens", "prompt_ends", "lines", "custom_ids", "sampling")
+_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI").pack
+_FILES = ("tokens", "prompt_ends", "lines", "custom_ids", "sampling", "bodies")
 _HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH = 1, 2, 4
 _NO_LIMIT = -1
 _MAX_INTERNED = 1 << 16
@@ -99,11 +101,14 @@ class StoreWriter:
             id_offset = self._write("custom_ids", custom_id)
             sampling_offset, sampling_bytes = self._intern(line.sampling)
             sampling = line.sampling
+            body_offset = self._write("bodies", line.body)
             record = _PACK_LINE(
                 line.line_number,
                 first_prompt,
                 id_offset,
                 sampling_offset,
+                body_offset,
+                len(line.body),
                 sampling.seed or 0,
                 len(custom_id),
                 sampling_bytes,
@@ -164,6 +169,7 @@ class TokenStore:
         self._lines = _mapped(directory / "lines", LINE)
         self._custom_ids = _mapped(directory / "custom_ids", np.dtype("u1"))
         self._sampling = _mapped(directory / "sampling", np.dtype("u1"))
+        self._bodies = _mapped(directory / "bodies", np.dtype("u1"))
         self._sampling_by_offset: dict[int, SamplingParams] = {}
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
         self._first_requests = np.concatenate(([0], np.cumsum(num_choices)))
@@ -189,6 +195,12 @@ class TokenStore:
             n=int(record["n"]),
             first_request=int(self._first_requests[row]),
         )
+
+    def body(self, row: int) -> bytes:
+        """What a remote server is sent for a line."""
+        record = self._lines[row]
+        begin = int(record["body_offset"])
+        return self._bodies[begin : begin + int(record["body_bytes"])].tobytes()
 
     def row_of(self, line_number: int) -> int | None:
         """The row of a line, None where that line is not in the store."""
