@@ -21,9 +21,9 @@ import numpy as np
 
 from blendserve.cost import CostModel
 from blendserve.planner.base import RequestTable
-from blendserve.planner.blend import BlendPolicy
 from blendserve.planner.lengths import LengthModel
 from blendserve.planner.plan import make_plan
+from blendserve.planner.scanner import DualScanner
 from blendserve.planner.sorting import FlatPrompts, sort_prompts
 from blendserve.planner.tree import PrefixTree
 
@@ -80,12 +80,9 @@ def measure(num_requests: int, num_tokens: int) -> dict[str, object]:
     watch.lap("lengths")
     plan = make_plan(tree, table, COST, lengths=lambda _tree, _table: model)
     watch.lap("plan")
-    policy = BlendPolicy(plan)
-    num_scanned = 0
-    while policy.num_waiting and num_scanned < 1000:
-        request = policy._scanner.peek_memory_end() if num_scanned % 2 else policy._scanner.peek_compute_end()
-        policy._scanner.take(request)
-        num_scanned += 1
+    scanner = DualScanner(plan.schedule.order, plan.samples)
+    for number in range(1000):
+        scanner.take(scanner.peek_memory_end() if number % 2 else scanner.peek_compute_end())
     watch.lap("first scan")
     return {
         "requests": num_requests,

@@ -39,6 +39,12 @@ TRUST_TOKENS = 256
 """Prompt tokens that must have been planned before the sharing found in the engine outweighs the planned sharing."""
 
 
+MAX_LOOKAHEAD = 1 << 16
+"""Places from the memory end that are looked at for a request that fits, in doubling strides."""
+TURN_SHARE = 0.1
+"""A shared prefix longer than this share of the expected answer keeps a request in its turn."""
+
+
 class BlendPolicy:
     """Admission and step mix by feedback; see the module."""
 
@@ -57,6 +63,7 @@ class BlendPolicy:
         self._step = 0
         self._is_new_step = True
         self._is_stale = True
+        self._is_memory_end_full = False
         self._proposed_at_memory_end = False
         self._proposed_remaining = np.zeros(1)
         self._pending = self._pending_memory_end = 0
@@ -85,8 +92,8 @@ class BlendPolicy:
         if num_running >= view.max_num_seqs or self._pending >= view.max_num_batched_tokens:
             return None
         limit = self._settings.kv_share * view.capacity_tokens
-        request = self._scanner.peek_memory_end()
-        if self._is_memory_intensive(request) and self._fits(self._memory_end, request, limit - self._reserve):
+        request = self._next_at_memory_end(limit - self._reserve)
+        if request != NO_REQUEST:
             self._proposed_at_memory_end = True
             return request
         self._proposed_at_memory_end = False
@@ -144,6 +151,29 @@ class BlendPolicy:
         schedule = self._schedule
         return self._scanner.distance(int(schedule.first_position[node]), int(schedule.last_position[node]))
 
+    def _next_at_memory_end(self, limit: float) -> int:
+        """The longest request that the forecast has room for: the next one, or a shorter one that ends before the peak.
+
+        Looks ever further from the end; what shares a prefix worth more than its own answer is not taken out of turn.
+        """
+        request, distance = self._scanner.peek_memory_end(), 1
+        while request != NO_REQUEST and self._is_memory_intensive(request):
+            if self._fits(self._memory_end, request, limit):
+                return request
+            if distance > MAX_LOOKAHEAD or self._is_memory_end_full:
+                break
+            request = self._scanner.look_past_memory_end(distance)
+            distance = 2 * distance + 1
+            while request != NO_REQUEST and self._is_bound_to_neighbours(request) and distance <= MAX_LOOKAHEAD:
+                request = self._scanner.look_past_memory_end(distance)
+                distance = 2 * distance + 1
+        self._is_memory_end_full = True
+        return NO_REQUEST
+
+    def _is_bound_to_neighbours(self, request: int) -> bool:
+        schedule = self._schedule
+        return float(schedule.num_shared_tokens[request]) > TURN_SHARE * float(schedule.expected_output_tokens[request])
+
     def _fits(self, forecast: KvForecast, request: int, limit: float) -> bool:
         self._proposed_remaining = self._learner.lengths.outset(request)
         kv_tokens = float(self._plan.table.num_prompt_tokens[request])
@@ -184,7 +214,7 @@ class BlendPolicy:
 
     def _look_ahead(self, view: SchedulerView) -> None:
         """Forecast from scratch, and learn where there is enough to learn from."""
-        self._is_stale = False
+        self._is_stale = self._is_memory_end_full = False
         if self._learner.is_due:
             self._replan(view)
         running, outputs = view.request_index, view.num_output_tokens

@@ -79,6 +79,14 @@ class DualScanner:
             return int(self._order[self._high - 1])
         return self._returned[0][-1] if self._returned[0] else NO_REQUEST
 
+    def look_past_memory_end(self, distance: int) -> int:
+        """A waiting request that many places before the memory end, or the next one before it; NO_REQUEST past the
+        other end."""
+        position = self._high - 1 - distance
+        while position >= self._low and not self._is_waiting[self._order[position]]:
+            position -= 1
+        return int(self._order[position]) if position >= self._low else NO_REQUEST
+
     def take(self, request: int) -> None:
         """A request leaves."""
         assert self._is_waiting[request], f"request {request} left twice"
