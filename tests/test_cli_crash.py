@@ -1,0 +1,97 @@
+"""kill -9 against the real command with a real (tiny) model: the files end equal to an uninterrupted run's."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_files import tiny_directory
+
+NUM_KILLS = 20
+NUM_LINES = 160
+
+
+def batch_file(path: Path) -> Path:
+    """Lines of both endpoints, greedy and sampled, a few of them wrong."""
+    source = random.Random(5)
+    lines = []
+    for number in range(NUM_LINES):
+        body: dict[str, Any] = {"model": "m", "max_tokens": 1 + number * 37 % 300, "ignore_eos": True}
+        if number % 3:
+            url, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": f"what is number {number}?"}]
+        else:
+            url, body["prompt"] = (
+                "/v1/completions",
+                "the answer to the question is in the text " * source.randrange(1, 5),
+            )
+        if number % 4 == 1:
+            body |= {"temperature": 1.0, "n": 1 + number % 2, "top_p": 0.9}
+        if number % 40 == 7:
+            body["tools"] = [{"type": "function"}]
+        lines.append(json.dumps({"custom_id": f"r{number}", "method": "POST", "url": url, "body": body}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def comparable(path: Path) -> dict[str, Any]:
+    """Rows by custom_id without what a run's history may change: created and cached_tokens."""
+    rows = {}
+    for text in path.read_text().splitlines():
+        row = json.loads(text)
+        assert row["custom_id"] not in rows, "a request was answered twice"
+        body = (row["response"] or {}).get("body", {})
+        body.pop("created", None)
+        body.get("usage", {}).pop("prompt_tokens_details", None)
+        rows[row["custom_id"]] = row
+    return rows
+
+
+def kill_at_random(command: list[str], output: Path, num_bytes: int) -> None:
+    """Start the command and kill it once its journal has grown by `num_bytes`."""
+    records = output.with_name(output.name + ".journal") / "records"
+    before = records.stat().st_size if records.exists() else 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (records.exists() and records.stat().st_size >= before + num_bytes):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_moments_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    model = tiny_directory(tmp_path / "tiny")
+    source = batch_file(tmp_path / "in.jsonl")
+
+    def command(output: Path) -> list[str]:
+        limits = ["--kv-memory", "4MiB", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--threads", "2"]
+        return [
+            sys.executable,
+            "-m",
+            "blendserve",
+            "run",
+            str(source),
+            "-o",
+            str(output),
+            "--model",
+            str(model),
+            *limits,
+        ]
+
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    moments = random.Random(11)
+    most_per_run = whole.stat().st_size / NUM_KILLS
+    for _ in range(NUM_KILLS):
+        kill_at_random(command(killed), killed, round(moments.uniform(0, most_per_run)))
+    assert not killed.exists(), "the job was done before the last kill"
+    subprocess.run(command(killed), check=True, capture_output=True)
+    assert comparable(killed) == comparable(whole)
+    errors = [path.with_name(path.stem + ".errors.jsonl") for path in (whole, killed)]
+    assert comparable(errors[0]) == comparable(errors[1])
+    assert len(comparable(errors[0])) == 4
