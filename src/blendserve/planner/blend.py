@@ -35,6 +35,9 @@ class BlendSettings:
     window: int = 256
 
 
+MAX_PREFILL_STEPS = 16
+"""What is admitted holds memory: its prefill takes about this many steps at most, and no more than needed once nothing
+waits."""
 TRUST_TOKENS = 256
 """Prompt tokens that must have been planned before the sharing found in the engine outweighs the planned sharing."""
 
@@ -192,7 +195,8 @@ class BlendPolicy:
         sharing_error = self._actual_s / self._planned_s
         compute_s = max(self._waiting_compute_s * sharing_error + self._running_compute_s, 0.0)
         tokens = compute_s / self._plan.cost.token_s / self._num_steps_left(view)
-        wanted = tokens - np.count_nonzero(is_decoding)
+        urgent = self._pending / (MAX_PREFILL_STEPS if self._scanner.num_waiting else 1)
+        wanted = max(tokens - np.count_nonzero(is_decoding), urgent)
         self._budget = int(min(max(wanted, 1.0), view.max_num_batched_tokens))
 
     def _num_steps_left(self, view: SchedulerView) -> float:
