@@ -75,8 +75,9 @@ int main(int argc, char** argv) {
                                {"group 8 head 128", 8, 128}, {"group 7 head 128", 7, 128}, {"group 2 head 80", 2, 80},
                                {"group 5 head 96", 5, 96}};
   for (const Shape& shape : kShapes) {
-    measure(isa, shape, 1, 1, 511);      // from L2
-    measure(isa, shape, 1000, 1, 1023);  // from memory
+    measure(isa, shape, 1, 1, 511);     // from L2
+    measure(isa, shape, 3000, 1, 299);  // from memory
+    measure(isa, shape, 1000, 1, 1023);
     measure(isa, shape, 1, 512, 0);
     measure(isa, shape, 1, 512, 1024);
   }

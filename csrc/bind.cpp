@@ -202,8 +202,10 @@ NB_MODULE(_native, m) {
           nb::arg("weights"), nb::arg("shape"), nb::arg("limits"), nb::kw_only(), nb::arg("num_threads"))
       .def("admit", &Model::admit, nb::arg("slot"), nb::arg("params"))
       .def("release", &Model::release, nb::arg("slot"))
-      .def("step", &step, nb::arg("slots"), nb::arg("num_scheduled_tokens"), nb::arg("num_computed_tokens"),
-           nb::arg("is_sampled"), nb::arg("token_ids"), nb::arg("block_tables"))
+      // A wrong dtype is an error: converting would copy whole tables at every step.
+      .def("step", &step, nb::arg("slots").noconvert(), nb::arg("num_scheduled_tokens").noconvert(),
+           nb::arg("num_computed_tokens").noconvert(), nb::arg("is_sampled").noconvert(),
+           nb::arg("token_ids").noconvert(), nb::arg("block_tables").noconvert())
       .def("logits", &logits, nb::arg("token_ids"))
       .def("counters", &counters)
       .def_prop_ro("isa", [](const Model& model) { return std::string(isa_name(model.isa())); })

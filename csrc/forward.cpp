@@ -98,20 +98,20 @@ void Model::rotate_and_cache(int64_t layer, KvCache& cache) {
   });
 }
 
-AttentionTile Model::attention_of(const AttentionTask& task, const uint16_t* cache_head, int64_t block_stride) {
+AttentionTile Model::attention_of(const AttentionTask& task, int64_t layer, const KvCache& cache) {
   const BatchEntry& entry = batch_.entries()[static_cast<size_t>(task.entry)];
   float* q = qkv_.data() + (entry.first_row + task.first_token) * shape_.qkv_width() +
              task.kv_head * shape_.group() * shape_.head_stride();
-  return {q,
-          q,
-          shape_.qkv_width(),
-          task.num_tokens,
-          entry.first_position + task.first_token,
-          shape_.group(),
-          shape_.head_stride(),
-          cache_head,
-          block_stride,
-          entry.block_table};
+  return {.q = q,
+          .out = q,
+          .row_stride = shape_.qkv_width(),
+          .num_tokens = task.num_tokens,
+          .first_position = entry.first_position + task.first_token,
+          .group = shape_.group(),
+          .head_dim = shape_.head_stride(),
+          .cache = cache.head(layer, task.kv_head),
+          .block_stride = cache.block_stride(),
+          .block_table = entry.block_table};
 }
 
 void Model::attend(int64_t layer, const KvCache& cache) {
@@ -120,7 +120,7 @@ void Model::attend(int64_t layer, const KvCache& cache) {
   const int64_t partial_floats = attention_partial_floats(shape_.group(), shape_.head_stride());
   run(Op::kAttention, static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
     const AttentionTask& task = tasks[static_cast<size_t>(i)];
-    const AttentionTile tile = attention_of(task, cache.head(layer, task.kv_head), cache.block_stride());
+    const AttentionTile tile = attention_of(task, layer, cache);
     float* scratch = attention_scratch_.data() + worker * scratch_floats;
     if (task.segment < 0) {
       attention_tile(isa_, tile, scratch);
@@ -133,7 +133,7 @@ void Model::attend(int64_t layer, const KvCache& cache) {
   run(Op::kAttention, static_cast<int64_t>(splits.size()), [&](int64_t i, int) {
     const AttentionSplit& split = splits[static_cast<size_t>(i)];
     const AttentionTask task = {split.entry, split.kv_head, 0, 1, -1, -1, 0};
-    const AttentionTile tile = attention_of(task, cache.head(layer, split.kv_head), cache.block_stride());
+    const AttentionTile tile = attention_of(task, layer, cache);
     merge_attention_segments(isa_, tile, split.num_segments, partials_.data() + split.first_partial * partial_floats);
   });
 }

@@ -41,6 +41,17 @@ void check_vector(const char* what, const std::vector<float>& vector, int64_t n)
   check_size(what, static_cast<int64_t>(vector.size()), n);
 }
 
+ModelShape checked(const ModelShape& shape) {
+  if (shape.num_kv_heads < 1 || shape.num_heads % shape.num_kv_heads != 0) {
+    throw std::invalid_argument(std::to_string(shape.num_heads) + " query heads cannot share " +
+                                std::to_string(shape.num_kv_heads) + " KV heads evenly");
+  }
+  if (shape.head_dim < 2 || shape.head_dim % 2 != 0) {
+    throw std::invalid_argument("the head size is " + std::to_string(shape.head_dim) + "; it must be even");
+  }
+  return shape;
+}
+
 BatchLimits batch_limits(const ModelShape& shape, const ModelLimits& limits) {
   return {limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, limits.num_blocks,
           shape.vocab_size};
@@ -57,7 +68,7 @@ std::string_view op_name(Op op) {
 
 Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads)
     : isa_(isa),
-      shape_(shape),
+      shape_(checked(shape)),
       limits_(limits),
       weights_(std::move(weights)),
       l2_bytes_(l2_bytes()),

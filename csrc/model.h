@@ -128,7 +128,7 @@ class Model {
   void check_weights() const;
   void make_rotary_tables();
 
-  AttentionTile attention_of(const AttentionTask& task, const uint16_t* cache_head, int64_t block_stride);
+  AttentionTile attention_of(const AttentionTask& task, int64_t layer, const KvCache& cache);
 
   Isa isa_;
   ModelShape shape_;

@@ -1,0 +1,233 @@
+"""The native executor against the NumPy specification, and bit for bit against itself under any schedule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_models import CHANGES_BY_NAME, random_tokens, random_weights, tiny_spec
+
+from blendserve import _native
+from blendserve.config import EngineConfig
+from blendserve.engine.step import Executor, StepPlan
+from blendserve.errors import ConfigError, ExecutorError
+from blendserve.executors.native import NativeExecutor
+from blendserve.executors.reference import Precision, ReferenceExecutor, ReferenceModel, prompt_logits
+from blendserve.models.spec import ModelSpec
+from blendserve.models.weights import MemoryWeights
+from blendserve.request import Request, SamplingParams, TokenLogprob
+
+MAX_LEN = 256
+BLOCKS_EACH = MAX_LEN // 16
+NUM_SLOTS = 4
+NUM_BLOCKS = NUM_SLOTS * BLOCKS_EACH
+ISAS = [isa for isa in ("portable", "avx2", "avx512bf16") if _native.is_supported(isa)]
+LENGTHS = (150, 5, 16, 67)
+
+
+def native(spec: ModelSpec, *, isa: str = "auto", num_threads: int = 2, max_tokens: int = 64) -> NativeExecutor:
+    config = EngineConfig(
+        max_num_seqs=NUM_SLOTS, max_num_batched_tokens=max_tokens, max_model_len=MAX_LEN, num_threads=num_threads
+    )
+    return NativeExecutor(spec, random_weights(spec), config, num_blocks=NUM_BLOCKS, isa=isa)
+
+
+def reference(spec: ModelSpec, precision: Precision = "bf16") -> ReferenceExecutor:
+    return ReferenceExecutor(ReferenceModel(spec, random_weights(spec), precision), NUM_BLOCKS)
+
+
+def requests_of(spec: ModelSpec, **sampling: Any) -> list[Request]:
+    params = SamplingParams(**sampling)
+    prompts = [random_tokens(spec, length, seed=length) for length in LENGTHS]
+    return [Request(i, ids, len(ids), params, 40, seed=-1 - i) for i, ids in enumerate(prompts)]
+
+
+class Table:
+    """The arrays of a plan, and steps made by hand."""
+
+    def __init__(self, executor: Executor, requests: list[Request]) -> None:
+        self.executor = executor
+        self.tokens = np.zeros((NUM_SLOTS, MAX_LEN), dtype=np.int32)
+        order = np.random.default_rng(7).permutation(NUM_BLOCKS)
+        self.blocks = order.astype(np.int32).reshape(NUM_SLOTS, BLOCKS_EACH)
+        self.computed = np.zeros(NUM_SLOTS, dtype=np.int32)
+        self.known = np.zeros(NUM_SLOTS, dtype=np.int32)
+        self.logprobs: dict[int, list[TokenLogprob]] = {slot: [] for slot in range(NUM_SLOTS)}
+        for slot, request in enumerate(requests):
+            self.tokens[slot, : request.num_prompt_tokens] = request.prompt_token_ids
+            self.known[slot] = request.num_prompt_tokens
+            executor.admit(slot, request)
+
+    def step(self, num_tokens_by_slot: dict[int, int]) -> None:
+        slots = np.array(list(num_tokens_by_slot), dtype=np.int32)
+        counts = np.array(list(num_tokens_by_slot.values()), dtype=np.int32)
+        is_sampled = self.computed[slots] + counts == self.known[slots]
+        plan = StepPlan(slots, counts, self.computed[slots], is_sampled, self.tokens, self.blocks, int(counts.sum()), 0)
+        result = self.executor.execute(plan)
+        self.computed[slots] += counts
+        for i, slot in enumerate(slots[is_sampled].tolist()):
+            self.tokens[slot, self.known[slot]] = result.token_ids[i]
+            self.known[slot] += 1
+            if i in result.logprobs:
+                self.logprobs[slot].append(result.logprobs[i])
+
+    def prefill(self, slot: int, chunk: int) -> None:
+        while self.computed[slot] < LENGTHS[slot]:
+            self.step({slot: min(chunk, LENGTHS[slot] - int(self.computed[slot]))})
+
+    def run(self, num_outputs: int, chunk: int = 64) -> list[list[int]]:
+        """Prefill one after the other, then decode together."""
+        for slot in range(NUM_SLOTS):
+            self.prefill(slot, chunk)
+        for _ in range(num_outputs - 1):
+            self.step(dict.fromkeys(range(NUM_SLOTS), 1))
+        return self.outputs(num_outputs)
+
+    def outputs(self, count: int) -> list[list[int]]:
+        rows = zip(self.tokens, LENGTHS, strict=True)
+        return [row[length : length + count].tolist() for row, length in rows]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", CHANGES_BY_NAME)
+def test_logits_are_those_of_the_specification(name: str, isa: str) -> None:
+    """Rounding differently may move logits by a quarter, at most, of what rounding KV to bfloat16 moves them by.
+
+    With activations in bfloat16 as well, which the specification keeps in float32, by four times as much.
+    """
+    spec = tiny_spec(name)
+    tokens = random_tokens(spec, 150)
+    rounded, exact = (
+        prompt_logits(ReferenceModel(spec, random_weights(spec), precision), tokens)
+        for precision in ("bf16", "float64")
+    )
+    logits = native(spec, isa=isa).logits(tokens)
+    share = 4.0 if isa == "avx512bf16" else 0.25
+    assert root_mean_square(logits - rounded) <= share * root_mean_square(rounded - exact)
+
+
+def root_mean_square(values: NDArray[np.floating[Any]]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+@pytest.mark.parametrize("head_dim", [10, 72, 80, 96, 128])
+def test_head_sizes_that_need_padding_or_a_tail_of_columns(head_dim: int) -> None:
+    spec = tiny_spec("qwen3", head_dim=head_dim, has_qkv_bias=True, num_heads=4, num_kv_heads=2, num_layers=2)
+    tokens = random_tokens(spec, 70)
+    expected = prompt_logits(ReferenceModel(spec, random_weights(spec), "bf16"), tokens)
+    exact = prompt_logits(ReferenceModel(spec, random_weights(spec), "float64"), tokens)
+    assert root_mean_square(native(spec).logits(tokens) - expected) <= 0.25 * root_mean_square(expected - exact)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.2, "top_p": 0.8},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1},
+        {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "stop_token_ids": (7,)},
+        {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "ignore_eos": True},
+    ],
+    ids=str,
+)
+def test_tokens_and_logprobs_are_those_of_the_specification(sampling: dict[str, Any]) -> None:
+    spec = tiny_spec()
+    requests = requests_of(spec, logprobs=2, **sampling)
+    ours, theirs = Table(native(spec), requests), Table(reference(spec), requests)
+    assert ours.run(10) == theirs.run(10)
+    for slot in range(NUM_SLOTS):
+        for here, there in zip(ours.logprobs[slot], theirs.logprobs[slot], strict=True):
+            assert here.token_id == there.token_id
+            assert here.logprob == pytest.approx(there.logprob, abs=0.01)
+            assert [token for token, _ in here.top] == [token for token, _ in there.top]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_do_not_depend_on_chunks_batches_or_threads(isa: str, temperature: float) -> None:
+    spec = tiny_spec()
+    requests = requests_of(spec, temperature=temperature, logprobs=1)
+    first = Table(native(spec, isa=isa, num_threads=1), requests)
+    expected = first.run(8)
+    assert len({tuple(row) for row in expected}) == NUM_SLOTS
+    for num_threads, chunk in ((1, 7), (2, 16), (3, 33), (4, 64)):
+        table = Table(native(spec, isa=isa, num_threads=num_threads), requests)
+        assert table.run(8, chunk) == expected
+        assert table.logprobs == first.logprobs  # to the last bit
+
+    mixed = Table(native(spec, isa=isa, num_threads=3, max_tokens=256), requests)
+    mixed.step({3: 60, 0: 100})
+    mixed.step({0: 50, 1: 5})
+    mixed.step({1: 1, 0: 1, 3: 7, 2: 16})
+    for _ in range(8):
+        mixed.step({2: 1, 3: 1, 0: 1, 1: 1})
+    assert mixed.outputs(8) == expected
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_shared_within_one_step_change_nothing(isa: str) -> None:
+    spec = tiny_spec()
+    prompt = random_tokens(spec, 40)
+    requests = [Request(i, prompt, 40, SamplingParams(temperature=1.0), 20, seed=3) for i in range(2)]
+    apart, shared = (Table(native(spec, isa=isa), requests) for _ in range(2))
+    apart.step({0: 40})
+    shared.blocks[1, :2] = shared.blocks[0, :2]
+    shared.computed[1] = 32
+    shared.step({0: 40, 1: 8})
+    for _ in range(5):
+        apart.step({0: 1})
+        shared.step({0: 1, 1: 1})
+    assert shared.tokens[0, :46].tolist() == shared.tokens[1, :46].tolist() == apart.tokens[0, :46].tolist()
+
+
+def test_a_slot_forgets_its_parameters() -> None:
+    spec = tiny_spec()
+    executor = native(spec)
+    biased, plain = requests_of(spec, temperature=0.0, logit_bias={9: 100.0}), requests_of(spec, temperature=0.0)
+    assert Table(executor, biased).run(2) == [[9, 9]] * NUM_SLOTS
+    for slot in range(NUM_SLOTS):
+        executor.release(slot)
+    assert Table(executor, plain).run(2) == Table(native(spec), plain).run(2)
+
+
+def test_counters_and_memory_are_reported() -> None:
+    spec = tiny_spec()
+    executor = native(spec)
+    Table(executor, requests_of(spec)).run(2)
+    counters = executor.counters()
+    assert counters.num_tokens == sum(LENGTHS) + NUM_SLOTS
+    head_flop = 2 * 2 * NUM_SLOTS * spec.vocab_size * spec.hidden_size
+    layer_flop = 2 * counters.num_tokens * spec.num_layers * spec.num_layer_parameters
+    assert counters.matmul_flop == layer_flop + head_flop
+    assert counters.attention_flop > 0
+    assert counters.kv_bytes > 0
+    assert min(counters.seconds_by_op.values()) > 0
+    assert executor.memory_bytes > 2 * spec.num_parameters + NUM_BLOCKS * 16 * spec.kv_bytes_per_token()
+    executor.close()
+
+
+def test_what_cannot_work_says_why() -> None:
+    spec = tiny_spec()
+    with pytest.raises(ConfigError, match="portable"):
+        native(spec, isa="sse9")
+    weights = {name: random_weights(spec).tensor(name) for name in random_weights(spec).shape_by_name}
+    del weights["layers.1.o_proj"]
+    with pytest.raises(ConfigError, match=r"layers\.1\.o_proj"):
+        NativeExecutor(spec, MemoryWeights(weights), EngineConfig(), num_blocks=4)
+    table = Table(native(spec, max_tokens=64), requests_of(spec))
+    with pytest.raises(ExecutorError, match="number of tokens is 65"):
+        table.step({0: 65})
+    table.blocks[0, 0] = NUM_BLOCKS
+    with pytest.raises(ExecutorError, match=f"block number is {NUM_BLOCKS}"):
+        table.step({0: 10})
+    table.blocks = table.blocks.astype(np.int64)
+    with pytest.raises(ExecutorError):
+        table.step({1: 5})
+    with pytest.raises(ConfigError, match="cannot run"):
+        native(replace(spec, num_heads=6, num_kv_heads=4))
