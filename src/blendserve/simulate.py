@@ -110,14 +110,15 @@ def gpu_machine(
 
 @dataclass(frozen=True, slots=True)
 class ReplicaResult:
-    """One replica's run. `steps`: one array per column of the engine's step log, [num_steps]; empty unless asked
-    for."""
+    """One replica's run. `num_cached_tokens` are prefix hits of first admissions; `num_recomputed_tokens` what
+    admissions after a preemption had to compute again. `steps`: one array per column of the engine's step log,
+    [num_steps]; empty unless asked for."""
 
     time_s: float
     num_steps: int
     num_preemptions: int
     num_cached_tokens: int
-    num_admitted_tokens: int
+    num_recomputed_tokens: int
     scheduling_s: float
     steps: dict[str, Floats] = field(default_factory=dict)
 
@@ -182,9 +183,8 @@ class SimulationResult:
 
     @property
     def sharing(self) -> float:
-        """Prompt tokens not computed; what preemption computes again counts against it."""
-        num_computed = sum(replica.num_admitted_tokens - replica.num_cached_tokens for replica in self.replicas)
-        return 1.0 - num_computed / max(1, self.num_prompt_tokens)
+        """Prompt tokens found in the prefix cache, of all; what preemption computes again is not in it."""
+        return sum(replica.num_cached_tokens for replica in self.replicas) / max(1, self.num_prompt_tokens)
 
     @property
     def sharing_kept(self) -> float:
@@ -270,16 +270,19 @@ def _run_replica(
     plan = plan_workload(workload, machine, lengths, seed=seed)
     executor = SimulatedExecutor(machine.cost, machine.capacity_tokens)
     loop = EngineLoop(executor, make_engine_config(machine), clock=clock)
+    num_cached_tokens = 0
     for output in loop.run(WorkloadSource(workload, plan.tree), make_policy(policy, plan)):
         if output.error is not None:
             raise output.error
+        num_cached_tokens += output.num_cached_tokens
     stats = loop.stats
+    num_first_tokens = int(workload.num_prompt_tokens.sum()) - num_cached_tokens
     return ReplicaResult(
         time_s=stats.executor_s,
         num_steps=stats.num_steps,
         num_preemptions=stats.num_preemptions,
-        num_cached_tokens=stats.num_cached_tokens,
-        num_admitted_tokens=stats.num_admitted_tokens,
+        num_cached_tokens=num_cached_tokens,
+        num_recomputed_tokens=stats.num_admitted_tokens - stats.num_cached_tokens - num_first_tokens,
         scheduling_s=stats.scheduling_s,
         steps=stats.steps.columns() if keeps_steps else {},
     )

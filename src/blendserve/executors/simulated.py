@@ -52,11 +52,15 @@ class SimulatedExecutor:
         if self.cost.pair_s and plan.num_prefill_tokens:
             chunks = plan.num_scheduled_tokens[num_decodes:].astype(np.float64)
             num_pairs = float(np.dot(chunks, plan.num_computed_tokens[num_decodes:] + (chunks + 1) / 2))
-        compute_s = self.cost.compute_s(num_decodes + plan.num_prefill_tokens, num_pairs)
+        compute_s = self.cost.compute_s(self.num_multiplied_tokens(plan), num_pairs)
         memory_s = self.cost.memory_s(num_kv_tokens)
         elapsed_s = self.cost.interference.step_s(compute_s, memory_s)
         self.now_s += elapsed_s
         return StepResult(self._zeros(plan), elapsed_s, {}, compute_s, memory_s)
+
+    def num_multiplied_tokens(self, plan: StepPlan) -> int:
+        """Tokens that go through the matrix products of this step."""
+        return plan.num_decode_tokens + plan.num_prefill_tokens
 
     def _zeros(self, plan: StepPlan) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         num_sampled = int(np.count_nonzero(plan.is_sampled))
