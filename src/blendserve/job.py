@@ -276,7 +276,8 @@ class _Run:
         self, header: JournalHeader, rows: RowAssembler, num_resumed: int, sizes: Mapping[str, int]
     ) -> JobReport:
         errors_path, served = str(self._paths.errors), self._job.served
-        if header.requested_model is not None and header.requested_model not in served.names:
+        is_chosen_by_line = served.is_remote and served.accepts_any_name
+        if header.requested_model not in (None, *served.names) and not is_chosen_by_line:
             self._notes.append(f"The file asks for {header.requested_model}; it was answered by {served.name}.")
         return JobReport(
             output_path=str(self._paths.output),

@@ -69,13 +69,13 @@ class RowAssembler:
         if self._is_done[number]:
             raise ExecutorError(f"the engine ended request {number} twice; this is a bug of the engine")
         line = self._store.line(row)
-        if output.finish_reason == "error":
-            error = output.error or ExecutorError("the engine gave no reason")
-            self._finish(row, line, RecordKind.ERROR_ROW, error_row(line.line_number, line.custom_id, error))
-            return
         if output.response is not None:
             kind = RecordKind.OUTPUT_ROW if output.response.is_success else RecordKind.ERROR_ROW
             self._finish(row, line, kind, served_row(line, output.response))
+            return
+        if output.finish_reason == "error":
+            error = output.error or ExecutorError("the engine gave no reason")
+            self._finish(row, line, RecordKind.ERROR_ROW, error_row(line.line_number, line.custom_id, error))
             return
         choice = number - line.first_request
         finished = FinishedChoice.from_output(line.url, choice, output, self._codec)

