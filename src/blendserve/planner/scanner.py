@@ -61,23 +61,23 @@ class DualScanner:
 
     def peek_compute_end(self) -> int:
         """The next request at the compute end, or NO_REQUEST."""
-        if self._returned[0]:
-            return self._returned[0][-1]
+        if (returned := self._last_returned(0)) != NO_REQUEST:
+            return returned
         while self._low < self._high and not self._is_waiting[self._order[self._low]]:
             self._low += 1
         if self._low < self._high:
             return int(self._order[self._low])
-        return self._returned[1][-1] if self._returned[1] else NO_REQUEST
+        return self._last_returned(1)
 
     def peek_memory_end(self) -> int:
         """The next request at the memory end, or NO_REQUEST."""
-        if self._returned[1]:
-            return self._returned[1][-1]
+        if (returned := self._last_returned(1)) != NO_REQUEST:
+            return returned
         while self._low < self._high and not self._is_waiting[self._order[self._high - 1]]:
             self._high -= 1
         if self._low < self._high:
             return int(self._order[self._high - 1])
-        return self._returned[0][-1] if self._returned[0] else NO_REQUEST
+        return self._last_returned(0)
 
     def look_past_memory_end(self, distance: int) -> int:
         """A waiting request that many places before the memory end, or the next one before it; NO_REQUEST past the
@@ -92,9 +92,6 @@ class DualScanner:
         assert self._is_waiting[request], f"request {request} left twice"
         self._is_waiting[request] = False
         self._num_waiting -= 1
-        for returned in self._returned:
-            if returned and returned[-1] == request:
-                returned.pop()
 
     def put_back(self, request: int, *, at_memory_end: bool) -> None:
         """A request that left comes back, next in line at its end."""
@@ -109,3 +106,10 @@ class DualScanner:
         if begin >= end or not self._num_waiting:
             return math.inf
         return float(min(begin - self._low, self._high - end))
+
+    def _last_returned(self, end: int) -> int:
+        """The latest request that came back to an end and still waits: it may have left again out of turn."""
+        returned = self._returned[end]
+        while returned and not self._is_waiting[returned[-1]]:
+            returned.pop()
+        return returned[-1] if returned else NO_REQUEST
