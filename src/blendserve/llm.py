@@ -43,7 +43,7 @@ class LLM:
         self,
         model: str | None = None,
         *,
-        policy: str = "dfs",
+        policy: str = "blend",
         kv_memory_bytes: int = 0,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
