@@ -12,7 +12,7 @@ from blendserve.config import cache_dir
 from blendserve.cost import ModelCost
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.hardware import HARDWARE_BY_NAME, SEQUENTIAL, known_hardware, load_calibration
-from blendserve.models.hub import ModelFiles, resolve
+from blendserve.models.hub import DEFAULT_MODEL, ModelFiles, resolve
 from blendserve.models.known import MODEL_BY_NAME
 from blendserve.models.load import load_tokenizer
 from blendserve.models.spec import ModelSpec, spec_from_hf_config
@@ -36,7 +36,7 @@ class Target:
     files: ModelFiles | None
 
 
-def add_target(parser: argparse.ArgumentParser, default_hardware: str) -> None:
+def add_target(parser: argparse.ArgumentParser, default_hardware: str, default_model: str) -> None:
     """Options that say for what to plan or simulate."""
     group = parser.add_argument_group("target", "what to plan or simulate for; no weights are read")
     group.add_argument(
@@ -50,7 +50,7 @@ def add_target(parser: argparse.ArgumentParser, default_hardware: str) -> None:
         "--model",
         metavar="SPEC",
         help=f"{', '.join(MODEL_BY_NAME)}, a path to a config.json, or what `blendserve run --model` takes; default: "
-        "SmolLM2-135M-Instruct",
+        f"{default_model}",
     )
     group.add_argument(
         "--tensor-parallel", type=at_least_one, default=1, metavar="N", help="GPUs that hold one copy of the model (1)"
@@ -59,7 +59,7 @@ def add_target(parser: argparse.ArgumentParser, default_hardware: str) -> None:
         "--tokenizer",
         metavar="MODEL",
         help="the model whose tokenizer counts the tokens of the file; default: that of --model, or where that is only "
-        "a shape, of SmolLM2-135M-Instruct",
+        f"a shape, of {DEFAULT_MODEL.name}",
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,14 @@ from blendserve.workloads.workload import Workload
 
 _RUN_REQUESTS = 64
 """Neighbours of the sorted order that are taken together into a part: sharing inside them is kept."""
+_MIN_FITTING = 32
+
+
+class Part(NamedTuple):
+    """What is simulated in place of a job, and the share of the machine that it gets (`Machine.shrunk`)."""
+
+    workload: Workload
+    factor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +70,10 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecasts:
-    """All runs of one part of a job on one kind of machine. `bounds` are of the whole job, `root_density` at the
-    machine's rates. `num_oversized` requests do not fit its KV memory and are left out, as a run would refuse them;
-    `num_cut` would outgrow it and are cut short.
+    """All runs of a job, or of a part that stands for it, on one kind of machine.
+
+    `bounds` are of the whole job, `root_density` at the machine's rates. `num_oversized` requests do not fit its KV
+    memory and are left out, as a run would refuse them; `num_cut` would outgrow it and are cut short.
     """
 
     machine: Machine
@@ -96,13 +106,16 @@ def forecast(
     workload: Workload,
     machine_by_engine: Mapping[EngineKind, Machine],
     policies: Sequence[str],
+    part_of: Callable[[Workload, Machine], Part],
     *,
-    max_requests: int,
     num_replicas: int = 1,
     seed: int = 0,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Forecasts:
-    """Simulate every policy on every engine. Raises: CapacityError when no request fits the machine."""
+    """Simulate every policy on every engine; `part_of` chooses what stands for the requests that fit the machine.
+
+    Raises: CapacityError when no request fits.
+    """
     machine = next(iter(machine_by_engine.values()))
     fitting, num_oversized, num_cut = fit_to(workload, machine)
     if not len(fitting):
@@ -111,14 +124,20 @@ def forecast(
             f"{machine.tensor_parallel} x {machine.hardware.name} leaves beside {machine.model.name}; name hardware "
             "with more memory, or raise --tensor-parallel"
         )
-    part = fitting.subset(sample_rows(fitting.order, max_requests)) if len(fitting) > max_requests else fitting
+    part, factor = part_of(fitting, machine)
     bounds = _bounds(fitting, machine, num_replicas)
     runs = []
     for engine, of_engine in machine_by_engine.items():
         for policy in policies:
             notify(f"simulating {policy} on the {engine} engine: {len(part)} requests")
             result = simulate(
-                part, of_engine, policy, engine=engine, num_replicas=num_replicas, seed=seed, keeps_steps=True
+                part,
+                of_engine if part is fitting else of_engine.shrunk(factor),
+                policy,
+                engine=engine,
+                num_replicas=num_replicas,
+                seed=seed,
+                keeps_steps=True,
             )
             time_s = result.time_s if part is fitting else bounds.lower_bound_s / result.share_of_bound
             runs.append(Forecast(result, time_s, fitting.num_tokens))
@@ -136,6 +155,22 @@ def forecast(
         bounds=bounds,
         runs=tuple(runs),
     )
+
+
+def sampled(max_requests: int) -> Callable[[Workload, Machine], Part]:
+    """A chooser of parts: runs of neighbours, on a machine so small that caches and tails weigh as they do in the whole
+    job, yet dozens of the longest requests fit.
+    """
+
+    def part_of(workload: Workload, machine: Machine) -> Part:
+        if len(workload) <= max_requests:
+            return Part(workload, 1.0)
+        part = workload.subset(sample_rows(workload.order, max_requests))
+        longest = int((part.num_prompt_tokens + part.num_output_tokens).max())
+        factor = max(len(part) / len(workload), _MIN_FITTING * longest / machine.capacity_tokens)
+        return Part(part, min(1.0, factor))
+
+    return part_of
 
 
 def planned_workload(name: str, plan: Plan, *, seed: int = 0) -> Workload:

@@ -58,9 +58,9 @@ def figure(caption: str, drawing: Html) -> Html:
     return element("figure", element("figcaption", caption), element("div", drawing, class_="scroll"))
 
 
-def grid(*children: Html) -> Html:
-    """Children beside each other where there is room."""
-    return element("div", *children, class_="grid")
+def grid(*children: Html, is_narrow: bool = False) -> Html:
+    """Children beside each other where there is room: two in a row, three where they are narrow."""
+    return element("div", *children, class_="grid narrow" if is_narrow else "grid")
 
 
 def tiles(entries: Iterable[tuple[str, str, str]]) -> Html:

@@ -36,7 +36,7 @@ def icicle(plan: Plan, prompts: FlatPrompts, decode: Decode) -> Html:
     nodes = _widest(right - left, level)
     num_levels = int(level[nodes].max(initial=1))
     axes = _axes(num_levels)
-    chart = Chart(*axes, label="prefix tree", width=_WIDTH, height=66 + _ROW_HEIGHT * num_levels)
+    chart = Chart(*axes, label="prefix tree", size=(_WIDTH, 66 + _ROW_HEIGHT * num_levels))
     described = [(int(node), describe_node(plan, prompts, decode, int(node))) for node in nodes]
     for node, prefix in described:
         row = num_levels - int(level[node])

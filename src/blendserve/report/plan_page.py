@@ -86,8 +86,7 @@ def density_chart(plan: Plan) -> Chart:
         Axis(label, 0, plan.num_requests),
         Axis("density (log)", low / 1.2, high * 1.2, is_log=True),
         label="density along the planned order",
-        width=1280,
-        height=300,
+        size=(1280, 300),
     )
     spread = spread_along(planned, _NUM_DENSITY_SLICES)
     xs, ys = _steps(spread.edges, spread.median)

@@ -149,17 +149,22 @@ def describe_part(forecasts: Forecasts) -> str:
     if forecasts.is_whole:
         return "simulated, not measured"
     return (
-        f"simulated, not measured, on {format_count(forecasts.num_simulated)} of "
-        f"{format_count(forecasts.num_requests)} requests and scaled to all"
+        f"simulated, not measured: {format_count(forecasts.num_simulated)} of "
+        f"{format_count(forecasts.num_requests)} requests on a machine made smaller to match, scaled to all"
     )
 
 
 def part_notes(forecasts: Forecasts) -> list[str]:
-    """Remarks on requests that the machine cannot hold."""
+    """Remarks on requests that the machine cannot hold, or that decide the time alone."""
     notes = []
     capacity = f"the {format_count(forecasts.machine.capacity_tokens)} tokens of KV memory"
     if forecasts.num_oversized:
         notes.append(f"{plural(forecasts.num_oversized, 'request')} left out: the prompt does not fit {capacity}.")
+    if forecasts.bounds.longest_s >= forecasts.bounds.lower_bound_s:
+        notes.append(
+            f"The longest request alone takes {format_duration(forecasts.bounds.longest_s)}: no order ends sooner, and "
+            "orders of so small a job differ little."
+        )
     if forecasts.num_cut:
         notes.append(f"{plural(forecasts.num_cut, 'output')} cut short to fit {capacity}.")
     return notes

@@ -71,10 +71,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 class Chart:
     """One chart. Marks lie over each other in the order they are added. Units of the drawing: pixels."""
 
-    def __init__(self, x: Axis, y: Axis, *, label: str, width: int = 640, height: int = 240) -> None:
+    def __init__(self, x: Axis, y: Axis, *, label: str, size: tuple[int, int] = (640, 240)) -> None:
         self._x, self._y = x, y
         self._label = label
-        self._width, self._height = width, height
+        self._width, self._height = size
         self._marks: list[Html] = []
         self._legend: list[tuple[str, str]] = []
 
@@ -141,6 +141,7 @@ class Chart:
             *self._marks,
             *self._key(),
             viewBox=f"0 0 {self._width} {self._height}",
+            style=f"min-width:{0.75 * self._width:.0f}px",
             role="img",
             aria_label=self._label,
         )

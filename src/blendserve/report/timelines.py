@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,66 +16,72 @@ from blendserve.report.svg import Axis, Chart
 NUM_SLICES = 240
 _NUM_HOVERS = 60
 _DENSITY_RANGE = (0.01, 100.0)
-
-ChartOf = Callable[[Forecast, Timeline, Axis], Chart]
+_SIZE = (430, 190)
 
 
 def timeline_of(run: Forecast, num_slices: int = NUM_SLICES) -> Timeline:
-    """The steps of the slowest replica of a run."""
+    """The steps of the slowest replica of a run, stretched to the time of the whole job."""
     replica = max(run.result.replicas, key=lambda replica: replica.time_s)
-    return slice_steps(replica.steps, run.result.machine.capacity_tokens, num_slices)
+    line = slice_steps(replica.steps, run.result.machine.capacity_tokens, num_slices)
+    return replace(line, edges_s=line.edges_s * (run.time_s / run.result.time_s))
 
 
 def busy_charts(runs: Sequence[Forecast]) -> list[Html]:
     """Per run: the parts of time in which compute and memory were at work."""
+    seconds, time = _time_axis(runs)
+    figures = []
+    for run in runs:
+        line = timeline_of(run)
+        chart = Chart(time, Axis("busy part of time", 0, 1, format=_percent), label=f"{run.name}: busy parts of time")
+        chart.area(line.middles_s / seconds, line.compute_share, "compute", "compute")
+        chart.area(line.middles_s / seconds, line.memory_share, "memory", "memory")
+        _add_hovers(chart, run, seconds)
+        figures.append(figure(f"{run.name}: {format_duration(run.time_s)}", chart.render()))
+    return figures
 
-    def chart(run: Forecast, line: Timeline, time: Axis) -> Chart:
-        drawing = Chart(time, Axis("busy part of time", 0, 1, format=_percent), label=f"{run.name}: busy parts of time")
-        xs = line.middles_s / _unit(runs)[0]
-        drawing.area(xs, line.compute_share, "compute", "compute")
-        drawing.area(xs, line.memory_share, "memory", "memory")
-        return drawing
 
-    return _charts(runs, "busy", chart)
-
-
-def step_charts(runs: Sequence[Forecast]) -> list[Html]:
-    """Per run: compute and memory time of a step, all on one scale."""
+def run_charts(runs: Sequence[Forecast], root_density: float) -> list[Html]:
+    """Three per run: time per step, density of the batch, KV use. All runs on the same axes."""
+    seconds, time = _time_axis(runs)
     lines = [timeline_of(run) for run in runs]
-    highest = max(float(np.nanmax(np.maximum(line.compute_ms, line.memory_ms))) for line in lines)
-
-    def chart(run: Forecast, line: Timeline, time: Axis) -> Chart:
-        drawing = Chart(time, Axis("ms per step", 0, 1.05 * highest), label=f"{run.name}: time per step")
-        xs = line.middles_s / _unit(runs)[0]
-        drawing.area(xs, line.compute_ms, "compute", "compute")
-        drawing.area(xs, line.memory_ms, "memory", "memory")
-        return drawing
-
-    return _charts(runs, "time per step", chart)
-
-
-def kv_charts(runs: Sequence[Forecast]) -> list[Html]:
-    """Per run: the part of the KV memory in use."""
-
-    def chart(run: Forecast, line: Timeline, time: Axis) -> Chart:
-        drawing = Chart(time, Axis("KV memory in use", 0, 1, format=_percent), label=f"{run.name}: KV use", height=200)
-        drawing.area(line.middles_s / _unit(runs)[0], line.kv_share, "third")
-        return drawing
-
-    return _charts(runs, "KV use", chart)
+    step = Axis("ms per step", 0, 1.05 * max(_highest(line) for line in lines))
+    figures = []
+    for run, line in zip(runs, lines, strict=True):
+        xs = line.middles_s / seconds
+        charts = (
+            _step_chart(line, xs, time, step),
+            _density_chart(line, xs, time, root_density),
+            _kv_chart(line, xs, time),
+        )
+        captions = (
+            f"{run.name}, {format_duration(run.time_s)}: time per step",
+            "Density of the batch",
+            "KV memory in use",
+        )
+        for chart, caption in zip(charts, captions, strict=True):
+            _add_hovers(chart, run, seconds)
+            figures.append(figure(caption, chart.render()))
+    return figures
 
 
-def density_charts(runs: Sequence[Forecast], root_density: float) -> list[Html]:
-    """Per run: compute over memory time of the steps, against that of the whole job."""
+def _step_chart(line: Timeline, xs: Floats, time: Axis, step: Axis) -> Chart:
+    chart = Chart(time, step, label="time per step", size=_SIZE)
+    chart.area(xs, line.compute_ms, "compute", "compute")
+    chart.area(xs, line.memory_ms, "memory", "memory")
+    return chart
 
-    def chart(run: Forecast, line: Timeline, time: Axis) -> Chart:
-        axis = Axis("batch density (log)", *_DENSITY_RANGE, is_log=True)
-        drawing = Chart(time, axis, label=f"{run.name}: batch density", height=200)
-        drawing.line(line.middles_s / _unit(runs)[0], finite_density(line.density), "fourth")
-        drawing.rule(root_density, f"whole job {format_number(root_density)}")
-        return drawing
 
-    return _charts(runs, "batch density", chart)
+def _density_chart(line: Timeline, xs: Floats, time: Axis, root_density: float) -> Chart:
+    chart = Chart(time, Axis("compute / memory (log)", *_DENSITY_RANGE, is_log=True), label="density", size=_SIZE)
+    chart.line(xs, finite_density(line.density), "fourth")
+    chart.rule(root_density, f"whole job {format_number(root_density)}")
+    return chart
+
+
+def _kv_chart(line: Timeline, xs: Floats, time: Axis) -> Chart:
+    chart = Chart(time, Axis("in use", 0, 1, format=_percent), label="KV use", size=_SIZE)
+    chart.area(xs, line.kv_share, "third")
+    return chart
 
 
 def finite_density(density: Floats) -> Floats:
@@ -82,16 +89,15 @@ def finite_density(density: Floats) -> Floats:
     return np.where(np.isinf(density), _DENSITY_RANGE[1], np.maximum(density, _DENSITY_RANGE[0]))
 
 
-def _charts(runs: Sequence[Forecast], what: str, chart_of: ChartOf) -> list[Html]:
-    seconds, unit = _unit(runs)
-    time = Axis(f"{unit} since the start", 0, max(run.result.time_s for run in runs) / seconds)
-    figures = []
-    for run in runs:
-        line = timeline_of(run)
-        chart = chart_of(run, line, time)
-        _add_hovers(chart, run, seconds)
-        figures.append(figure(f"{run.name}: {what}, {format_duration(run.result.time_s)} in all", chart.render()))
-    return figures
+def _highest(line: Timeline) -> float:
+    return float(np.nanmax(np.maximum(line.compute_ms, line.memory_ms)))
+
+
+def _time_axis(runs: Sequence[Forecast]) -> tuple[float, Axis]:
+    """Seconds of the unit, and one axis for all runs."""
+    longest_s = max(run.time_s for run in runs)
+    seconds, unit = time_unit(longest_s)
+    return seconds, Axis(f"{unit} since the start", 0, longest_s / seconds)
 
 
 def _add_hovers(chart: Chart, run: Forecast, seconds: float) -> None:
@@ -105,10 +111,6 @@ def _add_hovers(chart: Chart, run: Forecast, seconds: float) -> None:
         for at, compute, memory, kv, density, busy in rows
     ]
     chart.hover(line.edges_s / seconds, titles)
-
-
-def _unit(runs: Sequence[Forecast]) -> tuple[float, str]:
-    return time_unit(max(run.result.time_s for run in runs))
 
 
 def _percent(value: float) -> str:
