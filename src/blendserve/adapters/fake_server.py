@@ -272,9 +272,9 @@ def serving(settings: FakeSettings | None = None, port: int = 0) -> Iterator[Fak
     """A server in a thread of its own, closed at the end."""
     server = FakeServer(settings)
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(server.start(port=port))
     thread = threading.Thread(target=loop.run_forever, name="fake-server", daemon=True)
     thread.start()
+    asyncio.run_coroutine_threadsafe(server.start(port=port), loop).result()
     try:
         yield server
     finally:
