@@ -33,7 +33,7 @@ from blendserve.workloads.blend import PAPER_TRACES, paper_cost_model
 from blendserve.workloads.traces import make_trace
 from blendserve.workloads.workload import mix
 
-FULL_SCALE, QUICK_SCALE = 0.15, 0.1
+FULL_SCALE, QUICK_SCALE = 0.15, 0.08
 BASE, ALGORITHM_3, OURS = "NanoFlow-DFS", "BlendServe, Alg. 3", "blend"
 Section = Callable[[list[Outcome], Path], list[str]]
 
@@ -157,7 +157,8 @@ def grid_section(outcomes: list[Outcome], out: Path) -> list[str]:
         *table(("density", "blend over DFS", "Alg. 3 over DFS", "blend T_lb / T", "paper over DFS"), rows),
         f"blend {min(ours.values()):.3f} to {max(ours.values()):.3f}, mean {mean(ours.values()):.4f}; "
         f"Alg. 3 mean {mean(theirs.values()):.4f}; paper {paper.GRID_RANGE[experiment]}. blend beats Alg. 3 "
-        f"in {num_better} of {len(ours)}; share of T_lb: mean {mean(bounds.values()):.3f}, least {min(bounds.values()):.3f}.",
+        f"in {num_better} of {len(ours)}; share of T_lb: mean {mean(bounds.values()):.3f}, "
+        f"least {min(bounds.values()):.3f}.",
         "",
     ]
 
@@ -280,7 +281,7 @@ def main() -> None:
     page = [
         "# The paper's evaluation, simulated",
         "",
-        f"Scale {scale}: {round(PAPER_REQUESTS * scale**2)} requests a job. Every figure is simulated; T_o and T_lb are "
+        f"Scale {scale}: {round(PAPER_REQUESTS * scale**2)} requests a job. All figures are simulated. T_o and T_lb: "
         "the optimum and the bound of docs/paper-map.md.",
         "",
         f"Command: `{' '.join(sys.argv)}`; commit {commit()}; simulated on {machine()}.",
