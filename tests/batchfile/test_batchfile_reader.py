@@ -217,3 +217,18 @@ def test_files_that_cannot_be_read_at_all(tmp_path: Path) -> None:
     for path, words in wrong.items():
         with pytest.raises(ConfigError, match=words):
             list(BatchReader(path, SERVED))
+
+
+@pytest.mark.parametrize("is_remote", [False, True], ids=["answered here", "remote"])
+def test_json_at_any_depth_is_a_line_or_a_row(is_remote: bool, tmp_path: Path) -> None:
+    """Deep enough to parse may be too deep to quote in a message or to write again."""
+    lines = []
+    for depth in range(700, 1000):
+        body = '{"messages": [{"role": "user", "content": "hi"}], "temperature": ' + "[" * depth + "]" * depth + "}"
+        lines.append(f'{{"custom_id": "{depth}", "method": "POST", "url": "/v1/chat/completions", "body": {body}}}\n')
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(lines))
+    read = list(BatchReader(path, ServedModel(("tiny",), is_remote=is_remote)))
+    assert [line.line_number for line in read] == list(range(1, len(lines) + 1))
+    assert isinstance(read[-1], BadLine)
+    assert read[-1].error.code == "invalid_json_line"

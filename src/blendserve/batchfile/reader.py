@@ -108,6 +108,8 @@ class BatchReader:
             self._check_model(line)
         except RequestError as error:
             return BadLine(line_number, custom_id, error)
+        except RecursionError:  # deep enough to be read, too deep to be quoted or written again
+            return BadLine(line_number, custom_id, _nested_too_deeply())
         return line
 
     def _check_first_use(self, custom_id: str) -> None:
@@ -195,7 +197,7 @@ def parse_json(line: bytes) -> object:
     except ValueError as error:
         raise _line_error("invalid_json_line", f"no valid JSON: {error}") from None
     except RecursionError:
-        raise _line_error("invalid_json_line", "the JSON is nested too deeply") from None
+        raise _nested_too_deeply() from None
     return value
 
 
@@ -216,6 +218,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_reje
 
 def _line_error(code: str, message: str, param: str | None = None) -> RequestError:
     return RequestError(message, code=code, param=param, status_code=0)
+
+
+def _nested_too_deeply() -> RequestError:
+    return _line_error("invalid_json_line", "the JSON is nested too deeply")
 
 
 def _skip_line(content: io.BufferedReader[Any]) -> None:
