@@ -120,6 +120,67 @@ def test_a_prompt_that_cannot_be_served_fails_alone(llm: LLM) -> None:
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length", "error", "error"]
 
 
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        (SamplingParams(n=0), "n"),
+        (SamplingParams(n=129), "n"),
+        (SamplingParams(max_tokens=0), "max_tokens"),
+        (SamplingParams(max_tokens=4, min_tokens=5), "min_tokens"),
+        (SamplingParams(temperature=-1.0), "temperature"),
+        (SamplingParams(temperature=float("nan")), "temperature"),
+        (SamplingParams(min_p=1.5), "min_p"),
+        (SamplingParams(repetition_penalty=0.0), "repetition_penalty"),
+        (SamplingParams(seed=2**64), "seed"),
+        (SamplingParams(stop=("",)), "stop"),
+        (SamplingParams(logprobs=21), "logprobs"),
+        (SamplingParams(logit_bias={320: 1.0}), "logit_bias"),
+        (SamplingParams(logit_bias={-1: 1.0}), "logit_bias"),
+        (SamplingParams(stop_token_ids=(2**40,)), "stop_token_ids"),
+    ],
+)
+def test_parameters_out_of_range_fail_alone(llm: LLM, params: SamplingParams, param: str) -> None:
+    outputs = llm.generate([[5, 6], [5, 6]], [params, SamplingParams(max_tokens=3, ignore_eos=True)])
+    assert isinstance(outputs[0].error, RequestError)
+    assert outputs[0].error.param == param
+    assert outputs[0].prompt_token_ids == [5, 6]
+    assert all(choice.finish_reason == "error" for choice in outputs[0].outputs)
+    assert outputs[1].outputs[0].finish_reason == "length"
+
+
+def test_one_stop_string_and_numpy_numbers_are_taken(llm: LLM) -> None:
+    stop: Any = "a"
+    seed: Any = np.int64(3)
+    as_vllm = SamplingParams(max_tokens=20, temperature=1.0, stop=stop, seed=seed)
+    plain = SamplingParams(max_tokens=20, temperature=1.0, stop=("a",), seed=3)
+    assert tokens_of(llm.generate([[5, 6]], as_vllm)) == tokens_of(llm.generate([[5, 6]], plain))
+
+
+@pytest.mark.parametrize("prompt", [[1.5, 2.0], [[5], [6, 7]], [2**70], ["a", 3], [-1], 7], ids=str)
+def test_a_prompt_that_is_no_list_of_token_ids_fails_alone(llm: LLM, prompt: Any) -> None:
+    outputs = llm.generate([prompt, [5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert isinstance(outputs[0].error, RequestError)
+    assert outputs[1].outputs[0].finish_reason == "length"
+
+
+def test_a_conversation_that_the_template_refuses_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def render(messages: Any) -> str:
+        if not messages:
+            raise RequestError("no messages", code="invalid_value", param="messages")
+        return "the answer"
+
+    monkeypatch.setattr(llm.model.tokenizer, "apply_chat_template", render)
+    good: Any = [{"role": "user", "content": "hi"}]
+    outputs = llm.chat([good, []], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert isinstance(outputs[1].error, RequestError)
+    assert outputs[0].outputs[0].finish_reason == "length"
+
+
+def test_closing_twice_does_nothing(tiny: Path) -> None:
+    with LLM(str(tiny), **LIMITS) as llm:
+        llm.close()
+
+
 def test_a_request_beyond_the_kv_memory_fails_alone(tiny: Path) -> None:
     with LLM(str(tiny), **{**LIMITS, "kv_memory_bytes": 1 << 17}) as llm:
         outputs = llm.generate([[5] * 400, [5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))

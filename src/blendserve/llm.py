@@ -5,13 +5,13 @@ Batch files add a journal around the same engine (`job`); everything else betwee
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from blendserve.batchfile.parameters import MAX_CHOICES, check_params, shown
 from blendserve.config import EngineConfig, cache_dir
 from blendserve.detokenize import text_of
 from blendserve.engine.stats import RunStats
@@ -23,6 +23,7 @@ from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
 from blendserve.planner.table import request_table
 from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
+from blendserve.seeds import choice_seed, derived_seed
 from blendserve.session import cost_of, open_engine, plan_requests, resolve_limits, run_planned
 
 Prompt = str | Sequence[int]
@@ -78,17 +79,18 @@ class LLM:
         """Answer prompts, each a text or its token ids; the outputs are in the order of the prompts.
 
         `sampling_params` is one for all, one per prompt, or None for `SamplingParams()`. A prompt that cannot be served
-        (too long, for example) comes back with `error` set; the others are served.
+        (too long, or a parameter out of range) comes back with `error` set; the others are served.
         Raises: ConfigError when the numbers of prompts and parameters differ.
         """
         listed = _listed_prompts(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
         encoded = iter(self.model.tokenizer.encode_batch([text for text in texts if text is not None]))
-        token_ids = [
-            np.asarray(next(encoded) if text is not None else prompt, dtype=np.int32)
+        vocab_size = self.model.spec.vocab_size
+        prompt_ids = [
+            next(encoded) if text is not None else _token_ids(prompt, vocab_size)
             for prompt, text in zip(listed, texts, strict=True)
         ]
-        return self._answer(texts, token_ids, _listed_params(sampling_params, len(listed)))
+        return self._answer(texts, prompt_ids, _listed_params(sampling_params, len(listed)))
 
     def chat(
         self,
@@ -97,14 +99,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer conversations, formatted by the model's chat template; one conversation or a list of them.
 
+        A conversation that the template does not take comes back with `error` set; the others are served.
         Raises: ConfigError when the model has no chat template.
         """
         conversations = _listed_conversations(messages)
-        tokenizer = self.model.tokenizer
-        texts = [tokenizer.apply_chat_template(conversation) for conversation in conversations]
-        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-        token_ids = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-        return self._answer(list(texts), token_ids, _listed_params(sampling_params, len(texts)))
+        rendered = [self._render(conversation) for conversation in conversations]
+        texts = [text if isinstance(text, str) else None for text in rendered]
+        given = [text for text in texts if text is not None]
+        encoded = iter(self.model.tokenizer.encode_batch(given, add_special_tokens=False))
+        prompt_ids = [next(encoded) if isinstance(text, str) else text for text in rendered]
+        return self._answer(texts, prompt_ids, _listed_params(sampling_params, len(texts)))
 
     @property
     def stats(self) -> RunStats:
@@ -121,40 +125,58 @@ class LLM:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
+    def _render(self, conversation: Sequence[Message]) -> str | RequestError:
+        try:
+            return self.model.tokenizer.apply_chat_template(conversation)
+        except RequestError as error:
+            return error
+
     def _answer(
-        self, texts: Sequence[str | None], token_ids: Sequence[TokenIds], params: Sequence[SamplingParams]
+        self,
+        texts: Sequence[str | None],
+        prompt_ids: Sequence[TokenIds | RequestError],
+        params: Sequence[SamplingParams],
     ) -> list[RequestOutput]:
-        outputs: list[RequestOutput | None] = [None] * len(token_ids)
+        outputs: list[RequestOutput | None] = [None] * len(prompt_ids)
         requests: list[Request] = []
-        first_index: dict[int, int] = {}
-        for number, (ids, sampling) in enumerate(zip(token_ids, params, strict=True)):
-            try:
-                limit = self._max_output_tokens(ids, sampling)
-            except RequestError as error:
-                outputs[number] = _failed(str(number), texts[number], ids, sampling.n, error)
-                continue
-            first_index[number] = len(requests)
-            for choice in range(sampling.n):
-                seed = _seed(self.seed, number, choice) if sampling.seed is None else sampling.seed + choice
-                requests.append(Request(len(requests), ids, len(ids), sampling, limit, seed))
+        first_by_number: dict[int, int] = {}
+        checked = {id(sampling): self._checked(sampling) for sampling in params}
+        for number, (token_ids, given) in enumerate(zip(prompt_ids, params, strict=True)):
+            sampling = checked[id(given)]
+            if isinstance(token_ids, RequestError):
+                outputs[number] = _failed(str(number), texts[number], (), given, token_ids)
+            elif isinstance(sampling, RequestError):
+                outputs[number] = _failed(str(number), texts[number], token_ids.tolist(), given, sampling)
+            else:
+                first_by_number[number] = len(requests)
+                requests += self._requests(number, len(requests), token_ids, sampling)
         results = self._run(requests)
-        for number, first in first_index.items():
+        for number, first in first_by_number.items():
             choices = results[first : first + params[number].n]
-            outputs[number] = self._assemble(str(number), texts[number], token_ids[number], params[number], choices)
+            token_ids = requests[first].prompt_token_ids
+            outputs[number] = self._assemble(str(number), texts[number], token_ids, params[number], choices)
         return [output for output in outputs if output is not None]
 
-    def _max_output_tokens(self, token_ids: TokenIds, sampling: SamplingParams) -> int:
-        """What the request asks for, within the context. Raises: RequestError when the prompt cannot be served."""
-        vocab_size = self.model.spec.vocab_size
-        if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-            raise RequestError(
-                f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
-                f"{vocab_size - 1}",
-                code="invalid_token_id",
-                param="prompt",
-            )
+    def _checked(self, sampling: SamplingParams) -> SamplingParams | RequestError:
+        try:
+            return check_params(sampling, self.model.spec.vocab_size)
+        except RequestError as error:
+            return error
+
+    def _requests(self, number: int, first: int, token_ids: TokenIds, sampling: SamplingParams) -> list[Request]:
+        """One request per choice of prompt `number`, numbered from `first`."""
         room = max(1, self.config.max_model_len - len(token_ids))  # the engine refuses prompts that leave none
-        return room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        seeds = [
+            derived_seed(b"place", f"{self.seed}:{number}".encode(), choice)
+            if sampling.seed is None
+            else choice_seed(sampling.seed, choice)
+            for choice in range(sampling.n)
+        ]
+        return [
+            Request(first + choice, token_ids, len(token_ids), sampling, limit, seed)
+            for choice, seed in enumerate(seeds)
+        ]
 
     def _run(self, requests: list[Request]) -> list[SequenceOutput]:
         if not requests:
@@ -181,7 +203,7 @@ class LLM:
         error = next((result.error for result in results if result.error is not None), None)
         if error is not None:
             assert isinstance(error, BlendServeError)
-            return _failed(request_id, text, token_ids, sampling.n, error)
+            return _failed(request_id, text, token_ids.tolist(), sampling, error)
         return RequestOutput(
             request_id=request_id,
             prompt=text,
@@ -225,21 +247,41 @@ def _listed_conversations(messages: Sequence[Message] | Sequence[Sequence[Messag
     return list(messages)  # type: ignore[arg-type]
 
 
-def _seed(base: int, number: int, choice: int) -> int:
-    """A seed for a request that gave none: fixed by its place, so that a rerun repeats it."""
-    digest = hashlib.blake2b(f"{base}:{number}:{choice}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def _token_ids(prompt: Prompt, vocab_size: int) -> TokenIds | RequestError:
+    """A prompt given as token ids; an error where it is anything else."""
+    try:
+        token_ids = np.asarray(prompt)
+    except ValueError:  # lists of different lengths
+        token_ids = np.zeros((0, 0))
+    if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
+        return RequestError(
+            f"the prompt is {shown(prompt)}; it must be a text or a list of token ids",
+            code="invalid_type",
+            param="prompt",
+        )
+    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
+        return RequestError(
+            f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
+            f"{vocab_size - 1}",
+            code="invalid_token_id",
+            param="prompt",
+        )
+    return token_ids.astype(np.int32)
 
 
 def _failed(
-    request_id: str, text: str | None, token_ids: TokenIds, num_choices: int, error: BlendServeError
+    request_id: str,
+    text: str | None,
+    token_ids: Sequence[int],
+    sampling: SamplingParams,
+    error: BlendServeError,
 ) -> RequestOutput:
-    choice_texts: Iterable[int] = range(num_choices)
+    num_choices = sampling.n if sampling.n in range(1, MAX_CHOICES + 1) else 1
     return RequestOutput(
         request_id=request_id,
         prompt=text,
-        prompt_token_ids=token_ids.tolist(),
-        outputs=tuple(CompletionOutput(choice, "", (), "error") for choice in choice_texts),
+        prompt_token_ids=token_ids,
+        outputs=tuple(CompletionOutput(choice, "", (), "error") for choice in range(num_choices)),
         num_cached_tokens=0,
         error=error,
     )

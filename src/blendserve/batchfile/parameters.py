@@ -7,8 +7,11 @@ it is). A name in neither is an error. `null` means "not given", as with OpenAI.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
+
+import numpy as np
 
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
@@ -35,12 +38,6 @@ def shown(value: object) -> str:
 def reject(name: str, value: object, wanted: str, *, code: str = "invalid_value") -> NoReturn:
     """Raise the error that names parameter, value and what is allowed."""
     raise RequestError(f"{name} is {shown(value)}; it must be {wanted}", code=code, param=name)
-
-
-def read_string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        reject(name, value, "a string", code="invalid_type")
-    return value
 
 
 def read_boolean(name: str, value: Any) -> bool:
@@ -222,6 +219,38 @@ def read_completion_parameters(body: Mapping[str, Any]) -> SamplingParams:
     """Sampling parameters of a completions body; `prompt` and `model` are the caller's. Raises: as for chat."""
     values = _read_all(body, "prompt", _COMPLETION_READERS, _COMPLETION_NEUTRAL)
     return _build(values, default_max_tokens=16)
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
+    """Hold parameters that came from Python against the rules of a request body.
+
+    Returns: them as a body would give them (lists as tuples, one stop string as a tuple of one). Raises: RequestError.
+    """
+    given = {field.name: _as_json(getattr(params, field.name)) for field in fields(SamplingParams)}
+    values = {name: _COMPLETION_READERS[name](name, value) for name, value in given.items() if value is not None}
+    checked = _build(values, default_max_tokens=None)
+    check_vocabulary(checked, vocab_size)
+    return checked
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(_as_json(key)): _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Raises: RequestError where parameters name tokens that the model does not have."""
+    check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    check_token_ids("logit_bias", tuple(params.logit_bias), vocab_size)
+
+
+def check_token_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises: RequestError naming the largest of `token_ids` where it is none of the vocabulary."""
+    if token_ids and max(token_ids) >= vocab_size:
+        reject(name, max(token_ids), f"made of token ids below {vocab_size}, the size of the vocabulary")
 
 
 def _read_all(

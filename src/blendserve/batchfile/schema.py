@@ -6,12 +6,14 @@ url, model) and what a server would answer with an HTTP status (everything about
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from blendserve.batchfile.parameters import (
     BODY_FIELDS,
+    check_token_ids,
+    check_vocabulary,
     read_chat_parameters,
     read_completion_parameters,
     read_token_ids,
@@ -253,14 +255,7 @@ def _check_not_empty(name: str, prompt: str | tuple[int, ...]) -> Prompt:
 
 
 def _check_vocabulary(line: BatchLine, vocab_size: int) -> None:
-    sampling = line.sampling
-    _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
-    _check_token_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
+    check_vocabulary(line.sampling, vocab_size)
     for prompt in line.prompts:
         if isinstance(prompt, tuple) and isinstance(prompt[0], int):
-            _check_token_ids("prompt", prompt, vocab_size)
-
-
-def _check_token_ids(name: str, token_ids: Sequence[Any], vocab_size: int) -> None:
-    if token_ids and max(token_ids) >= vocab_size:
-        reject(name, max(token_ids), f"made of token ids below {vocab_size}, the size of the vocabulary")
+            check_token_ids("prompt", cast(tuple[int, ...], prompt), vocab_size)

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from hashlib import blake2b
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from blendserve.errors import ConfigError
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
 from blendserve.request import Request, SamplingParams, TokenIds
+from blendserve.seeds import choice_seed, derived_seed
 
 LINE = np.dtype(
     [
@@ -217,11 +217,9 @@ class TokenStore:
         seed = int(line["seed"]) if line["flags"] & _HAS_SEED else None
         max_tokens = None if line["max_tokens"] == _NO_LIMIT else int(line["max_tokens"])
         if seed is None:
-            resolved = _derive(b"id", self.line(row).custom_id.encode(), choice)
-        elif choice % int(line["n"]):
-            resolved = _derive(b"seed", seed.to_bytes(8, "little", signed=True), choice % int(line["n"]))
+            resolved = derived_seed(b"id", self.line(row).custom_id.encode(), choice)
         else:
-            resolved = seed % 2**63
+            resolved = choice_seed(seed, choice % int(line["n"]))
         return Request(
             index=index,
             prompt_token_ids=token_ids,
@@ -318,12 +316,6 @@ def _sampling_from(values: dict[str, Any]) -> SamplingParams:
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
     values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
     return SamplingParams(**values)
-
-
-def _derive(domain: bytes, secret: bytes, choice: int) -> int:
-    """A seed in [0, 2^63) that depends on nothing but its arguments."""
-    digest = blake2b(secret, digest_size=8, key=domain, salt=choice.to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -116,8 +116,9 @@ class NativeExecutor:
         return NativeCounters(**values, seconds_by_op=seconds_by_op)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Free weights and KV memory; the executor is of no use afterwards."""
-        del self._model
+        """Free weights and KV memory; the executor is of no use afterwards. Closing it again does nothing."""
+        if hasattr(self, "_model"):
+            del self._model
 
 
 def _sampling_params(request: Request, eos_token_ids: tuple[int, ...]) -> _native.SamplingParams:
