@@ -20,6 +20,7 @@ from blendserve.workloads.workload import Workload
 
 _RUN_REQUESTS = 64
 """Neighbours of the sorted order that are taken together into a part: sharing inside them is kept."""
+_MIN_RUNS = 16
 _MIN_FITTING = 32
 
 
@@ -34,12 +35,14 @@ class Part(NamedTuple):
 class Forecast:
     """One simulated run, and what follows for the whole job: its bound over the share of the bound that the run had.
 
-    Units: seconds, tokens; `price` in the currency of the hardware's price.
+    `factor` is the part of the machine that the run had; steps of the whole machine are that much longer. Units:
+    seconds, tokens; `price` in the currency of the hardware's price.
     """
 
     result: SimulationResult
     time_s: float
     num_tokens: int
+    factor: float = 1.0
 
     @property
     def name(self) -> str:
@@ -140,7 +143,7 @@ def forecast(
                 keeps_steps=True,
             )
             time_s = result.time_s if part is fitting else bounds.lower_bound_s / result.share_of_bound
-            runs.append(Forecast(result, time_s, fitting.num_tokens))
+            runs.append(Forecast(result, time_s, fitting.num_tokens, factor))
     return Forecasts(
         machine=machine,
         num_replicas=num_replicas,
@@ -207,8 +210,9 @@ def sorted_lcp(tree: PrefixTree) -> Int64s:
 
 def sample_rows(order: Int64s, max_requests: int) -> Int64s:
     """At most `max_requests` file rows, ascending: runs of neighbours in sorted order, evenly spread over it."""
-    length = min(_RUN_REQUESTS, max_requests)
-    num_runs = max(1, min(max_requests, len(order)) // length)
+    most = min(max_requests, len(order))
+    length = max(1, min(_RUN_REQUESTS, most // _MIN_RUNS))
+    num_runs = most // length
     starts = np.linspace(0, len(order) - length, num_runs).round().astype(np.int64)
     return np.sort(order[np.unique(starts[:, None] + np.arange(length))])
 

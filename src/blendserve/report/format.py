@@ -31,7 +31,7 @@ def format_share(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """About three digits in the unit that fits: 41 ms, 3.1 s, 12.4 min, 5.2 h, 3.4 d."""
+    """About three digits in the unit that fits: 41.2 ms, 3.14 s, 12.4 min, 5.2 h, 3.4 d."""
     for size, unit in ((86400 * 2, "d"), (3600, "h"), (60, "min"), (1, "s")):
         if seconds >= size * (2 if unit == "min" else 1):
             return f"{_digits(seconds / (86400 if unit == 'd' else size))} {unit}"

@@ -20,10 +20,15 @@ _SIZE = (430, 190)
 
 
 def timeline_of(run: Forecast, num_slices: int = NUM_SLICES) -> Timeline:
-    """The steps of the slowest replica of a run, stretched to the time of the whole job."""
+    """The steps of the slowest replica of a run, stretched to the time of the whole job and the size of its machine."""
     replica = max(run.result.replicas, key=lambda replica: replica.time_s)
     line = slice_steps(replica.steps, run.result.machine.capacity_tokens, num_slices)
-    return replace(line, edges_s=line.edges_s * (run.time_s / run.result.time_s))
+    return replace(
+        line,
+        edges_s=line.edges_s * (run.time_s / run.result.time_s),
+        compute_ms=line.compute_ms / run.factor,
+        memory_ms=line.memory_ms / run.factor,
+    )
 
 
 def busy_charts(runs: Sequence[Forecast]) -> list[Html]:
