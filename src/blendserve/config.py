@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from blendserve.errors import ConfigError
 
 BLOCK_SIZE = 16
 """Tokens in one KV block: the layout of csrc/kv_cache depends on it."""
+
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux shows the limits of a container; absent elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +67,50 @@ def parse_bytes(text: str) -> int:
         raise ConfigError(
             f"size {text!r} is not understood; write a number with an optional unit, such as 512MiB or 2GB"
         )
-    return int(float(match.group(1)) * _BYTES_BY_UNIT[(match.group(2) or "").lower()])
+    return int(Decimal(match.group(1)) * _BYTES_BY_UNIT[(match.group(2) or "").lower()])
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+def usable_cores(cgroups: Path = CGROUPS) -> int:
+    """Cores that this process may run on, within the control group's share of time: `docker --cpus 2` means 2."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quota, period = _first_words(cgroups / "cpu.max")  # version 2
+    if not quota:
+        quota, period = _number(cgroups / "cpu/cpu.cfs_quota_us"), _number(cgroups / "cpu/cpu.cfs_period_us")
+    return max(1, min(cores, -(-quota // period))) if quota > 0 and period > 0 else cores
 
 
-def available_memory_bytes() -> int:
+def available_memory_bytes(cgroups: Path = CGROUPS) -> int:
     """Memory that can be taken without swapping: the kernel's estimate, within the control group's limit."""
     available = _meminfo_available_bytes()
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    for limit_name, used_name, stat_name, cache_field in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        if limit := _number(cgroups / limit_name):
+            cached = _number(cgroups / stat_name, cache_field)  # files that the kernel drops when memory is asked for
+            available = min(available, limit - _number(cgroups / used_name) + cached)
+    return max(0, available)
+
+
+def _first_words(path: Path) -> tuple[int, int]:
+    """Two numbers of a control file's one line; zeros where it is absent or sets no limit."""
     try:
-        if (text := limit.read_text().strip()) != "max":
-            available = min(available, int(text) - int(used.read_text()))
+        first, second = path.read_text().split()
+        return int(first), int(second)
+    except (OSError, ValueError):
+        return 0, 0
+
+
+def _number(path: Path, field: str = "") -> int:
+    """The number in a control file, or behind `field` on a line of its own; 0 where there is none ("max", say)."""
+    try:
+        for line in path.read_text().splitlines():
+            *name, value = line.split()
+            if name == ([field] if field else []):
+                return int(value)
     except (OSError, ValueError):
         pass
-    return available
+    return 0
 
 
 def _meminfo_available_bytes() -> int:
