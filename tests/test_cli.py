@@ -127,6 +127,32 @@ def test_check_counts_errors_with_line_numbers(tiny: Path, tmp_path: Path, capsy
     assert json.loads(capsys.readouterr().out)["num_valid"] == 1
 
 
+def test_a_context_beyond_the_models_is_refused_before_any_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    for command in (["check", str(source), "--model", str(tiny)], run_args(tiny, source, output)):
+        assert main([*command, "--max-model-len", "1024"]) == 1
+        assert "made for 512 tokens" in capsys.readouterr().err
+        assert main([*command, "--max-model-len", "-5"]) == 1
+        assert "max_model_len is -5" in capsys.readouterr().err
+
+
+def test_a_journal_of_other_kernels_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--isa auto` on another machine would go on with tokens that round differently."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    monkeypatch.setattr("blendserve.cli.native_run.best_isa", lambda: "portable")
+    assert main(run_args(tiny, source, output, "--quiet")) == 0
+    assert main(run_args(tiny, source, output, "--quiet", "--isa", "portable")) == 0
+    monkeypatch.setattr("blendserve.cli.native_run.best_isa", lambda: "avx2")
+    assert main(run_args(tiny, source, output, "--quiet")) == 1
+    assert "isa was portable, is avx2" in capsys.readouterr().err
+
+
 def test_models_lists_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from blendserve.batchfile.parameters import (
     BODY_FIELDS,
@@ -258,4 +258,4 @@ def _check_vocabulary(line: BatchLine, vocab_size: int) -> None:
     check_vocabulary(line.sampling, vocab_size)
     for prompt in line.prompts:
         if isinstance(prompt, tuple) and isinstance(prompt[0], int):
-            check_token_ids("prompt", cast(tuple[int, ...], prompt), vocab_size)
+            check_token_ids("prompt", prompt, vocab_size)

@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Check the file. Returns 1 when a line has an error, else 0."""
     model = load_model(find_model(args))
-    served = served_model(args, model, args.max_model_len or model.spec.max_position)
+    served = served_model(args, model)
     report = check_file(args.input, served, ModelCodec(model.tokenizer))
     print(json.dumps(asdict(report)) if args.json else describe(report))
     return EXIT_HAS_ERRORS if report.errors else 0

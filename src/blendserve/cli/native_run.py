@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 
+from blendserve._native import best_isa
 from blendserve.batchfile.codec import ModelCodec
 from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.options import engine_config, find_model, served_model
@@ -27,8 +28,6 @@ def open_native_run(args: argparse.Namespace) -> NativeRun:
     config = engine_config(args)
     files = find_model(args)
     model = load_model(files)
-    if args.max_model_len > model.spec.max_position:
-        resolve_limits(config, model.spec)
     return NativeRun(args, config, model, f"{model.spec.name} {fingerprint(files)}")
 
 
@@ -36,17 +35,17 @@ class NativeRun:
     """The engine's part of a job: opened only when requests are left to run, timed, and watched."""
 
     def __init__(self, args: argparse.Namespace, config: EngineConfig, model: LoadedModel, identity: str) -> None:
-        self.served = served_model(args, model, args.max_model_len or model.spec.max_position)
+        self.served = served_model(args, model)
         self.codec = ModelCodec(model.tokenizer)
         self.identity = identity
-        self.settings = {"isa": args.isa}
+        self._isa: str = best_isa() if args.isa == "auto" else args.isa  # kernels round differently: never mix them
+        self.settings = {"isa": self._isa}
         self.notes: tuple[str, ...] = ()
         self.load_s = self.plan_s = self.run_s = 0.0
         self.stats: RunStats | None = None
         self._model = model
         self._config = config
         self._policy: str = args.policy
-        self._isa: str = args.isa
         self._is_quiet: bool = args.quiet or args.json
         self._progress = JobProgress(0, 0)
 

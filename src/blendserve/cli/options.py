@@ -10,6 +10,7 @@ from blendserve.config import EngineConfig, cache_dir, parse_bytes
 from blendserve.errors import ConfigError
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
+from blendserve.models.spec import ModelSpec
 
 ISA_NAMES = ("auto", "portable", "avx2", "avx512bf16")
 
@@ -82,18 +83,28 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     )
 
 
+def context_length(args: argparse.Namespace, spec: ModelSpec) -> int:
+    """Tokens that a prompt and its answer may have. Raises: ConfigError when the model was not made for so many."""
+    from blendserve.session import resolve_limits  # loads the native core, which --help does not need
+
+    return resolve_limits(EngineConfig(max_model_len=args.max_model_len), spec).max_model_len
+
+
 def find_model(args: argparse.Namespace) -> ModelFiles:
     """The files of the model that --model names, fetched if need be; what takes long is told on standard error."""
     return resolve(args.model, cache_dir(), notify=tell)
 
 
-def served_model(args: argparse.Namespace, model: LoadedModel, max_model_len: int) -> ServedModel:
-    """Which names lines may carry: the model's own; any one other name too where the user chose the model."""
+def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
+    """Which names lines may carry: the model's own; any one other name too where the user chose the model.
+
+    Raises: ConfigError when the model was not made for the context length asked for.
+    """
     return ServedModel(
         names=(model.spec.name,),
         accepts_any_name=args.model is not None,
         vocab_size=model.spec.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=context_length(args, model.spec),
     )
 
 
