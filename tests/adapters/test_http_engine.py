@@ -161,7 +161,7 @@ def test_a_server_that_goes_down_ends_the_run_and_a_later_one_resumes(tmp_path: 
             if progress.num_done == 10:
                 server.settings = FakeSettings(faults={"closed": 1.0}, max_faults=10**6)
 
-        with pytest.raises(ExecutorError, match="no answer for .* the limit is 600 s .* run the same command again"):
+        with pytest.raises(ExecutorError, match=r"no answer for .* the limit is 600 s .* run the same"):
             run_http(engine, source, output, on_progress=cut)
         assert told
         assert "does not answer" in told[0]

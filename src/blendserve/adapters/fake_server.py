@@ -48,7 +48,7 @@ _DEFAULT_MAX_TOKENS = 32
 class FakeSettings:
     """`faults`: the chance of each on any try. The first `num_storm` tries of all get 429 whatever the chances.
     `retry_after` is sent as it is; "date" stands for the date one second ahead. `refused_status`: given to bodies
-    without messages or prompt.
+    without messages or prompt. `redirect_to`: every request is sent there.
     """
 
     faults: Mapping[str, float] = field(default_factory=dict)
@@ -60,6 +60,7 @@ class FakeSettings:
     byte_interval_s: float = 0.05
     huge_bytes: int = 1 << 20
     refused_status: int = 400
+    redirect_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,9 @@ class FakeServer:
             self.exchanges.append(Exchange(path, headers, body, fault))
             if self.settings.latency_s:
                 await asyncio.sleep(self.settings.latency_s)
+            if self.settings.redirect_to:
+                writer.write(_response(307, b"", f"Location: {self.settings.redirect_to}"))
+                return True
             if fault is None:
                 writer.write(_response(*answer(path, body, self.settings.refused_status)))
                 await writer.drain()

@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import ssl
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -21,6 +22,8 @@ from blendserve.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 30.0
 MAX_RESPONSE_BYTES = 64 << 20
+POOL_CONNECTIONS = 32
+"""A pool of the library looks at all its connections for every request: many small pools stay quick."""
 MIN_SECRET_CHARACTERS = 12
 """Shorter keys are placeholders ("EMPTY", "x"): taking them out of texts would only damage the texts."""
 _REDACTED = "[api key]"
@@ -136,19 +139,26 @@ class HttpClient:
         self._key = key
         self._timeout_s = timeout_s
         self._max_response_bytes = max_response_bytes
-        self._client = httpx2.AsyncClient(
-            headers={**key.headers, "Accept": "application/json", "Accept-Encoding": "identity"},
-            timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-            follow_redirects=False,
-            trust_env=not address.is_loopback,  # no proxy stands between this machine and itself
-        )
+        self._stack = AsyncExitStack()
+        self._num_open = [0] * -(-max_connections // POOL_CONNECTIONS)
+        self.ssl_context = httpx2.create_ssl_context()
+        self._clients = [
+            httpx2.AsyncClient(
+                headers={**key.headers, "Accept": "application/json", "Accept-Encoding": "identity"},
+                verify=self.ssl_context,
+                timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_CONNECTIONS),
+                follow_redirects=False,
+                trust_env=not address.is_loopback,  # no proxy stands between this machine and itself
+            )
+            for _ in self._num_open
+        ]
 
     async def post(self, endpoint: str, body: bytes) -> Reply:
         """Send one body of JSON. Raises: NoReplyError."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._post(self._address.url_of(endpoint), body)
+                return await self._post_by_least_busy(self._address.url_of(endpoint), body)
         except TimeoutError:
             raise NoReplyError(f"no whole response within {self._timeout_s:g} s", code="request_timeout") from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
@@ -161,9 +171,17 @@ class HttpClient:
             reason = self._key.redact(_reason(error))
             raise NoReplyError(f"the connection broke: {reason}", code="connection_error") from None
 
-    async def _post(self, url: str, body: bytes) -> Reply:
+    async def _post_by_least_busy(self, url: str, body: bytes) -> Reply:
+        pool = self._num_open.index(min(self._num_open))
+        self._num_open[pool] += 1
+        try:
+            return await self._post(self._clients[pool], url, body)
+        finally:
+            self._num_open[pool] -= 1
+
+    async def _post(self, client: httpx2.AsyncClient, url: str, body: bytes) -> Reply:
         headers = {"Content-Type": "application/json"}
-        async with self._client.stream("POST", url, content=body, headers=headers) as response:
+        async with client.stream("POST", url, content=body, headers=headers) as response:
             received = bytearray()
             async for chunk in response.aiter_bytes():
                 received += chunk
@@ -180,13 +198,15 @@ class HttpClient:
             return Reply(response.status_code, clean, self._key.redact(text))
 
     async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
+        await self._stack.__aenter__()
+        for client in self._clients:
+            await self._stack.enter_async_context(client)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.__aexit__(kind, error, trace)
+        await self._stack.__aexit__(kind, error, trace)
 
 
 def _reason(error: Exception) -> str:
