@@ -136,6 +136,43 @@ def test_a_bad_calibration_asks_for_a_new_one(text: str) -> None:
         Calibration.from_json(text)
 
 
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_rates_that_cannot_be_are_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        replace(CALIBRATION, kv_bytes_per_s=rate)
+    with pytest.raises(ConfigError, match="positive"):
+        replace(CALIBRATION, gemm_points=((1, rate),))
+
+
+def test_a_calibration_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write"):
+        CALIBRATION.save(tmp_path / "file")
+
+
+def test_saving_replaces_as_a_whole(tmp_path: Path) -> None:
+    CALIBRATION.save(tmp_path)
+    replace(CALIBRATION, num_threads=4).save(tmp_path)
+    assert load_calibration(tmp_path).num_threads == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_shares_of_a_machine_become_overlap() -> None:
+    """NanoFlow's shares give NanoFlow's delays; two that do not exceed one machine are worth nothing."""
+    shared = replace(CALIBRATION, gemm_share=0.6, attention_share=0.8).overlap()
+    assert (shared.compute_delay, shared.memory_delay) == pytest.approx((0.5, 1 / 3))
+    assert replace(CALIBRATION, gemm_share=0.5, attention_share=0.5).overlap() == SEQUENTIAL
+    assert CALIBRATION.overlap() == SEQUENTIAL
+    assert replace(CALIBRATION, gemm_share=1.1, attention_share=1.1).overlap() == PERFECT
+
+
+def test_planning_counts_prefill_attention_as_steps_do() -> None:
+    cost = CALIBRATION.step_cost(MODEL)
+    num_tokens = 4096
+    step_s = cost.compute_s(num_tokens, num_tokens * num_tokens / 2) - cost.constant_s
+    assert cost.cost_model().compute_s(num_tokens, 0) == pytest.approx(step_s)
+
+
 def test_no_calibration_asks_for_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `blendserve calibrate`"):
         load_calibration(tmp_path)

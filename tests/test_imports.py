@@ -23,7 +23,7 @@ LAYERS = (
     ("executors", "batchfile"),
     ("bounds",),
     ("adapters",),
-    ("job", "session", "simulate"),
+    ("job", "session", "simulate", "calibrate"),
     ("disaggregated",),
     ("report",),
     ("llm",),

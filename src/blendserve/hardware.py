@@ -8,6 +8,10 @@ same numbers measured on a machine; `blendserve calibrate` writes it.
 from __future__ import annotations
 
 import json
+import math
+import os
+import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -119,8 +123,11 @@ class StepCost:
         return self.interference.step_s(self.compute_s(num_tokens, num_pairs), self.memory_s(num_kv_tokens))
 
     def cost_model(self) -> CostModel:
-        """The marginal costs of a token, for the planner: what a request adds to a busy step."""
-        return CostModel(token_s=self.token_s, kv_token_s=self.kv_token_s, pair_s=self.pair_s)
+        """The marginal costs of a token, for the planner: what a request adds to a busy step.
+
+        `CostModel` counts all p^2 pairs of a prompt, a step the half that is causal.
+        """
+        return CostModel(token_s=self.token_s, kv_token_s=self.kv_token_s, pair_s=self.pair_s / 2)
 
 
 def gpu_step_cost(
@@ -181,12 +188,19 @@ def check_tensor_parallel(tensor_parallel: int) -> None:
         raise ConfigError(f"tensor parallelism is {tensor_parallel}; it must be at least 1")
 
 
+_CALIBRATION_FILE = "calibration.json"
+_CALIBRATE_AGAIN = "run `blendserve calibrate` again"
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Rates measured on this machine, as stored in the user's cache. Rates are those of the whole machine.
 
     `constant_s` is the fixed time of one step; `gemm_points` are (tokens, flop/s), `bandwidth_points` (threads,
-    bytes/s), kept so that a reader can check the summary. Reading a file of another `version` fails: calibrate again.
+    bytes/s), kept so that a reader can check the summary. The delays are those of the engine as it runs; `gemm_share`
+    and `attention_share` say what overlap could give: the share of its rate on all threads that each keeps when matrix
+    products run on half of the threads beside decode attention on the other half (0 where that cannot be measured).
+    Reading a file of another `version` fails: calibrate again. Raises: ConfigError for rates that are not positive.
     """
 
     machine: str
@@ -202,7 +216,36 @@ class Calibration:
     memory_bytes: float
     gemm_points: tuple[tuple[int, float], ...] = ()
     bandwidth_points: tuple[tuple[int, float], ...] = ()
+    gemm_share: float = 0.0
+    attention_share: float = 0.0
     version: int = 1
+
+    def __post_init__(self) -> None:
+        rates = (
+            self.gemm_flop_per_s,
+            self.weight_bytes_per_s,
+            self.kv_bytes_per_s,
+            self.prefill_attention_flop_per_s,
+            self.memory_bytes,
+            *(rate for _, rate in self.gemm_points + self.bandwidth_points),
+        )
+        others = (self.constant_s, self.gemm_share, self.attention_share)
+        if not (all(0 < rate < math.inf for rate in rates) and all(0 <= value < math.inf for value in others)):
+            raise ConfigError(f"a calibration needs positive rates; got {self}; {_CALIBRATE_AGAIN}")
+        Interference(self.compute_delay, self.memory_delay)
+
+    def overlap(self) -> Interference:
+        """What an engine could reach that runs both kinds of work side by side until the shorter one ends.
+
+        Attention of m seconds then takes m / attention_share, in which compute gets gemm_share of its speed: the rest
+        of c is done alone, so c + m (1 - gemm_share) / attention_share; likewise the other way. Sequential where the
+        two shares add up to no more than one machine.
+        """
+        if self.gemm_share + self.attention_share <= 1:
+            return SEQUENTIAL
+        return Interference(
+            max(0.0, 1 - self.gemm_share) / self.attention_share, max(0.0, 1 - self.attention_share) / self.gemm_share
+        )
 
     def hardware(self) -> HardwareSpec:
         """The machine as a spec whose peaks are what was measured."""
@@ -227,29 +270,76 @@ class Calibration:
     @classmethod
     def from_json(cls, text: str) -> Calibration:
         """Raises: ConfigError when the text is not a calibration of this version."""
-        remedy = "run `blendserve calibrate` again"
         try:
             values: dict[str, Any] = json.loads(text)
             names = {field.name for field in fields(cls)}
             if values.get("version") != 1 or set(values) != names:
-                raise ConfigError(f"calibration has version {values.get('version')} and {len(values)} fields; {remedy}")
+                raise ConfigError(
+                    f"calibration has version {values.get('version')} and {len(values)} fields; {_CALIBRATE_AGAIN}"
+                )
             for name in ("gemm_points", "bandwidth_points"):
                 values[name] = tuple((int(count), float(rate)) for count, rate in values[name])
             return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"calibration cannot be read ({error}); {remedy}") from error
+            raise ConfigError(f"calibration cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
 
     def save(self, cache_directory: Path) -> Path:
-        """Write `calibration.json` under the directory and return its path."""
-        cache_directory.mkdir(parents=True, exist_ok=True)
-        path = cache_directory / "calibration.json"
-        path.write_text(self.to_json(), encoding="utf-8")
+        """Write `calibration.json` under the directory, as a whole or not at all, and return its path.
+
+        Raises: ConfigError when it cannot be written.
+        """
+        path = cache_directory / _CALIBRATION_FILE
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            cache_directory.mkdir(parents=True, exist_ok=True)
+            partial.write_text(self.to_json(), encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror}; set BLENDSERVE_CACHE to a directory that can be written"
+            ) from error
         return path
 
 
 def load_calibration(cache_directory: Path) -> Calibration:
     """This machine's calibration. Raises: ConfigError when there is none or it cannot be used."""
-    path = cache_directory / "calibration.json"
+    path = cache_directory / _CALIBRATION_FILE
     if not path.is_file():
         raise ConfigError(f"no calibration at {path}; run `blendserve calibrate`")
-    return Calibration.from_json(path.read_text(encoding="utf-8"))
+    try:
+        return Calibration.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"calibration at {path} cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
+
+
+def matching_calibration(cache_directory: Path, num_threads: int, notify: Callable[[str], None]) -> Calibration | None:
+    """The calibration if it was made on this processor with so many threads. None where there is none; one that is
+    damaged or of another machine is told to `notify` and not used."""
+    if not (cache_directory / _CALIBRATION_FILE).is_file():
+        return None
+    try:
+        calibration = load_calibration(cache_directory)
+    except ConfigError as error:
+        notify(f"built-in rates are used: {error}")
+        return None
+    here, there = (machine_name(), num_threads), (calibration.machine, calibration.num_threads)
+    if here != there:
+        notify(
+            f"built-in rates are used: the calibration is of {there[0]} with {there[1]} threads, this run has "
+            f"{here[0]} with {here[1]}; {_CALIBRATE_AGAIN}"
+        )
+        return None
+    return calibration
+
+
+def machine_name() -> str:
+    """This processor's model; on x86 with family and model number, since virtual machines blur the name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    value_by_key = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = value_by_key.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in value_by_key:
+        return name
+    return f"{name} (family {value_by_key['cpu family']}, model {value_by_key.get('model', '?')})"

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from blendserve.config import BLOCK_SIZE, EngineConfig, available_memory_bytes, usable_cores
+from blendserve.config import BLOCK_SIZE, EngineConfig, available_memory_bytes, cache_dir, usable_cores
 from blendserve.cost import CostModel, ModelCost
 from blendserve.detokenize import StopChecker
 from blendserve.engine.loop import EngineLoop
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.executors.native import NativeExecutor
+from blendserve.hardware import matching_calibration
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
 from blendserve.planner.base import RequestTable
@@ -67,7 +69,13 @@ def open_engine(model: LoadedModel, config: EngineConfig, *, isa: str = "auto") 
 
 
 def cost_of(spec: ModelSpec, num_threads: int) -> CostModel:
-    """Compute and memory seconds of requests of this model on this machine."""
+    """Compute and memory seconds of requests of this model on this machine: as calibrated, else of the built-in ratio.
+
+    A calibration that cannot be used is a note on standard error.
+    """
+    calibration = matching_calibration(cache_dir(), num_threads, lambda note: print(note, file=sys.stderr))
+    if calibration is not None:
+        return calibration.step_cost(ModelCost.from_spec(spec)).cost_model()
     return CostModel.at_rates(
         ModelCost.from_spec(spec),
         flop_per_s=_FLOP_PER_S_PER_CORE * num_threads,

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from blendserve.errors import BlendServeError
 
-COMMANDS = ("run", "check", "plan", "simulate", "models")
+COMMANDS = ("run", "check", "plan", "simulate", "calibrate", "models")
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT

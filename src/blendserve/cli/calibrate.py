@@ -1,0 +1,113 @@
+"""`blendserve calibrate`: measure this machine and store what plans and simulations of it need."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from blendserve.cli.options import positive_integer, tell
+from blendserve.config import cache_dir, usable_cores
+
+if TYPE_CHECKING:
+    from blendserve.calibrate import Measurements, SideBySide, Spread
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="measure this machine for plans of it",
+        description="Measure this machine with the engine's own kernels on random weights: matrix products, memory "
+        "bandwidth, attention, and how well they share the cores. `run` plans with what is stored; `plan` and "
+        "`simulate` know it as this-machine. Leave the machine otherwise idle meanwhile.",
+    )
+    parser.add_argument(
+        "--threads", type=positive_integer, metavar="N", help="default: every core this process may use"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds instead of less than a minute; less exact")
+    parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, store and print."""
+    from blendserve.calibrate import FULL, QUICK, calibrate  # loads the native core, which --help does not need
+
+    num_threads = args.threads or usable_cores()
+    tell(f"measuring with {num_threads} threads ...")
+    measured = calibrate(num_threads, QUICK if args.quick else FULL)
+    path = measured.calibration.save(cache_dir())
+    print(json.dumps(_as_json(measured)) if args.json else describe(measured))
+    tell(f"wrote {path}")
+    return 0
+
+
+def describe(measured: Measurements) -> str:
+    """The measurements as tables: medians, and the least and most of the repeats."""
+    found = measured.calibration
+    lines = [f"{found.machine}, {found.num_threads} threads, weights and KV in {found.dtype}", ""]
+    lines += ["matrix products" + " " * 38 + "step without attention"]
+    lines += [f"{'tokens':>10}  {'GFLOP/s (least - most)':<30}{'measured':>16}{'modelled':>16}"]
+    lines += [
+        f"{point.num_tokens:>10}  {_in_giga(point.flop_per_s):<30}"
+        f"{_in_ms(point.step_s):>16}{_in_ms(point.modelled_s):>16}"
+        for point in measured.gemm
+    ]
+    lines += ["", "decode attention", f"{'threads':>10}  GB/s of KV (least - most)"]
+    lines += [f"{count:>10}  {_in_giga(rate)}" for count, rate in measured.kv_bytes_per_s_by_threads]
+    lines += [
+        "",
+        f"prefill attention   {_in_giga(measured.prefill_attention_flop_per_s)} GFLOP/s",
+        f"weights streaming   {_in_giga(measured.weight_bytes_per_s)} GB/s in a step of one token",
+        f"constant of a step  {_in_ms(measured.constant_s.median)}",
+        "",
+        *_describe_sharing(measured.side_by_side, found.num_threads),
+    ]
+    return "\n".join(lines)
+
+
+def _describe_sharing(side: SideBySide | None, num_threads: int) -> list[str]:
+    if side is None:
+        return ["side by side: needs two threads or more, not measured"]
+    half, total = num_threads // 2, side.gemm_beside.median + side.attention_beside.median
+    verdict = (
+        f"together {total:.2f} of a machine: at most {total:.2f}x from running them side by side on separate cores"
+        if total > 1
+        else f"together {total:.2f} of a machine: running them side by side on separate cores gains nothing"
+    )
+    return [
+        f"on {half} of {num_threads} threads, as shares of the rate on all (least - most)",
+        f"{'':<18}  {'alone':<20}  beside the other",
+        f"matrix products     {_as_share(side.gemm_alone):<20}  {_as_share(side.gemm_beside)}",
+        f"decode attention    {_as_share(side.attention_alone):<20}  {_as_share(side.attention_beside)}",
+        verdict,
+        "The engine runs its ops one after the other: step times add up, and plans for this machine count on that.",
+    ]
+
+
+def _as_json(measured: Measurements) -> dict[str, object]:
+    side = measured.side_by_side
+    return {
+        "calibration": asdict(measured.calibration),
+        "gemm": [{**point._asdict(), "flop_per_s": point.flop_per_s._asdict()} for point in measured.gemm],
+        "kv_bytes_per_s": [
+            {"num_threads": count, **rate._asdict()} for count, rate in measured.kv_bytes_per_s_by_threads
+        ],
+        "weight_bytes_per_s": measured.weight_bytes_per_s._asdict(),
+        "prefill_attention_flop_per_s": measured.prefill_attention_flop_per_s._asdict(),
+        "constant_s": measured.constant_s._asdict(),
+        "side_by_side": side and {name: share._asdict() for name, share in side._asdict().items()},
+    }
+
+
+def _in_giga(rate: Spread) -> str:
+    return f"{rate.median / 1e9:.1f} ({rate.low / 1e9:.1f} - {rate.high / 1e9:.1f})"
+
+
+def _as_share(share: Spread) -> str:
+    return f"{share.median:.2f} ({share.low:.2f} - {share.high:.2f})"
+
+
+def _in_ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
