@@ -184,6 +184,26 @@ def test_a_models_own_weights_are_not_needed(tiny: Path, tmp_path: Path, capsys:
     assert "with bare" in capsys.readouterr().out
 
 
+def test_no_weights_are_fetched_from_the_hub(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def snapshot_download(_: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert revision is None
+        asked.extend(allow_patterns)
+        return str(tiny)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    source = tmp_path / "in.jsonl"
+    write_job(source)
+    assert main(["plan", str(source), "--model", "owner/name", "--policy", "dfs"]) == 0
+    assert "with owner/name" in capsys.readouterr().out
+    assert asked == ["*.json", "*.jinja"]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

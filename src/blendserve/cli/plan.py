@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from blendserve.cli.batch_input import BatchInput, read_batch
-from blendserve.cli.options import tell
+from blendserve.cli.options import positive_integer, tell
 from blendserve.cli.targets import (
     DEFAULT_HARDWARE,
     THIS_MACHINE,
     add_target,
-    at_least_one,
     check_page_path,
     find_machine,
     find_target,
@@ -68,13 +67,13 @@ def add_forecast(parser: argparse.ArgumentParser, policies: tuple[str, ...], max
     )
     group.add_argument(
         "--output-tokens",
-        type=at_least_one,
+        type=positive_integer,
         metavar="N",
         help="assume this length for outputs of unknown length (within max_tokens); default: a wide distribution",
     )
     group.add_argument(
         "--max-simulated",
-        type=at_least_one,
+        type=positive_integer,
         default=max_simulated,
         metavar="N",
         help=f"simulate at most this many requests and scale the times to all ({max_simulated})",

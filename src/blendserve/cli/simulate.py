@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.batch_input import read_batch
-from blendserve.cli.options import tell
+from blendserve.cli.options import positive_integer, tell
 from blendserve.cli.plan import add_forecast, add_output, assumption_notes, plan_batch
 from blendserve.cli.targets import (
     DEFAULT_HARDWARE,
     ENGINES,
     Target,
     add_target,
-    at_least_one,
     check_page_path,
     find_machine,
     find_target,
@@ -62,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     group.add_argument(
         "--requests",
-        type=at_least_one,
+        type=positive_integer,
         default=DEFAULT_BLEND_REQUESTS,
         metavar="N",
         help=f"requests of the blend ({DEFAULT_BLEND_REQUESTS})",
@@ -82,7 +81,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_costs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("costs")
-    group.add_argument("--replicas", type=at_least_one, default=1, metavar="N", help="copies of the model (1)")
+    group.add_argument("--replicas", type=positive_integer, default=1, metavar="N", help="copies of the model (1)")
     group.add_argument(
         "--engine",
         type=name_list(ENGINES),

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blendserve.cli.options import tell
+from blendserve.cli.options import positive_integer, tell
 from blendserve.config import cache_dir
 from blendserve.cost import ModelCost
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.hardware import HARDWARE_BY_NAME, SEQUENTIAL, known_hardware, load_calibration
-from blendserve.models.hub import DEFAULT_MODEL, ModelFiles, resolve
+from blendserve.models.hub import DEFAULT_MODEL, DESCRIPTION_PATTERNS, ModelFiles, resolve
 from blendserve.models.known import MODEL_BY_NAME
 from blendserve.models.load import load_tokenizer
 from blendserve.models.spec import ModelSpec, spec_from_hf_config
@@ -53,7 +53,11 @@ def add_target(parser: argparse.ArgumentParser, default_hardware: str, default_m
         f"{default_model}",
     )
     group.add_argument(
-        "--tensor-parallel", type=at_least_one, default=1, metavar="N", help="GPUs that hold one copy of the model (1)"
+        "--tensor-parallel",
+        type=positive_integer,
+        default=1,
+        metavar="N",
+        help="GPUs that hold one copy of the model (1)",
     )
     group.add_argument(
         "--tokenizer",
@@ -69,14 +73,12 @@ def find_target(name: str | None) -> Target:
         return Target(MODEL_BY_NAME[name], None)
     if name is not None and name.endswith(".json"):
         return Target(_spec_from_config(Path(name).expanduser()), None)
-    if name is not None and "/" not in name and not name.startswith(("~", ".")) and not Path(name).exists():
-        known = ", ".join(MODEL_BY_NAME)
-        try:
-            files = resolve(name, cache_dir(), notify=tell)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; known shapes: {known}; or give a path to a config.json") from None
-        return Target(_spec_from_files(files), files)
-    files = resolve(name, cache_dir(), notify=tell)
+    try:
+        files = resolve(name, cache_dir(), notify=tell, hub_patterns=DESCRIPTION_PATTERNS)
+    except ConfigError as error:
+        if name is None or "/" in name:
+            raise
+        raise ConfigError(f"{error}; known shapes: {', '.join(MODEL_BY_NAME)}; or give a config.json") from None
     return Target(_spec_from_files(files), files)
 
 
@@ -84,7 +86,7 @@ def find_tokenizer(name: str | None, target: Target) -> tuple[Tokenizer, str | N
     """A tokenizer, and whose it is where that is not the target's own model."""
     if name is None and target.files is not None:
         return load_tokenizer(target.files), None
-    files = resolve(name, cache_dir(), notify=tell)
+    files = resolve(name, cache_dir(), notify=tell, hub_patterns=DESCRIPTION_PATTERNS)
     return load_tokenizer(files), files.name
 
 
@@ -140,17 +142,6 @@ def name_list(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return parse
-
-
-def at_least_one(text: str) -> int:
-    """An argument type: a positive whole number."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small; give at least 1")
-    return value
 
 
 def check_page_path(path: Path | None) -> None:

@@ -62,13 +62,22 @@ DEFAULT_MODEL = PackagedModel(
 )
 PACKAGED_MODELS = (DEFAULT_MODEL,)
 
+DESCRIPTION_PATTERNS = ("*.json", "*.jinja")
+"""Files of a hub model that say what it is: shape, tokenizer, template."""
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
 _COPY_BYTES = 1 << 20
 
 
-def resolve(name: str | None, cache: Path, notify: Notify = lambda _: None) -> ModelFiles:
+def resolve(
+    name: str | None,
+    cache: Path,
+    notify: Notify = lambda _: None,
+    *,
+    hub_patterns: tuple[str, ...] = _HUB_PATTERNS,
+) -> ModelFiles:
     """The files of a model, fetched first if need be. `name` is a path, the name of a packaged model, a hub id
-    (`owner/name`, `owner/name@revision`, `owner/name/file.gguf`), or None for the default model.
+    (`owner/name`, `owner/name@revision`, `owner/name/file.gguf`), or None for the default model. `hub_patterns` limits
+    what is fetched of a hub model.
 
     Raises: ConfigError when there is no such model or it cannot be fetched, CapacityError when the disk is too small.
     """
@@ -82,7 +91,7 @@ def resolve(name: str | None, cache: Path, notify: Notify = lambda _: None) -> M
     if name.startswith(("/", ".", "~")) or "/" not in name:
         known = ", ".join(model.name for model in PACKAGED_MODELS)
         raise ConfigError(f"no model {name!r}: no such path, and not one of {known}; a hub id is written owner/name")
-    return _from_hub(name, notify)
+    return _from_hub(name, notify, hub_patterns)
 
 
 def find_local(name: str, cache: Path) -> ModelFiles | None:
@@ -145,7 +154,7 @@ def _local(path: Path) -> ModelFiles:
     return ModelFiles(path.stem if path.is_file() else path.resolve().name, path)
 
 
-def _from_hub(name: str, notify: Notify) -> ModelFiles:
+def _from_hub(name: str, notify: Notify, patterns: tuple[str, ...]) -> ModelFiles:
     import huggingface_hub  # slow to import, and only needed here
 
     repository, _, revision = name.partition("@")
@@ -157,7 +166,7 @@ def _from_hub(name: str, notify: Notify) -> ModelFiles:
             path = huggingface_hub.hf_hub_download(repository, file_name, revision=revision or None)
         else:
             path = huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(_HUB_PATTERNS)
+                repository, revision=revision or None, allow_patterns=list(patterns)
             )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

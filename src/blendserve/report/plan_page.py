@@ -81,7 +81,7 @@ def density_chart(plan: Plan) -> Chart:
     in_file = _shown_density(plan.schedule.density)
     low = min(0.5, float(planned.min()))
     high = max(2.0, float(planned.max()))
-    label = "requests in the planned order"
+    label = "requests in the planned order: compute end left, memory end right"
     chart = Chart(
         Axis(label, 0, plan.num_requests),
         Axis("density (log)", low / 1.2, high * 1.2, is_log=True),
