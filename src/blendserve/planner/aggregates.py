@@ -1,6 +1,6 @@
 """Compute, memory and density of every node of a prefix tree, by prefix sums over its sorted leaves.
 
-Density of a subtree is (1 - s) sum Comp / sum Mem (paper.md section 2). The factor is applied exactly: s is the share
+Density of a subtree is (1 - s) sum Comp / sum Mem (paper section 4). The factor is applied exactly: s is the share
 of the subtree's compute that sharing saves, so that (1 - s) sum Comp is the compute of a depth-first walk over the
 subtree in which every shared token is computed once. Without the p^2 term of the cost model that s is shared tokens
 over all (prompt and output) tokens; on MMLU with 2 output tokens the two readings of s agree within 1%.

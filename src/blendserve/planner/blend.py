@@ -1,10 +1,10 @@
 """The default policy: both resources in the proportion in which they remain, and a KV memory that stays full.
 
-Four rules (paper.md section 9). Every step gets an even share of the compute that remains, over the fewest steps that
-the rest of the job can take: those that read the remaining KV at full memory, or the longest request. At a full memory
-that is the ratio of what remains of the two resources; while memory fills up, it wastes no step. The memory end enters
-as the forecast of its peak allows, longest first because that is how densities fall. The compute end enters as prefill
-is wanted. What finishes corrects the estimates.
+Four rules (docs/paper-map.md, beyond the paper). Every step gets an even share of the compute that remains, over the
+fewest steps that the rest of the job can take: those that read the remaining KV at full memory, or the longest request.
+At a full memory that is the ratio of what remains of the two resources; while memory fills up, it wastes no step. The
+memory end enters as the forecast of its peak allows, longest first because that is how densities fall. The compute end
+enters as prefill is wanted. What finishes corrects the estimates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order of leaves, compute-intensive first: layer-wise sort, conditional splits, merged units (paper.md section 4).
+"""The order of leaves, compute-intensive first: layer-wise sort, conditional splits, merged units (paper section 5.2).
 
 Deviation from the paper, which splits by a threshold on the length of the prefix alone: what may be lost is one budget
 (1% of the sharing), spent on the leaves that are furthest from the rest of their subtree for the tokens they cost. A

@@ -1,4 +1,4 @@
-"""Parts of a plan for data parallelism: equal in both resources, cutting few prefixes (paper.md section 7).
+"""Parts of a plan for data parallelism: equal in both resources, cutting few prefixes (paper section 5.5).
 
 Deviation from the paper, which hands out runs from the two ends: pieces that share a prefix are dealt largest first to
 the part that has least, so that the longest requests, which bound how soon a part can end, are spread over all parts.

@@ -1,7 +1,7 @@
 """The prefix tree of a job as flat arrays, built from sorted prompts and the prefixes that neighbours share.
 
 Every subtree is a contiguous range of the sorted order, so any sum over it is a difference of two prefix sums (see
-`aggregates`). No object per node, no recursion. Source: paper.md section 3; run-time reuse is `engine.prefix_cache`.
+`aggregates`). No object per node, no recursion. Source: paper section 5.1; run-time reuse is `engine.prefix_cache`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Jobs that have not arrived whole: plan what is here, go on planning while it runs (paper.md section 7).
+"""Jobs that have not arrived whole: plan what is here, go on planning while it runs (paper section 7).
 
 One window is served while the next is read. When little of it waits, the rest and the next window are planned together,
 so that both ends stay filled; what runs stays where it is.
