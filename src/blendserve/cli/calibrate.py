@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from blendserve.cli.options import positive_integer, tell
 from blendserve.config import cache_dir, usable_cores
+from blendserve.report.format import plural
 
 if TYPE_CHECKING:
     from blendserve.calibrate import Measurements, SideBySide, Spread
+
+_BUSY_LOAD_PER_CORE = 0.5
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
     from blendserve.calibrate import FULL, QUICK, calibrate  # loads the native core, which --help does not need
 
     num_threads = args.threads or usable_cores()
-    tell(f"measuring with {num_threads} threads ...")
+    load = os.getloadavg()[0]
+    if load > _BUSY_LOAD_PER_CORE * usable_cores():
+        tell(f"note: the load average is {load:.1f}: what else runs here will be measured too")
+    tell(f"measuring with {plural(num_threads, 'thread')} ...")
     measured = calibrate(num_threads, QUICK if args.quick else FULL)
     path = measured.calibration.save(cache_dir())
     print(json.dumps(_as_json(measured)) if args.json else describe(measured))
@@ -46,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 def describe(measured: Measurements) -> str:
     """The measurements as tables: medians, and the least and most of the repeats."""
     found = measured.calibration
-    lines = [f"{found.machine}, {found.num_threads} threads, weights and KV in {found.dtype}", ""]
+    lines = [f"{found.machine}, {plural(found.num_threads, 'thread')}, weights and KV in {found.dtype}", ""]
     lines += ["matrix products" + " " * 38 + "step without attention"]
     lines += [f"{'tokens':>10}  {'GFLOP/s (least - most)':<30}{'measured':>16}{'modelled':>16}"]
     lines += [
