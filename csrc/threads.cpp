@@ -3,6 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -85,6 +86,12 @@ struct ThreadTeam::State {
     run_number.notify_all();
   }
 
+  void stop() {
+    is_stopping.store(true, std::memory_order_relaxed);
+    announce();
+    for (std::thread& worker : workers) worker.join();
+  }
+
   const int num_threads;
   int spins;
   const TileFn* fn = nullptr;
@@ -101,16 +108,20 @@ ThreadTeam::ThreadTeam(int num_threads) {
     throw std::invalid_argument("a thread team needs at least 1 thread, got " + std::to_string(num_threads));
   }
   state_ = std::make_unique<State>(num_threads);
-  for (int worker = 1; worker < num_threads; ++worker) {
-    state_->workers.emplace_back([state = state_.get(), worker] { state->worker_loop(worker); });
+  state_->workers.reserve(static_cast<size_t>(num_threads));
+  try {
+    for (int worker = 1; worker < num_threads; ++worker) {
+      state_->workers.emplace_back([state = state_.get(), worker] { state->worker_loop(worker); });
+    }
+  } catch (const std::system_error& error) {
+    const size_t num_started = state_->workers.size() + 1;
+    state_->stop();  // a thread that is destroyed before it is joined would end the process
+    throw std::invalid_argument("the system gives only " + std::to_string(num_started) + " of " +
+                                std::to_string(num_threads) + " threads (" + error.what() + "); use fewer");
   }
 }
 
-ThreadTeam::~ThreadTeam() {
-  state_->is_stopping.store(true, std::memory_order_relaxed);
-  state_->announce();
-  for (std::thread& worker : state_->workers) worker.join();
-}
+ThreadTeam::~ThreadTeam() { state_->stop(); }
 
 int ThreadTeam::num_threads() const { return state_->num_threads; }
 

@@ -26,7 +26,8 @@ class TileFn {
 
 class ThreadTeam {
  public:
-  explicit ThreadTeam(int num_threads);  // num_threads >= 1, the calling thread included
+  // num_threads >= 1, the calling thread included. Throws std::invalid_argument where the system has not so many.
+  explicit ThreadTeam(int num_threads);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;

@@ -5,6 +5,14 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <fstream>
+#define BLENDSERVE_CAN_LIMIT_MEMORY
+#endif
+
 #include "check.h"
 #include "threads.h"
 
@@ -130,6 +138,24 @@ void a_team_needs_a_thread() {
   CHECK(test::throws<std::invalid_argument>([] { ThreadTeam team(-3); }));
 }
 
+#if defined(BLENDSERVE_CAN_LIMIT_MEMORY)
+void threads_that_the_system_refuses_are_an_error() {
+  rlimit before;
+  CHECK(getrlimit(RLIMIT_AS, &before) == 0);
+  rlim_t num_pages = 0;
+  std::ifstream("/proc/self/statm") >> num_pages;
+  rlimit tight = before;
+  tight.rlim_cur = num_pages * static_cast<rlim_t>(getpagesize()) + (rlim_t{64} << 20);  // room for few stacks of 8 MB
+  CHECK(setrlimit(RLIMIT_AS, &tight) == 0);
+  CHECK(test::throws<std::invalid_argument>([] { ThreadTeam team(1000); }));
+  CHECK(setrlimit(RLIMIT_AS, &before) == 0);
+  ThreadTeam team(2);  // nothing of the refused team is left
+  int64_t sum[2] = {0, 0};
+  team.run(2, [&](int64_t tile, int) { sum[tile] = tile + 1; });
+  CHECK(sum[0] + sum[1] == 3);
+}
+#endif
+
 }  // namespace
 }  // namespace blendserve
 
@@ -144,5 +170,8 @@ int main() {
   RUN(several_teams_live_together);
   RUN(run_never_allocates);
   RUN(a_team_needs_a_thread);
+#if defined(BLENDSERVE_CAN_LIMIT_MEMORY)
+  RUN(threads_that_the_system_refuses_are_an_error);
+#endif
   return 0;
 }
