@@ -17,6 +17,8 @@ from blendserve.job import BatchJob, Generate, JobReport, run_job
 from blendserve.request import Request, SequenceOutput, TokenLogprob
 
 EOS = 0
+NUM_JOB_LINES = 60
+NUM_JOB_REQUESTS = 122  # choices of the valid ones among `mixed_lines(60)`
 SERVED = ServedModel(("tiny", "models/tiny"), vocab_size=256, max_model_len=2048)
 
 
@@ -140,3 +142,17 @@ def comparable(path: Path) -> list[dict[str, Any]]:
         if row["response"] and "usage" in row["response"]["body"]:
             del row["response"]["body"]["usage"]["prompt_tokens_details"]
     return sorted(rows, key=lambda row: str(row["id"]))
+
+
+def stop_after(num_answers: int, error: BaseException) -> FakeEngine:
+    """An engine that raises `error` once it has given so many answers."""
+
+    def on_answer(count: int) -> None:
+        if count == num_answers:
+            raise error
+
+    return FakeEngine(on_answer=on_answer)
+
+
+def errors_of(output: Path) -> Path:
+    return output.with_name(output.name.removesuffix(".jsonl") + ".errors.jsonl")

@@ -1,10 +1,8 @@
-"""A job on the fakes: files in OpenAI's shapes, exactly once, whatever stops it and however often."""
+"""A job on the fakes: files in OpenAI's shapes, every line exactly once, whatever the engine does."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,61 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 from batch_fakes import (
-    FakeCodec,
+    NUM_JOB_LINES,
+    NUM_JOB_REQUESTS,
     FakeEngine,
     batch_line,
     comparable,
-    mixed_lines,
     read_rows,
     run_fake,
+    stop_after,
     write_lines,
 )
 
 from blendserve.batchfile.schema import ServedModel
 from blendserve.batchfile.store import PendingRequests
-from blendserve.errors import CapacityError, ConfigError, ExecutorError, RequestError
+from blendserve.errors import CapacityError, ExecutorError, RequestError
 from blendserve.job import JobInterrupted, JobProgress
 from blendserve.request import Request, SequenceOutput
-
-NUM_LINES = 60
-NUM_REQUESTS = 122  # choices of the valid ones among `mixed_lines(60)`
-
-
-@pytest.fixture
-def job_input(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "in.jsonl", mixed_lines(NUM_LINES))
-
-
-@pytest.fixture
-def whole(tmp_path: Path, job_input: Path) -> Path:
-    """The output of an uninterrupted run, ordered; its errors lie beside it."""
-    run_fake(job_input, tmp_path / "whole.jsonl", is_ordered=True)
-    return tmp_path / "whole.jsonl"
-
-
-def stop_after(num_answers: int, error: BaseException) -> FakeEngine:
-    """An engine that raises `error` once it has given so many answers."""
-
-    def on_answer(count: int) -> None:
-        if count == num_answers:
-            raise error
-
-    return FakeEngine(on_answer=on_answer)
-
-
-def errors_of(output: Path) -> Path:
-    return output.with_name(output.name.removesuffix(".jsonl") + ".errors.jsonl")
 
 
 def test_every_line_is_one_row_of_one_file(tmp_path: Path, job_input: Path) -> None:
     report = run_fake(job_input, tmp_path / "out.jsonl")
     rows, errors = read_rows(tmp_path / "out.jsonl"), read_rows(tmp_path / "out.errors.jsonl")
-    assert report.num_lines == NUM_LINES == len(rows) + len(errors)
+    assert report.num_lines == NUM_JOB_LINES == len(rows) + len(errors)
     assert (report.num_succeeded, report.num_failed) == (len(rows), len(errors))
-    assert report.errors_by_code == {"invalid_json_line": NUM_LINES // 9}
-    assert sorted(row["custom_id"] for row in rows) == sorted(f"id-{n}" for n in range(NUM_LINES) if n % 9 != 8)
+    assert report.errors_by_code == {"invalid_json_line": NUM_JOB_LINES // 9}
+    assert sorted(row["custom_id"] for row in rows) == sorted(f"id-{n}" for n in range(NUM_JOB_LINES) if n % 9 != 8)
     assert report.errors_path == str(tmp_path / "out.errors.jsonl")
-    assert len({row["id"] for row in (*rows, *errors)}) == NUM_LINES
+    assert len({row["id"] for row in (*rows, *errors)}) == NUM_JOB_LINES
 
 
 def test_a_chat_row_is_exactly_openais(tmp_path: Path) -> None:
@@ -142,164 +112,7 @@ def test_the_order_of_answers_changes_nothing_but_the_order_of_rows(
     assert comparable(output) == comparable(whole)
     run_fake(job_input, output, FakeEngine(order), is_ordered=True, is_fresh=True)
     ids = [row["custom_id"] for row in read_rows(output)]
-    assert ids == [f"id-{number}" for number in range(NUM_LINES) if number % 9 != 8]
-
-
-@pytest.mark.parametrize("num_answers", [0, 1, 7, 30, 77])
-def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
-    tmp_path: Path, job_input: Path, whole: Path, num_answers: int
-) -> None:
-    output = tmp_path / "out.jsonl"
-    with pytest.raises(JobInterrupted, match=f"{num_answers} of .* run the same command again") as caught:
-        run_fake(job_input, output, stop_after(num_answers, KeyboardInterrupt()))
-    assert caught.value.exit_code == 130
-    assert not output.exists()
-    engine = FakeEngine("backward")
-    report = run_fake(job_input, output, engine, clock=lambda: 1_800_000_000.0)
-    assert report.num_resumed == num_answers
-    assert comparable(output) == comparable(whole)
-    assert comparable(errors_of(output)) == comparable(errors_of(whole))
-    assert engine.num_answers == NUM_REQUESTS - num_answers
-
-
-def test_sigterm_ends_a_job_as_ctrl_c_does(tmp_path: Path, job_input: Path, whole: Path) -> None:
-    def terminate(count: int) -> None:
-        if count == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(JobInterrupted) as caught:
-        run_fake(job_input, tmp_path / "out.jsonl", FakeEngine(on_answer=terminate))
-    assert caught.value.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
-    run_fake(job_input, tmp_path / "out.jsonl")
-    assert comparable(tmp_path / "out.jsonl") == comparable(whole)
-
-
-def test_an_interrupt_while_reading_loses_nothing(tmp_path: Path, job_input: Path, whole: Path) -> None:
-    class InterruptedCodec(FakeCodec):
-        def encode(self, prompts: Any) -> Any:  # noqa: ARG002
-            raise KeyboardInterrupt
-
-    with pytest.raises(JobInterrupted, match="before any request"):
-        run_fake(job_input, tmp_path / "out.jsonl", codec=InterruptedCodec())
-    run_fake(job_input, tmp_path / "out.jsonl")
-    assert comparable(tmp_path / "out.jsonl") == comparable(whole)
-
-
-def test_a_resumed_job_does_not_encode_again(tmp_path: Path, job_input: Path) -> None:
-    with pytest.raises(ExecutorError, match="broke"):
-        run_fake(job_input, tmp_path / "out.jsonl", stop_after(9, ExecutorError("the executor broke")))
-    codec = FakeCodec()
-    run_fake(job_input, tmp_path / "out.jsonl", codec=codec)
-    assert codec.num_calls == 0
-
-
-def test_a_journal_cut_anywhere_resumes_to_the_same_files(tmp_path: Path, job_input: Path, whole: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    with pytest.raises(JobInterrupted):
-        run_fake(job_input, output, stop_after(60, KeyboardInterrupt()))
-    records = tmp_path / "out.jsonl.journal" / "records"
-    header = json.loads((records.parent / "header.json").read_text())
-    content = records.read_bytes()
-    random = np.random.default_rng(5)
-    for length in random.integers(header["num_ingest_bytes"], len(content), 12).tolist():
-        records.write_bytes(content[:length])
-        with pytest.raises(JobInterrupted):  # stop again before the journal is sealed
-            run_fake(job_input, output, stop_after(3, KeyboardInterrupt()))
-    report = run_fake(job_input, output)
-    assert comparable(output) == comparable(whole)
-    assert comparable(errors_of(output)) == comparable(errors_of(whole))
-    assert report.num_resumed >= 3
-
-
-def test_a_journal_that_lost_what_was_read_is_refused(tmp_path: Path, job_input: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    with pytest.raises(JobInterrupted):
-        run_fake(job_input, output, stop_after(3, KeyboardInterrupt()))
-    (tmp_path / "out.jsonl.journal" / "records").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"damaged.*--fresh"):
-        run_fake(job_input, output)
-    run_fake(job_input, output, is_fresh=True)
-
-
-def test_a_finished_job_is_not_run_again(tmp_path: Path, job_input: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    first = run_fake(job_input, output)
-    content = output.read_bytes()
-    engine = FakeEngine()
-    again = run_fake(job_input, output, engine)
-    assert again.was_complete
-    assert engine.num_answers == 0
-    assert (again.num_succeeded, again.errors_by_code, again.notes) == (
-        first.num_succeeded,
-        first.errors_by_code,
-        first.notes,
-    )
-    assert output.read_bytes() == content
-    assert sorted(path.name for path in (tmp_path / "out.jsonl.journal").iterdir()) == ["complete.json", "lock"]
-    run_fake(job_input, output, engine, is_fresh=True)
-    assert engine.num_answers > 0
-
-
-def test_a_finished_job_whose_files_changed_is_refused_and_one_whose_output_is_gone_runs(
-    tmp_path: Path, job_input: Path
-) -> None:
-    output = tmp_path / "out.jsonl"
-    run_fake(job_input, output)
-    with pytest.raises(ConfigError, match="--ordered --fresh"):
-        run_fake(job_input, output, is_ordered=True)
-    with output.open("ab") as file:
-        file.write(b"{}\n")
-    with pytest.raises(ConfigError, match="changed since"):
-        run_fake(job_input, output)
-    output.unlink()
-    assert not run_fake(job_input, output).was_complete
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"settings": {"dtype": "int8"}}, "dtype was None, is int8"),
-        (
-            {"served": ServedModel(("tiny", "models/tiny"), vocab_size=256, max_model_len=1024)},
-            "max_model_len was 2048",
-        ),
-        ({"served": ServedModel(("tiny",), vocab_size=256, max_model_len=2048)}, "model names"),
-        ({"max_line_bytes": 5000}, "max_line_bytes"),
-    ],
-)
-@pytest.mark.parametrize("is_finished", [True, False])
-def test_a_journal_of_other_settings_is_refused(
-    tmp_path: Path, job_input: Path, changes: dict[str, Any], words: str, is_finished: bool
-) -> None:
-    output = tmp_path / "out.jsonl"
-    if is_finished:
-        run_fake(job_input, output)
-    else:
-        with pytest.raises(JobInterrupted):
-            run_fake(job_input, output, stop_after(3, KeyboardInterrupt()))
-    with pytest.raises(ConfigError, match=f"another job.*{words}.*--fresh"):
-        run_fake(job_input, output, **changes)
-
-
-def test_a_journal_of_another_input_is_refused(tmp_path: Path, job_input: Path) -> None:
-    with pytest.raises(JobInterrupted):
-        run_fake(job_input, tmp_path / "out.jsonl", stop_after(3, KeyboardInterrupt()))
-    write_lines(job_input, [*mixed_lines(NUM_LINES), batch_line("one more")])
-    with pytest.raises(ConfigError, match=r"input .sha256. was"):
-        run_fake(job_input, tmp_path / "out.jsonl")
-    assert run_fake(job_input, tmp_path / "out.jsonl", is_fresh=True).num_lines == NUM_LINES + 1
-
-
-def test_a_job_in_use_is_refused(tmp_path: Path, job_input: Path) -> None:
-    def start_again(count: int) -> None:
-        if count == 2:
-            with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
-                run_fake(job_input, tmp_path / "out.jsonl", is_fresh=True)
-
-    report = run_fake(job_input, tmp_path / "out.jsonl", FakeEngine(on_answer=start_again))
-    assert report.num_lines == NUM_LINES
+    assert ids == [f"id-{number}" for number in range(NUM_JOB_LINES) if number % 9 != 8]
 
 
 def test_errors_of_the_engine_are_rows(tmp_path: Path) -> None:
@@ -418,9 +231,9 @@ def test_progress_counts_requests_of_earlier_runs_but_tokens_of_this_one(tmp_pat
     with pytest.raises(JobInterrupted):
         run_fake(job_input, tmp_path / "out.jsonl", stop_after(10, KeyboardInterrupt()))
     report = run_fake(job_input, tmp_path / "out.jsonl", on_progress=on_progress)
-    assert seen == [(done, NUM_REQUESTS) for done in range(10, NUM_REQUESTS + 1)]
+    assert seen == [(done, NUM_JOB_REQUESTS) for done in range(10, NUM_JOB_REQUESTS + 1)]
     assert report.num_cached_tokens > 0
-    assert 0 < report.num_output_tokens < NUM_REQUESTS * 12
+    assert 0 < report.num_output_tokens < NUM_JOB_REQUESTS * 12
 
 
 def test_known_lengths_and_limits_reach_the_policy(tmp_path: Path) -> None:

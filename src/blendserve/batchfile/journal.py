@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,18 +85,16 @@ class Journal:
 
     def header(self) -> JournalHeader | None:
         """The header of a job whose ingestion has ended, else None."""
-        fields = self._read_json(_HEADER)
-        if fields is None:
-            return None
-        return JournalHeader(**{**fields, "identity": JobIdentity(**fields["identity"])})
+        fields = self._read_json(_HEADER, JournalHeader)
+        return None if fields is None else JournalHeader(**fields)
 
     def write_header(self, header: JournalHeader) -> None:
         replace_durably(self.directory / _HEADER, _to_json(header))
 
     def seal(self) -> JournalSeal | None:
         """What a finished job left, else None."""
-        fields = self._read_json(_SEAL)
-        return None if fields is None else JournalSeal(**{**fields, "identity": JobIdentity(**fields["identity"])})
+        fields = self._read_json(_SEAL, JournalSeal)
+        return None if fields is None else JournalSeal(**fields)
 
     def write_seal(self, seal: JournalSeal) -> None:
         """Mark the job finished; records and prompts are dropped, the output files hold all that counts."""
@@ -141,29 +139,32 @@ class Journal:
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
     def _discard(self, keep: set[str]) -> None:
-        for entry in self.directory.iterdir():
-            if entry.name in keep:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        with writing_to(self.directory):
+            for entry in self.directory.iterdir():
+                if entry.name in keep:
+                    continue
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
+    def _read_json(self, name: str, kind: type[JournalHeader | JournalSeal]) -> dict[str, Any] | None:
+        """The fields of a `kind`; None where there is no such file."""
         path = self.directory / name
         try:
-            fields: dict[str, Any] = json.loads(path.read_bytes())
-            version = fields.pop("format")
+            values: dict[str, Any] = json.loads(path.read_bytes())
+            version = values.pop("format")
+            if version == FORMAT_VERSION:
+                identity = JobIdentity(**values["identity"])
+                return {field.name: values[field.name] for field in fields(kind)} | {"identity": identity}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
-        if version != FORMAT_VERSION:
-            raise ConfigError(
-                f"{path} has format {version}, this version of blendserve reads {FORMAT_VERSION}; finish the job with "
-                "the version that began it, or discard the journal with --fresh"
-            )
-        return fields
+        raise ConfigError(
+            f"{path} has format {version}, this version of blendserve reads {FORMAT_VERSION}; finish the job with "
+            "the version that began it, or discard the journal with --fresh"
+        )
 
 
 def check_same_job(recorded: JobIdentity, present: JobIdentity, directory: Path) -> None:

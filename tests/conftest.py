@@ -1,0 +1,20 @@
+"""Batch files that several tests of jobs run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from batch_fakes import NUM_JOB_LINES, mixed_lines, run_fake, write_lines
+
+
+@pytest.fixture
+def job_input(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "in.jsonl", mixed_lines(NUM_JOB_LINES))
+
+
+@pytest.fixture
+def whole(tmp_path: Path, job_input: Path) -> Path:
+    """The output of an uninterrupted run, ordered; its errors lie beside it."""
+    run_fake(job_input, tmp_path / "whole.jsonl", is_ordered=True)
+    return tmp_path / "whole.jsonl"
