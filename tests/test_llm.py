@@ -176,9 +176,11 @@ def test_a_conversation_that_the_template_refuses_fails_alone(llm: LLM, monkeypa
     assert outputs[0].outputs[0].finish_reason == "length"
 
 
-def test_closing_twice_does_nothing(tiny: Path) -> None:
+def test_closing_twice_does_nothing_and_prompts_are_refused_then(tiny: Path) -> None:
     with LLM(str(tiny), **LIMITS) as llm:
         llm.close()
+    with pytest.raises(ConfigError, match="closed"):
+        llm.generate([[5, 6]])
 
 
 def test_a_request_beyond_the_kv_memory_fails_alone(tiny: Path) -> None:

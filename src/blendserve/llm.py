@@ -70,6 +70,7 @@ class LLM:
         self.seed = seed
         self._cost = cost_of(self.model.spec, self.config.num_threads)
         self._engine = open_engine(self.model, self.config, isa=isa)
+        self._is_closed = False
 
     def generate(
         self,
@@ -80,7 +81,7 @@ class LLM:
 
         `sampling_params` is one for all, one per prompt, or None for `SamplingParams()`. A prompt that cannot be served
         (too long, or a parameter out of range) comes back with `error` set; the others are served.
-        Raises: ConfigError when the numbers of prompts and parameters differ.
+        Raises: ConfigError when the numbers of prompts and parameters differ, or after `close`.
         """
         listed = _listed_prompts(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
@@ -100,7 +101,7 @@ class LLM:
         """Answer conversations, formatted by the model's chat template; one conversation or a list of them.
 
         A conversation that the template does not take comes back with `error` set; the others are served.
-        Raises: ConfigError when the model has no chat template.
+        Raises: ConfigError when the model has no chat template, or after `close`.
         """
         conversations = _listed_conversations(messages)
         rendered = [self._render(conversation) for conversation in conversations]
@@ -116,7 +117,8 @@ class LLM:
         return self._engine.stats
 
     def close(self) -> None:
-        """Stop the threads and give the memory back."""
+        """Stop the threads and give the memory back. Closing again does nothing; prompts are refused from now on."""
+        self._is_closed = True
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -179,6 +181,8 @@ class LLM:
         ]
 
     def _run(self, requests: list[Request]) -> list[SequenceOutput]:
+        if self._is_closed:
+            raise ConfigError("this LLM is closed; make a new one")
         if not requests:
             return []
         table = request_table(

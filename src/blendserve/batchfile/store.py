@@ -28,6 +28,7 @@ from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
+from blendserve.planner.table import known_output_tokens
 from blendserve.request import Request, SamplingParams, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
@@ -302,12 +303,11 @@ class PendingRequests:
 
 def _flags(line: BatchLine) -> int:
     sampling = line.sampling
-    is_exact = sampling.max_tokens is not None and sampling.min_tokens >= sampling.max_tokens
-    never_stops = sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
+    limit = MAX_INT32 if sampling.max_tokens is None else sampling.max_tokens
     return (
         (_HAS_SEED if sampling.seed is not None else 0)
         | (_IS_CHAT if line.url == CHAT_URL else 0)
-        | (_HAS_KNOWN_LENGTH if is_exact or never_stops else 0)
+        | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )
 
 
