@@ -259,3 +259,12 @@ def test_nothing_is_left_behind(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     assert main(plan_args(source, tiny)) == 0
     assert list(scratch.iterdir()) == []
     assert np.array_equal(sorted(path.name for path in tmp_path.glob("in*")), ["in.jsonl"])
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--hardware", "--model", "--policy", "--html", "--json", "llama-3-8b", "a100-80g"):
+        assert option in printed

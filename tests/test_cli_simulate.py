@@ -140,3 +140,12 @@ def test_wrong_usage_exits_2(extra: list[str], capsys: pytest.CaptureFixture[str
         main(["simulate", *extra])
     assert end.value.code == 2
     assert extra[0] in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["simulate", "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--hardware", "--model", "--policy", "--html", "--json", "llama-3-8b", "a100-80g"):
+        assert option in printed

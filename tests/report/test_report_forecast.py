@@ -12,7 +12,9 @@ from blendserve.errors import CapacityError
 from blendserve.hardware import A100_80G
 from blendserve.models.known import LLAMA_3_8B
 from blendserve.report.forecast import (
+    STEPS_PER_REQUEST,
     draw_outputs,
+    estimate_steps,
     fit_to,
     forecast,
     planned_workload,
@@ -91,6 +93,20 @@ def test_a_part_stands_for_the_whole(workload: Workload) -> None:
     assert run.time_s == pytest.approx(whole.runs[0].time_s, rel=0.35)
     assert run.num_tokens == workload.num_tokens
     assert 0 < run.factor < 1
+
+
+def test_long_outputs_are_sampled_for_their_steps() -> None:
+    """Few requests can take very many steps: then fewer are simulated, and no more steps than were allowed."""
+    count, length = 500, 16_000
+    prompts = [(index,) for index in range(count)]
+    videos = planned_workload("videos", plan_of(prompts, [length] * count))
+    num_steps = estimate_steps(videos, MACHINE)
+    assert num_steps == pytest.approx(count * length * length / 2 / MACHINE.capacity_tokens, rel=0.01)
+    part, factor = sampled(500)(videos, MACHINE)
+    assert len(part) == int(count * 500 * STEPS_PER_REQUEST / num_steps) < count
+    assert factor == 1.0
+    part, factor = sampled(100 * count)(videos, MACHINE)
+    assert (len(part), factor) == (count, 1.0)
 
 
 def test_engines_and_policies_are_all_combined(workload: Workload) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blendserve.report.format import format_duration, format_number, format_share, plural, time_unit
+from blendserve.report.format import format_duration, format_figure, format_number, format_share, plural, time_unit
 from blendserve.report.series import log_histogram, means_along, slice_steps, spread_along
 
 
@@ -84,9 +84,13 @@ def test_histograms_hold_every_value(values: list[float]) -> None:
         (format_duration(0.0412), "41.2 ms"),
         (format_duration(3.14159), "3.14 s"),
         (format_duration(100), "100 s"),
-        (format_duration(600), "10 min"),
-        (format_duration(7200), "2 h"),
-        (format_duration(86400 * 3), "3 d"),
+        (format_duration(600), "10.0 min"),
+        (format_duration(7200), "2.00 h"),
+        (format_duration(86400 * 3), "3.00 d"),
+        (format_duration(0), "0 ms"),
+        (format_figure(1.5), "1.50"),
+        (format_figure(12000), "12.0k"),
+        (format_figure(0.0175), "0.0175"),
         (format_share(0.1234), "12.3%"),
         (format_share(1.0), "100%"),
         (plural(1, "request"), "1 request"),

@@ -36,8 +36,8 @@ from blendserve.simulate import Machine
 from blendserve.workloads.knowledge import ScaledLengths
 
 DEFAULT_POLICIES = ("fcfs", "random", "dfs", "lexical-buckets", "paper", "blend")
-DEFAULT_MAX_SIMULATED = 10_000
-"""Six policies on so many requests of a few hundred tokens are simulated in about half a minute on one core."""
+DEFAULT_MAX_SIMULATED = 4000
+"""Six policies on so many requests, and ten times as many steps, are simulated in about a minute on one core."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

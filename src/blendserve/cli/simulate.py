@@ -39,6 +39,8 @@ DEFAULT_POLICIES = ("dfs", "random", "paper", "blend")
 DEFAULT_MAX_SIMULATED = 5000
 DEFAULT_BLEND_REQUESTS = 400_000
 DEFAULT_MODEL = "llama-3-8b"
+_MIN_VIDEO_SCALE = 0.15
+"""Videos of 2,500 tokens still have a density of a third, so that they bring a blend down to 1."""
 TRACE_BY_OPTION = {"burstgpt": "burstgpt", "azure": "azure-code", "sharegpt": "sharegpt", "wildchat": "wildchat"}
 BLEND_NOTE = (
     "The blend is synthetic: one compute-intensive trace, video generations for the density, exam questions with "
@@ -159,7 +161,8 @@ def _simulate_blend(args: argparse.Namespace, machines: dict[EngineKind, Machine
     def part_of(whole: Workload, machine: Machine) -> Part:  # noqa: ARG001
         if len(whole) <= args.max_simulated:
             return Part(whole, 1.0)
-        factor = math.sqrt(args.max_simulated / args.requests)
+        shortest = _MIN_VIDEO_SCALE / min(1.0, density)
+        factor = min(1.0, max(shortest, math.sqrt(args.max_simulated / args.requests)))
         video_tokens = VIDEO_MEAN_TOKENS * factor
         part = blend(density, sharing, args.max_simulated, compute_trace=trace, video_tokens=video_tokens)
         return Part(part, factor)

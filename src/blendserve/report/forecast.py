@@ -20,6 +20,8 @@ from blendserve.workloads.workload import Workload
 
 _RUN_REQUESTS = 64
 """Neighbours of the sorted order that are taken together into a part: sharing inside them is kept."""
+STEPS_PER_REQUEST = 10
+"""Bounds the time of a simulation, of which every step takes a fraction of a millisecond."""
 _MIN_RUNS = 16
 _MIN_FITTING = 32
 
@@ -162,18 +164,29 @@ def forecast(
 
 def sampled(max_requests: int) -> Callable[[Workload, Machine], Part]:
     """A chooser of parts: runs of neighbours, on a machine so small that caches and tails weigh as they do in the whole
-    job, yet dozens of the longest requests fit.
+    job, yet dozens of the longest requests fit and the steps stay within `STEPS_PER_REQUEST` per request.
     """
 
     def part_of(workload: Workload, machine: Machine) -> Part:
-        if len(workload) <= max_requests:
+        num_steps, max_steps = estimate_steps(workload, machine), STEPS_PER_REQUEST * max_requests
+        most = max(1, min(max_requests, int(len(workload) * max_steps / num_steps)))
+        if len(workload) <= most:
             return Part(workload, 1.0)
-        part = workload.subset(sample_rows(workload.order, max_requests))
+        part = workload.subset(sample_rows(workload.order, most))
+        share = len(part) / len(workload)
         longest = int((part.num_prompt_tokens + part.num_output_tokens).max())
-        factor = max(len(part) / len(workload), _MIN_FITTING * longest / machine.capacity_tokens)
-        return Part(part, min(1.0, factor))
+        room = _MIN_FITTING * longest / machine.capacity_tokens
+        return Part(part, min(1.0, max(share, room, share * num_steps / max_steps)))
 
     return part_of
+
+
+def estimate_steps(workload: Workload, machine: Machine) -> float:
+    """About how many steps a job takes: decodes as the KV memory or the limit on sequences allows, then its prompts."""
+    prompts, outputs = workload.num_prompt_tokens, workload.num_output_tokens
+    num_read = float(np.sum(outputs * (prompts + outputs / 2)))
+    decodes = max(num_read / machine.capacity_tokens, float(outputs.sum()) / machine.max_num_seqs)
+    return decodes + float(prompts.sum()) / machine.max_num_batched_tokens + 1.0
 
 
 def planned_workload(name: str, plan: Plan, *, seed: int = 0) -> Workload:

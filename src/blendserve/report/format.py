@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 _SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"), (1e-3, "milliseconds"))
 
 
 def format_number(value: float) -> str:
-    """About three digits: 0.035, 1.37, 412, 1.2k, 3.4M."""
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if value == 0:
-        return "0"
-    for size, suffix in _SUFFIXES:
-        if abs(value) >= size * 0.9995:
-            return _digits(value / size) + suffix
-    return _digits(value)
+    """At most three digits, as ticks have them: 0.035, 1.4, 412, 1.2k, 3M."""
+    return _scaled(value, _short)
+
+
+def format_figure(value: float) -> str:
+    """Three digits always, as columns of figures have them: 0.0350, 1.40, 412, 1.20k, 3.00M."""
+    return _scaled(value, _three_digits)
 
 
 def format_count(value: int) -> str:
@@ -31,11 +30,11 @@ def format_share(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """About three digits in the unit that fits: 41.2 ms, 3.14 s, 12.4 min, 5.2 h, 3.4 d."""
-    for size, unit in ((86400 * 2, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= size * (2 if unit == "min" else 1):
-            return f"{_digits(seconds / (86400 if unit == 'd' else size))} {unit}"
-    return f"{_digits(seconds * 1e3)} ms"
+    """Three digits in the unit that fits: 41.2 ms, 3.14 s, 12.4 min, 5.20 h, 3.40 d."""
+    for least, size, unit in ((172800, 86400, "d"), (3600, 3600, "h"), (120, 60, "min"), (1, 1, "s")):
+        if seconds >= least:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return f"{_three_digits(seconds * 1e3)} ms"
 
 
 def time_unit(longest_s: float) -> tuple[float, str]:
@@ -51,12 +50,22 @@ def plural(count: int, noun: str) -> str:
     return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
 
 
-def _digits(value: float) -> str:
-    magnitude = abs(value)
-    if magnitude >= 99.95:
+def _scaled(value: float, digits: Callable[[float], str]) -> str:
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    for size, suffix in _SUFFIXES:
+        if abs(value) >= size * 0.9995:
+            return digits(value / size) + suffix
+    return digits(value)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 99.95 or value == 0 else f"{value:#.3g}"
+
+
+def _short(value: float) -> str:
+    if abs(value) >= 99.95:
         return f"{value:.0f}"
-    if magnitude >= 9.995:
-        return f"{value:.1f}".removesuffix(".0")
-    if magnitude >= 0.0995:
-        return f"{value:.2f}".rstrip("0").rstrip(".")
+    if abs(value) >= 0.0995:
+        return f"{value:.3g}"
     return f"{value:.2g}"

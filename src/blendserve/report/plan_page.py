@@ -84,7 +84,7 @@ def density_chart(plan: Plan) -> Chart:
     label = "requests in the planned order: compute end left, memory end right"
     chart = Chart(
         Axis(label, 0, plan.num_requests),
-        Axis("density (log)", low / 1.2, high * 1.2, is_log=True),
+        Axis("density (log)", low / 2, high * 1.5, is_log=True),
         label="density along the planned order",
         size=(1280, 300),
     )

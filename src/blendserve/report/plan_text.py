@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from blendserve.report.forecast import Forecasts
-from blendserve.report.format import format_count, format_duration, format_number, format_share, plural
+from blendserve.report.format import format_count, format_duration, format_figure, format_number, format_share, plural
 from blendserve.report.plan_summary import EndSummary, PlanSummary
 
 LENGTHS_NOTE = (
@@ -95,7 +95,7 @@ def policy_rows(forecasts: Forecasts) -> list[tuple[str, ...]]:
         (
             run.name,
             format_duration(run.time_s),
-            format_number(run.tokens_per_s),
+            format_figure(run.tokens_per_s),
             format_share(run.result.share_of_bound),
             format_share(run.result.sharing),
             format_share(run.result.sharing_kept),

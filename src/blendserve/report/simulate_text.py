@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blendserve.report.forecast import Forecast, Forecasts
-from blendserve.report.format import format_count, format_duration, format_number, format_share, plural
+from blendserve.report.format import format_count, format_duration, format_figure, format_number, format_share, plural
 from blendserve.report.plan_text import describe_part, describe_refused, finite, target_name, text_table
 
 POWER_NOTE = "Energy is board power times time: an upper estimate, without the rest of the computer."
@@ -93,10 +93,10 @@ class SimulateReport:
             result.policy,
             result.engine,
             format_duration(run.time_s),
-            format_number(run.tokens_per_s),
-            format_number(run.gpu_hours),
+            format_figure(run.tokens_per_s),
+            format_figure(run.gpu_hours),
             *([f"{run.price:,.2f}"] if self.has_price else []),
-            *([format_number(run.energy_kwh)] if self._has_power else []),
+            *([format_figure(run.energy_kwh)] if self._has_power else []),
             format_share(result.share_of_bound),
             format_share(result.sharing),
             format_share(result.sharing_kept),

@@ -60,8 +60,8 @@ def run_charts(runs: Sequence[Forecast], root_density: float) -> list[Html]:
         )
         captions = (
             f"{run.name}, {format_duration(run.time_s)}: time per step",
-            "Density of the batch",
-            "KV memory in use",
+            f"{run.name}: density of the batch",
+            f"{run.name}: KV memory in use",
         )
         for chart, caption in zip(charts, captions, strict=True):
             _add_hovers(chart, run, seconds)
