@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
+import time
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +260,54 @@ def test_a_finished_job_sends_nothing(tmp_path: Path, source: Path) -> None:
         before = len(server.exchanges)
         assert run_http(engine_for(server), source, tmp_path / "out.jsonl").was_complete
         assert len(server.exchanges) == before == NUM_LINES
+
+
+def test_half_a_surrogate_pair_in_an_answer_stays_one(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = fake_server._choice
+    monkeypatch.setattr(fake_server, "_choice", lambda *values: {**choice(*values), "text": "\ud83d and \u2028"})
+    with serving() as server:
+        run_http(engine_for(server), source, tmp_path / "out.jsonl")
+    assert_all_answered(tmp_path / "out.jsonl", NUM_LINES)
+    assert {row["response"]["body"]["choices"][0]["text"] for row in read_rows(tmp_path / "out.jsonl")} == {
+        "\ud83d and \u2028"
+    }
+
+
+def test_a_slow_disk_holds_back_what_is_sent(tmp_path: Path, source: Path) -> None:
+    sent: list[int] = []
+
+    def wait(progress: Any) -> None:
+        if progress.num_done == 1:
+            time.sleep(0.3)
+            sent.append(len(server.exchanges))
+
+    with serving() as server:
+        run_http(engine_for(server, settings={"max_inflight": 3}), source, tmp_path / "out.jsonl", on_progress=wait)
+    assert 3 <= sent[0] <= 10, "a window on its way, a window to be written, and the row at hand"
+    assert_all_answered(tmp_path / "out.jsonl", NUM_LINES)
+
+
+def test_answers_that_have_come_when_ctrl_c_strikes_are_kept(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class InterruptedQueue(queue.SimpleQueue):  # type: ignore[type-arg]
+        num_calls = 0
+
+        def get(self, *_: Any) -> Any:
+            self.num_calls += 1
+            if self.num_calls == 3:
+                while self.qsize() < 4:
+                    time.sleep(0.001)
+                raise KeyboardInterrupt
+            return super().get()
+
+    with serving() as server:
+        monkeypatch.setattr(queue, "SimpleQueue", InterruptedQueue)
+        with pytest.raises(JobInterrupted):
+            run_http(engine_for(server), source, tmp_path / "out.jsonl")
+        monkeypatch.undo()
+        report = run_http(engine_for(server), source, tmp_path / "out.jsonl")
+    assert report.num_resumed >= 6
+    assert_all_answered(tmp_path / "out.jsonl", NUM_LINES)
