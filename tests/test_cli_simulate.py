@@ -78,6 +78,7 @@ def test_text_names_what_is_synthetic_and_simulated(capsys: pytest.CaptureFixtur
                      "assumed to reach the same"):  # fmt: skip
         assert expected in captured.out
     assert "price" not in captured.out
+    assert "GPU-hours" in captured.out
     assert "simulating dfs" in captured.err
 
 

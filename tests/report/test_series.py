@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from blendserve.report.format import format_duration, format_figure, format_number, format_share, plural, time_unit
+from blendserve.report.plan_text import finite
 from blendserve.report.series import log_histogram, means_along, slice_steps, spread_along
 
 
@@ -105,3 +106,8 @@ def test_time_units_of_axes() -> None:
     assert time_unit(0.5) == (1e-3, "milliseconds")
     assert time_unit(100) == (1.0, "seconds")
     assert time_unit(1e5) == (3600.0, "hours")
+
+
+def test_json_has_no_infinity() -> None:
+    value = {"a": float("inf"), "b": [float("nan"), 1.5, "text"], "c": {"d": (2, None)}}
+    assert finite(value) == {"a": None, "b": [None, 1.5, "text"], "c": {"d": [2, None]}}

@@ -25,7 +25,7 @@ from blendserve.cli.targets import (
     write_page,
 )
 from blendserve.errors import ConfigError
-from blendserve.hardware import A100_80G
+from blendserve.hardware import A100_80G, HARDWARE_BY_NAME
 from blendserve.report.forecast import Forecasts, Part, forecast, planned_workload, sampled
 from blendserve.report.plan_text import part_notes
 from blendserve.report.simulate_page import simulate_page
@@ -205,6 +205,6 @@ def _notes(forecasts: Forecasts) -> list[str]:
     notes = part_notes(forecasts)
     if forecasts.machine.hardware.watts:
         notes.append(POWER_NOTE)
-    if forecasts.machine.hardware.name != A100_80G.name:
+    if forecasts.machine.hardware.name in HARDWARE_BY_NAME.keys() - {A100_80G.name}:
         notes.append("Shares of peak are those measured on an A100; other GPUs are assumed to reach the same.")
     return notes

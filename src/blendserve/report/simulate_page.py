@@ -46,7 +46,7 @@ def _tiles(report: SimulateReport) -> Html:
             ("Fastest", best.result.policy, f"{best.result.engine} engine"),
             ("Time", format_duration(best.time_s), gain),
             ("Throughput", f"{format_number(best.tokens_per_s)} tok/s", "input and output tokens"),
-            ("GPU-hours", format_number(best.gpu_hours), f"{plural(best.result.num_gpus, 'device')}{price}"),
+            (report.hours, format_number(best.gpu_hours), f"{plural(best.result.num_gpus, 'device')}{price}"),
             ("Share of bound", format_share(best.result.share_of_bound), "of what no schedule beats"),
             ("Prefix sharing", format_share(best.result.sharing), f"{format_share(forecasts.optimal_sharing)} at best"),
         ]

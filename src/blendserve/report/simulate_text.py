@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blendserve.hardware import HARDWARE_BY_NAME
 from blendserve.report.forecast import Forecast, Forecasts
 from blendserve.report.format import format_count, format_duration, format_figure, format_number, format_share, plural
 from blendserve.report.plan_text import describe_part, describe_refused, finite, target_name, text_table
@@ -76,7 +77,12 @@ class SimulateReport:
         """Names of the columns of `rows`."""
         optional = [name for name, is_known in (("price", self.has_price), ("kWh", self._has_power)) if is_known]
         kept = ("share of bound", "sharing", "of possible")
-        return ("policy", "engine", "time", "tokens/s", "GPU-hours", *optional, *kept)
+        return ("policy", "engine", "time", "tokens/s", self.hours, *optional, *kept)
+
+    @property
+    def hours(self) -> str:
+        """What device time is called: a calibrated machine is no GPU."""
+        return "GPU-hours" if self.forecasts.machine.hardware.name in HARDWARE_BY_NAME else "machine-hours"
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
