@@ -125,15 +125,35 @@ def test_preempting_the_owner_of_a_pending_prefix_preempts_those_who_wait_for_it
     assert all(outputs[r.index].token_ids.tolist() == expected_tokens(r, VOCAB_SIZE) for r in requests)
 
 
-def test_a_request_that_can_never_fit_is_an_error_output_and_the_run_goes_on() -> None:
+def test_requests_that_outgrow_the_memory_fail_when_they_do_and_spare_the_others() -> None:
+    requests = [make_request(i, range(10 + i, 14 + i), 60 if i % 3 == 0 else 30) for i in range(9)]
+    loop = make_loop(fake(num_blocks=10))
+    outputs = run_checked(loop, requests, FifoPolicy(9))
+    assert loop.stats.num_preemptions > 0
+    for request in requests:
+        output = outputs[request.index]
+        if request.max_output_tokens == 60:
+            assert isinstance(output.error, CapacityError)
+        else:
+            assert output.token_ids.tolist() == expected_tokens(request, VOCAB_SIZE)
+
+
+def test_a_prompt_larger_than_the_memory_is_refused() -> None:
+    loop = make_loop(fake(num_blocks=10))
+    outputs = run_checked(loop, [make_request(0, range(41), 1), make_request(1, range(3), 1)], FifoPolicy(2))
+    assert "needs 41 tokens" in str(outputs[0].error)
+    assert outputs[1].finish_reason == "length"
+
+
+def test_a_request_that_outgrows_the_memory_is_an_error_output_and_the_run_goes_on() -> None:
     requests = [make_request(0, range(10), 40), make_request(1, range(10), 3), make_request(2, [], 3)]
     loop = make_loop(fake(num_blocks=10))
     outputs = run_checked(loop, requests, FifoPolicy(3))
     error = outputs[0].error
     assert outputs[0].finish_reason == "error"
     assert isinstance(error, CapacityError)
-    assert "49 tokens" in str(error)
-    assert "40 are available" in str(error)
+    assert "needs 41 tokens" in str(error)
+    assert "40 are there" in str(error)
     assert "--kv-memory" in str(error)
     assert outputs[1].finish_reason == "length"
     assert isinstance(outputs[2].error, RequestError)

@@ -135,7 +135,8 @@ class Batcher:
     def grow(self, policy: Policy) -> list[Sequence]:
         """Give every decode the block that its next token needs, preempting those who lose least until it fits.
 
-        Returns the preempted sequences, in the order in which they lost their memory.
+        Returns the preempted sequences, in the order in which they lost their memory. One that runs alone and needs
+        more than there is stays as it is: see `is_outgrown`.
         """
         table = self.table
         preempted: list[Sequence] = []
@@ -144,7 +145,8 @@ class Batcher:
             rows = (table.num_computed_tokens >= table.num_reserved_tokens).nonzero()[0]
             if len(rows) <= self.num_available_blocks:
                 break
-            assert table.num_running > 1, "a sequence that runs alone outgrew the pool"
+            if table.num_running == 1:
+                return preempted
             preempted += self.preempt(self._cheapest_row(), policy)
         if len(rows):
             columns = table.num_reserved_tokens[rows] // self.block_size
@@ -152,6 +154,13 @@ class Batcher:
             table.block_tables[table.slot[rows], columns] = self._allocate(len(rows))
             table.num_reserved_tokens[rows] += self.block_size
         return preempted
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Does the only running sequence need more than the whole pool?"""
+        table = self.table
+        is_full = table.num_running == 1 and bool(table.num_computed_tokens[0] >= table.num_reserved_tokens[0])
+        return is_full and self.num_available_blocks == 0
 
     def _cheapest_row(self) -> int:
         """The row with the fewest computed tokens of its own, the youngest among equals."""

@@ -84,6 +84,8 @@ class EngineLoop:
         assert self._policy is not None, "step before begin"
         started = self._clock()
         self._keep(self.batcher.grow(self._policy))
+        if self.batcher.is_outgrown:
+            self._fail_outgrown(self._policy)
         self._admit(self._policy)
         if self.batcher.table.num_running:
             schedule = self.batcher.plan(self._policy.prefill_tokens(self.batcher))
@@ -163,15 +165,19 @@ class EngineLoop:
     def _propose(self, index: int, policy: Policy) -> Sequence | None:
         """The sequence of a proposed request; None where it can never run, which is then one of the outputs."""
         if index in self._preempted:
-            return self._preempted[index]
+            sequence = self._preempted[index]
+            if sequence.num_tokens <= self.batcher.capacity_tokens:
+                return sequence
+            del self._preempted[index]
+            policy.admitted(index, 0)
+            self._refuse(index, self._outgrown(sequence.request, sequence.num_tokens), policy)
+            return None
         if self._candidate is None or self._candidate.request.index != index:
             try:
                 self._candidate = self._new_sequence(self._source[index])
             except (RequestError, CapacityError) as error:
                 policy.admitted(index, 0)
-                policy.finished(index, 0)
-                self.stats.num_errors += 1
-                self._outputs.append(SequenceOutput(index, NO_TOKENS, "error", 0, 0, error=error))
+                self._refuse(index, error, policy)
                 return None
         return self._candidate
 
@@ -188,16 +194,28 @@ class EngineLoop:
                 code="context_length_exceeded",
                 param="messages",
             )
-        max_output_tokens = min(request.max_output_tokens, room)
-        needed = request.num_prompt_tokens + max(max_output_tokens - 1, 0)  # the last output token needs no KV
-        if needed > batcher.capacity_tokens:
-            raise CapacityError(
-                f"the request may need {needed} tokens of KV memory ({request.num_prompt_tokens} prompt, up to "
-                f"{max_output_tokens} output), {batcher.capacity_tokens} are available; raise --kv-memory, or lower "
-                "max_tokens or --max-model-len"
-            )
+        if request.num_prompt_tokens > batcher.capacity_tokens:
+            raise self._outgrown(request, request.num_prompt_tokens)
         keys = tuple(request.block_keys) if batcher.has_prefix_caching else ()
-        return Sequence(request, max_output_tokens, keys)
+        return Sequence(request, min(request.max_output_tokens, room), keys)
+
+    def _outgrown(self, request: Request, num_tokens: int) -> CapacityError:
+        """What a request comes to that needs more KV memory than there is: found when it does, not when it might."""
+        return CapacityError(
+            f"the request needs {num_tokens} tokens of KV memory ({request.num_prompt_tokens} of them its prompt), "
+            f"{self.batcher.capacity_tokens} are there; raise --kv-memory, or lower max_tokens"
+        )
+
+    def _fail_outgrown(self, policy: Policy) -> None:
+        sequence = self.batcher.table.sequence(0)
+        num_tokens = int(self.batcher.table.num_computed_tokens[0]) + 1
+        self.batcher.remove([0])
+        self._refuse(sequence.request.index, self._outgrown(sequence.request, num_tokens), policy)
+
+    def _refuse(self, index: int, error: Exception, policy: Policy) -> None:
+        policy.finished(index, 0)
+        self.stats.num_errors += 1
+        self._outputs.append(SequenceOutput(index, NO_TOKENS, "error", 0, 0, error=error))
 
     # What came of a step
 
