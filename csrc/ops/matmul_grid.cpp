@@ -22,21 +22,6 @@ int64_t resident_row_bytes(Isa isa, int64_t k) {
   return isa == Isa::kAvx512Bf16 ? 2 * k : 4 * std::min(k, kernels::kMaxResidentK);
 }
 
-// Columns that the busiest thread computes, in units of whole row tiles: what the others wait for at the end.
-int64_t busiest_columns(int64_t n, int64_t num_row_tiles, int64_t col_tile, int num_threads) {
-  return ceil_div(num_row_tiles * ceil_div(n, col_tile), num_threads) * col_tile;
-}
-
-// The widest tile, down to half of `widest`, that leaves no thread much longer at work than the others.
-int64_t balanced_col_tile(int64_t n, int64_t num_row_tiles, int64_t widest, int64_t col_step, int num_threads) {
-  int64_t best = widest;
-  for (int64_t width = widest - col_step; width >= std::max(col_step, widest / 2); width -= col_step) {
-    const int64_t busiest = busiest_columns(n, num_row_tiles, width, num_threads);
-    if (busiest < busiest_columns(n, num_row_tiles, best, num_threads)) best = width;
-  }
-  return best;
-}
-
 }  // namespace
 
 MatmulTile MatmulGrid::tile(int64_t index) const {
@@ -54,8 +39,7 @@ MatmulGrid suggest_grid(Isa isa, int64_t m, int64_t n, int64_t k, int num_thread
   const int64_t num_tiles = std::clamp<int64_t>(flop / kMinTileFlop, num_threads, kMaxTilesPerThread * num_threads);
   const int64_t num_col_tiles = ceil_div(num_tiles, num_row_tiles);
   const int64_t col_step = m == 1 ? 2 * kColumnPanel : kColumnPanel;  // one row runs on strips of 64 columns
-  const int64_t widest = round_up(ceil_div(n, num_col_tiles), col_step);
-  return {m, n, row_tile, balanced_col_tile(n, num_row_tiles, widest, col_step, num_threads)};
+  return {m, n, row_tile, round_up(ceil_div(n, num_col_tiles), col_step)};
 }
 
 }  // namespace blendserve
