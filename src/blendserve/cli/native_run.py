@@ -14,6 +14,7 @@ from blendserve.cli.options import engine_config, find_model, served_model
 from blendserve.config import EngineConfig
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.stats import RunStats
+from blendserve.executors.native import KERNEL_REVISION
 from blendserve.job import JobProgress
 from blendserve.models.fingerprint import fingerprint
 from blendserve.models.load import LoadedModel, load_model
@@ -39,7 +40,7 @@ class NativeRun:
         self.codec = ModelCodec(model.tokenizer)
         self.identity = identity
         self._isa: str = best_isa() if args.isa == "auto" else args.isa  # kernels round differently: never mix them
-        self.settings = {"isa": self._isa}
+        self.settings = {"isa": self._isa, "kernels": KERNEL_REVISION}
         self.notes: tuple[str, ...] = ()
         self.load_s = self.plan_s = self.run_s = 0.0
         self.stats: RunStats | None = None

@@ -22,6 +22,9 @@ from blendserve.request import Request, TokenIds, TokenLogprob
 
 Floats = NDArray[np.float32]
 
+KERNEL_REVISION = 1
+"""Raised when a change of the kernels changes tokens: a journal begun by other kernels is not continued."""
+
 
 @dataclass(frozen=True, slots=True)
 class NativeCounters:
