@@ -1,0 +1,55 @@
+"""What README and docs tell people to type is what the command line takes, and the example file is valid."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from blendserve.cli import _parser, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/engines.md")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command line) of every indented line that calls blendserve."""
+    found = []
+    for page in PAGES:
+        for line in (ROOT / page).read_text().splitlines():
+            match = re.match(r"    (?:.*&& )?(?:\.venv/bin/)?(blendserve .*)", line)
+            if match:
+                found.append((page, match.group(1)))
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: str(value)[:60])
+def test_documented_commands_are_taken(page: str, command: str) -> None:
+    arguments = shlex.split(command, comments=True)[1:]
+    assert callable(_parser().parse_args(arguments).command), page
+
+
+def test_the_readme_shows_commands_and_python() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert sum(page == "README.md" for page, _ in commands()) >= 6
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        ast.parse(block)
+    assert "@@" not in text
+
+
+@pytest.mark.model
+def test_every_line_of_the_example_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(ROOT / "examples" / "mixed.jsonl")]) == 0
+    assert "150 lines, 150 valid" in capsys.readouterr().out
+
+
+@pytest.mark.model
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "Paris" in capsys.readouterr().out
