@@ -170,3 +170,15 @@ def test_hazards_without_parents_are_the_product_limit_estimate() -> None:
     at_risk = np.array([[6.0, 4.0, 3.0, 2.0, 1.0]]) * 1e6
     found = hazards(events, at_risk, np.array([-1]), np.array([0]), edges)
     assert found[0, :4] == pytest.approx([2 / 6, 1 / 4, 0, 1 / 2], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LengthModel, MeanLengthModel])
+def test_refused_requests_tell_nothing(kind: type[LengthModel | MeanLengthModel]) -> None:
+    tree = tree_of_kinds()
+    model = kind(tree, unknown_table(tree.num_requests))
+    before = model.estimate(np.arange(tree.num_requests)).copy()
+    for row in model.samples.tolist():
+        model.observe(row, 0)
+    model.refresh()
+    assert (model.estimate(np.arange(tree.num_requests)) == before).all()
+    assert model.num_observed == 0

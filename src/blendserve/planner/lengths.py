@@ -64,8 +64,10 @@ class LengthModel:
         return self._num_observed
 
     def observe(self, index: int, num_output_tokens: int) -> None:
-        """A request has finished; one that reached its cap only tells that its length is at least that."""
-        if self._known[index] < 0:
+        """A request has finished; one that reached its cap only tells that its length is at least that, and one that
+        was refused (0 tokens) nothing.
+        """
+        if self._known[index] < 0 and num_output_tokens > 0:
             self._buffer.append((index, num_output_tokens))
             self._num_observed += 1
 
@@ -176,9 +178,11 @@ class MeanLengthModel:
         return self._num_observed
 
     def observe(self, index: int, num_output_tokens: int) -> None:
-        """A request has finished; only sampled ones count."""
+        """A request has finished; only sampled ones count, unless they were refused (0 tokens)."""
         if index in self._waited_for:
             self._waited_for.discard(index)
+            if not num_output_tokens:
+                return
             self._sum[self.strata.stratum_of[index]] += num_output_tokens
             self._count[self.strata.stratum_of[index]] += 1
             self._num_observed += 1
