@@ -53,22 +53,3 @@ def test_uncertain_lengths_count_by_their_share() -> None:
     forecast = KvForecast()
     forecast.rebuild(0, np.zeros(2), np.array([[10.0, 30.0], [10.0, 30.0]]))
     assert forecast.peak == 30.0
-
-
-@given(sequences, sequences)
-def test_known_lengths_are_refused_only_where_the_load_beside_them_would_pass_the_limit(
-    running: list[tuple[int, int]], waiting: list[tuple[int, int]]
-) -> None:
-    """Whatever ends before the peak enters, even while the peak itself is at the limit."""
-    forecast = KvForecast()
-    held, remaining = [list(column) for column in zip(*running, strict=True)]
-    forecast.rebuild(0, np.array(held, dtype=float), np.array(remaining, dtype=float)[:, None])
-    limit = forecast.peak
-    for request, (tokens, left) in enumerate(waiting[:3]):
-        loads = kv_loads([*held, tokens], [*remaining, left])
-        does_fit = max(loads[1 : left + 1]) <= limit
-        assert forecast.fits(request, 0, tokens, np.array([float(left)]), limit) == does_fit
-        if does_fit:
-            forecast.add(0, tokens, np.array([float(left)]))
-            held.append(tokens)
-            remaining.append(left)
