@@ -53,3 +53,15 @@ def test_uncertain_lengths_count_by_their_share() -> None:
     forecast = KvForecast()
     forecast.rebuild(0, np.zeros(2), np.array([[10.0, 30.0], [10.0, 30.0]]))
     assert forecast.peak == 30.0
+
+
+def test_gaps_before_a_peak_are_filled_one_after_the_other() -> None:
+    """One sequence grows to 1000. Shorter ones fit beside it while their sum stays below."""
+    forecast = KvForecast()
+    forecast.rebuild(0, np.zeros(1), np.array([[1000.0]]))
+    for request, length in enumerate((300.0, 450.0)):
+        assert forecast.fits(request, 0, 0.0, np.array([length]), 1000.0)
+        forecast.add(0, 0.0, np.array([length]))
+    assert not forecast.fits(3, 0, 0.0, np.array([400.0]), 1000.0)  # 3 x 400 at step 400
+    assert forecast.fits(4, 0, 0.0, np.array([240.0]), 1000.0)  # 4 x 240
+    assert not forecast.fits(5, 0, 0.0, np.array([260.0]), 1000.0)

@@ -38,6 +38,8 @@ class BlendSettings:
 MAX_PREFILL_STEPS = 16
 """What is admitted holds memory: its prefill takes about this many steps at most, and no more than needed once nothing
 waits."""
+EVEN_SHARE = 0.5
+"""Part of a full step's memory time that every step counts for when compute is shared out, however little it reads."""
 TRUST_TOKENS = 256
 """Prompt tokens that must have been planned before the sharing found in the engine outweighs the planned sharing."""
 
@@ -194,10 +196,22 @@ class BlendPolicy:
             self._look_ahead(view)
         sharing_error = self._actual_s / self._planned_s
         compute_s = max(self._waiting_compute_s * sharing_error + self._running_compute_s, 0.0)
-        tokens = compute_s / self._plan.cost.token_s / self._num_steps_left(view)
+        num_kv_tokens = float(computed[is_decoding].sum())
+        tokens = compute_s / self._plan.cost.token_s * self._step_share(view, num_kv_tokens)
         urgent = self._pending / (MAX_PREFILL_STEPS if self._scanner.num_waiting else 1)
         wanted = max(tokens - np.count_nonzero(is_decoding), urgent)
         self._budget = int(min(max(wanted, 1.0), view.max_num_batched_tokens))
+
+    def _step_share(self, view: SchedulerView, num_kv_tokens: float) -> float:
+        """Which part of the remaining compute belongs into a step that reads `num_kv_tokens`.
+
+        In proportion to the memory time of the step, all steps bearing `EVEN_SHARE` of a full one besides: the first
+        keeps compute for the memory to come, the second wastes no step while memory fills up.
+        """
+        kv_token_s = self._plan.cost.kv_token_s
+        even_s = EVEN_SHARE * self._settings.kv_share * view.capacity_tokens * kv_token_s
+        remaining_s = self._waiting_memory_s + self._running_memory_s + even_s * self._num_steps_left(view)
+        return min(1.0, (kv_token_s * num_kv_tokens + even_s) / max(remaining_s, 1e-12))
 
     def _num_steps_left(self, view: SchedulerView) -> float:
         """Steps over which to spread the compute: those that read all KV at full memory, or that the longest request
@@ -234,7 +248,13 @@ class BlendPolicy:
         self._running_compute_s = cost.token_s * (self._pending + float(first.sum()))
         self._running_memory_s = cost.kv_token_s * float((held * first + squared / 2).sum())
         present = float(own[~at_memory_end].sum())
-        self._reserve = min(max(present, self._steady_compute_end()), self._settings.max_reserve * view.capacity_tokens)
+        reserve = max(present, self._steady_compute_end()) + self._next_prompt_tokens()
+        self._reserve = min(reserve, self._settings.max_reserve * view.capacity_tokens)
+
+    def _next_prompt_tokens(self) -> float:
+        """Room that whatever is next at the compute end needs to enter at all."""
+        upcoming = self._scanner.upcoming(self._settings.window)
+        return float(self._plan.table.num_prompt_tokens[upcoming].max()) if len(upcoming) else 0.0
 
     def _steady_compute_end(self) -> float:
         """KV tokens that the compute end holds when it delivers the budget in every step (Little's law)."""
