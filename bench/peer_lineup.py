@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import machine
+
 BENCH = Path(__file__).resolve().parent
 PEERS_DIR = Path(os.environ.get("BLENDSERVE_PEERS_DIR", "~/.cache/blendserve-peers")).expanduser()
 """Environments and converted weights of the peers; `scripts/setup-peers` fills it."""
 
 KV_BYTES = 4 << 30
-"""KV cache of every engine."""
+"""KV cache of every engine but transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,13 @@ def entrant(name: str, model: Path, threads: int, overrides: Mapping[str, Any]) 
     `overrides` replaces settings, by dotted path. Raises: SystemExit when its environment is not set up.
     """
     engine, _, weights = name.partition("-")
-    builders = {"ours": _ours, "openvino": _openvino, "llamacpp": _llamacpp, "vllm": _vllm}
+    builders = {
+        "ours": _ours,
+        "openvino": _openvino,
+        "llamacpp": _llamacpp,
+        "vllm": _vllm,
+        "transformers": _transformers,
+    }
     if engine not in builders:
         raise SystemExit(
             f"unknown peer {name!r}; known: {', '.join(builders)}, with -q8_0, -f16 or -f32 for other weights"
@@ -46,7 +54,9 @@ def entrant(name: str, model: Path, threads: int, overrides: Mapping[str, Any]) 
     settings = builders[engine](model, threads, weights)
     for path, value in overrides.items():
         _replace(settings, path.split("."), value)
-    python = Path(sys.executable) if engine == "ours" else PEERS_DIR / engine / "bin" / "python"
+    # transformers and torch are dev dependencies of the project itself
+    is_own = engine in ("ours", "transformers")
+    python = Path(sys.executable) if is_own else PEERS_DIR / engine / "bin" / "python"
     if not python.exists():
         raise SystemExit(f"{name}: no environment in {python.parent.parent}; run: scripts/setup-peers {engine}")
     environment = {"OMP_NUM_THREADS": str(threads), **settings.pop("environment", {})}
@@ -103,7 +113,7 @@ def _llamacpp(model: Path, threads: int, weights: str) -> dict[str, Any]:
 
 def _vllm(model: Path, threads: int, weights: str) -> dict[str, Any]:
     return {
-        "model": str(PEERS_DIR / "weights" / f"{model.name.split('.')[0]}-hf"),
+        "model": str(_hf_directory(model)),
         "precision": f"{weights or 'bfloat16'} weights and KV",
         "arguments": {
             "dtype": weights or "bfloat16",
@@ -120,6 +130,23 @@ def _vllm(model: Path, threads: int, weights: str) -> dict[str, Any]:
             "VLLM_LOGGING_LEVEL": "WARNING",
         },
     }
+
+
+def _transformers(model: Path, threads: int, weights: str) -> dict[str, Any]:
+    # Without instructions for bf16 torch emulates it, ten times slower. A larger cache slows every step down: on a CPU
+    # attention runs over all of it.
+    dtype = weights or ("bfloat16" if "avx512_bf16" in machine().isa_flags else "float32")
+    return {
+        "model": str(_hf_directory(model)),
+        "threads": threads,
+        "dtype": dtype,
+        "precision": f"{dtype} weights and KV",
+        "batching": {"page_size": 256, "num_blocks": 64, "max_batch_tokens": 512},
+    }
+
+
+def _hf_directory(model: Path) -> Path:
+    return PEERS_DIR / "weights" / f"{model.name.split('.')[0]}-hf"
 
 
 def _weights(model: Path, kind: str) -> Path:

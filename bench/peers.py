@@ -17,6 +17,7 @@ import random
 import signal
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from blendserve.models.spec import ModelSpec
 # "What is the capital of France?" in the default model's chat template.
 QUESTION = (1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198)
 MAX_ANSWER_TOKENS = 24
+RUN_TIMEOUT_S = 1800.0
 FIRST_ORDINARY_TOKEN = 64  # below lie control tokens, which some engines treat apart
 
 
@@ -98,8 +100,9 @@ def main() -> None:
     model = resolve(arguments.model, cache_dir(), print)
     spec = spec_from_gguf(model.name, GgufFile(model.path))
     workloads = [w.scaled(arguments.scale) for w in WORKLOADS if w.name in arguments.workloads.split(",")]
+    names = [*(() if arguments.without_ours else ("ours",)), *filter(None, arguments.peers.split(","))]
     with contextlib.ExitStack() as stack:
-        processes = _start(arguments, model.path, stack)
+        processes = start_entrants(names, model.path, arguments.threads, arguments.set, arguments.timeout, stack)
         results = _race(processes, workloads, spec, arguments.repeats)
     for workload in workloads:
         print(_table(workload, [r for r in results if r.workload == workload.name], spec), flush=True)
@@ -119,21 +122,27 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--model", help="GGUF file; the default model if absent")
     parser.add_argument("--set", action="append", default=[], metavar="PEER.SETTING=VALUE", help="change a setting")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run may take")
+    parser.add_argument("--timeout", type=float, default=RUN_TIMEOUT_S, help="seconds that one run may take")
     parser.add_argument("--json", type=Path, help="write every run to this file")
     return parser.parse_args()
 
 
-def _start(arguments: argparse.Namespace, model: Path, stack: contextlib.ExitStack) -> list[PeerProcess]:
+def start_entrants(
+    names: Sequence[str],
+    model: Path,
+    threads: int,
+    settings: Sequence[str],
+    timeout_s: float,
+    stack: contextlib.ExitStack,
+) -> list[PeerProcess]:
     """Start every entrant and show what it is and whether it read the weights; those that fail are left out, aloud."""
-    names = [*(() if arguments.without_ours else ("ours",)), *filter(None, arguments.peers.split(","))]
-    overrides = [parse_override(text) for text in arguments.set]
+    overrides = [parse_override(text) for text in settings]
     processes, rows = [], []
     for name in names:
         own = {path: value for owner, path, value in overrides if owner == name}
         try:
-            chosen = entrant(name, model, arguments.threads, own)
-            process = stack.enter_context(PeerProcess(chosen, QUESTION, MAX_ANSWER_TOKENS, arguments.timeout))
+            chosen = entrant(name, model, threads, own)
+            process = stack.enter_context(PeerProcess(chosen, QUESTION, MAX_ANSWER_TOKENS, timeout_s))
         except PeerError as error:
             print(f"left out: {error}\n")
             continue
