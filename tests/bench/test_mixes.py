@@ -1,0 +1,79 @@
+"""Blended files and the tables made of their runs, without an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import common
+import mixes
+import peer_files
+import policies
+import pytest
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"subject": subject, "split": split, "question": f"{subject} {i}?", "choices": list("wxyz"), "answer": "B"}
+        for subject in ("algebra", "law")
+        for split, count in (("dev", 5), ("test", 9))
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_grouped_files_hold_one_kind_after_the_other(questions: Path) -> None:
+    lines = mixes.build(mixes.Mix("m", 16, 4, 100, 3, is_grouped=True), questions)
+    assert [line.output_tokens for line in lines[:19]] == [mixes.ANSWER_TOKENS] * 16 + [mixes.SUMMARY_TOKENS] * 3
+    assert all(50 <= line.output_tokens <= 150 for line in lines[19:])
+    assert len(lines) == 16 + 3 + 4
+
+
+def test_shuffled_files_hold_the_same_lines(questions: Path) -> None:
+    grouped = mixes.build(mixes.Mix("m", 16, 4, 100, 3, is_grouped=True), questions)
+    shuffled = mixes.build(mixes.Mix("m", 16, 4, 100, 3, is_grouped=False), questions)
+    assert shuffled != grouped
+    assert sorted(shuffled, key=str) == sorted(grouped, key=str)
+
+
+def test_questions_of_a_subject_share_their_solved_ones(questions: Path) -> None:
+    lines = mixes.build(mixes.Mix("m", 16, 0, 100, 0, is_grouped=True), questions)
+    heads = {line.prompt.rsplit("\n\n", 1)[0] for line in lines}
+    assert len(heads) == 2
+    assert all(head.count("Answer: B") == 5 for head in heads)
+
+
+def test_a_batch_file_is_what_the_endpoint_takes(questions: Path, tmp_path: Path) -> None:
+    lines = mixes.build(mixes.MIXES[2].scaled(0.02), questions)
+    mixes.write_batch_file(lines, tmp_path / "m.jsonl")
+    rows = [json.loads(text) for text in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [row["body"]["max_tokens"] for row in rows] == [line.output_tokens for line in lines]
+    assert len({row["custom_id"] for row in rows}) == len(lines)
+
+
+def test_speedups_of_policies_are_over_the_first_entrant() -> None:
+    def outcome(entrant: str, seconds: float) -> policies.Outcome:
+        summary = {
+            "makespan_s": seconds + 1,
+            "load_s": 1.0,
+            "num_cached_tokens": 30,
+            "num_prompt_tokens": 100,
+            "scheduling_share": 0.01,
+            "num_preemptions": 0,
+            "num_steps": 7,
+        }
+        return policies.outcome_of(entrant, summary, common.CpuUse(9.0, 1.0))
+
+    table = policies.table(["fcfs/off", "blend"], [outcome("fcfs/off", 9.0), outcome("blend", 6.0)], 0.4)
+    assert "1.50 (1.50..1.50)x" in table
+    assert "75.0%" in table
+    assert "10%" in table
+
+
+def test_peers_are_compared_within_a_repeat() -> None:
+    times = {"ours-bf16": [2.0, 20.0, 2.0], "peer": [4.0, 40.0, 5.0]}  # the machine was slow in the second repeat
+    runs = [peer_files.FileRun(name, i, s, 0.0) for name, own in times.items() for i, s in enumerate(own)]
+    assert "2.00 (2.00..2.50)x" in peer_files.table(runs, 1000)
