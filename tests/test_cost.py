@@ -37,6 +37,17 @@ def test_formulas_by_hand() -> None:
     assert UNIT.prefix_compute_s(6) == 3.0 * 6 + 0.25 * 36
 
 
+def test_the_head_is_counted_for_output_tokens_alone() -> None:
+    with_head = CostModel(token_s=3.0, kv_token_s=0.5, pair_s=0.25, head_s=2.0)
+    assert with_head.compute_s(10, 4) == UNIT.compute_s(10, 4) + 2.0 * 4
+    assert with_head.prefix_compute_s(6) == UNIT.prefix_compute_s(6)
+    assert with_head.decode_s == 5.0
+    batch = with_head.steady_batch(10, 4, 120)
+    assert batch.compute_s == pytest.approx(10 * 5.0 + 25 * 3.0 + 25 * 10 * 0.25)
+    with pytest.raises(ConfigError, match="positive rates"):
+        CostModel(token_s=3.0, kv_token_s=0.5, head_s=-1.0)
+
+
 def test_peak_rates_follow_the_papers_formula() -> None:
     model = ModelCost.from_spec(LLAMA_3_8B)
     cost = CostModel.at_rates(model, flop_per_s=312e12, bytes_per_s=2.039e12, has_prefill_attention=True)

@@ -26,7 +26,7 @@ from blendserve.hardware import (
     load_calibration,
     peak_cost_model,
 )
-from blendserve.models.known import LLAMA_3_8B, LLAMA_3_70B
+from blendserve.models.known import LLAMA_3_8B, LLAMA_3_70B, SMOLLM2_135M
 
 MODEL = ModelCost.from_spec(LLAMA_3_8B)
 SECONDS = st.floats(0, 1e3)
@@ -186,3 +186,17 @@ def test_calibrated_rates_become_step_times() -> None:
     assert cost.interference == Interference(0.6, 0.5)
     assert CALIBRATION.hardware().flop_per_s == 2e11
     assert replace(CALIBRATION, constant_s=0.0).step_cost(MODEL).constant_s == 0.0
+
+
+def test_a_calibrated_step_multiplies_what_it_samples_by_the_vocabulary() -> None:
+    """The head of a small model is a quarter of its decode, and loading it a quarter of its smallest step."""
+    small = ModelCost.from_spec(SMOLLM2_135M)
+    cost = CALIBRATION.step_cost(small)
+    head = 49152 * 576
+    assert cost.head_s == pytest.approx(2 * head / 2e11)
+    assert cost.compute_s(64, num_sampled=64) - cost.compute_s(64) == pytest.approx(
+        max(2 * head / CALIBRATION.weight_bytes_per_s, 64 * 2 * head / 2e11)
+    )
+    num_weights = small.num_matmul_parameters + head
+    assert cost.compute_s(1, num_sampled=1) >= 2 * num_weights / CALIBRATION.weight_bytes_per_s * (1 - 1e-9)
+    assert cost.cost_model().decode_s == pytest.approx(2 * num_weights / 2e11)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,14 @@ def test_bounds_by_hand() -> None:
     assert bounds.lower_bound_s == pytest.approx(17 + 0.25 * 23 / 11 + 2.3 / 2)
     half = job_bounds([10, 20], [3, 1], [0, 15], cost, capacity_tokens=11, num_replicas=2)
     assert half.lower_bound_s == pytest.approx(bounds.lower_bound_s / 2)
+
+
+def test_bounds_count_the_head_once_per_output() -> None:
+    cost = StepCost(0.5, 0.25, 1.0, 0.1, interference=SEQUENTIAL)
+    with_head = replace(cost, head_floor_s=0.125, head_s=0.0625)
+    bounds, more = (job_bounds([10, 20], [3, 1], [0, 15], each, capacity_tokens=11) for each in (cost, with_head))
+    assert more.compute_s == bounds.compute_s + 4 * 0.0625
+    assert more.longest_s == pytest.approx(bounds.longest_s + 2 * 0.125)
 
 
 def test_a_job_cannot_end_before_its_longest_request() -> None:

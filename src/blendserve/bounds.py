@@ -52,11 +52,13 @@ def job_bounds(
     decodes = np.maximum(outputs - 1, 0)
     num_read = decodes * (prompts + (decodes + 1) / 2)
     compute_s = cost.token_s * float(np.sum(prompts + decodes - shared))
+    compute_s += cost.head_s * float(np.sum(outputs))
     compute_s += cost.pair_s * float(np.sum(prompts * prompts - shared * shared)) / 2
     memory_s = cost.memory_s(float(np.sum(num_read)))
     num_steps = memory_s / cost.memory_s(capacity_tokens)
     effective = interference or cost.interference
-    longest_s = np.max(effective.steps_s(cost.weight_floor_s * decodes, cost.kv_token_s * num_read), initial=0.0)
+    floor_s = cost.weight_floor_s + cost.head_floor_s
+    longest_s = np.max(effective.steps_s(floor_s * decodes, cost.kv_token_s * num_read), initial=0.0)
     lower_s = effective.step_s(compute_s + cost.constant_s * num_steps, memory_s)
     return Bounds(
         compute_s=compute_s,

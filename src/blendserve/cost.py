@@ -8,7 +8,7 @@ batches and whole workloads. Step times (constants, floors, interference) are in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
@@ -26,7 +26,8 @@ class ModelCost:
     """The numbers of a model that its cost depends on.
 
     `num_parameters` is the paper's P (embeddings included), `num_matmul_parameters` those of the layers alone: what
-    every token is multiplied by. `attention_width` is query heads times head size. Attention variants (MHA, GQA, MQA,
+    every token is multiplied by, `num_head_parameters` those of the vocabulary's matrix, by which only sampled tokens
+    are. `attention_width` is query heads times head size. Attention variants (MHA, GQA, MQA,
     MLA) differ in `kv_bytes_per_token` only.
     """
 
@@ -37,6 +38,7 @@ class ModelCost:
     attention_width: int
     kv_bytes_per_token: float
     weight_bytes: float
+    num_head_parameters: int = 0
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, *, bytes_per_weight: float = 2, bytes_per_kv: float = 2) -> ModelCost:
@@ -49,35 +51,31 @@ class ModelCost:
             attention_width=spec.num_heads * spec.head_dim,
             kv_bytes_per_token=2 * spec.num_layers * spec.kv_width * bytes_per_kv,
             weight_bytes=spec.num_parameters * bytes_per_weight,
+            num_head_parameters=spec.vocab_size * spec.hidden_size,
         )
 
     def with_latent_kv(self, latent_width: int, rope_width: int, *, bytes_per_kv: float = 2) -> ModelCost:
         """The same model with MLA: one latent vector and one rotary key per token and layer, shared by all heads."""
-        return ModelCost(
-            name=self.name,
-            num_parameters=self.num_parameters,
-            num_matmul_parameters=self.num_matmul_parameters,
-            num_layers=self.num_layers,
-            attention_width=self.attention_width,
-            kv_bytes_per_token=self.num_layers * (latent_width + rope_width) * bytes_per_kv,
-            weight_bytes=self.weight_bytes,
-        )
+        return replace(self, kv_bytes_per_token=self.num_layers * (latent_width + rope_width) * bytes_per_kv)
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Compute and memory seconds from token counts.
 
-    `token_s`: all matrix products of one token. `pair_s`: attention of one prefill token to one prompt token (0 drops
-    the quadratic term, as the paper allows). `kv_token_s`: reading the KV of one token once.
+    `token_s`: all matrix products of one token. `head_s`: what an output token takes beside that, where the
+    vocabulary's matrix is counted apart (0 where it is in `token_s`, as in the paper's formula). `pair_s`: attention of
+    one prefill token to one prompt token (0 drops the quadratic term, as the paper allows). `kv_token_s`: reading the
+    KV of one token once.
     """
 
     token_s: float
     kv_token_s: float
     pair_s: float = 0.0
+    head_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.token_s <= 0 or self.kv_token_s <= 0 or self.pair_s < 0:
+        if self.token_s <= 0 or self.kv_token_s <= 0 or self.pair_s < 0 or self.head_s < 0:
             raise ConfigError(f"a cost model needs positive rates; got {self}")
 
     @classmethod
@@ -98,6 +96,11 @@ class CostModel:
             pair_s=pair_flop / flop_per_s if has_prefill_attention else 0.0,
         )
 
+    @property
+    def decode_s(self) -> float:
+        """Matrix products of one output token."""
+        return self.token_s + self.head_s
+
     @overload
     def compute_s(self, num_prompt_tokens: float, num_output_tokens: float) -> float: ...
     @overload
@@ -105,7 +108,7 @@ class CostModel:
     def compute_s(self, num_prompt_tokens: Lengths | float, num_output_tokens: Lengths | float) -> Floats | float:
         """Comp(r) = (2 (p + d) P + 4 p^2 H L) / compute, nothing shared."""
         prompt, output = _floats(num_prompt_tokens), _floats(num_output_tokens)
-        return self.token_s * (prompt + output) + self.pair_s * prompt * prompt
+        return self.token_s * (prompt + output) + self.head_s * output + self.pair_s * prompt * prompt
 
     @overload
     def memory_s(self, num_prompt_tokens: float, num_output_tokens: float) -> float: ...
@@ -149,7 +152,8 @@ class CostModel:
             raise ConfigError(f"a steady batch needs decodes; got {num_output_tokens} output tokens")
         num_decodes = capacity_tokens / (num_prompt_tokens + num_output_tokens / 2)
         num_prefill = num_decodes * num_prompt_tokens / num_output_tokens
-        compute = (num_decodes + num_prefill) * self.token_s + num_prefill * num_prompt_tokens * self.pair_s
+        prefill_s = num_prefill * (self.token_s + num_prompt_tokens * self.pair_s)
+        compute = num_decodes * self.decode_s + prefill_s
         return SteadyBatch(num_decodes, num_prefill, compute, capacity_tokens * self.kv_token_s)
 
 

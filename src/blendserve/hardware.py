@@ -96,8 +96,9 @@ _USABLE_MEMORY = 0.95  # leaves 60 GB of KV beside Llama-3-8B on an A100, as the
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Time of one engine step: c = max(weight_floor_s, constant_s + token_s n) + prefill attention, m = KV tokens
-    read, then f(c, m).
+    """Time of one engine step: c = max(weight_floor_s, constant_s + token_s n) + head + prefill attention, m = KV
+    tokens read, then f(c, m). The head, max(head_floor_s, head_s n'), is for the n' tokens that are sampled; zeros
+    leave it out, as Table 1 does.
 
     Units: seconds; `token_s` per scheduled token, `pair_s` per pair of a prefill token and a token it attends to,
     `kv_token_s` per token of KV that a decode reads.
@@ -109,25 +110,32 @@ class StepCost:
     kv_token_s: float
     pair_s: float = 0.0
     interference: Interference = NANOFLOW
+    head_floor_s: float = 0.0
+    head_s: float = 0.0
 
-    def compute_s(self, num_tokens: float, num_pairs: float = 0.0) -> float:
-        """GEMM time of a step of so many tokens, plus its prefill attention."""
-        return max(self.weight_floor_s, self.constant_s + self.token_s * num_tokens) + self.pair_s * num_pairs
+    def compute_s(self, num_tokens: float, num_pairs: float = 0.0, num_sampled: float = 0.0) -> float:
+        """GEMM time of a step of so many tokens, some of them sampled, plus its prefill attention."""
+        layers_s = max(self.weight_floor_s, self.constant_s + self.token_s * num_tokens)
+        head_s = max(self.head_floor_s, self.head_s * num_sampled) if num_sampled else 0.0
+        return layers_s + head_s + self.pair_s * num_pairs
 
     def memory_s(self, num_kv_tokens: float) -> float:
         """Decode attention time of a step."""
         return self.kv_token_s * num_kv_tokens
 
-    def elapsed_s(self, num_tokens: float, num_kv_tokens: float, num_pairs: float = 0.0) -> float:
+    def elapsed_s(
+        self, num_tokens: float, num_kv_tokens: float, num_pairs: float = 0.0, num_sampled: float = 0.0
+    ) -> float:
         """Time of the whole step."""
-        return self.interference.step_s(self.compute_s(num_tokens, num_pairs), self.memory_s(num_kv_tokens))
+        compute_s = self.compute_s(num_tokens, num_pairs, num_sampled)
+        return self.interference.step_s(compute_s, self.memory_s(num_kv_tokens))
 
     def cost_model(self) -> CostModel:
         """The marginal costs of a token, for the planner: what a request adds to a busy step.
 
         `CostModel` counts all p^2 pairs of a prompt, a step the half that is causal.
         """
-        return CostModel(token_s=self.token_s, kv_token_s=self.kv_token_s, pair_s=self.pair_s / 2)
+        return CostModel(self.token_s, self.kv_token_s, pair_s=self.pair_s / 2, head_s=self.head_s)
 
 
 def gpu_step_cost(
@@ -253,14 +261,16 @@ class Calibration:
 
     def step_cost(self, model: ModelCost) -> StepCost:
         """Step cost of a model at the measured rates."""
-        matmul_bytes = model.weight_bytes * model.num_matmul_parameters / model.num_parameters
+        bytes_per_weight = model.weight_bytes / model.num_parameters
         return StepCost(
-            weight_floor_s=matmul_bytes / self.weight_bytes_per_s,
+            weight_floor_s=bytes_per_weight * model.num_matmul_parameters / self.weight_bytes_per_s,
             constant_s=self.constant_s,
             token_s=2 * model.num_matmul_parameters / self.gemm_flop_per_s,
             kv_token_s=model.kv_bytes_per_token / self.kv_bytes_per_s,
             pair_s=4 * model.attention_width * model.num_layers / self.prefill_attention_flop_per_s,
             interference=Interference(self.compute_delay, self.memory_delay),
+            head_floor_s=bytes_per_weight * model.num_head_parameters / self.weight_bytes_per_s,
+            head_s=2 * model.num_head_parameters / self.gemm_flop_per_s,
         )
 
     def to_json(self) -> str:

@@ -68,7 +68,10 @@ class LLM:
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
-        self._cost = cost_of(self.model.spec, self.config.num_threads)
+        notes: list[str] = []
+        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append)
+        self.notes = tuple(notes)
+        """Sentences that the user should read, such as why a calibration was not used."""
         self._engine = open_engine(self.model, self.config, isa=isa)
         self._is_closed = False
 

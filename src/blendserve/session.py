@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from blendserve.config import BLOCK_SIZE, EngineConfig, available_memory_bytes, cache_dir, usable_cores
@@ -68,12 +67,12 @@ def open_engine(model: LoadedModel, config: EngineConfig, *, isa: str = "auto") 
     return EngineLoop(executor, config, stop_checker=StopChecker(model.tokenizer))
 
 
-def cost_of(spec: ModelSpec, num_threads: int) -> CostModel:
+def cost_of(spec: ModelSpec, num_threads: int, notify: Callable[[str], None]) -> CostModel:
     """Compute and memory seconds of requests of this model on this machine: as calibrated, else of the built-in ratio.
 
-    A calibration that cannot be used is a note on standard error.
+    A calibration that cannot be used is told to `notify`.
     """
-    calibration = matching_calibration(cache_dir(), num_threads, lambda note: print(note, file=sys.stderr))
+    calibration = matching_calibration(cache_dir(), num_threads, notify)
     if calibration is not None:
         return calibration.step_cost(ModelCost.from_spec(spec)).cost_model()
     return CostModel.at_rates(

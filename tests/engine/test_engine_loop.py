@@ -9,6 +9,7 @@ from engine_scenarios import BLOCK_SIZE, EOS, VOCAB_SIZE, PlannedPolicy, make_lo
 from blendserve.config import EngineConfig
 from blendserve.engine.fake import FakeExecutor, FakeSimulator, FifoPolicy, expected_tokens
 from blendserve.engine.loop import EngineLoop
+from blendserve.engine.stats import RunStats
 from blendserve.errors import CapacityError, ExecutorError, RequestError
 from blendserve.request import Request, SamplingParams, SequenceOutput
 
@@ -335,3 +336,16 @@ def test_stats_add_up() -> None:
     assert (stats.num_prompt_tokens, stats.num_output_tokens) == (54, 24)
     assert stats.scheduling_s == 2 * stats.num_steps  # three ticks a step, one of them in the executor
     assert stats.scheduling_share == stats.scheduling_s / (stats.scheduling_s + stats.executor_s)
+    assert list(stats.scheduling_s_by_step) == [2.0] * stats.num_steps
+    assert stats.mean_scheduling_s == stats.p99_scheduling_s == 2.0
+
+
+def test_the_slowest_hundredth_of_the_steps_is_left_out_of_p99() -> None:
+    stats = RunStats(0)
+    assert stats.p99_scheduling_s == stats.mean_scheduling_s == 0.0
+    for milliseconds in range(200):
+        stats.num_steps += 1
+        stats.add_scheduling(milliseconds, has_step=True)
+    stats.add_scheduling(5000, has_step=False)
+    assert stats.p99_scheduling_s == 198
+    assert stats.scheduling_s == sum(range(200)) + 5000

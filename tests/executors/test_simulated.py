@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def make_plan_of(decodes: list[int], prefills: list[tuple[int, int]]) -> StepPla
         slots=np.arange(size, dtype=np.int32),
         num_scheduled_tokens=np.array(scheduled, dtype=np.int32),
         num_computed_tokens=np.array(computed, dtype=np.int32),
-        is_sampled=np.ones(size, dtype=np.bool_),
+        is_sampled=np.arange(size) < max(1, size - 1),  # the last prompt goes on in the next step
         token_ids=np.zeros((0, 0), dtype=np.int32),
         block_tables=np.zeros((0, 0), dtype=np.int32),
         num_prefill_tokens=sum(count for _, count in prefills),
@@ -44,37 +45,39 @@ def make_plan_of(decodes: list[int], prefills: list[tuple[int, int]]) -> StepPla
 def twin_step_s(cost: StepCost, plan: StepPlan) -> tuple[float, float, float]:
     """Entry by entry: every token is multiplied, a decode reads its context, a prefill token attends to those before
     it."""
-    num_tokens = num_kv = num_pairs = 0
+    num_tokens = num_kv = num_pairs = num_sampled = 0
     entries = zip(plan.num_computed_tokens.tolist(), plan.num_scheduled_tokens.tolist(), strict=True)
     for entry, (computed, scheduled) in enumerate(entries):
         num_tokens += scheduled
+        num_sampled += bool(plan.is_sampled[entry])
         if entry < plan.num_decode_tokens:
             num_kv += computed + 1
         else:
             num_pairs += sum(position + 1 for position in range(computed, computed + scheduled))
     compute_s = max(cost.weight_floor_s, cost.constant_s + cost.token_s * num_tokens) + cost.pair_s * num_pairs
+    if num_sampled:
+        compute_s += max(cost.head_floor_s, cost.head_s * num_sampled)
     memory_s = cost.kv_token_s * num_kv
     a, b = cost.interference.compute_delay, cost.interference.memory_delay
     return max(compute_s + a * memory_s, memory_s + b * compute_s), compute_s, memory_s
 
 
+@pytest.mark.parametrize(("head_floor_s", "head_s"), [(0.0, 0.0), (0.002, 1e-4)])
 @pytest.mark.parametrize("interference", [NANOFLOW, SEQUENTIAL, Interference(0.7, 0.2)])
 @pytest.mark.parametrize(
     ("decodes", "prefills"),
     [([100, 2000, 7], [(0, 300), (64, 1)]), ([5000] * 90, []), ([], [(0, 2048)]), ([1], [])],
 )
 def test_a_step_takes_what_its_entries_add_up_to(
-    decodes: list[int], prefills: list[tuple[int, int]], interference: Interference
+    decodes: list[int], prefills: list[tuple[int, int]], interference: Interference, head_floor_s: float, head_s: float
 ) -> None:
-    cost = StepCost(
-        COST.weight_floor_s, COST.constant_s, COST.token_s, COST.kv_token_s, COST.pair_s, interference=interference
-    )
+    cost = replace(COST, interference=interference, head_floor_s=head_floor_s, head_s=head_s)
     executor = SimulatedExecutor(cost, 457_000)
     plan = make_plan_of(decodes, prefills)
     result = executor.execute(plan)
     assert (result.elapsed_s, result.compute_s, result.memory_s) == pytest.approx(twin_step_s(cost, plan))
     assert executor.now_s == result.elapsed_s
-    assert len(result.token_ids) == len(decodes) + len(prefills)
+    assert len(result.token_ids) == max(1, len(decodes) + len(prefills) - 1)
     executor.execute(plan)
     assert executor.now_s == pytest.approx(2 * result.elapsed_s)
 

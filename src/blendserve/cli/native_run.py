@@ -10,7 +10,7 @@ from contextlib import closing
 from blendserve._native import best_isa
 from blendserve.batchfile.codec import ModelCodec
 from blendserve.batchfile.store import PendingRequests
-from blendserve.cli.options import engine_config, find_model, served_model
+from blendserve.cli.options import engine_config, find_model, served_model, tell
 from blendserve.config import EngineConfig
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.stats import RunStats
@@ -58,7 +58,7 @@ class NativeRun:
         """Yield the outputs of `pending` as they finish."""
         started_s = time.perf_counter()
         config = resolve_limits(self._config, self._model.spec)
-        cost = cost_of(self._model.spec, config.num_threads)
+        cost = cost_of(self._model.spec, config.num_threads, tell)
         with closing(open_engine(self._model, config, isa=self._isa)) as engine:
             loaded_s = time.perf_counter()
             plan = plan_requests(pending.flat_prompts(), pending.table(), cost)

@@ -82,20 +82,20 @@ class EngineLoop:
         Raises: ExecutorError; outputs that were due are then returned by `run`, or lost with `end`.
         """
         assert self._policy is not None, "step before begin"
-        started = self._clock()
+        started, executed_s = self._clock(), 0.0
         self._keep(self.batcher.grow(self._policy))
         if self.batcher.is_outgrown:
             self._fail_outgrown(self._policy)
         self._admit(self._policy)
-        if self.batcher.table.num_running:
+        has_step = self.batcher.table.num_running > 0
+        if has_step:
             schedule = self.batcher.plan(self._policy.prefill_tokens(self.batcher))
             planned = self._clock()
             result = self._executor.execute(schedule.plan)
-            executed = self._clock()
+            executed_s = self._clock() - planned
             self._record(schedule, result)
             self._apply(schedule, result, self._policy)
-            self.stats.scheduling_s -= executed - planned
-        self.stats.scheduling_s += self._clock() - started
+        self.stats.add_scheduling(self._clock() - started - executed_s, has_step=has_step)
         return self._take_outputs()
 
     def preempt(self, row: int) -> None:

@@ -45,9 +45,9 @@ class RunStats:
     """Totals of one run. Units: tokens, seconds.
 
     `executor_s` adds up what steps took by the executor's clock (virtual in simulations, where it is the makespan);
-    `scheduling_s` is the wall clock of everything else the loop does. `num_prefill_tokens` counts computed
-    prompt tokens and what preemptions made it compute again; `num_prompt_tokens` and `num_output_tokens` are those of
-    finished requests.
+    `scheduling_s` is the wall clock of everything else the loop does, `scheduling_s_by_step` its part around every
+    step. `num_prefill_tokens` counts computed prompt tokens and what preemptions made it compute again;
+    `num_prompt_tokens` and `num_output_tokens` are those of finished requests.
     """
 
     capacity_tokens: int
@@ -66,6 +66,7 @@ class RunStats:
     num_output_tokens: int = 0
     max_running: int = 0
     max_kv_tokens: int = 0
+    scheduling_s_by_step: array[float] = field(default_factory=lambda: array("d"))
     steps: StepLog = field(default_factory=StepLog)
 
     @property
@@ -79,9 +80,26 @@ class RunStats:
         return self.scheduling_s / self.makespan_s if self.makespan_s > 0 else 0.0
 
     @property
+    def mean_scheduling_s(self) -> float:
+        """Scheduling per step."""
+        return self.scheduling_s / self.num_steps if self.num_steps else 0.0
+
+    @property
+    def p99_scheduling_s(self) -> float:
+        """What 99 of 100 steps stay within: the least scheduling time of the slowest hundredth of the steps."""
+        times = np.frombuffer(self.scheduling_s_by_step)
+        return float(np.percentile(times, 99, method="higher")) if len(times) else 0.0
+
+    @property
     def prefix_hit_rate(self) -> float:
         """Part of the tokens brought in by admissions that the prefix cache already had (or was about to have)."""
         return self.num_cached_tokens / self.num_admitted_tokens if self.num_admitted_tokens else 0.0
+
+    def add_scheduling(self, seconds: float, *, has_step: bool) -> None:
+        """Count what the loop did around one step, or what it did without one."""
+        self.scheduling_s += seconds
+        if has_step:
+            self.scheduling_s_by_step.append(seconds)
 
     def add_step(
         self,

@@ -52,18 +52,18 @@ class SimulatedExecutor:
         if self.cost.pair_s and plan.num_prefill_tokens:
             chunks = plan.num_scheduled_tokens[num_decodes:].astype(np.float64)
             num_pairs = float(np.dot(chunks, plan.num_computed_tokens[num_decodes:] + (chunks + 1) / 2))
-        compute_s = self.cost.compute_s(self.num_multiplied_tokens(plan), num_pairs)
+        num_sampled = int(np.count_nonzero(plan.is_sampled))
+        compute_s = self.cost.compute_s(self.num_multiplied_tokens(plan), num_pairs, num_sampled)
         memory_s = self.cost.memory_s(num_kv_tokens)
         elapsed_s = self.cost.interference.step_s(compute_s, memory_s)
         self.now_s += elapsed_s
-        return StepResult(self._zeros(plan), elapsed_s, {}, compute_s, memory_s)
+        return StepResult(self._zeros(num_sampled), elapsed_s, {}, compute_s, memory_s)
 
     def num_multiplied_tokens(self, plan: StepPlan) -> int:
         """Tokens that go through the matrix products of this step."""
         return plan.num_decode_tokens + plan.num_prefill_tokens
 
-    def _zeros(self, plan: StepPlan) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        num_sampled = int(np.count_nonzero(plan.is_sampled))
+    def _zeros(self, num_sampled: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         if num_sampled > len(self._tokens):
             self._tokens = np.zeros(2 * num_sampled, dtype=np.int32)
         return self._tokens[:num_sampled]

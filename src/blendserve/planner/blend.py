@@ -129,7 +129,7 @@ class BlendPolicy:
         self._num_cached[index] = num_cached_tokens
         own = int(self._plan.table.num_prompt_tokens[index]) - num_cached_tokens
         self._pending += own
-        decode_s = self._plan.cost.token_s * float(schedule.expected_output_tokens[index])
+        decode_s = self._plan.cost.decode_s * float(schedule.expected_output_tokens[index])
         self._planned_s += max(float(schedule.compute_s[index]) - decode_s, 0.0)
         self._actual_s += self._plan.cost.token_s * own
         self._all.add(self._step, own, self._proposed_remaining)
@@ -197,9 +197,10 @@ class BlendPolicy:
         sharing_error = self._actual_s / self._planned_s
         compute_s = max(self._waiting_compute_s * sharing_error + self._running_compute_s, 0.0)
         num_kv_tokens = float(computed[is_decoding].sum())
-        tokens = compute_s / self._plan.cost.token_s * self._step_share(view, num_kv_tokens)
+        cost = self._plan.cost
+        tokens = compute_s / cost.token_s * self._step_share(view, num_kv_tokens)
         urgent = self._pending / (MAX_PREFILL_STEPS if self._scanner.num_waiting else 1)
-        wanted = max(tokens - np.count_nonzero(is_decoding), urgent)
+        wanted = max(tokens - np.count_nonzero(is_decoding) * cost.decode_s / cost.token_s, urgent)
         self._budget = int(min(max(wanted, 1.0), view.max_num_batched_tokens))
 
     def _step_share(self, view: SchedulerView, num_kv_tokens: float) -> float:
@@ -245,7 +246,7 @@ class BlendPolicy:
 
         first, squared = lengths.moments(running, outputs)
         held = view.num_prompt_tokens + outputs
-        self._running_compute_s = cost.token_s * (self._pending + float(first.sum()))
+        self._running_compute_s = cost.token_s * self._pending + cost.decode_s * float(first.sum())
         self._running_memory_s = cost.kv_token_s * float((held * first + squared / 2).sum())
         present = float(own[~at_memory_end].sum())
         reserve = max(present, self._steady_compute_end()) + self._next_prompt_tokens()
@@ -263,7 +264,8 @@ class BlendPolicy:
             return 0.0
         cost, schedule = self._plan.cost, self._schedule
         expected = schedule.expected_output_tokens[upcoming]
-        prefill = float(schedule.compute_s[upcoming].sum()) / cost.token_s - float(expected.sum())
+        decodes_s = cost.decode_s * float(expected.sum())
+        prefill = (float(schedule.compute_s[upcoming].sum()) - decodes_s) / cost.token_s
         token_steps = float(schedule.memory_s[upcoming].sum()) / cost.kv_token_s
         return self._budget * token_steps / max(prefill, 1.0)
 

@@ -61,7 +61,8 @@ class RunSummary:
         ]
         if self.stats is not None:
             lines.append(
-                f"steps {self.stats.num_steps}, scheduling {self.stats.scheduling_share:.1%} of step time, "
+                f"steps {self.stats.num_steps}, scheduling {self.stats.scheduling_share:.1%} of step time (mean "
+                f"{self.stats.mean_scheduling_s * 1e3:.2f} ms, P99 {self.stats.p99_scheduling_s * 1e3:.2f} ms), "
                 f"{self.stats.num_preemptions} preemptions, KV peak {_kv_peak(self.stats):.0%}"
             )
         return "\n".join([*lines, *report.notes])
@@ -73,6 +74,8 @@ def _stats_fields(stats: RunStats) -> dict[str, Any]:
         "executor_s": stats.executor_s,
         "scheduling_s": stats.scheduling_s,
         "scheduling_share": stats.scheduling_share,
+        "scheduling_mean_s": stats.mean_scheduling_s,
+        "scheduling_p99_s": stats.p99_scheduling_s,
         "num_preemptions": stats.num_preemptions,
         "max_running": stats.max_running,
         "kv_peak": _kv_peak(stats),
