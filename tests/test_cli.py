@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from tiny_files import tiny_directory
+from tiny_models import tiny_spec
 
 from blendserve.cli import main
+from blendserve.config import BLOCK_SIZE
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,23 @@ def test_a_journal_of_other_kernels_is_refused(
     monkeypatch.setattr("blendserve.cli.native_run.best_isa", lambda: "avx2")
     assert main(run_args(tiny, source, output, "--quiet")) == 1
     assert "isa was portable, is avx2" in capsys.readouterr().err
+
+
+def test_more_kv_memory_answers_what_did_not_fit(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("short") + "\n" + line("long", max_tokens=150, ignore_eos=True))
+    few_blocks = str(4 * BLOCK_SIZE * tiny_spec().kv_bytes_per_token())
+    assert main(run_args(tiny, source, output, "--json", "--kv-memory", few_blocks)) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["errors_by_code"] == {"insufficient_memory": 1}
+    assert any("--kv-memory" in note for note in summary["notes"])
+    assert main(run_args(tiny, source, output, "--json")) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["num_succeeded"], summary["num_resumed"], summary["errors_by_code"]) == (2, 1, {})
+    assert sorted(rows_by_id(output)) == ["long", "short"]
+    assert not (tmp_path / "out.errors.jsonl").exists()
 
 
 def test_models_lists_the_default(

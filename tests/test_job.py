@@ -139,10 +139,10 @@ def test_errors_of_the_engine_are_rows(tmp_path: Path) -> None:
         "code": "kv_too_small",
     }
     assert rows["b"]["response"] is None
-    assert rows["b"]["error"] == {"code": "server_error", "message": "line 2: out of memory", "line": 2}
+    assert rows["b"]["error"] == {"code": "insufficient_memory", "message": "line 2: out of memory", "line": 2}
     assert rows["c"]["error"]["code"] == "server_error"
     assert read_rows(tmp_path / "out.jsonl") == []
-    assert report.errors_by_code == {"kv_too_small": 1, "server_error": 2}
+    assert report.errors_by_code == {"kv_too_small": 1, "insufficient_memory": 1, "server_error": 1}
 
 
 def test_an_engine_that_forgets_or_repeats_is_found_out(tmp_path: Path, job_input: Path) -> None:

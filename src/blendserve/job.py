@@ -39,7 +39,8 @@ class BatchJob:
     """What to answer, where to, by which model.
 
     `model_identity` names the weights exactly (a path, a hash); `settings` holds every other setting that changes
-    answers, JSON values only. Order, threads and memory are none: they change time, not tokens.
+    answers, JSON values only. Order, threads and memory are none: they change time, not tokens. `capacity` is the
+    memory setting that error rows for want of memory depend on: another one tries those lines again.
     """
 
     input_path: Path
@@ -51,6 +52,7 @@ class BatchJob:
     is_ordered: bool = False
     is_fresh: bool = False
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+    capacity: int = 0
 
 
 @dataclass(slots=True)
@@ -152,8 +154,11 @@ class _Run:
         if seal is not None:
             check_same_job(seal.identity, self._identity(sha256_of(self._job.input_path)), self._journal.directory)
             if self._is_still_complete(seal):
-                return replace(_report_from(seal), was_complete=True)
-            self._journal.discard()
+                if not seal.num_retriable or seal.capacity == self._job.capacity:
+                    return replace(_report_from(seal), was_complete=True)
+                self._journal.unseal()
+            else:
+                self._journal.discard()
         header = self._journal.header()
         if header is None:
             if not self._job.is_fresh and seal is None:
@@ -162,7 +167,7 @@ class _Run:
         else:
             check_same_job(header.identity, self._identity(sha256_of(self._job.input_path)), self._journal.directory)
         with closing(self._journal.open_records()) as log:
-            header = header or self._ingest(log)
+            header = self._with_this_capacity(header, log) if header else self._ingest(log)
             return self._serve(header, log, generate, on_progress)
 
     def _serve(
@@ -185,8 +190,26 @@ class _Run:
             )
         sizes = write_files(log, self._paths, is_ordered=self._job.is_ordered)
         report = self._report(header, rows, num_resumed, sizes)
-        self._journal.write_seal(JournalSeal(header.identity, self._job.is_ordered, sizes, asdict(report)))
+        self._journal.write_seal(
+            JournalSeal(
+                identity=header.identity,
+                is_ordered=self._job.is_ordered,
+                file_sizes=sizes,
+                report=asdict(report),
+                capacity=header.capacity,
+                num_retriable=rows.num_retriable,
+            )
+        )
         return report
+
+    def _with_this_capacity(self, header: JournalHeader, log: RecordLog) -> JournalHeader:
+        """Take back the rows that came of another amount of memory, so that their lines are tried again."""
+        if header.capacity == self._job.capacity:
+            return header
+        log.drop(RecordKind.CAPACITY_ROW)
+        header = replace(header, capacity=self._job.capacity)
+        self._journal.write_header(header)
+        return header
 
     def _ingest(self, log: RecordLog) -> JournalHeader:
         reader = BatchReader(self._job.input_path, self._job.served, self._job.max_line_bytes)
@@ -210,6 +233,7 @@ class _Run:
             requested_model=reader.requested_model,
             num_ingest_bytes=log.num_bytes,
             store_sizes=sizes,
+            capacity=self._job.capacity,
         )
         self._journal.write_header(header)
         return header
@@ -279,6 +303,11 @@ class _Run:
         is_chosen_by_line = served.is_remote and served.accepts_any_name
         if header.requested_model not in (None, *served.names) and not is_chosen_by_line:
             self._notes.append(f"The file asks for {header.requested_model}; it was answered by {served.name}.")
+        if rows.num_retriable:
+            self._notes.append(
+                f"{rows.num_retriable} of the lines need more KV memory than there was: with a larger --kv-memory the "
+                "same command tries them again, and them alone."
+            )
         return JobReport(
             output_path=str(self._paths.output),
             errors_path=errors_path if errors_path in sizes else None,

@@ -12,7 +12,7 @@ import numpy as np
 from blendserve.batchfile.recordlog import Record, RecordKind, RecordLog
 from blendserve.batchfile.responses import Codec, FinishedChoice, error_code_of, error_row, output_row, served_row
 from blendserve.batchfile.store import PendingRequests, StoredLine, TokenStore
-from blendserve.errors import ExecutorError
+from blendserve.errors import CapacityError, ExecutorError
 from blendserve.request import SequenceOutput
 
 
@@ -21,11 +21,13 @@ class RowAssembler:
 
     Choices of a line that is not whole yet stay in the journal; only their offsets are held here. A line one of whose
     choices fails is a row of the error file at once, and what its other choices still yield is dropped.
+    `num_retriable` counts the error rows that came of too little memory.
     """
 
     def __init__(self, store: TokenStore, log: RecordLog, codec: Codec, model: str, created: int) -> None:
         self.num_succeeded = 0
         self.errors_by_code: Counter[str] = Counter()
+        self.num_retriable = 0
         self._store = store
         self._log = log
         self._codec = codec
@@ -75,7 +77,8 @@ class RowAssembler:
             return
         if output.finish_reason == "error":
             error = output.error or ExecutorError("the engine gave no reason")
-            self._finish(row, line, RecordKind.ERROR_ROW, error_row(line.line_number, line.custom_id, error))
+            kind = RecordKind.CAPACITY_ROW if isinstance(error, CapacityError) else RecordKind.ERROR_ROW
+            self._finish(row, line, kind, error_row(line.line_number, line.custom_id, error))
             return
         choice = number - line.first_request
         finished = FinishedChoice.from_output(line.url, choice, output, self._codec)
@@ -101,6 +104,7 @@ class RowAssembler:
             self.num_succeeded += 1
         else:
             self.errors_by_code[error_code_of(body)] += 1
+            self.num_retriable += kind == RecordKind.CAPACITY_ROW
 
     def _close(self, row: int, line: StoredLine) -> None:
         self._offsets.pop(row, None)

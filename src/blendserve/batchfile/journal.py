@@ -1,7 +1,8 @@
 """The directory `OUT.jsonl.journal/`: what a job has done so far, bound to what it was asked to do.
 
 `header.json` is written when ingestion has ended (before that nothing here counts), `records` grows while requests
-run, `complete.json` takes the place of all the rest when the output files stand. A lock keeps a second process out.
+run, `complete.json` takes the place of all the rest when the output files stand (and joins it where more memory could
+answer more). A lock keeps a second process out.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from blendserve.batchfile.disk import replace_durably, sync_directory, writing_t
 from blendserve.batchfile.recordlog import RecordLog
 from blendserve.errors import ConfigError
 
-FORMAT_VERSION = 2
-_LOCK, _HEADER, _RECORDS, _SEAL = "lock", "header.json", "records", "complete.json"
+FORMAT_VERSION = 3
+_LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,10 @@ class JobIdentity:
 
 @dataclass(frozen=True, slots=True)
 class JournalHeader:
-    """What is fixed once ingestion has ended. `created` is the Unix time that every response carries."""
+    """What is fixed once ingestion has ended. `created` is the Unix time that every response carries.
+
+    `capacity` alone may change: the memory setting under which the journal's rows for want of memory came about.
+    """
 
     identity: JobIdentity
     created: int
@@ -52,16 +56,22 @@ class JournalHeader:
     requested_model: str | None
     num_ingest_bytes: int
     store_sizes: Mapping[str, int]
+    capacity: int
 
 
 @dataclass(frozen=True, slots=True)
 class JournalSeal:
-    """A finished job: which files it wrote, how large they were, and the report to repeat."""
+    """A finished job: which files it wrote, how large they were, and the report to repeat.
+
+    `num_retriable` counts the error rows that came of `capacity`, the memory setting.
+    """
 
     identity: JobIdentity
     is_ordered: bool
     file_sizes: Mapping[str, int]
     report: Mapping[str, Any]
+    capacity: int
+    num_retriable: int
 
 
 class Journal:
@@ -81,7 +91,7 @@ class Journal:
     @property
     def store_directory(self) -> Path:
         """Where the tokens of the job's prompts are kept."""
-        return self.directory / "prompts"
+        return self.directory / _PROMPTS
 
     def header(self) -> JournalHeader | None:
         """The header of a job whose ingestion has ended, else None."""
@@ -97,9 +107,16 @@ class Journal:
         return None if fields is None else JournalSeal(**fields)
 
     def write_seal(self, seal: JournalSeal) -> None:
-        """Mark the job finished; records and prompts are dropped, the output files hold all that counts."""
+        """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
+        hold all that counts."""
         replace_durably(self.directory / _SEAL, _to_json(seal))
-        self._discard(keep={_LOCK, _SEAL})
+        self._discard(keep={_LOCK, _SEAL, *((_HEADER, _RECORDS, _PROMPTS) if seal.num_retriable else ())})
+
+    def unseal(self) -> None:
+        """Go on with a job that was finished: what it kept beside the seal counts again."""
+        with writing_to(self.directory):
+            (self.directory / _SEAL).unlink()
+            sync_directory(self.directory)
 
     def discard(self) -> None:
         """Forget everything but the lock. The header goes first: without it the rest counts for nothing."""

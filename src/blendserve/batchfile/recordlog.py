@@ -17,7 +17,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from blendserve.batchfile.disk import write_fully, writing_to
+from blendserve.batchfile.disk import sync_directory, write_fully, writing_to
 
 _FRAME = struct.Struct("<II")
 _META = struct.Struct("<BQI")
@@ -25,11 +25,15 @@ _SCAN_BYTES = 1 << 20
 
 
 class RecordKind(IntEnum):
-    """What a body is: a finished row of one of the two files, or one choice of a line whose other choices still run."""
+    """What a body is: a finished row of one of the two files, or one choice of a line whose other choices still run.
+
+    A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back.
+    """
 
     OUTPUT_ROW = 1
     ERROR_ROW = 2
     CHOICE = 3
+    CAPACITY_ROW = 4
 
 
 class Record(NamedTuple):
@@ -79,11 +83,33 @@ class RecordLog:
                 os.fsync(self._descriptor)
         return num_cut
 
+    def drop(self, kind: RecordKind) -> int:
+        """Take all records of a kind out, as a whole or not at all: the others move up. Returns: how many they were.
+
+        For a log that nobody has read from yet: what `append` returned before holds no longer.
+        """
+        end = os.fstat(self._descriptor).st_size
+        num_dropped = sum(record.kind == kind for record in self.records(end))
+        if not num_dropped:
+            return 0
+        partial = self._path.with_name(self._path.name + ".partial")
+        with writing_to(self._path):
+            with partial.open("wb", _SCAN_BYTES) as file:
+                for record in self.records(end):
+                    if record.kind != kind:
+                        file.write(_frame(record.kind, record.line_number, record.choice, record.body))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path)
+            sync_directory(self._path.parent)
+            os.close(self._descriptor)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        return num_dropped
+
     def append(self, kind: RecordKind, line_number: int, choice: int, body: bytes) -> int:
         """Write one record behind the last. Returns: its offset."""
-        payload = _META.pack(kind, line_number, choice) + body
         offset = self.num_bytes
-        frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+        frame = _frame(kind, line_number, choice, body)
         with writing_to(self._path):
             try:
                 write_fully(self._descriptor, frame, offset)
@@ -126,6 +152,11 @@ class RecordLog:
     def close(self) -> None:
         """Close without syncing."""
         os.close(self._descriptor)
+
+
+def _frame(kind: RecordKind, line_number: int, choice: int, body: bytes) -> bytes:
+    payload = _META.pack(kind, line_number, choice) + body
+    return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
 def _unpack(offset: int, payload: bytes) -> Record:

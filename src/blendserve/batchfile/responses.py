@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from blendserve.batchfile.schema import CHAT_URL, Message, Url
 from blendserve.batchfile.store import StoredLine
-from blendserve.errors import RequestError
+from blendserve.errors import CapacityError, RequestError
 from blendserve.request import SequenceOutput, ServerResponse, TokenIds, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
@@ -86,7 +86,8 @@ def error_row(line_number: int, custom_id: str | None, error: Exception) -> byte
     key = _key(line_number, custom_id)
     message = f"line {line_number}: {error}"
     if not isinstance(error, RequestError):
-        return _row(key, custom_id, None, {"code": "server_error", "message": message, "line": line_number})
+        code = "insufficient_memory" if isinstance(error, CapacityError) else "server_error"
+        return _row(key, custom_id, None, {"code": code, "message": message, "line": line_number})
     if not error.status_code:
         fields = {"code": error.code, "message": message, "param": error.param, "line": line_number}
         return _row(key, custom_id, None, fields)

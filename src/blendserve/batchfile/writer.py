@@ -17,6 +17,9 @@ from blendserve.batchfile.disk import sync_directory, writing_to
 from blendserve.batchfile.recordlog import RecordKind, RecordLog
 from blendserve.errors import ConfigError
 
+_OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
+_ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
+
 
 @dataclass(frozen=True, slots=True)
 class JobPaths:
@@ -66,10 +69,10 @@ def write_files(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict[st
     """
     sizes: dict[str, int] = {}
     partials: list[tuple[Path, Path]] = []
-    for kind, path in ((RecordKind.ERROR_ROW, paths.errors), (RecordKind.OUTPUT_ROW, paths.output)):
+    for kinds, path in ((_ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
         partial = path.with_name(path.name + ".partial")
-        size = _write_rows(_rows(log, kind, is_ordered=is_ordered), partial)
-        if size or kind == RecordKind.OUTPUT_ROW:
+        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), partial)
+        if size or kinds is _OUTPUT_KINDS:
             partials.append((partial, path))
             sizes[str(path)] = size
         else:
@@ -82,17 +85,17 @@ def write_files(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict[st
     return sizes
 
 
-def _rows(log: RecordLog, kind: RecordKind, *, is_ordered: bool) -> Iterable[bytes]:
+def _rows(log: RecordLog, kinds: frozenset[RecordKind], *, is_ordered: bool) -> Iterable[bytes]:
     if not is_ordered:
-        return (record.body for record in log.records() if record.kind == kind)
-    return _ordered_rows(log, kind)
+        return (record.body for record in log.records() if record.kind in kinds)
+    return _ordered_rows(log, kinds)
 
 
-def _ordered_rows(log: RecordLog, kind: RecordKind) -> Iterator[bytes]:
+def _ordered_rows(log: RecordLog, kinds: frozenset[RecordKind]) -> Iterator[bytes]:
     """Sorted by line number: 16 bytes of memory per row, the rows themselves are read back one by one."""
     line_numbers, offsets = array("q"), array("q")
     for record in log.records():
-        if record.kind == kind:
+        if record.kind in kinds:
             line_numbers.append(record.line_number)
             offsets.append(record.offset)
     for position in np.argsort(np.asarray(line_numbers)):

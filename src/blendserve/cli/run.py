@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         errors_path=args.errors,
         is_ordered=args.ordered,
         is_fresh=args.fresh,
+        capacity=args.kv_memory,
     )
     try:
         report = run_job(job, engine.codec, engine.generate, on_progress=engine.note)
