@@ -155,6 +155,22 @@ def test_a_journal_of_other_kernels_is_refused(
     assert "isa was portable, is avx2" in capsys.readouterr().err
 
 
+def without_history(rows: dict[str, Any]) -> dict[str, Any]:
+    for row in rows.values():
+        del row["response"]["body"]["created"], row["response"]["body"]["usage"]["prompt_tokens_details"]
+    return rows
+
+
+def test_a_run_in_windows_gives_the_same_rows(tiny: Path, tmp_path: Path) -> None:
+    source, whole, windowed = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "windowed.jsonl"
+    source.write_text("\n".join(line(f"r{i}", max_tokens=1 + i * 5 % 13, n=1 + i % 2) for i in range(40)))
+    assert main(run_args(tiny, source, whole, "--quiet")) == 0
+    expected = without_history(rows_by_id(whole))
+    for policy in ("blend", "random"):
+        assert main(run_args(tiny, source, windowed, "--window", "7", "--policy", policy, "--fresh")) == 0
+        assert without_history(rows_by_id(windowed)) == expected
+
+
 def test_more_kv_memory_answers_what_did_not_fit(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

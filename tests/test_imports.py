@@ -26,6 +26,7 @@ LAYERS = (
     ("job", "session", "simulate", "calibrate"),
     ("disaggregated",),
     ("report",),
+    ("assembler",),
     ("llm",),
     ("cli",),
 )

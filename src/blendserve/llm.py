@@ -5,29 +5,37 @@ Batch files add a journal around the same engine (`job`); everything else betwee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import islice, repeat, zip_longest
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from blendserve.batchfile.parameters import MAX_CHOICES, check_params, shown
+from blendserve.assembler import OutputAssembler
+from blendserve.batchfile.parameters import shown
 from blendserve.config import EngineConfig, cache_dir
-from blendserve.detokenize import text_of
 from blendserve.engine.stats import RunStats
-from blendserve.errors import BlendServeError, ConfigError, RequestError
+from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
-from blendserve.outputs import CompletionOutput, RequestOutput
+from blendserve.outputs import RequestOutput
+from blendserve.planner.base import RequestTable
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
 from blendserve.planner.table import request_table
-from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
-from blendserve.seeds import choice_seed, derived_seed
-from blendserve.session import cost_of, open_engine, plan_requests, resolve_limits, run_planned
+from blendserve.planner.windows import Window
+from blendserve.request import Request, SamplingParams, TokenIds
+from blendserve.session import cost_of, open_engine, plan_requests, resolve_limits, run_planned, run_windowed
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+Encoded = tuple[str | None, TokenIds | RequestError]
+
+DEFAULT_WINDOW = 4096
+"""Prompts that a stream reads and plans at a time: enough to find what they share, few enough to begin soon."""
 
 
 class LLM:
@@ -77,42 +85,57 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts, each a text or its token ids; the outputs are in the order of the prompts.
 
         `sampling_params` is one for all, one per prompt, or None for `SamplingParams()`. A prompt that cannot be served
-        (too long, or a parameter out of range) comes back with `error` set; the others are served.
+        (too long, or a parameter out of range) comes back with `error` set; the others are served. A generator of
+        prompts is read as `stream` reads it.
         Raises: ConfigError when the numbers of prompts and parameters differ, or after `close`.
         """
-        listed = _listed_prompts(prompts)
-        texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
-        encoded = iter(self.model.tokenizer.encode_batch([text for text in texts if text is not None]))
-        vocab_size = self.model.spec.vocab_size
-        prompt_ids = [
-            next(encoded) if text is not None else _token_ids(prompt, vocab_size)
-            for prompt, text in zip(listed, texts, strict=True)
-        ]
-        return self._answer(texts, prompt_ids, _listed_params(sampling_params, len(listed)))
+        if not isinstance(prompts, str | Sequence | np.ndarray):
+            return _in_order(self.stream(prompts, sampling_params))
+        listed = _listed_prompts(prompts)  # type: ignore[arg-type]  # a generator is none of these
+        return self._answer(self._encode(listed), _listed_params(sampling_params, len(listed)))
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: Conversation | Iterable[Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations, formatted by the model's chat template; one conversation or a list of them.
+        """Answer conversations, formatted by the model's chat template; one conversation or several of them.
 
-        A conversation that the template does not take comes back with `error` set; the others are served.
+        A conversation that the template does not take comes back with `error` set; the others are served. A generator
+        of conversations is read as `stream` reads it.
         Raises: ConfigError when the model has no chat template, or after `close`.
         """
-        conversations = _listed_conversations(messages)
-        rendered = [self._render(conversation) for conversation in conversations]
-        texts = [text if isinstance(text, str) else None for text in rendered]
-        given = [text for text in texts if text is not None]
-        encoded = iter(self.model.tokenizer.encode_batch(given, add_special_tokens=False))
-        prompt_ids = [next(encoded) if isinstance(text, str) else text for text in rendered]
-        return self._answer(texts, prompt_ids, _listed_params(sampling_params, len(texts)))
+        if not isinstance(messages, Sequence):
+            return _in_order(self.stream(messages, sampling_params))
+        listed = _listed_conversations(messages)
+        return self._answer(self._encode(listed, are_chats=True), _listed_params(sampling_params, len(listed)))
+
+    def stream(
+        self,
+        prompts: Iterable[Prompt | Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        window: int = DEFAULT_WINDOW,
+    ) -> Iterator[RequestOutput]:
+        """Answer prompts and conversations as they come, and yield every output as it becomes whole: `request_id` is
+        its place among the prompts, counted from 0.
+
+        Prompts are read `window` at a time, each window while the ones before it run; what waits and what has come are
+        planned together. Memory holds what is unfinished, so the prompts may be endless. Another call of this LLM ends
+        a stream that is not read to its end.
+        Raises: ConfigError for a window below 1, after `close`, or when prompts and parameters differ in number;
+        ExecutorError when another call has ended the stream.
+        """
+        if window < 1:
+            raise ConfigError(f"window is {window}; it must be at least 1 prompt")
+        self._check_open()
+        return self._stream(_paired(prompts, sampling_params), window)
 
     @property
     def stats(self) -> RunStats:
@@ -130,106 +153,120 @@ class LLM:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _render(self, conversation: Sequence[Message]) -> str | RequestError:
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this LLM is closed; make a new one")
+
+    def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
+        """Text and token ids of every prompt, or why it has none."""
+        texts: list[tuple[str | RequestError | None, bool]] = []
+        for prompt in prompts:
+            is_chat = are_chats or _is_conversation(prompt)
+            text = self._render(prompt) if is_chat else prompt if isinstance(prompt, str) else None  # type: ignore[arg-type]
+            texts.append((text, is_chat))
+        encoded = [
+            iter(
+                self.model.tokenizer.encode_batch(
+                    [text for text, is_chat in texts if isinstance(text, str) and is_chat == of_kind],
+                    add_special_tokens=not of_kind,
+                )
+            )
+            for of_kind in (False, True)
+        ]
+        found: list[Encoded] = []
+        for (text, is_chat), prompt in zip(texts, prompts, strict=True):
+            if isinstance(text, str):
+                found.append((text, next(encoded[is_chat])))
+            elif isinstance(text, RequestError):
+                found.append((None, text))
+            else:
+                found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
+        return found
+
+    def _render(self, conversation: Conversation) -> str | RequestError:
         try:
             return self.model.tokenizer.apply_chat_template(conversation)
         except RequestError as error:
             return error
 
-    def _answer(
-        self,
-        texts: Sequence[str | None],
-        prompt_ids: Sequence[TokenIds | RequestError],
-        params: Sequence[SamplingParams],
-    ) -> list[RequestOutput]:
-        outputs: list[RequestOutput | None] = [None] * len(prompt_ids)
+    def _assembler(self) -> OutputAssembler:
+        return OutputAssembler(
+            self.model.tokenizer,
+            vocab_size=self.model.spec.vocab_size,
+            max_model_len=self.config.max_model_len,
+            seed=self.seed,
+        )
+
+    def _answer(self, encoded: Sequence[Encoded], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """Plan all prompts together, run them, and return their outputs in order."""
+        self._check_open()
+        assembler = self._assembler()
         requests: list[Request] = []
-        first_by_number: dict[int, int] = {}
-        checked = {id(sampling): self._checked(sampling) for sampling in params}
-        for number, (token_ids, given) in enumerate(zip(prompt_ids, params, strict=True)):
-            sampling = checked[id(given)]
-            if isinstance(token_ids, RequestError):
-                outputs[number] = _failed(str(number), texts[number], (), given, token_ids)
-            elif isinstance(sampling, RequestError):
-                outputs[number] = _failed(str(number), texts[number], token_ids.tolist(), given, sampling)
-            else:
-                first_by_number[number] = len(requests)
-                requests += self._requests(number, len(requests), token_ids, sampling)
-        results = self._run(requests)
-        for number, first in first_by_number.items():
-            choices = results[first : first + params[number].n]
-            token_ids = requests[first].prompt_token_ids
-            outputs[number] = self._assemble(str(number), texts[number], token_ids, params[number], choices)
-        return [output for output in outputs if output is not None]
+        for (text, token_ids), sampling in zip(encoded, params, strict=True):
+            requests += assembler.add(text, token_ids, sampling)
+        if requests:
+            prompts = flatten(request.prompt_token_ids for request in requests)
+            plan = plan_requests(prompts, _table(requests), self._cost, seed=self.seed)
+            for output in run_planned(self._engine, requests, plan, self.policy):
+                assembler.apply(output)
+        return _in_order(assembler.take())
 
-    def _checked(self, sampling: SamplingParams) -> SamplingParams | RequestError:
-        try:
-            return check_params(sampling, self.model.spec.vocab_size)
-        except RequestError as error:
-            return error
+    def _stream(
+        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int
+    ) -> Iterator[RequestOutput]:
+        self._check_open()
+        assembler = self._assembler()
+        windows = self._windows(pairs, window, assembler)
+        with closing(run_windowed(self._engine, assembler, windows, self._cost, self.policy)) as outputs:
+            for output in outputs:
+                assembler.apply(output)
+                yield from assembler.take()
+        if assembler.num_unfinished or next(pairs, None) is not None:
+            raise ExecutorError(
+                "another call of this LLM ended this stream before all of its prompts were answered; read a stream to "
+                "its end first, or use another LLM"
+            )
+        yield from assembler.take()
 
-    def _requests(self, number: int, first: int, token_ids: TokenIds, sampling: SamplingParams) -> list[Request]:
-        """One request per choice of prompt `number`, numbered from `first`."""
-        room = max(1, self.config.max_model_len - len(token_ids))  # the engine refuses prompts that leave none
-        limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        seeds = [
-            derived_seed(b"place", f"{self.seed}:{number}".encode(), choice)
-            if sampling.seed is None
-            else choice_seed(sampling.seed, choice)
-            for choice in range(sampling.n)
-        ]
-        return [
-            Request(first + choice, token_ids, len(token_ids), sampling, limit, seed)
-            for choice, seed in enumerate(seeds)
-        ]
+    def _windows(
+        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], size: int, assembler: OutputAssembler
+    ) -> Iterator[Window]:
+        while taken := list(islice(pairs, size)):
+            requests: list[Request] = []
+            for (text, token_ids), (_, sampling) in zip(self._encode([p for p, _ in taken]), taken, strict=True):
+                requests += assembler.add(text, token_ids, sampling)
+            yield Window(flatten(request.prompt_token_ids for request in requests), _table(requests))
 
-    def _run(self, requests: list[Request]) -> list[SequenceOutput]:
-        if self._is_closed:
-            raise ConfigError("this LLM is closed; make a new one")
-        if not requests:
-            return []
-        table = request_table(
-            (request.num_prompt_tokens for request in requests),
-            ((request.sampling, request.max_output_tokens) for request in requests),
-        )
-        prompts = flatten(request.prompt_token_ids for request in requests)
-        plan = plan_requests(prompts, table, self._cost, seed=self.seed)
-        results: list[SequenceOutput | None] = [None] * len(requests)
-        for output in run_planned(self._engine, requests, plan, self.policy):
-            results[output.index] = output
-        return [result for result in results if result is not None]
 
-    def _assemble(
-        self,
-        request_id: str,
-        text: str | None,
-        token_ids: TokenIds,
-        sampling: SamplingParams,
-        results: Sequence[SequenceOutput],
-    ) -> RequestOutput:
-        error = next((result.error for result in results if result.error is not None), None)
-        if error is not None:
-            assert isinstance(error, BlendServeError)
-            return _failed(request_id, text, token_ids.tolist(), sampling, error)
-        return RequestOutput(
-            request_id=request_id,
-            prompt=text,
-            prompt_token_ids=token_ids.tolist(),
-            outputs=tuple(self._completion(choice, sampling, result) for choice, result in enumerate(results)),
-            num_cached_tokens=results[0].num_cached_tokens,
-        )
+def _table(requests: Sequence[Request]) -> RequestTable:
+    return request_table(
+        (request.num_prompt_tokens for request in requests),
+        ((request.sampling, request.max_output_tokens) for request in requests),
+    )
 
-    def _completion(self, choice: int, sampling: SamplingParams, result: SequenceOutput) -> CompletionOutput:
-        has_logprobs = sampling.logprobs is not None
-        return CompletionOutput(
-            index=choice,
-            text=text_of(self.model.tokenizer, result.token_ids, result.finish_reason, result.stop_reason),
-            token_ids=tuple(result.token_ids.tolist()),
-            finish_reason=result.finish_reason,
-            stop_reason=result.stop_reason,
-            cumulative_logprob=sum(token.logprob for token in result.logprobs) if has_logprobs else None,
-            logprobs=result.logprobs if has_logprobs else None,
-        )
+
+def _in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
+    return sorted(outputs, key=lambda output: int(output.request_id))
+
+
+def _paired(
+    prompts: Iterable[Prompt | Conversation], params: SamplingParams | Iterable[SamplingParams] | None
+) -> Iterator[tuple[Prompt | Conversation, SamplingParams]]:
+    if params is None or isinstance(params, SamplingParams):
+        yield from zip(prompts, repeat(params or SamplingParams()))
+        return
+    missing = object()
+    for number, (prompt, sampling) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
+        if prompt is missing or sampling is missing:
+            few, more = ("prompts", "sampling parameters") if prompt is missing else ("sampling parameters", "prompts")
+            raise ConfigError(f"{number} {few} for more {more}; give one for all or one per prompt")
+        yield prompt, sampling  # type: ignore[misc]
+
+
+def _is_conversation(prompt: Prompt | Conversation) -> bool:
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -240,15 +277,16 @@ def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _listed_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _listed_params(params: SamplingParams | Iterable[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ConfigError(f"{len(params)} sampling parameters for {count} prompts; give one for all or one per prompt")
-    return list(params)
+    listed = list(params)
+    if len(listed) != count:
+        raise ConfigError(f"{len(listed)} sampling parameters for {count} prompts; give one for all or one per prompt")
+    return listed
 
 
-def _listed_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+def _listed_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
     if len(messages) and isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
     return list(messages)  # type: ignore[arg-type]
@@ -274,21 +312,3 @@ def _token_ids(prompt: Prompt, vocab_size: int) -> TokenIds | RequestError:
             param="prompt",
         )
     return token_ids.astype(np.int32)
-
-
-def _failed(
-    request_id: str,
-    text: str | None,
-    token_ids: Sequence[int],
-    sampling: SamplingParams,
-    error: BlendServeError,
-) -> RequestOutput:
-    num_choices = sampling.n if sampling.n in range(1, MAX_CHOICES + 1) else 1
-    return RequestOutput(
-        request_id=request_id,
-        prompt=text,
-        prompt_token_ids=token_ids,
-        outputs=tuple(CompletionOutput(choice, "", (), "error") for choice in range(num_choices)),
-        num_cached_tokens=0,
-        error=error,
-    )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 from blendserve.config import BLOCK_SIZE, EngineConfig, available_memory_bytes, cache_dir, usable_cores
@@ -22,6 +22,7 @@ from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.policies import make_policy
 from blendserve.planner.sorting import FlatPrompts
 from blendserve.planner.tree import PrefixTree
+from blendserve.planner.windows import Window, WindowedPolicy
 from blendserve.request import Request, RequestSource, SequenceOutput
 
 MAX_KV_SHARE = 0.5
@@ -104,3 +105,13 @@ def plan_requests(prompts: FlatPrompts, table: RequestTable, cost: CostModel, *,
 def run_planned(engine: EngineLoop, source: RequestSource, plan: Plan, policy: str) -> Iterator[SequenceOutput]:
     """Run every request of `source` under a policy, yielding outputs as they finish."""
     return engine.run(PlannedRequests(source, plan.tree), make_policy(policy, plan))
+
+
+def run_windowed(
+    engine: EngineLoop, source: RequestSource, windows: Iterator[Window], cost: CostModel, policy: str
+) -> Generator[SequenceOutput]:
+    """Run requests that arrive in windows, each planned together with what still waits when little does.
+
+    `source` has the requests of all windows taken so far; their block keys name contents.
+    """
+    yield from engine.run(source, WindowedPolicy(windows, cost, lambda plan: make_policy(policy, plan)))

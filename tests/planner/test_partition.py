@@ -12,7 +12,7 @@ from planner_cases import COST, TinyEngine, outputs_strategy, plan_of, prompts_s
 from blendserve.errors import ConfigError
 from blendserve.planner.base import RequestTable
 from blendserve.planner.partition import part_table, partition
-from blendserve.planner.policies import make_policy
+from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.planner.sorting import flatten
 from blendserve.planner.windows import Window, WindowedPolicy
 
@@ -56,7 +56,7 @@ def test_no_parts_is_an_error() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(jobs, min_size=1, max_size=4), st.sampled_from(["blend", "paper", "fcfs"]), st.booleans())
+@given(st.lists(jobs, min_size=1, max_size=4), st.sampled_from(POLICY_NAMES), st.booleans())
 def test_windows_are_served_while_others_arrive(
     arriving: list[tuple[list[Prompt], tuple[int, ...]]], name: str, is_known: bool
 ) -> None:

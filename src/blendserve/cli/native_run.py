@@ -19,9 +19,10 @@ from blendserve.job import JobProgress
 from blendserve.models.fingerprint import fingerprint
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.planner.plan import Plan
+from blendserve.planner.windows import Window
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import cost_of, open_engine, plan_requests, resolve_limits, run_planned
+from blendserve.session import cost_of, open_engine, plan_requests, resolve_limits, run_planned, run_windowed
 
 
 def open_native_run(args: argparse.Namespace) -> NativeRun:
@@ -47,6 +48,7 @@ class NativeRun:
         self._model = model
         self._config = config
         self._policy: str = args.policy
+        self._window: int = args.window
         self._is_quiet: bool = args.quiet or args.json
         self._progress = JobProgress(0, 0)
 
@@ -61,20 +63,29 @@ class NativeRun:
         cost = cost_of(self._model.spec, config.num_threads, tell)
         with closing(open_engine(self._model, config, isa=self._isa)) as engine:
             loaded_s = time.perf_counter()
-            plan = plan_requests(pending.flat_prompts(), pending.table(), cost)
+            plan = None if self._window else plan_requests(pending.flat_prompts(), pending.table(), cost)
             planned_s = time.perf_counter()
             self.load_s, self.plan_s = loaded_s - started_s, planned_s - loaded_s
+            outputs: Iterator[SequenceOutput]
+            if plan is None:
+                outputs = run_windowed(engine, pending, _windows(pending, self._window), cost, self._policy)
+            else:
+                outputs = run_planned(engine, pending, plan, self._policy)
             try:
-                with Progress(lambda: self._snapshot(engine, plan), is_quiet=self._is_quiet):
-                    yield from run_planned(engine, pending, plan, self._policy)
+                with Progress(lambda: self._snapshot(engine, plan, len(pending)), is_quiet=self._is_quiet):
+                    yield from outputs
             finally:
                 self.run_s = time.perf_counter() - planned_s
                 self.stats = engine.stats
 
-    def _snapshot(self, engine: EngineLoop, plan: Plan) -> Snapshot:
+    def _snapshot(self, engine: EngineLoop, plan: Plan | None, num_pending: int) -> Snapshot:
         stats, progress = engine.stats, self._progress
-        expected = float(plan.expected_output_tokens.sum()) + plan.tree.num_unique_tokens
         num_tokens = stats.num_prefill_tokens + stats.num_decode_tokens
+        num_left = progress.num_requests - progress.num_done
+        if plan is None:  # what is not planned yet will be like what has finished
+            expected = num_tokens * num_pending / max(1, num_pending - num_left)
+        else:
+            expected = float(plan.expected_output_tokens.sum()) + plan.tree.num_unique_tokens
         return Snapshot(
             num_done=progress.num_done,
             num_requests=progress.num_requests,
@@ -84,3 +95,10 @@ class NativeRun:
             kv_use=1 - engine.batcher.free_tokens / engine.batcher.capacity_tokens,
             prefix_hit_rate=stats.prefix_hit_rate,
         )
+
+
+def _windows(pending: PendingRequests, size: int) -> Iterator[Window]:
+    """The requests in the order of the file, `size` at a time, read when they are asked for."""
+    for begin in range(0, len(pending), size):
+        part = PendingRequests(pending.store, pending.numbers[begin : begin + size])
+        yield Window(part.flat_prompts(), part.table())

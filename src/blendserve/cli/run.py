@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.engines import add_engine_choice, open_run
-from blendserve.cli.options import add_engine, add_model, tell
+from blendserve.cli.options import add_engine, add_model, positive_integer, tell
 from blendserve.job import BatchJob, JobInterrupted, run_job
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.report.summary import RunSummary
@@ -30,6 +30,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_model(parser)
     parser.add_argument(
         "--policy", choices=POLICY_NAMES, default=DEFAULT_POLICY, help=f"order of requests (default: {DEFAULT_POLICY})"
+    )
+    parser.add_argument(
+        "--window",
+        type=positive_integer,
+        default=0,
+        metavar="N",
+        help="plan N requests at a time, each window while others run, instead of the whole file before it; for files "
+        "whose plan would take too long or too much memory",
     )
     parser.add_argument("--ordered", action="store_true", help="write answers in input order; default: as they finish")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run of this job has finished")

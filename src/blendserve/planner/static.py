@@ -15,24 +15,26 @@ BUCKET_PREFIX_RATIO = 0.33
 
 class StaticPolicy:
     """Propose requests in a fixed order while a step's worth of tokens is not yet pending; the engine refuses what does
-    not fit. Preempted requests come first again."""
+    not fit. Preempted requests come first again; what was admitted elsewhere (it runs already) is passed over."""
 
     def __init__(self, name: str, order: Int64s) -> None:
         self.name = name
         self._order = order
         self._position = 0
+        self._has_left = np.zeros(len(order), dtype=np.bool_)
+        self._num_waiting = len(order)
         self._preempted: list[int] = []
         self._proposed = -1
 
     @property
     def num_waiting(self) -> int:
-        return len(self._order) - self._position + len(self._preempted)
+        return self._num_waiting
 
     def next(self, view: SchedulerView) -> int | None:
-        if not self.num_waiting:
+        if not self._num_waiting:
             return None
         if self._proposed < 0:
-            self._proposed = self._preempted[-1] if self._preempted else int(self._order[self._position])
+            self._proposed = self._preempted[-1] if self._preempted else self._next_in_order()
         if len(view.request_index) and num_pending_tokens(view) >= view.max_num_batched_tokens:
             return None
         return self._proposed
@@ -43,8 +45,8 @@ class StaticPolicy:
     def admitted(self, index: int, num_cached_tokens: int) -> None:  # noqa: ARG002
         if self._preempted and self._preempted[-1] == index:
             self._preempted.pop()
-        else:
-            self._position += 1
+        self._has_left[index] = True
+        self._num_waiting -= 1
         self._proposed = -1
 
     def finished(self, index: int, num_output_tokens: int) -> None:
@@ -52,10 +54,16 @@ class StaticPolicy:
 
     def preempted(self, index: int, num_output_tokens: int) -> None:  # noqa: ARG002
         self._preempted.append(index)
+        self._num_waiting += 1
         self._proposed = -1
 
     def next_use(self, key: Hashable) -> float:  # noqa: ARG002
         return 0.0
+
+    def _next_in_order(self) -> int:
+        while self._has_left[self._order[self._position]]:
+            self._position += 1
+        return int(self._order[self._position])
 
 
 def num_pending_tokens(view: SchedulerView) -> int:
