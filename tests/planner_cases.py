@@ -49,7 +49,7 @@ def ranges(values: Sequence[int]) -> Int64s:
 class TinyEngine:
     """An engine in a few lines: whole prompts at admission, one token per sequence and step, the youngest preempted.
 
-    Steps take the longer of compute and memory time. `admissions` and `overflows` are what tests look at.
+    Steps take the longer of compute and memory time. `admissions` and `schedule` are what tests look at.
     """
 
     policy: Policy
@@ -60,6 +60,7 @@ class TinyEngine:
     max_num_batched_tokens: int = 256
     cost: CostModel = COST
     admissions: list[int] = field(default_factory=list)
+    schedule: list[tuple[int, list[int]]] = field(default_factory=list)  # per step: prefill budget, who runs
     num_preemptions: int = 0
     elapsed_s: float = 0.0
     num_steps: int = 0
@@ -96,6 +97,7 @@ class TinyEngine:
             self._admit(kept)
             assert self.rows, "nothing runs, nothing is proposed"
             self._step()
+            assert self.free_tokens >= 0, "KV memory exceeded"
             self.num_steps += 1
 
     def _grow(self, kept: dict[int, int]) -> None:
@@ -118,6 +120,7 @@ class TinyEngine:
 
     def _step(self) -> None:
         left = self.policy.prefill_tokens(self)
+        self.schedule.append((left, [row[0] for row in self.rows]))
         decodes = [row for row in self.rows if row[1] >= self._size(row) - 1 and row[2] > 0]
         if not decodes:
             left = max(left, 1)

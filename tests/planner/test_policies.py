@@ -12,11 +12,13 @@ from oracles import Prompt
 from planner_cases import COST, TinyEngine, outputs_strategy, plan_of, prompts_strategy, ranges
 
 from blendserve.errors import ConfigError
+from blendserve.planner.base import RequestTable
 from blendserve.planner.blend import BlendPolicy
 from blendserve.planner.lengths import MeanLengthModel
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.planner.static import StaticPolicy
+from blendserve.planner.tree import PrefixTree
 
 jobs = prompts_strategy.flatmap(
     lambda prompts: st.tuples(st.just(prompts), st.tuples(*[outputs_strategy] * len(prompts)))
@@ -73,6 +75,30 @@ def test_adversarial_jobs_end(name: str, prompts: list[Prompt], outputs: tuple[i
     engine = engine_for(name, prompts, outputs, 200)
     engine.run(max_steps=2000)
     assert set(engine.admissions) == set(range(len(prompts)))
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@pytest.mark.parametrize("kind", ["nested chain", "all identical", "all distinct"])
+def test_ten_thousand_requests_of_one_shape_are_each_admitted_once(name: str, kind: str) -> None:
+    """No recursion, no starvation, and eviction ranks that can be asked for at any depth."""
+    count = 10_000
+    lengths = np.arange(1, count + 1) if kind == "nested chain" else np.full(count, 20)
+    shared = {"nested chain": lengths - 1, "all identical": lengths, "all distinct": 0 * lengths}[kind]
+    tree = PrefixTree.from_sorted(np.arange(count), np.append(0, shared[1:]), lengths)
+    outputs = np.arange(count) % 5  # zero-length ones among them
+    policy = make_policy(name, make_plan(tree, RequestTable(lengths, outputs, outputs), COST))
+    keys = tree.block_keys(count - 1, 16)
+    idle = TinyEngine(policy, lengths.tolist(), outputs.tolist(), 1_000_000)
+    admitted = np.zeros(count, dtype=np.int64)
+    while policy.num_waiting:
+        request = policy.next(idle)
+        assert request is not None, "an idle engine is offered nothing"
+        policy.admitted(request, 0)
+        admitted[request] += 1
+        policy.prefill_tokens(idle)
+        policy.finished(request, int(outputs[request]))
+    assert (admitted == 1).all()
+    assert all(policy.next_use(key) >= 0 for key in keys)
 
 
 def mixed_job(num_short: int = 60, num_long: int = 12) -> tuple[list[Prompt], tuple[int, ...]]:
