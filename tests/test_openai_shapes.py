@@ -61,7 +61,7 @@ def rows(tmp_path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def test_answers_are_completions_to_openais_client(rows: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> None:
-    kinds = {"chat.completion": ChatCompletion, "text_completion": Completion}
+    kinds: dict[str, type[BaseModel]] = {"chat.completion": ChatCompletion, "text_completion": Completion}
     seen = []
     for row in rows[0]:
         assert list(row) == ["id", "custom_id", "response", "error"]
