@@ -48,7 +48,7 @@ class TokenSimulator(FakeSimulator):
     """Makes the loop handle tokens as for a real executor: all of them zero, none of them ends a sequence."""
 
     needs_tokens = True
-    eos_token_ids = (2, 3)
+    eos_token_ids: tuple[int, ...] = (2, 3)
 
 
 class FrugalFifo(FifoPolicy):

@@ -68,7 +68,7 @@ class NativeRun:
             self.load_s, self.plan_s = loaded_s - started_s, planned_s - loaded_s
             outputs: Iterator[SequenceOutput]
             if plan is None:
-                outputs = run_windowed(engine, pending, _windows(pending, self._window), cost, self._policy)
+                outputs = run_windowed(engine, pending, windows_of(pending, self._window), cost, self._policy)
             else:
                 outputs = run_planned(engine, pending, plan, self._policy)
             try:
@@ -97,7 +97,7 @@ class NativeRun:
         )
 
 
-def _windows(pending: PendingRequests, size: int) -> Iterator[Window]:
+def windows_of(pending: PendingRequests, size: int) -> Iterator[Window]:
     """The requests in the order of the file, `size` at a time, read when they are asked for."""
     for begin in range(0, len(pending), size):
         part = PendingRequests(pending.store, pending.numbers[begin : begin + size])
