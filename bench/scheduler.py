@@ -1,7 +1,9 @@
 """Scheduling cost per step of the engine loop, with an executor that costs nothing: `python bench/scheduler.py`.
 
 Every running sequence decodes, finished ones are replaced at once, prompts share a system prefix. Prints processor
-time per step (all of it scheduling) at one admission in two steps and at two admissions a step.
+time per step (all of it scheduling), mean and P99, at one admission in two steps and at two admissions a step, under a
+queue that costs nothing and under `blend` with all its forecasts. What it is a share of is the time of a native step:
+`--step-ms` (a step of 256 decodes of the default model takes some hundred milliseconds on two cores).
 """
 
 from __future__ import annotations
@@ -16,9 +18,15 @@ from collections.abc import Hashable
 import numpy as np
 
 from blendserve.config import EngineConfig
+from blendserve.cost import CostModel
 from blendserve.engine.fake import FakeSimulator, FifoPolicy
 from blendserve.engine.loop import EngineLoop
+from blendserve.planner.base import RequestTable
+from blendserve.planner.plan import Plan, make_plan
+from blendserve.planner.policies import make_policy
+from blendserve.planner.tree import PrefixTree
 from blendserve.request import Request, SamplingParams
+from blendserve.session import PlannedRequests
 
 PROMPT = np.ones(2048, np.int32)
 BLOCK_SIZE = 16
@@ -29,18 +37,18 @@ class SyntheticSource:
 
     def __init__(self, num_requests: int, mean_output_tokens: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
-        self._num_prompt_tokens = generator.integers(100, 1100, num_requests)
-        self._max_output_tokens = generator.integers(1, 2 * mean_output_tokens, num_requests)
+        self.num_prompt_tokens = generator.integers(100, 1100, num_requests)
+        self.max_output_tokens = generator.integers(1, 2 * mean_output_tokens, num_requests)
         self._sampling = SamplingParams(max_tokens=None, ignore_eos=True)
 
     def __len__(self) -> int:
-        return len(self._num_prompt_tokens)
+        return len(self.num_prompt_tokens)
 
     def __getitem__(self, index: int, /) -> Request:
-        num_tokens = int(self._num_prompt_tokens[index])
+        num_tokens = int(self.num_prompt_tokens[index])
         own = range((index + 1) << 12, ((index + 1) << 12) + num_tokens // BLOCK_SIZE - 4)
         keys: tuple[Hashable, ...] = (0, 1, 2, 3, *own)
-        num_output = int(self._max_output_tokens[index])
+        num_output = int(self.max_output_tokens[index])
         return Request(index, PROMPT[:num_tokens], num_tokens, self._sampling, num_output, block_keys=keys)
 
 
@@ -62,15 +70,30 @@ class FrugalFifo(FifoPolicy):
         return 0.0 if isinstance(key, int) and key < 4 else float("inf")
 
 
-def run(num_running: int, num_steps: int, admissions_per_step: float, needs_tokens: bool) -> EngineLoop:
+def blend_plan(source: SyntheticSource) -> Plan:
+    """The plan of a source: all prompts share 64 tokens, lengths are not known but for their caps."""
+    lengths = source.num_prompt_tokens
+    shared = np.full(len(source), 64)
+    shared[0] = 0
+    tree = PrefixTree.from_sorted(np.arange(len(source)), shared, lengths)
+    table = RequestTable(lengths, source.max_output_tokens, np.full(len(source), -1))
+    return make_plan(tree, table, CostModel(token_s=1e-3, kv_token_s=1e-6))
+
+
+def run(policy: str, num_running: int, num_steps: int, admissions_per_step: float, needs_tokens: bool) -> EngineLoop:
     """Run `num_steps` steps with `num_running` sequences, `admissions_per_step` of them replaced each step."""
     mean_output_tokens = int(num_running / admissions_per_step)
     source = SyntheticSource(int(num_steps * admissions_per_step) + 2 * num_running, mean_output_tokens, seed=0)
     num_blocks = num_running * (800 + mean_output_tokens) // BLOCK_SIZE
     max_model_len = 1100 + 2 * mean_output_tokens
     config = EngineConfig(max_num_seqs=num_running, max_num_batched_tokens=4096, max_model_len=max_model_len)
-    loop = EngineLoop((TokenSimulator if needs_tokens else FakeSimulator)(num_blocks, BLOCK_SIZE), config)
-    loop.begin(source, FrugalFifo(len(source)))
+    executor = (TokenSimulator if needs_tokens else FakeSimulator)(num_blocks, BLOCK_SIZE)
+    loop = EngineLoop(executor, config, clock=time.process_time)
+    if policy == "blend":
+        plan = blend_plan(source)
+        loop.begin(PlannedRequests(source, plan.tree), make_policy(policy, plan))
+    else:
+        loop.begin(source, FrugalFifo(len(source)))
     while loop.has_work and loop.stats.num_steps < num_steps:
         loop.step()
     return loop
@@ -80,29 +103,31 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--step-ms", type=float, default=100.0, help="time of a native step to compare with (100)")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}")
-    print("running  tokens  admitted/step  steps  cpu-ms/step  steps/cpu-s  preemptions")
+    print(f"policy  running  tokens  admitted/step  steps  mean ms  P99 ms  of {arguments.step_ms:g} ms  preemptions")
     profiler = cProfile.Profile()
-    for num_running, needs_tokens, admissions in (
-        (256, True, 0.5),
-        (256, False, 0.5),
-        (256, False, 2.0),
-        (1000, False, 0.5),
-        (1000, False, 2.0),
+    for policy, num_running, needs_tokens, admissions in (
+        ("queue", 256, True, 0.5),
+        ("queue", 256, False, 0.5),
+        ("queue", 256, False, 2.0),
+        ("blend", 256, True, 0.5),
+        ("blend", 256, True, 2.0),
+        ("queue", 1000, False, 0.5),
+        ("queue", 1000, False, 2.0),
+        ("blend", 1000, False, 2.0),
     ):
         if arguments.profile:
             profiler.enable()
-        began = time.process_time()
-        loop = run(num_running, arguments.steps, admissions, needs_tokens)
-        elapsed = time.process_time() - began
+        stats = run(policy, num_running, arguments.steps, admissions, needs_tokens).stats
         profiler.disable()
-        stats = loop.stats
-        rate = f"{elapsed / stats.num_steps * 1e3:11.3f}  {stats.num_steps / elapsed:11.0f}"
         admitted = f"{stats.num_finished / stats.num_steps:13.2f}  {stats.num_steps:5d}"
-        tokens = "yes" if needs_tokens else "no"
-        print(f"{num_running:7d}  {tokens:>6}  {admitted}  {rate}  {stats.num_preemptions:11d}")
+        mean_ms, p99_ms = stats.mean_scheduling_s * 1e3, stats.p99_scheduling_s * 1e3
+        share = f"{mean_ms / arguments.step_ms:{len(f'of {arguments.step_ms:g} ms')}.2%}"
+        figures = f"{mean_ms:7.3f}  {p99_ms:6.3f}  {share}  {stats.num_preemptions:11d}"
+        print(f"{policy:>6}  {num_running:7d}  {'yes' if needs_tokens else 'no':>6}  {admitted}  {figures}")
     if arguments.profile:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
