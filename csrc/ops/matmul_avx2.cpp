@@ -12,6 +12,13 @@ namespace {
 constexpr int kMaxRows = 6;
 constexpr int64_t kMaxPanels = 4;
 
+// Where a kernel finds its weights: packed bf16, which it expands to float32 as it goes; or expanded by the first group
+// of rows for all others of a tile. Expanding takes a sixth of the instructions, and a core that shares its front end
+// with another thread has none to spare.
+enum class Source { kPacked, kPackedAndKept, kKept };
+// Fewer groups of rows expand for themselves: to write and read 36 KiB pays from about 8 groups (43 rows) on.
+constexpr int64_t kMinKeptGroups = 8;
+
 // One block of output: kRows rows x kPanels panels of 16 columns, over `num_k` (even) steps of k.
 struct Block {
   const float* x;
@@ -21,6 +28,7 @@ struct Block {
   int64_t num_k;
   float* y;
   int64_t ldy;
+  float* kept;               // one panel as float32, [num_k][16]; null where nothing is kept
   bool is_loaded;            // start from y instead of 0
   const float* bias;         // added last; may be null
   const uint16_t* prefetch;  // one line per panel and two k is fetched into L2 from here ...
@@ -55,13 +63,14 @@ template <int kRows, int kVectors>
 alignas(32) constexpr uint32_t kHighHalves[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
                                                  0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
 
-template <int kRows, int kPanels>
+template <int kRows, int kPanels, Source kSource>
 void kernel(const Block& b) {
   const uint32_t* high_halves = kHighHalves;
   const float* x = b.x;
   const int64_t ldx = b.ldx;
   const uint16_t* w = b.w;
   const int64_t panel_stride = b.panel_stride;
+  float* kept = b.kept;
   const uint16_t* prefetch = b.prefetch;
   __m256 sums[kRows][2 * kPanels];
   load_sums<kRows, 2 * kPanels>(b, sums);
@@ -75,10 +84,20 @@ void kernel(const Block& b) {
       const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(high_halves));
 #pragma GCC unroll 2
       for (int odd = 0; odd < 2; ++odd) {
-        const __m256i raw0 = _mm256_load_si256(lanes);
-        const __m256i raw1 = _mm256_load_si256(lanes + 1);
-        const __m256 w0 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw0, high) : _mm256_slli_epi32(raw0, 16));
-        const __m256 w1 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw1, high) : _mm256_slli_epi32(raw1, 16));
+        __m256 w0, w1;
+        if constexpr (kSource == Source::kKept) {
+          w0 = _mm256_load_ps(kept + odd * kWeightPanel);
+          w1 = _mm256_load_ps(kept + odd * kWeightPanel + 8);
+        } else {
+          const __m256i raw0 = _mm256_load_si256(lanes);
+          const __m256i raw1 = _mm256_load_si256(lanes + 1);
+          w0 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw0, high) : _mm256_slli_epi32(raw0, 16));
+          w1 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw1, high) : _mm256_slli_epi32(raw1, 16));
+        }
+        if constexpr (kSource == Source::kPackedAndKept) {
+          _mm256_store_ps(kept + odd * kWeightPanel, w0);
+          _mm256_store_ps(kept + odd * kWeightPanel + 8, w1);
+        }
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
           const __m256 value = _mm256_broadcast_ss(x + r * ldx + odd);
@@ -89,6 +108,7 @@ void kernel(const Block& b) {
     }
     x += 2;
     w += 2 * kWeightPanel;
+    if constexpr (kSource != Source::kPacked) kept += 2 * kWeightPanel;
     prefetch += b.prefetch_step;
   }
   store_sums<kRows, 2 * kPanels>(b, sums);
@@ -97,28 +117,36 @@ void kernel(const Block& b) {
 void run(const Block& b, int64_t num_rows, int64_t num_panels) {
   switch (num_rows * 8 + num_panels) {
     case 1 * 8 + 1:
-      return kernel<1, 1>(b);
+      return kernel<1, 1, Source::kPacked>(b);
     case 1 * 8 + 2:
-      return kernel<1, 2>(b);
+      return kernel<1, 2, Source::kPacked>(b);
     case 1 * 8 + 3:
-      return kernel<1, 3>(b);
+      return kernel<1, 3, Source::kPacked>(b);
     case 1 * 8 + 4:
-      return kernel<1, 4>(b);
+      return kernel<1, 4, Source::kPacked>(b);
     case 2 * 8 + 1:
-      return kernel<2, 1>(b);
+      return kernel<2, 1, Source::kPacked>(b);
     case 2 * 8 + 2:
-      return kernel<2, 2>(b);
+      return kernel<2, 2, Source::kPacked>(b);
     case 3 * 8 + 1:
-      return kernel<3, 1>(b);
+      return kernel<3, 1, Source::kPacked>(b);
     case 4 * 8 + 1:
-      return kernel<4, 1>(b);
+      return kernel<4, 1, Source::kPacked>(b);
     case 5 * 8 + 1:
-      return kernel<5, 1>(b);
+      return kernel<5, 1, Source::kPacked>(b);
     case 6 * 8 + 1:
-      return kernel<6, 1>(b);
+      return kernel<6, 1, Source::kPacked>(b);
     default:
       __builtin_unreachable();
   }
+}
+
+// One panel, 5 or 6 rows: what groups hold where there are kMinKeptGroups of them or more.
+void run_kept(const Block& b, int64_t num_rows, bool is_first_group) {
+  if (is_first_group) {
+    return num_rows == 6 ? kernel<6, 1, Source::kPackedAndKept>(b) : kernel<5, 1, Source::kPackedAndKept>(b);
+  }
+  return num_rows == 6 ? kernel<6, 1, Source::kKept>(b) : kernel<5, 1, Source::kKept>(b);
 }
 
 // Panels that so many rows take at once: few rows need more columns for enough independent sums.
@@ -143,6 +171,8 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
   const int64_t num_k = round_up(a.k, 2);
   const int64_t panel_stride = num_k * kWeightPanel;
   const int64_t ldx = row_stride(a.k);
+  alignas(32) float kept[kMaxResidentK * kWeightPanel];
+  const bool is_kept = groups.count >= kMinKeptGroups;
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t row = a.tile.row_begin + groups.begin(group);
     const int64_t next_row = a.tile.row_begin + groups.begin(group + 1);
@@ -164,11 +194,14 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
                     .num_k = block_num_k,
                     .y = y,
                     .ldy = a.ldy,
+                    .kept = is_kept ? kept : nullptr,
                     .is_loaded = a.accumulate || k > 0,
                     .bias = a.bias != nullptr && k + block_num_k == num_k ? a.bias + c : nullptr,
                     .prefetch = can_fetch ? w + (ahead - c) / kWeightPanel * panel_stride : w,
                     .prefetch_step = can_fetch ? 2 * kWeightPanel : 0};
-      const auto run_block = [rows = next_row - row, num_panels](const Block& block) { run(block, rows, num_panels); };
+      const auto run_block = [rows = next_row - row, num_panels, group](const Block& block) {
+        return block.kept != nullptr ? run_kept(block, rows, group == 0) : run(block, rows, num_panels);
+      };
       if (num_columns == num_panels * kWeightPanel) {
         run_block(b);
       } else {
