@@ -1,5 +1,5 @@
 // Time of one step by op, on random weights of SmolLM2-135M's shape.
-//   build/dev/bench_step [threads] [isa]
+//   build/dev/bench_step [threads] [isa] [dtype]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -15,27 +15,27 @@ constexpr ModelShape kShape = {49152, 576, 1536, 30, 9, 3, 64, 1e-5f};
 constexpr ModelLimits kLimits = {64, 1024, 1216, 64 * 76};
 constexpr int64_t kBlocksEach = 76;
 
-PackedMatrix random_matrix(Isa isa, int64_t n, int64_t k) {
+PackedMatrix random_matrix(MatmulFormat format, int64_t n, int64_t k) {
   std::vector<float> values(static_cast<size_t>(n * k));
   uint32_t state = 1;
   for (float& value : values) {
     state = state * 1664525u + 1013904223u;
     value = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * 0.1f;
   }
-  return {isa, values, n, k};
+  return {format, values, n, k};
 }
 
-ModelWeights random_weights(Isa isa) {
+ModelWeights random_weights(MatmulFormat format) {
   ModelWeights weights;
-  weights.lm_head = random_matrix(isa, kShape.vocab_size, kShape.hidden_size);
+  weights.lm_head = random_matrix(format, kShape.vocab_size, kShape.hidden_size);
   weights.norm.assign(static_cast<size_t>(kShape.hidden_size), 1.0f);
   weights.inverse_frequencies.assign(static_cast<size_t>(kShape.head_dim / 2), 0.01);
   for (int64_t i = 0; i < kShape.num_layers; ++i) {
     LayerWeights layer;
-    layer.qkv = random_matrix(isa, kShape.qkv_width(), kShape.hidden_size);
-    layer.o = random_matrix(isa, kShape.hidden_size, kShape.q_width());
-    layer.gate_up = random_matrix(isa, 2 * kShape.intermediate_size, kShape.hidden_size);
-    layer.down = random_matrix(isa, kShape.hidden_size, kShape.intermediate_size);
+    layer.qkv = random_matrix(format, kShape.qkv_width(), kShape.hidden_size);
+    layer.o = random_matrix(format, kShape.hidden_size, kShape.q_width());
+    layer.gate_up = random_matrix(format, 2 * kShape.intermediate_size, kShape.hidden_size);
+    layer.down = random_matrix(format, kShape.hidden_size, kShape.intermediate_size);
     layer.input_norm = layer.post_attention_norm = weights.norm;
     weights.layers.push_back(std::move(layer));
   }
@@ -87,7 +87,8 @@ int main(int argc, char** argv) {
   using namespace blendserve;
   const int num_threads = argc > 1 ? std::atoi(argv[1]) : 2;
   const Isa isa = argc > 2 ? isa_from_name(argv[2]) : best_isa();
-  Model model(isa, kShape, kLimits, random_weights(isa), num_threads);
+  const Dtype dtype = argc > 3 ? dtype_from_name(argv[3]) : Dtype::kBf16;
+  Model model(isa, kShape, kLimits, random_weights({isa, dtype}), num_threads);
   measure(model, "prefill of 512 tokens", 1, 512, 0);
   measure(model, "prefill of 1000 tokens", 1, 1000, 0);
   measure(model, "decode of 64 sequences at 300", 64, 1, 299);

@@ -41,8 +41,9 @@ std::vector<float> copy(const std::optional<Vector>& vector) { return vector ? c
 // Weights on their way from files to a model, packed layer by layer so that float32 copies never add up.
 class WeightLoader {
  public:
-  WeightLoader(std::string_view isa, size_t num_layers) : isa_(isa_from_name(isa)) {
-    if (!is_supported(isa_)) {
+  WeightLoader(std::string_view isa, std::string_view dtype, size_t num_layers)
+      : format_(isa_from_name(isa), dtype_from_name(dtype)) {
+    if (!is_supported(format_.isa)) {
       throw std::invalid_argument("this processor has no " + std::string(isa) + "; use 'auto'");
     }
     weights_.layers.resize(num_layers);
@@ -64,7 +65,7 @@ class WeightLoader {
     weights_.layers.at(index) = std::move(layer);
   }
 
-  // `embedding` is absent where it is tied to the head.
+  // Where `embedding` is absent, it is read from the head.
   void set_ends(const std::optional<Matrix>& embedding, const Matrix& lm_head, const Vector& norm,
                 const Array<double, 1>& inverse_frequencies) {
     weights_.norm = copy(norm);
@@ -78,16 +79,16 @@ class WeightLoader {
                    bf16_from_float);
   }
 
-  Isa isa() const { return isa_; }
+  Isa isa() const { return format_.isa; }
   ModelWeights take() { return std::exchange(weights_, {}); }
 
  private:
   PackedMatrix pack(const Matrix& matrix) const {
     nb::gil_scoped_release release;
-    return {isa_, view(matrix), static_cast<int64_t>(matrix.shape(0)), static_cast<int64_t>(matrix.shape(1))};
+    return {format_, view(matrix), static_cast<int64_t>(matrix.shape(0)), static_cast<int64_t>(matrix.shape(1))};
   }
 
-  Isa isa_;
+  MatmulFormat format_;
   ModelWeights weights_;
 };
 
@@ -167,7 +168,8 @@ NB_MODULE(_native, m) {
   m.def("is_supported", [](std::string_view name) { return is_supported(isa_from_name(name)); }, nb::arg("isa"));
 
   nb::class_<WeightLoader>(m, "WeightLoader")
-      .def(nb::init<std::string_view, size_t>(), nb::arg("isa"), nb::arg("num_layers"))
+      .def(nb::init<std::string_view, std::string_view, size_t>(), nb::arg("isa"), nb::arg("dtype"),
+           nb::arg("num_layers"))
       .def("set_layer", &WeightLoader::set_layer, nb::arg("index"), nb::kw_only(), nb::arg("qkv"), nb::arg("output"),
            nb::arg("gate_up"), nb::arg("down"), nb::arg("input_norm"), nb::arg("post_attention_norm"),
            nb::arg("qkv_bias").none() = nb::none(), nb::arg("q_norm").none() = nb::none(),
@@ -209,6 +211,7 @@ NB_MODULE(_native, m) {
       .def("logits", &logits, nb::arg("token_ids"))
       .def("counters", &counters)
       .def_prop_ro("isa", [](const Model& model) { return std::string(isa_name(model.isa())); })
+      .def_prop_ro("dtype", [](const Model& model) { return std::string(dtype_name(model.dtype())); })
       .def_prop_ro("num_threads", &Model::num_threads)
       .def_prop_ro("num_weight_bytes", &Model::num_weight_bytes)
       .def_prop_ro("num_kv_bytes", &Model::num_kv_bytes)

@@ -60,13 +60,13 @@ void Model::norm_and_pack(const std::vector<float>& weight) {
       rms_norm_row(isa_, residual_.data() + row * hidden, weight.data(), shape_.rms_norm_eps, hidden,
                    normed_.data() + row * hidden);
     }
-    pack_activations(isa_, normed_.data(), hidden, begin, end, hidden, packed_.data());
+    pack_activations(format_, normed_.data(), hidden, begin, end, hidden, packed_.data());
   });
 }
 
 void Model::multiply(Op op, int64_t num_rows, const PackedMatrix& w, const std::vector<float>& bias, bool accumulate,
                      float* y, int64_t ldy) {
-  const MatmulGrid grid = suggest_grid(isa_, num_rows, w.n(), w.k(), team_.num_threads(), l2_bytes_);
+  const MatmulGrid grid = suggest_grid(format_, num_rows, w.n(), w.k(), team_.num_threads(), l2_bytes_);
   const float* bias_data = bias.empty() ? nullptr : bias.data();
   run(op, grid.size(),
       [&](int64_t tile, int) { matmul_tile(packed_.data(), w, grid.tile(tile), bias_data, accumulate, y, ldy); });
@@ -142,7 +142,7 @@ void Model::pack_attention() {
   const auto num_rows = static_cast<int64_t>(batch_.rows().size());
   run(Op::kPackAttention, num_panels(num_rows), [&](int64_t panel, int) {
     const int64_t begin = panel * kRowPanel;
-    pack_activations(isa_, qkv_.data(), shape_.qkv_width(), begin, std::min(num_rows, begin + kRowPanel),
+    pack_activations(format_, qkv_.data(), shape_.qkv_width(), begin, std::min(num_rows, begin + kRowPanel),
                      shape_.q_width(), packed_.data());
   });
 }
@@ -157,7 +157,7 @@ void Model::activate_and_pack() {
       float* gate = gate_up_.data() + row * 2 * width;
       silu_mul_row(isa_, gate, gate + width, width);
     }
-    pack_activations(isa_, gate_up_.data(), 2 * width, begin, end, width, packed_.data());
+    pack_activations(format_, gate_up_.data(), 2 * width, begin, end, width, packed_.data());
   });
 }
 
@@ -171,7 +171,7 @@ void Model::head(std::span<const int64_t> rows) {
       rms_norm_row(isa_, residual_.data() + rows[static_cast<size_t>(row)] * hidden, weights_.norm.data(),
                    shape_.rms_norm_eps, hidden, normed_.data() + row * hidden);
     }
-    pack_activations(isa_, normed_.data(), hidden, begin, end, hidden, packed_.data());
+    pack_activations(format_, normed_.data(), hidden, begin, end, hidden, packed_.data());
   });
   multiply(Op::kHead, num_rows, weights_.lm_head, {}, false, logits_.data(), shape_.vocab_size);
 }

@@ -32,7 +32,12 @@ void check_size(const char* what, int64_t actual, int64_t expected) {
                               std::to_string(expected));
 }
 
-void check_matrix(const char* what, const PackedMatrix& matrix, int64_t n, int64_t k) {
+void check_matrix(const char* what, const PackedMatrix& matrix, MatmulFormat format, int64_t n, int64_t k) {
+  if (matrix.isa() != format.isa || matrix.dtype() != format.dtype) {
+    throw std::invalid_argument(std::string(what) + " is packed as " + std::string(dtype_name(matrix.dtype())) +
+                                " for " + std::string(isa_name(matrix.isa())) + ", the model as " +
+                                std::string(dtype_name(format.dtype)) + " for " + std::string(isa_name(format.isa)));
+  }
   check_size(what, matrix.n(), n);
   check_size(what, matrix.k(), k);
 }
@@ -71,6 +76,7 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
       shape_(checked(shape)),
       limits_(limits),
       weights_(std::move(weights)),
+      format_(isa, weights_.lm_head.dtype()),
       l2_bytes_(l2_bytes()),
       team_(num_threads),
       cache_(shape.num_layers, limits.num_blocks, shape.num_kv_heads, shape.head_stride()),
@@ -83,7 +89,7 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
   normed_ = Buffer<float>(rows * shape.hidden_size);
   qkv_ = Buffer<float>(rows * shape.qkv_width());
   gate_up_ = Buffer<float>(rows * 2 * shape.intermediate_size);
-  packed_ = Buffer<uint8_t>(activation_bytes(isa, rows, widest));
+  packed_ = Buffer<uint8_t>(activation_bytes(format_, rows, widest));
   logits_ = Buffer<float>(kHeadRows * shape.vocab_size);
   partials_ = Buffer<float>(batch_.max_partials() * attention_partial_floats(shape.group(), shape.head_stride()));
   attention_scratch_ = Buffer<float>(num_threads * attention_scratch_floats(shape.group(), shape.head_stride()));
@@ -96,15 +102,15 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
 void Model::check_weights() const {
   const ModelShape& s = shape_;
   check_size("the list of layers", static_cast<int64_t>(weights_.layers.size()), s.num_layers);
-  check_matrix("lm_head", weights_.lm_head, s.vocab_size, s.hidden_size);
+  check_matrix("lm_head", weights_.lm_head, format_, s.vocab_size, s.hidden_size);
   if (weights_.embedding.size() > 0) check_size("embedding", weights_.embedding.size(), s.vocab_size * s.hidden_size);
   check_vector("norm", weights_.norm, s.hidden_size);
   check_size("inverse_frequencies", static_cast<int64_t>(weights_.inverse_frequencies.size()), s.head_dim / 2);
   for (const LayerWeights& layer : weights_.layers) {
-    check_matrix("qkv", layer.qkv, s.qkv_width(), s.hidden_size);
-    check_matrix("o", layer.o, s.hidden_size, s.q_width());
-    check_matrix("gate_up", layer.gate_up, 2 * s.intermediate_size, s.hidden_size);
-    check_matrix("down", layer.down, s.hidden_size, s.intermediate_size);
+    check_matrix("qkv", layer.qkv, format_, s.qkv_width(), s.hidden_size);
+    check_matrix("o", layer.o, format_, s.hidden_size, s.q_width());
+    check_matrix("gate_up", layer.gate_up, format_, 2 * s.intermediate_size, s.hidden_size);
+    check_matrix("down", layer.down, format_, s.hidden_size, s.intermediate_size);
     check_vector("input_norm", layer.input_norm, s.hidden_size);
     check_vector("post_attention_norm", layer.post_attention_norm, s.hidden_size);
     if (!layer.qkv_bias.empty()) check_vector("qkv_bias", layer.qkv_bias, s.qkv_width());
@@ -199,12 +205,16 @@ void Model::logits(std::span<const int32_t> tokens, float* out) {
   }
 }
 
-int64_t Model::num_weight_bytes() const {
-  int64_t bytes = weights_.lm_head.num_bytes() + weights_.embedding.num_bytes();
+int64_t Model::num_layer_bytes() const {
+  int64_t bytes = 0;
   for (const LayerWeights& layer : weights_.layers) {
     bytes += layer.qkv.num_bytes() + layer.o.num_bytes() + layer.gate_up.num_bytes() + layer.down.num_bytes();
   }
   return bytes;
+}
+
+int64_t Model::num_weight_bytes() const {
+  return num_layer_bytes() + weights_.lm_head.num_bytes() + weights_.embedding.num_bytes();
 }
 
 int64_t Model::num_workspace_bytes() const {
@@ -226,7 +236,7 @@ void Model::count_step(int64_t num_head_rows) {
   counters_.matmul_flop += 2.0 * num_rows * layers * static_cast<double>(layer_parameters);
   counters_.matmul_flop += 2.0 * static_cast<double>(num_head_rows * s.vocab_size * s.hidden_size);
   counters_.attention_flop += 4.0 * layers * static_cast<double>(batch_.num_attended_tokens() * s.q_width());
-  counters_.weight_bytes += 2.0 * layers * static_cast<double>(layer_parameters);
+  counters_.weight_bytes += static_cast<double>(num_layer_bytes());
   if (num_head_rows > 0) counters_.weight_bytes += static_cast<double>(weights_.lm_head.num_bytes());
   counters_.kv_bytes += 4.0 * layers * static_cast<double>(batch_.num_read_tokens() * s.kv_width());
 }

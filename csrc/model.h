@@ -46,7 +46,7 @@ struct LayerWeights {
 
 struct ModelWeights {
   PackedMatrix lm_head;
-  Buffer<uint16_t> embedding;  // bf16 [vocab_size, hidden_size]; empty where tied to lm_head
+  Buffer<uint16_t> embedding;  // bf16 [vocab_size, hidden_size]; empty where it is read from lm_head
   std::vector<float> norm;
   std::vector<double> inverse_frequencies;  // [head_dim / 2], radians per position
   std::vector<LayerWeights> layers;
@@ -91,7 +91,7 @@ struct ModelLimits {
 
 class Model {
  public:
-  // Throws std::invalid_argument for weights that do not fit the shape.
+  // Throws std::invalid_argument for weights that do not fit the shape or differ in format.
   Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads);
 
   void admit(int64_t slot, SamplingParams params);
@@ -103,6 +103,7 @@ class Model {
   void logits(std::span<const int32_t> tokens, float* out);
 
   Isa isa() const { return isa_; }
+  Dtype dtype() const { return format_.dtype; }
   const ModelShape& shape() const { return shape_; }
   int num_threads() const { return team_.num_threads(); }
   int64_t num_weight_bytes() const;
@@ -125,6 +126,7 @@ class Model {
   void sample_entries(std::span<const int32_t> entries, Sample* samples);
   void run(Op op, int64_t num_tiles, TileFn fn);
   void count_step(int64_t num_head_rows);
+  int64_t num_layer_bytes() const;
   void check_weights() const;
   void make_rotary_tables();
 
@@ -134,6 +136,7 @@ class Model {
   ModelShape shape_;
   ModelLimits limits_;
   ModelWeights weights_;
+  MatmulFormat format_;  // of all matrices
   int64_t l2_bytes_;
   ThreadTeam team_;
   KvCache cache_;

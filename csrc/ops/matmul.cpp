@@ -1,11 +1,15 @@
 #include "ops/matmul.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <ranges>
 #include <stdexcept>
 #include <string>
 
@@ -42,11 +46,20 @@ void pack_panel(const T* source, int64_t num_columns, int64_t k, int64_t width, 
   }
 }
 
+#if defined(__x86_64__) && !defined(BLENDSERVE_SIMDE)
+// CPUID leaf 7.1, EAX bit 4; the compiler's own check came after GCC 12. Its registers are AVX2's.
+bool has_avxvnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 4)) != 0;
+}
+#endif
+
 }  // namespace
 
 Isa best_isa() {
-  if (is_supported(Isa::kAvx512Bf16)) return Isa::kAvx512Bf16;
-  if (is_supported(Isa::kAvx2)) return Isa::kAvx2;
+  for (const Isa isa : std::views::reverse(kAllIsas)) {
+    if (is_supported(isa)) return isa;
+  }
   return Isa::kPortable;
 }
 
@@ -59,13 +72,19 @@ bool is_supported(Isa isa) {
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #if defined(BLENDSERVE_SIMDE)
+    case Isa::kAvxVnni:
+    case Isa::kAvx512Vnni:
     case Isa::kAvx512Bf16:
       return is_supported(Isa::kAvx2);  // emulated
 #else
-    case Isa::kAvx512Bf16:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    case Isa::kAvxVnni:
+      return is_supported(Isa::kAvx2) && has_avxvnni();
+    case Isa::kAvx512Vnni:
+      return is_supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512bf16");
+             __builtin_cpu_supports("avx512vnni");
+    case Isa::kAvx512Bf16:  // no processor has it without VNNI
+      return is_supported(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
 #endif
 #endif
     default:
@@ -74,10 +93,12 @@ bool is_supported(Isa isa) {
 }
 
 Isa isa_from_name(std::string_view name) {
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Bf16}) {
+  std::string names;
+  for (const Isa isa : kAllIsas) {
     if (name == isa_name(isa)) return isa;
+    names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  throw std::invalid_argument("unknown instruction set '" + std::string(name) + "'; use portable, avx2 or avx512bf16");
+  throw std::invalid_argument("unknown instruction set '" + std::string(name) + "'; use one of " + names);
 }
 
 std::string_view isa_name(Isa isa) {
@@ -86,67 +107,95 @@ std::string_view isa_name(Isa isa) {
       return "portable";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kAvxVnni:
+      return "avxvnni";
+    case Isa::kAvx512Vnni:
+      return "avx512vnni";
     case Isa::kAvx512Bf16:
       return "avx512bf16";
   }
   return "unknown";
 }
 
-void PackedMatrix::Free::operator()(uint16_t* data) const noexcept { std::free(data); }
+Dtype dtype_from_name(std::string_view name) {
+  for (const Dtype dtype : {Dtype::kBf16, Dtype::kInt8}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw std::invalid_argument("unknown dtype '" + std::string(name) + "'; use bf16 or int8");
+}
 
-PackedMatrix::PackedMatrix(Isa isa, std::span<const float> weights, int64_t n, int64_t k) : isa_(isa), n_(n), k_(k) {
-  pack(weights);
+std::string_view dtype_name(Dtype dtype) { return dtype == Dtype::kInt8 ? "int8" : "bf16"; }
+
+void PackedMatrix::Free::operator()(void* data) const noexcept { std::free(data); }
+
+PackedMatrix::PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k)
+    : format_(format), n_(n), k_(k) {
+  check_size(weights.size());
+  if (format.dtype == Dtype::kInt8) {
+    pack_int8(weights);
+  } else {
+    pack(weights);
+  }
 }
 
 PackedMatrix::PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k)
-    : isa_(isa), n_(n), k_(k) {
+    : format_(isa), n_(n), k_(k) {
+  check_size(bf16_weights.size());
   pack(bf16_weights);
 }
 
-template <class T>
-void PackedMatrix::pack(std::span<const T> weights) {
-  if (n_ < 1 || k_ < 1 || static_cast<int64_t>(weights.size()) != n_ * k_) {
-    throw std::invalid_argument(
-        "a packed matrix needs n >= 1, k >= 1 and n * k weights; got n = " + std::to_string(n_) +
-        ", k = " + std::to_string(k_) + " and " + std::to_string(weights.size()) + " weights");
-  }
-  const int64_t width = weight_panel(isa_);
-  const int64_t panel_size = width * round_up(k_, 2);
-  num_bytes_ = ceil_div(n_, width) * panel_size * static_cast<int64_t>(sizeof(uint16_t));
+void PackedMatrix::check_size(size_t num_weights) const {
+  if (n_ >= 1 && k_ >= 1 && static_cast<int64_t>(num_weights) == n_ * k_) return;
+  throw std::invalid_argument("a packed matrix needs n >= 1, k >= 1 and n * k weights; got n = " + std::to_string(n_) +
+                              ", k = " + std::to_string(k_) + " and " + std::to_string(num_weights) + " weights");
+}
+
+void PackedMatrix::allocate(int64_t num_bytes) {
+  num_bytes_ = num_bytes;
   // Large matrices lie on huge pages: streaming them at one row would otherwise miss the TLB every 4 KiB.
   const int64_t alignment = num_bytes_ >= kHugePage ? kHugePage : kCacheLine;
   void* memory =
       std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(round_up(num_bytes_, alignment)));
   if (memory == nullptr) throw std::bad_alloc();
-  data_.reset(static_cast<uint16_t*>(memory));
+  data_.reset(memory);
 #if defined(MADV_HUGEPAGE)
   // Only whole huge pages, so that a tail does not take 2 MiB. The advice may be refused: it is speed only.
   const int64_t huge_bytes = num_bytes_ / kHugePage * kHugePage;
   if (huge_bytes > 0) static_cast<void>(madvise(memory, static_cast<size_t>(huge_bytes), MADV_HUGEPAGE));
 #endif
+}
+
+template <class T>
+void PackedMatrix::pack(std::span<const T> weights) {
+  const int64_t width = weight_panel(format_.isa);
+  const int64_t panel_size = width * round_up(k_, 2);
+  allocate(ceil_div(n_, width) * panel_size * static_cast<int64_t>(sizeof(uint16_t)));
   for (int64_t panel = 0; panel * width < n_; ++panel) {
     const int64_t num_columns = std::min(width, n_ - panel * width);
-    uint16_t* out = data_.get() + panel * panel_size;
+    uint16_t* out = static_cast<uint16_t*>(data_.get()) + panel * panel_size;
     if (num_columns < width || k_ % 2 != 0) std::memset(out, 0, static_cast<size_t>(panel_size) * sizeof(uint16_t));
     pack_panel(weights.data() + panel * width * k_, num_columns, k_, width, out);
   }
 }
 
 void PackedMatrix::unpack_row(int64_t row, float* out) const {
-  const int64_t width = weight_panel(isa_);
+  if (format_.dtype == Dtype::kInt8) return unpack_int8_row(row, out);
+  const int64_t width = weight_panel(format_.isa);
   const uint16_t* first = data() + row / width * width * round_up(k_, 2) + row % width * 2;
   for (int64_t i = 0; i < k_; ++i) out[i] = float_from_bf16(first[(i & ~int64_t{1}) * width + (i & 1)]);
 }
 
-int64_t activation_bytes(Isa isa, int64_t m, int64_t k) {
-  if (isa == Isa::kAvx512Bf16) return round_up(m, kRowPanel) * round_up(k, 2) * int64_t{sizeof(uint16_t)};
+int64_t activation_bytes(MatmulFormat format, int64_t m, int64_t k) {
+  if (format.dtype == Dtype::kInt8) return m * kernels::int8_row_stride(k);
+  if (format.isa == Isa::kAvx512Bf16) return round_up(m, kRowPanel) * round_up(k, 2) * int64_t{sizeof(uint16_t)};
   return m * kernels::row_stride(k) * int64_t{sizeof(float)};
 }
 
-void pack_activations(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k,
+void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k,
                       void* packed) {
+  if (format.dtype == Dtype::kInt8) return kernels::int8_rows(format.isa, x, ldx, row_begin, row_end, k, packed);
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512Bf16) return kernels::pack_rows_avx512bf16(x, ldx, row_begin, row_end, k, packed);
+  if (format.isa == Isa::kAvx512Bf16) return kernels::pack_rows_avx512bf16(x, ldx, row_begin, row_end, k, packed);
 #endif
   const int64_t stride = kernels::row_stride(k);
   const size_t num_padding = static_cast<size_t>(stride - k);
@@ -159,10 +208,13 @@ void pack_activations(Isa isa, const float* x, int64_t ldx, int64_t row_begin, i
 
 void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias,
                  bool accumulate, float* y, int64_t ldy) {
+  if (w.dtype() == Dtype::kInt8) return kernels::int8_tile(packed_x, w, tile, bias, accumulate, y, ldy);
   const kernels::TileArgs args{packed_x, w.data(), w.k(), tile, bias, accumulate, y, ldy};
   switch (w.isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
+    case Isa::kAvxVnni:
+    case Isa::kAvx512Vnni:
       return kernels::tile_avx2(args);
     case Isa::kAvx512Bf16:
       return kernels::tile_avx512bf16(args);

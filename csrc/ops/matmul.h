@@ -1,6 +1,6 @@
-// Y = X W^T with bf16 weights packed once. Every output element is reduced over k in one fixed order that does
-// not depend on the number of rows, the tile or the thread, so results are bitwise equal under any batching
-// (on one Isa; different instruction sets round differently).
+// Y = X W^T with bf16 or int8 weights packed once. Every output element is reduced over k in one fixed order that does
+// not depend on the number of rows, the tile or the thread, so results are bitwise equal under any batching (bf16: on
+// one Isa, since different instruction sets round differently; int8: on all of them, since integers add up alike).
 #pragma once
 
 #include <cstddef>
@@ -8,55 +8,85 @@
 #include <memory>
 #include <span>
 #include <string_view>
+#include <vector>
 
 namespace blendserve {
 
 // Instruction sets with their own kernels, in rising order of preference.
-enum class Isa { kPortable, kAvx2, kAvx512Bf16 };
+// The two with VNNI differ from kAvx2 in int8 products only.
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16 };
+inline constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
 
 Isa best_isa();                       // the best one this processor (and operating system) runs
 bool is_supported(Isa isa);           // may its kernels run here?
-Isa isa_from_name(std::string_view);  // "portable", "avx2", "avx512bf16"; throws std::invalid_argument
+Isa isa_from_name(std::string_view);  // "portable", "avx2", ...; throws std::invalid_argument
 std::string_view isa_name(Isa isa);
 
-// Weights [n, k] of one linear layer, packed for one Isa. k and n are padded with zeros to the kernel's multiples.
+// How weights are kept and what they are multiplied by. kBf16: bfloat16 by float32 (kAvx512Bf16: by bfloat16). kInt8:
+// one scale per output column, by 8-bit activations with one scale per row, which are made of float32 rows as they
+// come.
+enum class Dtype { kBf16, kInt8 };
+Dtype dtype_from_name(std::string_view);  // "bf16", "int8"; throws std::invalid_argument
+std::string_view dtype_name(Dtype dtype);
+
+// What decides how the operands of a product lie in memory.
+struct MatmulFormat {
+  MatmulFormat(Isa isa, Dtype dtype = Dtype::kBf16) : isa(isa), dtype(dtype) {}  // NOLINT: an Isa alone means bf16
+  Isa isa;
+  Dtype dtype;
+};
+
+// Weights [n, k] of one linear layer, packed for one format. k and n are padded with zeros to the kernel's multiples.
 class PackedMatrix {
  public:
   PackedMatrix() = default;
   // Row-major [n, k]; float32 is rounded to bf16, to nearest even. Throws std::invalid_argument where sizes disagree.
-  PackedMatrix(Isa isa, std::span<const float> weights, int64_t n, int64_t k);
+  // int8 rounds to the nearest multiple of the row's scale; k is then at most kMaxInt8K.
+  PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k);
   PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k);
 
-  Isa isa() const { return isa_; }
+  Isa isa() const { return format_.isa; }
+  Dtype dtype() const { return format_.dtype; }
+  MatmulFormat format() const { return format_; }
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
   int64_t num_bytes() const { return num_bytes_; }
-  const uint16_t* data() const { return data_.get(); }  // aligned to 64 bytes; layout in matmul_kernels.h
+  // Aligned to 64 bytes; layout in matmul_kernels.h.
+  const uint16_t* data() const { return static_cast<const uint16_t*>(data_.get()); }
+  const int8_t* int8_data() const { return static_cast<const int8_t*>(data_.get()); }
+  const float* scales() const { return scales_.data(); }      // int8: per column, padded to whole panels
+  const int32_t* offsets() const { return offsets_.data(); }  // int8: kInt8Zero times the sum of the column's integers
   // Writes row `row` (k values) as float32: the embedding of a token where the head is tied to it.
   void unpack_row(int64_t row, float* out) const;
 
  private:
   struct Free {
-    void operator()(uint16_t* data) const noexcept;
+    void operator()(void* data) const noexcept;
   };
   template <class T>
   void pack(std::span<const T> weights);
+  void check_size(size_t num_weights) const;
+  void allocate(int64_t num_bytes);
+  void pack_int8(std::span<const float> weights);
+  void unpack_int8_row(int64_t row, float* out) const;
 
-  Isa isa_ = Isa::kPortable;
+  MatmulFormat format_ = Isa::kPortable;
   int64_t n_ = 0;
   int64_t k_ = 0;
   int64_t num_bytes_ = 0;
-  std::unique_ptr<uint16_t[], Free> data_;
+  std::unique_ptr<void, Free> data_;
+  std::vector<float> scales_;
+  std::vector<int32_t> offsets_;
 };
 
-// Activations in the form a kernel reads: float32 rows (kPortable, kAvx2) or bf16 in panels of rows (kAvx512Bf16).
-// Bytes needed for m rows of k columns; allocate them aligned to 64 bytes.
-int64_t activation_bytes(Isa isa, int64_t m, int64_t k);
+// Activations in the form a kernel reads: float32 rows, bf16 in panels of rows (kAvx512Bf16) or rows of 8-bit integers
+// with their scale (kInt8). Bytes needed for m rows of k columns; allocate them aligned to 64 bytes.
+int64_t activation_bytes(MatmulFormat format, int64_t m, int64_t k);
 // Row panels are kRowPanel rows: callers split work for pack_activations at multiples of it.
 inline constexpr int64_t kRowPanel = 12;
 // Packs rows [row_begin, row_end) of x (float32, leading dimension ldx) into `packed`, which holds all m rows.
 // row_begin is a multiple of kRowPanel, row_end too or m.
-void pack_activations(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k,
+void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k,
                       void* packed);
 
 // Column tiles are multiples of this many columns (the last one may be shorter).
@@ -80,6 +110,6 @@ struct MatmulGrid {
   MatmulTile tile(int64_t index) const;
 };
 // A grid whose tiles keep their operands in l2_bytes (one core's second-level cache) and give every thread equal work.
-MatmulGrid suggest_grid(Isa isa, int64_t m, int64_t n, int64_t k, int num_threads, int64_t l2_bytes);
+MatmulGrid suggest_grid(MatmulFormat format, int64_t m, int64_t n, int64_t k, int num_threads, int64_t l2_bytes);
 
 }  // namespace blendserve

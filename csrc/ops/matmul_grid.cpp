@@ -10,16 +10,18 @@ namespace {
 using kernels::ceil_div;
 using kernels::round_up;
 
-// A tile should take 10 us or more (claiming one takes about 0.1 us): at 100 GFLOP/s that is 1 MFLOP. Up to 8 rows a
-// tile takes as long as reading its weights does, whatever the number of rows.
+// A tile should take 10 us or more (claiming one takes about 0.1 us): at 100 GFLOP/s that is 1 MFLOP, of int8 2 MFLOP.
+// Up to 8 rows a tile takes as long as reading its weights does, whatever the number of rows.
 constexpr int64_t kMinTileFlop = 1000000;
+constexpr int64_t kMinInt8TileFlop = 2000000;
 constexpr int64_t kBandwidthRows = 8;
 // More tiles than threads, so that a thread that its core's neighbours slow down leaves tiles to the others.
 constexpr int64_t kMaxTilesPerThread = 8;
 
 // Bytes of a row that a kernel comes back to for every column of a tile.
-int64_t resident_row_bytes(Isa isa, int64_t k) {
-  return isa == Isa::kAvx512Bf16 ? 2 * k : 4 * std::min(k, kernels::kMaxResidentK);
+int64_t resident_row_bytes(MatmulFormat format, int64_t k) {
+  if (format.dtype == Dtype::kInt8) return k;
+  return format.isa == Isa::kAvx512Bf16 ? 2 * k : 4 * std::min(k, kernels::kMaxResidentK);
 }
 
 }  // namespace
@@ -30,13 +32,14 @@ MatmulTile MatmulGrid::tile(int64_t index) const {
   return {row, std::min(row + row_tile, m), col, std::min(col + col_tile, n)};
 }
 
-MatmulGrid suggest_grid(Isa isa, int64_t m, int64_t n, int64_t k, int num_threads, int64_t l2_bytes) {
+MatmulGrid suggest_grid(MatmulFormat format, int64_t m, int64_t n, int64_t k, int num_threads, int64_t l2_bytes) {
   // Half of the cache for the rows; the other half for weights, outputs and what the cache keeps of the past.
-  const int64_t max_rows = std::max(kRowPanel, l2_bytes / 2 / resident_row_bytes(isa, k) / kRowPanel * kRowPanel);
+  const int64_t max_rows = std::max(kRowPanel, l2_bytes / 2 / resident_row_bytes(format, k) / kRowPanel * kRowPanel);
   const int64_t row_tile = round_up(ceil_div(m, ceil_div(m, max_rows)), kRowPanel);
   const int64_t num_row_tiles = ceil_div(m, row_tile);
   const int64_t flop = 2 * std::max(m, kBandwidthRows) * n * k;
-  const int64_t num_tiles = std::clamp<int64_t>(flop / kMinTileFlop, num_threads, kMaxTilesPerThread * num_threads);
+  const int64_t min_flop = format.dtype == Dtype::kInt8 ? kMinInt8TileFlop : kMinTileFlop;
+  const int64_t num_tiles = std::clamp<int64_t>(flop / min_flop, num_threads, kMaxTilesPerThread * num_threads);
   const int64_t num_col_tiles = ceil_div(num_tiles, num_row_tiles);
   const int64_t col_step = m == 1 ? 2 * kColumnPanel : kColumnPanel;  // one row runs on strips of 64 columns
   return {m, n, row_tile, round_up(ceil_div(n, num_col_tiles), col_step)};

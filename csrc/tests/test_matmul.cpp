@@ -3,11 +3,11 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
 #include "check.h"
+#include "matmul_cases.h"
 #include "ops/bf16.h"
 #include "ops/matmul.h"
 #include "ops/matmul_kernels.h"
@@ -17,81 +17,8 @@
 namespace blendserve {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Bf16};
-
-std::vector<float> random_floats(int64_t count, uint32_t seed) {
-  test::Random random(seed);
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = random.unit();
-  return values;
-}
-
-// Memory as kernels want it: aligned, exactly as large as asked for (so that AddressSanitizer sees the end).
-struct Activations {
-  Activations(Isa isa, const std::vector<float>& x, int64_t m, int64_t k)
-      : bytes(static_cast<size_t>(activation_bytes(isa, m, k))), data(::operator new(bytes, std::align_val_t{64})) {
-    std::memset(data, 0xff, bytes);  // NaNs wherever a kernel reads what nobody packed
-    for (int64_t row = 0; row < m; row += kRowPanel) {
-      pack_activations(isa, x.data(), k, row, std::min(row + kRowPanel, m), k, data);
-    }
-  }
-  ~Activations() { ::operator delete(data, std::align_val_t{64}); }
-  Activations(const Activations&) = delete;
-  Activations& operator=(const Activations&) = delete;
-
-  size_t bytes;
-  void* data;
-};
-
-struct Case {
-  int64_t m, n, k;
-  bool has_bias, accumulate;
-};
-
-struct Operands {
-  Operands(Isa isa, const Case& c)
-      : c(c),
-        x(random_floats(c.m * c.k, 1)),
-        weights(random_floats(c.n * c.k, 2)),
-        bias(random_floats(c.n, 3)),
-        y(random_floats(c.m * c.n, 4)),
-        w(isa, weights, c.n, c.k) {}
-  const float* bias_or_null() const { return c.has_bias ? bias.data() : nullptr; }
-
-  Case c;
-  std::vector<float> x, weights, bias, y;
-  PackedMatrix w;
-};
-
-// All m rows under one grid.
-std::vector<float> multiply(const Operands& o, const MatmulGrid& grid) {
-  const Activations packed(o.w.isa(), o.x, o.c.m, o.c.k);
-  std::vector<float> y = o.y;
-  for (int64_t i = 0; i < grid.size(); ++i) {
-    matmul_tile(packed.data, o.w, grid.tile(i), o.bias_or_null(), o.c.accumulate, y.data(), o.c.n);
-  }
-  return y;
-}
-
-// Row by row, each alone in its matmul.
-std::vector<float> multiply_rows_apart(const Operands& o) {
-  std::vector<float> y = o.y;
-  for (int64_t row = 0; row < o.c.m; ++row) {
-    const std::vector<float> x(o.x.begin() + row * o.c.k, o.x.begin() + (row + 1) * o.c.k);
-    const Activations packed(o.w.isa(), x, 1, o.c.k);
-    matmul_tile(packed.data, o.w, {0, 1, 0, o.c.n}, o.bias_or_null(), o.c.accumulate, y.data() + row * o.c.n, o.c.n);
-  }
-  return y;
-}
-
-void expect_same_bits(const std::vector<float>& actual, const std::vector<float>& expected, const Operands& o,
-                      const char* what) {
-  for (size_t i = 0; i < actual.size(); ++i) {
-    CHECK(std::bit_cast<uint32_t>(actual[i]) == std::bit_cast<uint32_t>(expected[i]), what, " on ", isa_name(o.w.isa()),
-          ", m ", o.c.m, " n ", o.c.n, " k ", o.c.k, " row ", static_cast<int64_t>(i) / o.c.n, " column ",
-          static_cast<int64_t>(i) % o.c.n, ": ", actual[i], " against ", expected[i]);
-  }
-}
+using test::Activations, test::Operands, test::expect_same_bits, test::for_each_format, test::multiply,
+    test::multiply_rows_apart, test::name_of, test::random_floats;
 
 void expect_near_twin(const std::vector<float>& actual, const Operands& o) {
   const auto activation = [&](int64_t index) {
@@ -113,7 +40,7 @@ void expect_near_twin(const std::vector<float>& actual, const Operands& o) {
         magnitude += std::abs(o.bias[static_cast<size_t>(col)]);
       }
       const double bound = matmul_error_bound(o.c.k, magnitude);
-      CHECK(std::abs(actual[at] - sum) <= bound, isa_name(o.w.isa()), ", m ", o.c.m, " n ", o.c.n, " k ", o.c.k,
+      CHECK(std::abs(actual[at] - sum) <= bound, name_of(o.w.format()), ", m ", o.c.m, " n ", o.c.n, " k ", o.c.k,
             " row ", row, " column ", col, ": ", actual[at], " against ", sum, " +- ", bound);
     }
   }
@@ -121,7 +48,7 @@ void expect_near_twin(const std::vector<float>& actual, const Operands& o) {
 
 template <class F>
 void for_each_isa(F&& f) {
-  for (const Isa isa : kIsas) {
+  for (const Isa isa : kAllIsas) {
     if (is_supported(isa)) f(isa);
   }
 }
@@ -154,13 +81,13 @@ void model_shapes_match_the_twin() {
 }
 
 void any_number_of_rows_gives_the_same_bits() {
-  for_each_isa([](Isa isa) {
+  for_each_format([](MatmulFormat format) {
     for (const int64_t k : {1, 7, 64, 301, 600}) {
       for (const int64_t n : {5, 32, 81, 112}) {
-        const Operands all(isa, {50, n, k, true, k == 64});
+        const Operands all(format, {50, n, k, true, k == 64});
         const std::vector<float> expected = multiply_rows_apart(all);
         for (int64_t m = 1; m <= all.c.m; ++m) {
-          Operands o = Operands(isa, {m, n, k, true, k == 64});
+          Operands o = Operands(format, {m, n, k, true, k == 64});
           const std::vector<float> rows(expected.begin(), expected.begin() + m * n);
           expect_same_bits(multiply(o, {m, n, m, n}), rows, o, "row count");
         }
@@ -170,10 +97,10 @@ void any_number_of_rows_gives_the_same_bits() {
 }
 
 void any_tiling_gives_the_same_bits() {
-  for_each_isa([](Isa isa) {
+  for_each_format([](MatmulFormat format) {
     for (const int64_t m : {1, 5, 24, 67}) {
       for (const int64_t n : {40, 160, 225}) {
-        const Operands o(isa, {m, n, 330, true, true});
+        const Operands o(format, {m, n, 330, true, true});
         const std::vector<float> expected = multiply_rows_apart(o);
         for (const int64_t row_tile : {12, 24, 36, 72}) {
           for (const int64_t col_tile : {32, 64, 96, 256}) {
@@ -187,10 +114,10 @@ void any_tiling_gives_the_same_bits() {
 
 // A row's neighbours and its place among them do not matter, not even if they are not numbers.
 void any_place_gives_the_same_bits() {
-  for_each_isa([](Isa isa) {
+  for_each_format([](MatmulFormat format) {
     const int64_t n = 49, k = 130;
     for (const int64_t m : {7, 12, 26, 41}) {
-      Operands o(isa, {m, n, k, false, false});
+      Operands o(format, {m, n, k, false, false});
       const std::vector<float> row = random_floats(k, 9);
       for (int64_t place = 0; place < m; ++place) {
         o.x.assign(o.x.size(), std::bit_cast<float>(0x7fc00000u));
@@ -209,13 +136,13 @@ void any_place_gives_the_same_bits() {
 }
 
 void any_number_of_threads_gives_the_same_bits() {
-  for_each_isa([](Isa isa) {
-    const Operands o(isa, {61, 300, 576, true, true});
+  for_each_format([](MatmulFormat format) {
+    const Operands o(format, {61, 300, 576, true, true});
     const std::vector<float> expected = multiply_rows_apart(o);
     for (int num_threads = 1; num_threads <= 8; ++num_threads) {
       ThreadTeam team(num_threads);
-      const Activations packed(isa, o.x, o.c.m, o.c.k);
-      const MatmulGrid grid = suggest_grid(isa, o.c.m, o.c.n, o.c.k, num_threads, 64 << 10);
+      const Activations packed(format, o.x, o.c.m, o.c.k);
+      const MatmulGrid grid = suggest_grid(format, o.c.m, o.c.n, o.c.k, num_threads, 64 << 10);
       std::vector<float> y = o.y;
       team.run(grid.size(), [&](int64_t tile, int) {
         matmul_tile(packed.data, o.w, grid.tile(tile), o.bias_or_null(), o.c.accumulate, y.data(), o.c.n);
@@ -227,11 +154,11 @@ void any_number_of_threads_gives_the_same_bits() {
 
 // Sums longer than a kernel's block of k are cut there: many rows (cut) against one (whole).
 void long_sums_give_the_same_bits() {
-  for_each_isa([](Isa isa) {
+  for_each_format([](MatmulFormat format) {
     for (const int64_t k : {767, 768, 769, 1540, 2350}) {
       for (const bool accumulate : {false, true}) {
         for (const int64_t m : {26, 51}) {  // each group of rows expands weights for itself; the first for all
-          const Operands o(isa, {m, 34, k, true, accumulate});
+          const Operands o(format, {m, 34, k, true, accumulate});
           expect_same_bits(multiply(o, {m, 34, 60, 64}), multiply_rows_apart(o), o, "long sum");
         }
       }
@@ -240,10 +167,10 @@ void long_sums_give_the_same_bits() {
 }
 
 void writes_only_its_tile() {
-  for_each_isa([](Isa isa) {
+  for_each_format([](MatmulFormat format) {
     const int64_t m = 40, n = 100, k = 48, ldy = 131;
-    const Operands o(isa, {m, n, k, true, false});
-    const Activations packed(isa, o.x, m, k);
+    const Operands o(format, {m, n, k, true, false});
+    const Activations packed(format, o.x, m, k);
     for (const MatmulTile tile : {MatmulTile{12, 17, 32, 64}, {24, 40, 64, 100}, {0, 36, 96, 100}, {36, 37, 32, 96}}) {
       std::vector<float> y(static_cast<size_t>(m * ldy), 77.0f);
       matmul_tile(packed.data, o.w, tile, o.bias.data(), false, y.data(), ldy);
@@ -251,7 +178,7 @@ void writes_only_its_tile() {
         for (int64_t col = 0; col < ldy; ++col) {
           const bool is_inside =
               row >= tile.row_begin && row < tile.row_end && col >= tile.col_begin && col < tile.col_end;
-          CHECK((y[static_cast<size_t>(row * ldy + col)] != 77.0f) == is_inside, isa_name(isa), " row ", row,
+          CHECK((y[static_cast<size_t>(row * ldy + col)] != 77.0f) == is_inside, name_of(format), " row ", row,
                 " column ", col);
         }
       }
@@ -299,12 +226,12 @@ void large_matrices_pack_whole() {
 }
 
 void grids_cover_every_output_once() {
-  for_each_isa([](Isa isa) {
+  for_each_format([](MatmulFormat format) {
     for (const int64_t m : {1, 2, 11, 12, 13, 100, 640, 2048}) {
       for (const int64_t n : {1, 31, 576, 960, 3072}) {
         for (const int64_t k : {3, 576, 8192}) {
           for (const int num_threads : {1, 2, 7}) {
-            const MatmulGrid grid = suggest_grid(isa, m, n, k, num_threads, 512 << 10);
+            const MatmulGrid grid = suggest_grid(format, m, n, k, num_threads, 512 << 10);
             CHECK(grid.row_tile % kRowPanel == 0 && grid.col_tile % kColumnPanel == 0);
             std::vector<int> visits(static_cast<size_t>(m * n), 0);
             for (int64_t i = 0; i < grid.size(); ++i) {
@@ -324,7 +251,9 @@ void grids_cover_every_output_once() {
 }
 
 void names_and_limits() {
-  for (const Isa isa : kIsas) CHECK(isa_from_name(isa_name(isa)) == isa);
+  for (const Isa isa : kAllIsas) CHECK(isa_from_name(isa_name(isa)) == isa);
+  for (const Dtype dtype : {Dtype::kBf16, Dtype::kInt8}) CHECK(dtype_from_name(dtype_name(dtype)) == dtype);
+  CHECK(test::throws<std::invalid_argument>([] { dtype_from_name("int9"); }));
   CHECK(test::throws<std::invalid_argument>([] { isa_from_name("sse9"); }));
   CHECK(is_supported(best_isa()) && is_supported(Isa::kPortable));
   const std::vector<float> weights(10);

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -15,7 +16,8 @@
 namespace blendserve {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Bf16};
+const MatmulFormat kFormats[] = {
+    {Isa::kPortable}, {Isa::kAvx2}, {Isa::kAvx512Bf16}, {Isa::kPortable, Dtype::kInt8}, {Isa::kAvx2, Dtype::kInt8}};
 constexpr int64_t kMaxLength = 1300;  // three attention segments
 constexpr int64_t kMaxBlocks = div_up(kMaxLength, kBlockSize);
 constexpr ModelLimits kLimits = {4, 1400, kMaxLength, 4 * kMaxBlocks};
@@ -24,7 +26,7 @@ constexpr ModelShape kPadded = {97, 40, 72, 2, 4, 4, 10, 1e-5f};  // head size 1
 
 class Weights {
  public:
-  Weights(Isa isa, const ModelShape& shape) : isa_(isa), shape_(shape) {}
+  Weights(MatmulFormat format, const ModelShape& shape) : format_(format), shape_(shape) {}
 
   ModelWeights make(bool has_bias_and_norm) {
     ModelWeights weights;
@@ -60,7 +62,7 @@ class Weights {
       for (int64_t i = 0; i < k; ++i)
         values[static_cast<size_t>(row * k + i)] = is_padding ? 0.0f : scale * random_.unit();
     }
-    return {isa_, values, n, k};
+    return {format_, values, n, k};
   }
   std::vector<float> vector(int64_t n, float around) {
     std::vector<float> values(static_cast<size_t>(n));
@@ -68,7 +70,7 @@ class Weights {
     return values;
   }
 
-  Isa isa_;
+  MatmulFormat format_;
   ModelShape shape_;
   test::Random random_{42};
 };
@@ -76,8 +78,9 @@ class Weights {
 // Sequences of four slots, stepped by hand. Two slots may share blocks.
 class Run {
  public:
-  Run(Isa isa, const ModelShape& shape, int num_threads)
-      : model_(isa, shape, kLimits, Weights(isa, shape).make(shape.head_dim == kPadded.head_dim), num_threads) {
+  Run(MatmulFormat format, const ModelShape& shape, int num_threads)
+      : model_(format.isa, shape, kLimits, Weights(format, shape).make(shape.head_dim == kPadded.head_dim),
+               num_threads) {
     for (int64_t slot = 0; slot < kLimits.max_num_seqs; ++slot) {
       test::Random random(static_cast<uint32_t>(slot + 1));
       for (int64_t i = 0; i < kMaxLength; ++i)
@@ -136,23 +139,27 @@ class Run {
   std::map<std::pair<int32_t, int64_t>, Result> results_;
 };
 
+std::string name_of(MatmulFormat format) {
+  return std::string(dtype_name(format.dtype)) + " on " + std::string(isa_name(format.isa));
+}
+
 template <class F>
-void on_each_isa(F&& test) {
-  for (const Isa isa : kIsas) {
-    if (is_supported(isa)) test(isa);
+void on_each_format(F&& test) {
+  for (const MatmulFormat format : kFormats) {
+    if (is_supported(format.isa)) test(format);
   }
 }
 
 void steps_do_not_depend_on_batch_chunks_or_threads() {
-  on_each_isa([](Isa isa) {
+  on_each_format([](MatmulFormat format) {
     for (const ModelShape& shape : {kPlain, kPadded}) {
-      Run whole(isa, shape, 1);
+      Run whole(format, shape, 1);
       for (int32_t slot = 0; slot < 4; ++slot) {
         whole.step({{slot, 70 + 9 * slot}});
         for (int i = 0; i < 3; ++i) whole.step({{slot, 1}});
       }
       for (const int num_threads : {1, 2, 3, 4}) {
-        Run mixed(isa, shape, num_threads);
+        Run mixed(format, shape, num_threads);
         mixed.step({{3, 97}, {0, 13}, {1, 64}});
         mixed.step({{0, 57}, {3, 1}, {1, 15}});
         mixed.step({{2, 88}, {3, 1}, {1, 1}, {0, 1}});
@@ -160,7 +167,7 @@ void steps_do_not_depend_on_batch_chunks_or_threads() {
         for (int32_t slot = 0; slot < 4; ++slot) {
           const int64_t length = 70 + 9 * slot;
           for (int64_t n = length; n < length + (slot == 2 ? 2 : 3); ++n) {
-            CHECK(whole.result(slot, n) == mixed.result(slot, n), isa_name(isa), " threads ", num_threads, " slot ",
+            CHECK(whole.result(slot, n) == mixed.result(slot, n), name_of(format), " threads ", num_threads, " slot ",
                   slot, " length ", n);
           }
         }
@@ -171,8 +178,8 @@ void steps_do_not_depend_on_batch_chunks_or_threads() {
 
 // One long sequence alone is split over segments, beside others it is not; in a prefill it never is.
 void splitting_a_long_sequence_changes_nothing() {
-  on_each_isa([](Isa isa) {
-    Run alone(isa, kPlain, 4), beside(isa, kPlain, 1), prefilled(isa, kPlain, 2);
+  on_each_format([](MatmulFormat format) {
+    Run alone(format, kPlain, 4), beside(format, kPlain, 1), prefilled(format, kPlain, 2);
     alone.step({{0, 1200}});
     alone.step({{0, 1}});
     beside.step({{0, 700}, {1, 600}});
@@ -180,15 +187,15 @@ void splitting_a_long_sequence_changes_nothing() {
     beside.step({{0, 1}, {1, 1}});
     prefilled.step({{0, 1201}});
     CHECK(alone.result(0, 1201) == beside.result(0, 1201) && alone.result(0, 1201) == prefilled.result(0, 1201),
-          isa_name(isa));
+          name_of(format));
   });
 }
 
 // A later entry reads blocks that an earlier entry of the same step computes.
 void shared_blocks_of_one_step_are_read_after_they_are_written() {
-  on_each_isa([](Isa isa) {
+  on_each_format([](MatmulFormat format) {
     for (const int num_threads : {1, 3}) {
-      Run apart(isa, kPlain, 1), shared(isa, kPlain, num_threads);
+      Run apart(format, kPlain, 1), shared(format, kPlain, num_threads);
       for (Run* run : {&apart, &shared}) {
         for (int64_t i = 0; i < 64; ++i) run->token(1, i) = run->token(0, i);
       }
@@ -197,14 +204,15 @@ void shared_blocks_of_one_step_are_read_after_they_are_written() {
       apart.step({{1, 90}});
       shared.skip(1, 64);
       shared.step({{0, 70}, {1, 26}});
-      CHECK(apart.result(0, 70) == shared.result(0, 70) && apart.result(1, 90) == shared.result(1, 90), isa_name(isa));
+      CHECK(apart.result(0, 70) == shared.result(0, 70) && apart.result(1, 90) == shared.result(1, 90),
+            name_of(format));
     }
   });
 }
 
 void logits_agree_with_steps() {
-  on_each_isa([](Isa isa) {
-    Run run(isa, kPlain, 2);
+  on_each_format([](MatmulFormat format) {
+    Run run(format, kPlain, 2);
     std::vector<float> logits(static_cast<size_t>(150 * kPlain.vocab_size));
     run.model().logits({&run.token(0, 0), 150}, logits.data());
     for (const int32_t length : {40, 150}) {
@@ -212,7 +220,7 @@ void logits_agree_with_steps() {
       run.step({{0, length}});
       const float* row = &logits[static_cast<size_t>((length - 1) * kPlain.vocab_size)];
       const float* best = std::max_element(row, row + kPlain.vocab_size);
-      CHECK(run.result(0, length).token == best - row, isa_name(isa));
+      CHECK(run.result(0, length).token == best - row, name_of(format));
     }
   });
 }
@@ -259,6 +267,11 @@ void plans_that_do_not_fit_are_refused() {
     ModelShape other = kPlain;
     other.hidden_size = 64;
     Model(best_isa(), other, kLimits, Weights(best_isa(), kPlain).make(false), 1);
+  }));
+  CHECK(test::throws<Error>([&] {  // one matrix in another format
+    ModelWeights weights = Weights(best_isa(), kPlain).make(false);
+    weights.layers[1].o = std::move(Weights({best_isa(), Dtype::kInt8}, kPlain).make(false).layers[1].o);
+    Model(best_isa(), kPlain, kLimits, std::move(weights), 1);
   }));
   run.step({{1, 16}});  // and the model still works
 }

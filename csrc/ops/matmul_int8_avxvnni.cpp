@@ -1,0 +1,29 @@
+// int8 products on AVX-VNNI: vpdpbusd adds four products to a 32-bit sum, the instruction of AVX512-VNNI in AVX2's
+// registers.
+#include "ops/avx512.h"
+#include "ops/matmul_int8_kernels.h"
+#include "ops/matmul_int8_vectors.h"
+
+namespace blendserve::kernels {
+namespace {
+
+struct Lanes : Avx2Vectors {
+  // 6 rows x 16 columns = 12 sums, 2 weights and 1 activation: enough independent sums for a latency of 5 cycles, two
+  // instructions per cycle.
+  static constexpr int kMaxRows = 6;
+  static constexpr int kMaxPanels = 1;
+
+  [[gnu::always_inline]] static Ints add_products(Ints sum, Ints bytes, Ints weights) {
+#if defined(BLENDSERVE_SIMDE)
+    return _mm256_dpbusd_epi32(sum, bytes, weights);
+#else
+    return _mm256_dpbusd_avx_epi32(sum, bytes, weights);
+#endif
+  }
+};
+
+}  // namespace
+
+void int8_tile_avxvnni(const Int8TileArgs& args) { int8_tile_on<Lanes>(args); }
+
+}  // namespace blendserve::kernels
