@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "sharing.h"
+
 namespace blendserve {
 
 // A plan as it arrives (engine/step.py's StepPlan): borrowed arrays, one entry per scheduled sequence.
@@ -52,7 +54,8 @@ struct BatchEntry {
 };
 
 // Query tokens [first_token, first_token + num_tokens) of one entry and one KV head; `segment` >= 0: that segment only,
-// as part `partial` of split `split`.
+// into partial result `partial`. Or, where `num_members` > 0, the only query tokens of members [first_member,
+// first_member + num_members), whose first `num_shared_tokens` are read once.
 struct AttentionTask {
   int32_t entry;
   int32_t kv_head;
@@ -61,6 +64,9 @@ struct AttentionTask {
   int32_t segment;
   int32_t partial;
   int64_t cost;
+  int32_t first_member = 0;
+  int32_t num_members = 0;
+  int32_t num_shared_tokens = 0;
 };
 
 // A sequence and KV head whose segments are computed apart; merged when all are done.
@@ -82,24 +88,42 @@ class Batch {
   std::span<const int32_t> sampled_entries() const { return sampled_entries_; }
   std::span<const AttentionTask> tasks() const { return tasks_; }  // by falling cost
   std::span<const AttentionSplit> splits() const { return splits_; }
+  std::span<const int32_t> members() const { return members_; }  // entries of all grouped tasks
   int64_t max_partials() const { return max_partials_; }
   int64_t num_attended_tokens() const { return num_attended_tokens_; }  // sum over rows of the positions they see
-  int64_t num_read_tokens() const { return num_read_tokens_; }          // sum over entries of the positions they read
+  // Positions that are read for each KV head: all of every entry, those that a task shares once.
+  int64_t num_read_tokens() const { return num_read_tokens_; }
+
+  // Whether sequences that begin with the same blocks have them read once (so at first) or for each of them.
+  void read_shared_once() { reads_shared_once_ = true; }
+  void read_apart() { reads_shared_once_ = false; }
 
  private:
   void add_entry(const StepInput& input, int64_t index);
   void cut_attention();
+  void find_sharing();
+  void cut_run(const SharedRun& run, int64_t largest);
+  void cut_entry(int32_t e, int64_t largest);
+  int64_t cost(int64_t num_tokens, int64_t context) const;
+  int64_t member_cost(const SharedRun& run, int32_t member) const;
+  int64_t entry_cost(const BatchEntry& entry) const;
+  int64_t total_cost() const;
 
   BatchLimits limits_;
   AttentionCut cut_;
   int64_t max_partials_;
   int64_t num_attended_tokens_ = 0;
   int64_t num_read_tokens_ = 0;
+  bool reads_shared_once_ = true;
+  SharingFinder sharing_;
+  int32_t num_partials_ = 0;
   std::vector<BatchRow> rows_;
   std::vector<BatchEntry> entries_;
   std::vector<int32_t> sampled_entries_;
   std::vector<AttentionTask> tasks_;
   std::vector<AttentionSplit> splits_;
+  std::vector<int32_t> members_;
+  std::vector<uint8_t> is_grouped_;  // by entry
 };
 
 }  // namespace blendserve

@@ -1,5 +1,5 @@
 // Time of one step by op, on random weights of SmolLM2-135M's shape.
-//   build/dev/bench_step [threads] [isa] [dtype]
+//   build/dev/bench_step [threads] [isa] [dtype] [rounds of shared prefixes, instead of the rest]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +14,7 @@ namespace {
 constexpr ModelShape kShape = {49152, 576, 1536, 30, 9, 3, 64, 1e-5f};
 constexpr ModelLimits kLimits = {64, 1024, 1216, 64 * 76};
 constexpr int64_t kBlocksEach = 76;
+constexpr int64_t kSharedBlocks = 62;  // of a prefix of 1000 tokens
 
 PackedMatrix random_matrix(MatmulFormat format, int64_t n, int64_t k) {
   std::vector<float> values(static_cast<size_t>(n * k));
@@ -80,6 +81,54 @@ void measure(Model& model, const char* name, int32_t num_sequences, int32_t num_
   std::printf("\n");
 }
 
+// Decodes that share 1000 of 1100 tokens, the prefix read once and for each of them, in turn: medians.
+void measure_shared_prefix(Model& model, int32_t num_sequences, int num_rounds) {
+  const auto n = static_cast<size_t>(num_sequences);
+  std::vector<int32_t> slots(n), scheduled(n, 1), computed(n, 1099), blocks(static_cast<size_t>(kLimits.num_blocks));
+  std::iota(slots.begin(), slots.end(), 0);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  for (size_t s = 1; s < n; ++s) std::iota(&blocks[s * kBlocksEach], &blocks[s * kBlocksEach + kSharedBlocks], 0);
+  const auto is_sampled = std::make_unique<bool[]>(n);
+  const std::vector<int32_t> tokens(static_cast<size_t>(kLimits.max_num_seqs * kLimits.max_model_len), 1);
+  const auto run = [&] {
+    const StepCounters before = model.counters();
+    model.step({slots, scheduled, computed, is_sampled.get(), tokens.data(), kLimits.max_model_len, blocks.data(),
+                kBlocksEach, kLimits.max_num_seqs});
+    StepCounters spent = model.counters();
+    for (size_t op = 0; op < kNumOps; ++op) spent.op_s[op] -= before.op_s[op];
+    spent.kv_bytes -= before.kv_bytes;
+    return spent;
+  };
+  struct Samples {
+    std::vector<double> step_s, attention_s;
+    double kv_bytes = 0.0;
+  } once, apart;
+  run();
+  for (int round = 0; round < num_rounds; ++round) {
+    for (Samples* samples : {&once, &apart}) {
+      samples == &once ? model.read_shared_once() : model.read_apart();
+      const StepCounters spent = run();
+      samples->step_s.push_back(std::accumulate(spent.op_s.begin(), spent.op_s.end(), 0.0));
+      samples->attention_s.push_back(spent.op_s[static_cast<size_t>(Op::kAttention)]);
+      samples->kv_bytes = spent.kv_bytes;
+    }
+  }
+  model.read_shared_once();
+  const auto median = [](std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+  };
+  for (const Samples* samples : {&apart, &once}) {
+    std::printf(
+        "decode of %d sequences that share 1000 of 1100, prefix read %s: step %.1f ms (%.1f..%.1f), attention "
+        "%.1f ms, %.0f MB of KV\n",
+        num_sequences, samples == &once ? "once" : "apart", median(samples->step_s) * 1e3,
+        *std::min_element(samples->step_s.begin(), samples->step_s.end()) * 1e3,
+        *std::max_element(samples->step_s.begin(), samples->step_s.end()) * 1e3, median(samples->attention_s) * 1e3,
+        samples->kv_bytes * 1e-6);
+  }
+}
+
 }  // namespace
 }  // namespace blendserve
 
@@ -89,6 +138,10 @@ int main(int argc, char** argv) {
   const Isa isa = argc > 2 ? isa_from_name(argv[2]) : best_isa();
   const Dtype dtype = argc > 3 ? dtype_from_name(argv[3]) : Dtype::kBf16;
   Model model(isa, kShape, kLimits, random_weights({isa, dtype}), num_threads);
+  if (argc > 4) {
+    for (const int num_sequences : {2, 4, 8, 16, 64}) measure_shared_prefix(model, num_sequences, std::atoi(argv[4]));
+    return 0;
+  }
   measure(model, "prefill of 512 tokens", 1, 512, 0);
   measure(model, "prefill of 1000 tokens", 1, 1000, 0);
   measure(model, "decode of 64 sequences at 300", 64, 1, 299);

@@ -114,14 +114,25 @@ AttentionTile Model::attention_of(const AttentionTask& task, int64_t layer, cons
           .block_table = entry.block_table};
 }
 
+void Model::attend_group(const AttentionTask& task, int64_t layer, const KvCache& cache, float* scratch) {
+  std::array<AttentionTile, kMaxGroupRows> tiles;
+  const auto members =
+      batch_.members().subspan(static_cast<size_t>(task.first_member), static_cast<size_t>(task.num_members));
+  for (size_t m = 0; m < members.size(); ++m) {
+    tiles[m] = attention_of({members[m], task.kv_head, 0, 1, -1, -1, 0}, layer, cache);
+  }
+  attention_group(isa_, {tiles.data(), members.size()}, task.num_shared_tokens, scratch);
+}
+
 void Model::attend(int64_t layer, const KvCache& cache) {
   const std::span<const AttentionTask> tasks = batch_.tasks();
   const int64_t scratch_floats = attention_scratch_floats(shape_.group(), shape_.head_stride());
   const int64_t partial_floats = attention_partial_floats(shape_.group(), shape_.head_stride());
   run(Op::kAttention, static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
     const AttentionTask& task = tasks[static_cast<size_t>(i)];
-    const AttentionTile tile = attention_of(task, layer, cache);
     float* scratch = attention_scratch_.data() + worker * scratch_floats;
+    if (task.num_members > 0) return attend_group(task, layer, cache, scratch);
+    const AttentionTile tile = attention_of(task, layer, cache);
     if (task.segment < 0) {
       attention_tile(isa_, tile, scratch);
     } else {

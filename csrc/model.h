@@ -71,7 +71,7 @@ inline constexpr int kNumOps = 13;
 std::string_view op_name(Op op);
 
 // Work since the model was made. `*_bytes` count what must come from memory: weights once per step, KV once per
-// sequence.
+// sequence, that of a prefix that sequences read together once for all of them.
 struct StepCounters {
   int64_t num_steps = 0;
   int64_t num_tokens = 0;
@@ -99,6 +99,10 @@ class Model {
   // Runs one step; results in the order of the plan's sampled entries, valid until the next call. Mutates: the KV
   // cache. Throws std::invalid_argument where the plan does not fit the limits, before anything has run.
   std::span<const Sample> step(const StepInput& input);
+  // Whether attention reads the KV of a prefix that sequences share once per step (so at first) or for each of them.
+  // Changes time, never tokens.
+  void read_shared_once() { batch_.read_shared_once(); }
+  void read_apart() { batch_.read_apart(); }
   // Logits after every token of one sequence: [tokens.size(), vocab_size]. Uses KV memory of its own.
   void logits(std::span<const int32_t> tokens, float* out);
 
@@ -131,6 +135,7 @@ class Model {
   void make_rotary_tables();
 
   AttentionTile attention_of(const AttentionTask& task, int64_t layer, const KvCache& cache);
+  void attend_group(const AttentionTask& task, int64_t layer, const KvCache& cache, float* scratch);
 
   Isa isa_;
   ModelShape shape_;

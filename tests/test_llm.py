@@ -238,6 +238,30 @@ def test_tokens_depend_on_nothing_but_the_request(name: str, tmp_path: Path) -> 
         assert llm.stats.num_preemptions > 0, "the memory was not small enough to test preemption"
 
 
+def prefix_heavy_prompts(seed: int = 0) -> list[list[int]]:
+    """24 prompts that begin with the same 140 tokens; a third of them goes on with 110 more that they share."""
+    random = np.random.default_rng(seed)
+    common, longer = random.integers(3, 320, 140).tolist(), random.integers(3, 320, 110).tolist()
+    lengths = random.integers(5, 60, 24).tolist()
+    return [
+        common + (longer if i % 3 == 0 else []) + random.integers(3, 320, length).tolist()
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("name", CHANGES_BY_NAME)
+def test_reading_shared_prefixes_once_changes_no_token(name: str, tmp_path: Path) -> None:
+    """Where blocks are shared, decodes read them together; without prefix caching there is nothing to share."""
+    directory = tiny_directory(tmp_path / name, name)
+    prompts = prefix_heavy_prompts()
+    outputs = []
+    variants: list[dict[str, Any]] = [{"enable_prefix_caching": False}, {}, {"num_threads": 1}, {"num_threads": 4}]
+    for settings in variants:
+        with LLM(str(directory), **{**LIMITS, "kv_memory_bytes": 1 << 24, **settings}) as llm:
+            outputs.append(tokens_of(llm.generate(prompts, sampled_params(len(prompts)))))
+    assert outputs[1:] == outputs[:1] * 3
+
+
 @pytest.mark.model
 def test_the_default_model_knows_the_capital_of_france() -> None:
     with LLM(max_num_seqs=8, kv_memory_bytes=1 << 28) as llm:

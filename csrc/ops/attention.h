@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "kv_cache.h"
 #include "ops/matmul.h"
@@ -38,6 +39,14 @@ constexpr int64_t attention_tile_tokens(int64_t group) { return group >= 48 ? 1 
 // Floats of working memory that a tile needs.
 int64_t attention_scratch_floats(int64_t group, int64_t head_dim);
 void attention_tile(Isa isa, const AttentionTile& tile, float* scratch);
+
+// Several tiles of one query token each over the same KV head, of sequences whose tables begin with the same blocks:
+// those of the first `num_shared_tokens` positions, a multiple of kChunkTokens that no query lies before, are read once
+// for all. Bitwise equal to attention_tile of each.
+inline constexpr int64_t kMaxGroupRows =
+    192;  // queries and sums of a group: 144 KB at head size 64, so a share of an L2
+constexpr int64_t max_group_members(int64_t group) { return group >= kMaxGroupRows ? 1 : kMaxGroupRows / group; }
+void attention_group(Isa isa, std::span<const AttentionTile> members, int64_t num_shared_tokens, float* scratch);
 
 // The same for one query token, segment by segment: each writes one partial result, the merge writes `out`. Bitwise
 // equal to attention_tile.

@@ -236,12 +236,16 @@ Chunk chunk_at(const AttentionTile& tile, int64_t begin, int64_t end) {
   return chunk;
 }
 
+Softmax rows_from(Softmax softmax, int64_t row, int64_t head_dim) {
+  return {softmax.out + row * head_dim, softmax.max + row, softmax.sum + row};
+}
+
 // Adds positions [begin, end) to the softmax of all rows of the tile; q is [rows][head_dim].
 void add_positions(const AttentionTile& tile, const float* q, int64_t begin, int64_t end, Softmax softmax,
                    float* scores) {
   const int64_t num_rows = tile.num_tokens * tile.group;
   for (int64_t start = begin; start < end; start += kChunkTokens) {
-    const Chunk chunk = chunk_at(tile, start, end);
+    Chunk chunk = chunk_at(tile, start, end);
     const int64_t first_token = start > tile.first_position ? start - tile.first_position : 0;
     for (int64_t row = first_token * tile.group; row < num_rows;) {
       const int64_t rows = num_rows - row < kPassRows ? num_rows - row : kPassRows;
@@ -250,9 +254,10 @@ void add_positions(const AttentionTile& tile, const float* q, int64_t begin, int
         const int64_t visible = tile.first_position + (row + r) / tile.group + 1 - start;
         num_visible[r] = visible < kChunkTokens ? visible : kChunkTokens;
       }
-      const Softmax part = {softmax.out + row * tile.head_dim, softmax.max + row, softmax.sum + row};
-      kChunkPasses[rows](q + row * tile.head_dim, tile.head_dim, chunk, num_visible, part, scores);
+      kChunkPasses[rows](q + row * tile.head_dim, tile.head_dim, chunk, num_visible,
+                         rows_from(softmax, row, tile.head_dim), scores);
       row += rows;
+      for (int64_t b = 0; b < kChunkBlocks; ++b) chunk.next[b] = chunk.blocks[b];  // one pass has prefetched it
     }
   }
 }
@@ -313,6 +318,26 @@ Scratch lay_out(float* memory, int64_t num_rows, int64_t head_dim) {
   return scratch;
 }
 
+// Adds what the tile sees from position `begin` on and writes its result; its rows are those of the scratch from
+// `first_row` on. The segment in which `begin` lies has been started unless it starts there.
+void attend_from(const AttentionTile& tile, int64_t begin, const Scratch& scratch, int64_t first_row) {
+  const int64_t num_rows = tile.num_tokens * tile.group;
+  const int64_t end = tile.first_position + tile.num_tokens;
+  const Softmax total = rows_from(scratch.total, first_row, tile.head_dim);
+  const Softmax part = rows_from(scratch.part, first_row, tile.head_dim);
+  while (begin < end) {
+    const int64_t segment = begin / kSegmentTokens * kSegmentTokens;
+    const int64_t segment_end = segment + kSegmentTokens < end ? segment + kSegmentTokens : end;
+    const int64_t first = segment > tile.first_position ? (segment - tile.first_position) * tile.group : 0;
+    const Softmax softmax = segment == 0 ? total : part;
+    if (begin == segment) clear(softmax, first, num_rows, tile.head_dim);
+    add_positions(tile, scratch.q + first_row * tile.head_dim, begin, segment_end, softmax, scratch.scores);
+    if (segment > 0) merge(total, part, first, num_rows, tile.head_dim);
+    begin = segment_end;
+  }
+  write_out(tile, total);
+}
+
 Softmax partial_at(const AttentionTile& tile, float* partials, int64_t segment) {
   float* start = partials + segment * attention_partial_floats(tile.group, tile.head_dim);
   return {start, start + tile.group * tile.head_dim, start + tile.group * (tile.head_dim + 1)};
@@ -321,22 +346,33 @@ Softmax partial_at(const AttentionTile& tile, float* partials, int64_t segment) 
 }  // namespace
 
 void attention_tile(const AttentionTile& tile, float* memory) {
-  const int64_t num_rows = tile.num_tokens * tile.group;
-  const Scratch scratch = lay_out(memory, num_rows, tile.head_dim);
+  const Scratch scratch = lay_out(memory, tile.num_tokens * tile.group, tile.head_dim);
   for (int64_t token = 0; token < tile.num_tokens; ++token) {
     const int64_t count = tile.group * tile.head_dim;
     memcpy(scratch.q + token * count, tile.q + token * tile.row_stride, static_cast<size_t>(count) * sizeof(float));
   }
-  const int64_t end = tile.first_position + tile.num_tokens;
-  for (int64_t begin = 0; begin < end; begin += kSegmentTokens) {
-    const int64_t first_token = begin > tile.first_position ? begin - tile.first_position : 0;
-    const Softmax softmax = begin == 0 ? scratch.total : scratch.part;
-    clear(softmax, first_token * tile.group, num_rows, tile.head_dim);
-    const int64_t segment_end = begin + kSegmentTokens < end ? begin + kSegmentTokens : end;
-    add_positions(tile, scratch.q, begin, segment_end, softmax, scratch.scores);
-    if (begin > 0) merge(scratch.total, scratch.part, first_token * tile.group, num_rows, tile.head_dim);
+  attend_from(tile, 0, scratch, 0);
+}
+
+void attention_group(const AttentionTile* members, int64_t num_members, int64_t num_shared_tokens, float* memory) {
+  AttentionTile together = members[0];  // as a tile of so many tokens, all of which see the whole prefix
+  together.num_tokens = num_members;
+  together.first_position = num_shared_tokens;
+  const int64_t num_rows = num_members * together.group;
+  const Scratch scratch = lay_out(memory, num_rows, together.head_dim);
+  const int64_t count = together.group * together.head_dim;
+  for (int64_t m = 0; m < num_members; ++m) {
+    memcpy(scratch.q + m * count, members[m].q, static_cast<size_t>(count) * sizeof(float));
   }
-  write_out(tile, scratch.total);
+  for (int64_t begin = 0; begin < num_shared_tokens; begin += kSegmentTokens) {
+    const Softmax softmax = begin == 0 ? scratch.total : scratch.part;
+    const int64_t end = begin + kSegmentTokens;
+    clear(softmax, 0, num_rows, together.head_dim);
+    add_positions(together, scratch.q, begin, end < num_shared_tokens ? end : num_shared_tokens, softmax,
+                  scratch.scores);
+    if (begin > 0 && end <= num_shared_tokens) merge(scratch.total, scratch.part, 0, num_rows, together.head_dim);
+  }
+  for (int64_t m = 0; m < num_members; ++m) attend_from(members[m], num_shared_tokens, scratch, m * together.group);
 }
 
 void attention_segment(const AttentionTile& tile, int64_t segment, float* partial, float* memory) {

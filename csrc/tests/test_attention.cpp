@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "check.h"
@@ -148,6 +149,67 @@ class Sequence {
   std::vector<int32_t> table_;
 };
 
+// Decodes of sequences with common first blocks, each at its own number of positions past them; what was never written
+// is NaN.
+class Family {
+ public:
+  Family(Shape shape, int64_t num_shared, std::span<const int64_t> past)
+      : shape_(shape), num_shared_(num_shared), past_(past), cache_(1, num_blocks(), 1, shape.head_dim) {
+    std::fill_n(cache_.head(0, 0), cache_.num_bytes() / 2, bf16_from_float(NAN));
+    test::Random random(17);
+    std::vector<float> key(static_cast<size_t>(shape.head_dim)), value(key.size());
+    int32_t next_block = static_cast<int32_t>(num_blocks());
+    std::vector<int32_t> shared;
+    for (size_t m = 0; m < past.size(); ++m) {
+      std::vector<int32_t>& table = tables_.emplace_back(shared);
+      for (int64_t position = m == 0 ? 0 : num_shared; position <= num_shared + past[m]; ++position) {
+        if (position % kBlockSize == 0) table.push_back(--next_block);
+        for (auto* values : {&key, &value})
+          for (float& x : *values) x = 2.0f * random.unit();
+        cache_.write(0, 0, table.back(), position % kBlockSize, key.data(), value.data());
+      }
+      if (m == 0) shared.assign(table.begin(), table.begin() + num_shared / kBlockSize);
+    }
+    q_.resize(size());
+    for (float& x : q_) x = 2.0f * random.unit();
+  }
+
+  size_t size() const { return past_.size() * static_cast<size_t>(row()); }
+
+  void attend_apart(Isa isa, float* out) const {
+    Buffer<float> scratch(attention_scratch_floats(shape_.group, shape_.head_dim));
+    for (size_t m = 0; m < past_.size(); ++m) attention_tile(isa, tile(m, out), scratch.data());
+  }
+
+  void attend_grouped(Isa isa, float* out) const {
+    Buffer<float> scratch(attention_scratch_floats(shape_.group, shape_.head_dim));
+    std::vector<AttentionTile> tiles;
+    for (size_t m = 0; m < past_.size(); ++m) tiles.push_back(tile(m, out));
+    attention_group(isa, tiles, num_shared_, scratch.data());
+  }
+
+ private:
+  int64_t row() const { return shape_.group * shape_.head_dim; }
+  int64_t num_blocks() const {
+    int64_t count = num_shared_ / kBlockSize;
+    for (const int64_t past : past_) count += div_up(past + 1, kBlockSize);
+    return count;
+  }
+  AttentionTile tile(size_t m, float* out) const {
+    const auto at = static_cast<int64_t>(m) * row();
+    return {q_.data() + at,         out + at,         row(),           1,
+            num_shared_ + past_[m], shape_.group,     shape_.head_dim, cache_.head(0, 0),
+            cache_.block_stride(),  tables_[m].data()};
+  }
+
+  Shape shape_;
+  int64_t num_shared_;
+  std::span<const int64_t> past_;
+  KvCache cache_;
+  std::vector<std::vector<int32_t>> tables_;
+  std::vector<float> q_;
+};
+
 void agrees_with_double_precision() {
   for (const Isa isa : kIsas) {
     if (!is_supported(isa)) continue;
@@ -218,6 +280,26 @@ void does_not_depend_on_splitting() {
   }
 }
 
+// Sequences that begin alike, their decodes in one group or each by itself: the same bits wherever the prefix ends
+// within its segment and however far each of them is past it.
+void does_not_depend_on_grouping() {
+  constexpr Shape kGroupShapes[] = {{1, 64}, {3, 64}, {4, 128}, {7, 16}};
+  constexpr int64_t kPastPrefix[] = {0, 1, 63, 64, 517, 300, 1040};
+  for (const Isa isa : kIsas) {
+    if (!is_supported(isa)) continue;
+    for (const Shape shape : kGroupShapes) {
+      for (const int64_t num_shared : {64, 448, 512, 1024, 1088}) {
+        Family family(shape, num_shared, kPastPrefix);
+        std::vector<float> apart(family.size()), grouped(family.size());
+        family.attend_apart(isa, apart.data());
+        family.attend_grouped(isa, grouped.data());
+        CHECK(std::memcmp(apart.data(), grouped.data(), family.size() * sizeof(float)) == 0, isa_name(isa), " group ",
+              shape.group, " head ", shape.head_dim, " shared ", num_shared);
+      }
+    }
+  }
+}
+
 void cache_rounds_to_bf16_and_keeps_its_layout() {
   KvCache cache(2, 3, 2, 16);
   std::vector<float> key(16), value(16);
@@ -244,4 +326,5 @@ int main() {
   RUN(long_context_agrees_with_double_precision);
   RUN(does_not_depend_on_chunking);
   RUN(does_not_depend_on_splitting);
+  RUN(does_not_depend_on_grouping);
 }

@@ -143,6 +143,19 @@ std::string name_of(MatmulFormat format) {
   return std::string(dtype_name(format.dtype)) + " on " + std::string(isa_name(format.isa));
 }
 
+// All four slots begin with 700 tokens, 43 blocks of them shared; two are decoded while others are prefilled, then all.
+void decode_with_common_prefix(Run& run) {
+  for (int32_t slot = 1; slot < 4; ++slot) {
+    for (int64_t i = 0; i < 700; ++i) run.token(slot, i) = run.token(0, i);
+    for (int64_t b = 0; b < 43; ++b) run.block(slot, b) = run.block(0, b);
+    run.skip(slot, 688);
+  }
+  run.step({{0, 700}});
+  run.step({{1, 13}});
+  run.step({{0, 1}, {1, 1}, {2, 14}, {3, 15}});
+  run.step({{3, 1}, {2, 1}, {1, 1}, {0, 1}});
+}
+
 template <class F>
 void on_each_format(F&& test) {
   for (const MatmulFormat format : kFormats) {
@@ -206,6 +219,36 @@ void shared_blocks_of_one_step_are_read_after_they_are_written() {
       shared.step({{0, 70}, {1, 26}});
       CHECK(apart.result(0, 70) == shared.result(0, 70) && apart.result(1, 90) == shared.result(1, 90),
             name_of(format));
+    }
+  });
+}
+
+// Decodes of sequences that begin with the same blocks are grouped, except where there is nothing to gain; beside them
+// a prompt is prefilled.
+void shared_prefixes_are_read_once_without_a_difference() {
+  on_each_format([](MatmulFormat format) {
+    for (const ModelShape& shape : {kPlain, kPadded}) {
+      Run apart(format, shape, 1);
+      apart.model().read_apart();
+      decode_with_common_prefix(apart);
+      const double bytes_apart = apart.model().counters().kv_bytes;
+      for (const int num_threads : {1, 2, 3}) {
+        Run together(format, shape, num_threads);
+        decode_with_common_prefix(together);
+        for (int32_t slot = 0; slot < 4; ++slot) {
+          const int64_t last = 702 + (slot > 0 ? 1 : 0) + (slot > 2 ? 1 : 0);
+          for (const int64_t n : {last - 1, last}) {
+            CHECK(apart.result(slot, n) == together.result(slot, n), name_of(format), " threads ", num_threads, " slot ",
+                  slot, " length ", n);
+          }
+        }
+        const double per_token = 4.0 * static_cast<double>(shape.num_layers * shape.kv_width());
+        const double saved = (bytes_apart - together.model().counters().kv_bytes) / per_token;
+        // Of 700 common tokens 10 chunks are whole. In one step slot 1 reads them along with slot 0, in the next all
+        // do.
+        if (num_threads == 1) CHECK(saved == (1 + 3) * 640, name_of(format), " saved ", saved);
+        CHECK(saved >= 0.0);
+      }
     }
   });
 }
@@ -296,6 +339,7 @@ int main() {
   RUN(steps_do_not_depend_on_batch_chunks_or_threads);
   RUN(splitting_a_long_sequence_changes_nothing);
   RUN(shared_blocks_of_one_step_are_read_after_they_are_written);
+  RUN(shared_prefixes_are_read_once_without_a_difference);
   RUN(logits_agree_with_steps);
   RUN(one_poisoned_sequence_spares_the_others);
   RUN(plans_that_do_not_fit_are_refused);

@@ -186,6 +186,31 @@ def test_blocks_shared_within_one_step_change_nothing(isa: str) -> None:
     assert shared.tokens[0, :46].tolist() == shared.tokens[1, :46].tolist() == apart.tokens[0, :46].tolist()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_decodes_read_a_shared_prefix_once(isa: str) -> None:
+    """144 of 150 tokens in common blocks: the bits of four copies, and the reads of one for the two chunks of 64."""
+    spec = tiny_spec()
+    requests = [replace(request, index=i) for i, request in enumerate(requests_of(spec)[:1] * NUM_SLOTS)]
+    outputs, read_bytes = [], []
+    for is_shared in (False, True):
+        executor = native(spec, isa=isa, num_threads=1)
+        table = Table(executor, requests)
+        for slot in range(NUM_SLOTS):
+            if is_shared and slot > 0:
+                table.blocks[slot, :9] = table.blocks[0, :9]
+                table.computed[slot] = 144
+            while table.computed[slot] < 150:
+                table.step({slot: min(64, 150 - int(table.computed[slot]))})
+        before = executor.counters().kv_bytes
+        table.step(dict.fromkeys(range(NUM_SLOTS), 1))
+        read_bytes.append(executor.counters().kv_bytes - before)
+        for _ in range(5):
+            table.step(dict.fromkeys(range(NUM_SLOTS), 1))
+        outputs.append(table.tokens[:, 150:157].tolist())
+    assert outputs[0] == outputs[1]
+    assert read_bytes[0] - read_bytes[1] == 3 * 128 * spec.kv_bytes_per_token()
+
+
 def test_a_slot_forgets_its_parameters() -> None:
     spec = tiny_spec()
     executor = native(spec)
