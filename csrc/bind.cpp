@@ -161,10 +161,31 @@ nb::dict counters(const Model& model) {
   return result;
 }
 
+// Spans since the trace was started as int64 [number of spans, 7], in the order of _native.pyi.
+auto spans(Model& model) {
+  const TraceRecorder& trace = model.trace();
+  std::vector<int64_t> values;
+  for (int worker = 0; worker < trace.num_workers(); ++worker) {
+    for (const TraceSpan& span : trace.spans(worker)) {
+      values.insert(values.end(),
+                    {worker, span.op, span.layer, span.nano_batch, span.begin_ns, span.end_ns, span.busy_ns});
+    }
+  }
+  const size_t num_spans = values.size() / 7;
+  return own<int64_t, 2>(std::move(values), {num_spans, 7});
+}
+
+std::vector<std::string> op_names() {
+  std::vector<std::string> names;
+  for (int op = 0; op < kNumOps; ++op) names.emplace_back(op_name(static_cast<Op>(op)));
+  return names;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("best_isa", [] { return std::string(isa_name(best_isa())); });
+  m.def("op_names", &op_names);
   m.def("is_supported", [](std::string_view name) { return is_supported(isa_from_name(name)); }, nb::arg("isa"));
 
   nb::class_<WeightLoader>(m, "WeightLoader")
@@ -210,6 +231,9 @@ NB_MODULE(_native, m) {
            nb::arg("token_ids").noconvert(), nb::arg("block_tables").noconvert())
       .def("logits", &logits, nb::arg("token_ids"))
       .def("counters", &counters)
+      .def("start_trace", [](Model& model) { model.trace().start(); })
+      .def("stop_trace", [](Model& model) { model.trace().stop(); })
+      .def("spans", &spans)
       .def_prop_ro("isa", [](const Model& model) { return std::string(isa_name(model.isa())); })
       .def_prop_ro("dtype", [](const Model& model) { return std::string(dtype_name(model.dtype())); })
       .def_prop_ro("num_threads", &Model::num_threads)

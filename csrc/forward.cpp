@@ -21,6 +21,7 @@ void Model::forward(KvCache& cache) {
   embed();
   for (int64_t i = 0; i < shape_.num_layers; ++i) {
     const LayerWeights& layer = weights_.layers[static_cast<size_t>(i)];
+    layer_ = static_cast<int32_t>(i);
     norm_and_pack(layer.input_norm);
     multiply(Op::kQkv, num_rows, layer.qkv, layer.qkv_bias, false, qkv_.data(), shape_.qkv_width());
     rotate_and_cache(i, cache);
@@ -32,6 +33,7 @@ void Model::forward(KvCache& cache) {
     activate_and_pack();
     multiply(Op::kDown, num_rows, layer.down, {}, true, residual_.data(), hidden);
   }
+  layer_ = -1;
 }
 
 void Model::embed() {

@@ -16,6 +16,8 @@ namespace {
 // Rows whose logits exist at the same time: a multiple of the kernels' 12 rows, enough of them that reading the head's
 // weights costs a small part of multiplying by them, few enough that logits stay in tens of megabytes.
 constexpr int64_t kHeadRows = 8 * kRowPanel;
+// Of a step and worker: more than one op after the other leaves in 1,000 layers.
+constexpr int64_t kMaxTraceSpans = 16384;
 constexpr int64_t kFallbackL2Bytes = 512 * 1024;
 
 int64_t l2_bytes() {
@@ -80,7 +82,8 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
       l2_bytes_(l2_bytes()),
       team_(num_threads),
       cache_(shape.num_layers, limits.num_blocks, shape.num_kv_heads, shape.head_stride()),
-      batch_(batch_limits(shape, limits), {shape.num_kv_heads, shape.group(), num_threads}) {
+      batch_(batch_limits(shape, limits), {shape.num_kv_heads, shape.group(), num_threads}),
+      trace_(num_threads, kMaxTraceSpans) {
   check_weights();
   make_rotary_tables();
   const int64_t rows = round_up(std::max(limits.max_num_batched_tokens, kHeadRows), kRowPanel);
@@ -243,7 +246,15 @@ void Model::count_step(int64_t num_head_rows) {
 
 void Model::run(Op op, int64_t num_tiles, TileFn fn) {
   const auto start = std::chrono::steady_clock::now();
-  team_.run(num_tiles, fn);
+  if (trace_.is_on()) {
+    team_.run(num_tiles, [&](int64_t tile, int worker) {
+      const int64_t begin_ns = TraceRecorder::now_ns();
+      fn(tile, worker);
+      trace_.record(worker, static_cast<int32_t>(op), layer_, 0, begin_ns, TraceRecorder::now_ns());
+    });
+  } else {
+    team_.run(num_tiles, fn);
+  }
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   counters_.op_s[static_cast<size_t>(op)] += elapsed.count();
 }

@@ -16,6 +16,7 @@
 #include "ops/sample.h"
 #include "tensor.h"
 #include "threads.h"
+#include "trace.h"
 
 namespace blendserve {
 
@@ -114,6 +115,8 @@ class Model {
   int64_t num_kv_bytes() const { return cache_.num_bytes(); }
   int64_t num_workspace_bytes() const;
   const StepCounters& counters() const { return counters_; }
+  // Spans of tiles by worker, of the steps since it was started; `op` is an Op, `layer` -1 outside of layers.
+  TraceRecorder& trace() { return trace_; }
 
  private:
   void forward(KvCache& cache);
@@ -146,6 +149,8 @@ class Model {
   ThreadTeam team_;
   KvCache cache_;
   Batch batch_;
+  TraceRecorder trace_;
+  int32_t layer_ = -1;  // being run, -1: none
   StepCounters counters_;
   std::vector<SamplingParams> params_by_slot_;
   std::vector<Sample> samples_;

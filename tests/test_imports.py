@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "blendserve"
 LAYERS = (
     ("errors",),
-    ("request", "config", "seeds"),
+    ("request", "config", "seeds", "process"),
     ("outputs",),
     ("models",),
     ("cost",),

@@ -331,6 +331,34 @@ void counters_add_up() {
   CHECK(counters.kv_bytes == 4.0 * 2 * 32 * (20 + 21 + 3));
 }
 
+// Every op of every layer once per worker at most, and all time in them within the step.
+void a_trace_holds_the_ops_of_a_step() {
+  Run run(best_isa(), kPlain, 2);
+  run.step({{0, 70}});
+  CHECK(run.model().trace().spans(0).empty());
+  run.model().trace().start();
+  const int64_t begin = TraceRecorder::now_ns();
+  run.step({{0, 1}, {1, 30}});
+  const int64_t end = TraceRecorder::now_ns();
+  run.model().trace().stop();
+  std::map<std::pair<int32_t, int32_t>, int> seen;  // by op and layer
+  for (int worker = 0; worker < 2; ++worker) {
+    for (const TraceSpan& span : run.model().trace().spans(worker)) {
+      CHECK(begin <= span.begin_ns && span.begin_ns <= span.end_ns && span.end_ns <= end);
+      CHECK(span.busy_ns <= span.end_ns - span.begin_ns);
+      ++seen[{span.op, span.layer}];
+    }
+  }
+  for (int op = 0; op < kNumOps; ++op) {
+    const bool is_of_layer = op >= static_cast<int>(Op::kNorm) && op <= static_cast<int>(Op::kDown);
+    for (int32_t layer = is_of_layer ? 0 : -1; layer < (is_of_layer ? 2 : 0); ++layer) {
+      CHECK(seen.contains({op, layer}), op_name(static_cast<Op>(op)), " layer ", layer);
+    }
+  }
+  run.step({{0, 1}});
+  CHECK(run.model().trace().num_lost() == 0);
+}
+
 }  // namespace
 }  // namespace blendserve
 
@@ -344,4 +372,5 @@ int main() {
   RUN(one_poisoned_sequence_spares_the_others);
   RUN(plans_that_do_not_fit_are_refused);
   RUN(counters_add_up);
+  RUN(a_trace_holds_the_ops_of_a_step);
 }

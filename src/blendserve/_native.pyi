@@ -12,6 +12,7 @@ _Int32s = NDArray[np.int32]
 def best_isa() -> str:
     """The best instruction set of this processor: "portable", "avx2" or "avx512bf16"."""
 
+def op_names() -> list[str]: ...
 def is_supported(isa: str) -> bool:
     """May kernels of this instruction set run here?"""
 
@@ -102,6 +103,14 @@ class Model:
         """Sampled tokens and, for entries that asked, (position among them, logprob, best alternatives)."""
 
     def logits(self, token_ids: _Int32s) -> _Floats: ...
+    def start_trace(self) -> None:
+        """Forget recorded spans, and record them from now on."""
+
+    def stop_trace(self) -> None: ...
+    def spans(self) -> NDArray[np.int64]:
+        """What workers did since `start_trace`, int64[number of spans, 7]: worker, op (index into `op_names`), layer
+        (-1 outside of layers), nano_batch, begin_ns, end_ns, busy_ns."""
+
     def counters(self) -> dict[str, float | dict[str, float]]: ...
     @property
     def isa(self) -> str: ...

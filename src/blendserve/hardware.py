@@ -52,6 +52,15 @@ def known_hardware(name: str) -> HardwareSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Peaks:
+    """The most that this machine computes and reads per second; `is_measured` by calibration, else a built-in guess."""
+
+    flop_per_s: float
+    bytes_per_s: float
+    is_measured: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Interference:
     """How far compute time c and memory time m of one step hide each other: f(c, m) = max(c + a m, m + b c).
 
@@ -258,6 +267,12 @@ class Calibration:
     def hardware(self) -> HardwareSpec:
         """The machine as a spec whose peaks are what was measured."""
         return HardwareSpec(self.machine, self.gemm_flop_per_s, self.kv_bytes_per_s, self.memory_bytes)
+
+    def peaks(self) -> Peaks:
+        """The highest rates that were measured, of any number of tokens or threads."""
+        flop_per_s = max(self.gemm_flop_per_s, *(rate for _, rate in self.gemm_points), 0.0)
+        rates = (self.weight_bytes_per_s, self.kv_bytes_per_s, *(rate for _, rate in self.bandwidth_points))
+        return Peaks(flop_per_s, max(rates), is_measured=True)
 
     def step_cost(self, model: ModelCost) -> StepCost:
         """Step cost of a model at the measured rates."""

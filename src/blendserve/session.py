@@ -14,7 +14,8 @@ from blendserve.detokenize import StopChecker
 from blendserve.engine.loop import EngineLoop
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.executors.native import NativeExecutor
-from blendserve.hardware import matching_calibration
+from blendserve.executors.trace import StepTrace
+from blendserve.hardware import Peaks, matching_calibration
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
 from blendserve.planner.base import RequestTable
@@ -61,11 +62,28 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     )
 
 
+def open_executor(
+    model: LoadedModel, config: EngineConfig, *, isa: str = "auto", trace: StepTrace | None = None
+) -> NativeExecutor:
+    """Load the weights. `config` has resolved limits; `trace` notes what steps do."""
+    num_blocks = config.kv_memory_bytes // (model.spec.kv_bytes_per_token() * BLOCK_SIZE)
+    peaks = peaks_of(config.num_threads)
+    return NativeExecutor(model.spec, model.weights, config, num_blocks=num_blocks, isa=isa, peaks=peaks, trace=trace)
+
+
 def open_engine(model: LoadedModel, config: EngineConfig, *, isa: str = "auto") -> EngineLoop:
     """Load the weights and build an engine on the native executor. `config` has resolved limits."""
-    num_blocks = config.kv_memory_bytes // (model.spec.kv_bytes_per_token() * BLOCK_SIZE)
-    executor = NativeExecutor(model.spec, model.weights, config, num_blocks=num_blocks, isa=isa)
+    executor = open_executor(model, config, isa=isa)
     return EngineLoop(executor, config, stop_checker=StopChecker(model.tokenizer))
+
+
+def peaks_of(num_threads: int) -> Peaks:
+    """What this machine delivers at most: as calibrated, else a built-in guess. A calibration that cannot be used is
+    silently none: `cost_of` tells."""
+    calibration = matching_calibration(cache_dir(), num_threads, lambda _: None)
+    if calibration is not None:
+        return calibration.peaks()
+    return Peaks(_FLOP_PER_S_PER_CORE * num_threads, _BYTES_PER_S_PER_CORE * num_threads, is_measured=False)
 
 
 def cost_of(spec: ModelSpec, num_threads: int, notify: Callable[[str], None]) -> CostModel:

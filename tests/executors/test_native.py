@@ -233,7 +233,7 @@ def test_counters_and_memory_are_reported() -> None:
     assert counters.attention_flop > 0
     assert counters.kv_bytes > 0
     assert min(counters.seconds_by_op.values()) > 0
-    assert executor.memory_bytes > 2 * spec.num_parameters + NUM_BLOCKS * 16 * spec.kv_bytes_per_token()
+    assert executor.memory.total_bytes > 2 * spec.num_parameters + NUM_BLOCKS * 16 * spec.kv_bytes_per_token()
     executor.close()
 
 

@@ -10,8 +10,10 @@ from contextlib import closing
 from blendserve._native import best_isa
 from blendserve.batchfile.codec import ModelCodec
 from blendserve.batchfile.store import PendingRequests
+from blendserve.cli.observe import RunObserver
 from blendserve.cli.options import engine_config, find_model, served_model, tell
 from blendserve.config import EngineConfig
+from blendserve.detokenize import StopChecker
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.stats import RunStats
 from blendserve.executors.native import KERNEL_REVISION
@@ -22,7 +24,7 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.windows import Window
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import cost_of, open_engine, plan_requests, resolve_limits, run_planned, run_windowed
+from blendserve.session import cost_of, open_executor, plan_requests, resolve_limits, run_planned, run_windowed
 
 
 def open_native_run(args: argparse.Namespace) -> NativeRun:
@@ -50,6 +52,7 @@ class NativeRun:
         self._policy: str = args.policy
         self._window: int = args.window
         self._is_quiet: bool = args.quiet or args.json
+        self._observer = RunObserver(args.input.name, args.trace, args.report)
         self._progress = JobProgress(0, 0)
 
     def note(self, progress: JobProgress) -> None:
@@ -61,7 +64,8 @@ class NativeRun:
         started_s = time.perf_counter()
         config = resolve_limits(self._config, self._model.spec)
         cost = cost_of(self._model.spec, config.num_threads, tell)
-        with closing(open_engine(self._model, config, isa=self._isa)) as engine:
+        executor = open_executor(self._model, config, isa=self._isa, trace=self._observer.steps)
+        with closing(EngineLoop(executor, config, stop_checker=StopChecker(self._model.tokenizer))) as engine:
             loaded_s = time.perf_counter()
             plan = None if self._window else plan_requests(pending.flat_prompts(), pending.table(), cost)
             planned_s = time.perf_counter()
@@ -76,7 +80,9 @@ class NativeRun:
                     yield from outputs
             finally:
                 self.run_s = time.perf_counter() - planned_s
+                engine.stats.resources = self._observer.resources(executor)
                 self.stats = engine.stats
+                self._observer.write(self._model.spec.name, self._policy, executor, engine.stats, plan)
 
     def _snapshot(self, engine: EngineLoop, plan: Plan | None, num_pending: int) -> Snapshot:
         stats, progress = engine.stats, self._progress

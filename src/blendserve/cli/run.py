@@ -42,6 +42,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--ordered", action="store_true", help="write answers in input order; default: as they finish")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run of this job has finished")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a page (HTML) of what compute and memory did, measured"
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a Chrome trace (JSON) of ops by worker; for ui.perfetto.dev"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_engine_choice(parser)
     add_engine(parser)

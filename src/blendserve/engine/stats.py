@@ -40,6 +40,18 @@ class StepLog:
         return {name: np.ascontiguousarray(values[:, index]) for index, name in enumerate(STEP_COLUMNS)}
 
 
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run took of its process. `kv_bytes` are reserved, and occupied as far as they were used; `startup_s` is
+    from the start of the process to that of the first step."""
+
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    peak_rss_bytes: int
+    startup_s: float
+
+
 @dataclass(slots=True)
 class RunStats:
     """Totals of one run. Units: tokens, seconds.
@@ -47,7 +59,8 @@ class RunStats:
     `executor_s` adds up what steps took by the executor's clock (virtual in simulations, where it is the makespan);
     `scheduling_s` is the wall clock of everything else the loop does, `scheduling_s_by_step` its part around every
     step. `num_prefill_tokens` counts computed prompt tokens and what preemptions made it compute again;
-    `num_prompt_tokens` and `num_output_tokens` are those of finished requests.
+    `num_prompt_tokens` and `num_output_tokens` are those of finished requests. `resources` are known where the engine
+    is part of this process.
     """
 
     capacity_tokens: int
@@ -68,6 +81,7 @@ class RunStats:
     max_kv_tokens: int = 0
     scheduling_s_by_step: array[float] = field(default_factory=lambda: array("d"))
     steps: StepLog = field(default_factory=StepLog)
+    resources: Resources | None = None
 
     @property
     def makespan_s(self) -> float:

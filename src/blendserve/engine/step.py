@@ -42,7 +42,8 @@ class StepResult:
     Shapes: `token_ids` int32[number of sampled entries], in the order of the plan. `logprobs` maps a position in
     `token_ids` to its log probabilities, for sequences that asked. Units: `elapsed_s` is wall clock for real
     executors and virtual time for the simulated one. `compute_s` and `memory_s` are the step's two resource times where
-    the executor knows them (the simulated one), else 0.
+    the executor knows them: modelled by the simulated one; the work done, at the machine's peak rates, on the native
+    one; else 0.
     """
 
     token_ids: Int32s

@@ -15,6 +15,8 @@ from blendserve import _native
 from blendserve.config import BLOCK_SIZE, EngineConfig, usable_cores
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError, ConfigError, ExecutorError
+from blendserve.executors.trace import StepTrace
+from blendserve.hardware import Peaks
 from blendserve.models.rope import inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, check_weights
@@ -39,9 +41,26 @@ class NativeCounters:
     seconds_by_op: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Memory that the executor took. KV blocks and buffers occupy it only once they are written."""
+
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+
 class NativeExecutor:
     """Runs steps on this machine's CPU. `config` gives the largest step, the longest sequence and the threads; `isa` is
     "auto" or a name that `_native.is_supported` accepts.
+
+    `compute_s` and `memory_s` of a step are its work at the rates of `peaks`: all arithmetic of matrix products and
+    attention, and what has to come from memory (weights once, KV once per sequence or shared prefix). Over its
+    `elapsed_s` they are the shares of the two peaks that it reached; 0 without peaks. `trace` notes when steps ran.
 
     Mutates: its KV memory and the table of admitted requests. Raises: ConfigError for weights or an instruction set
     that do not fit, CapacityError where the memory cannot be had.
@@ -51,10 +70,21 @@ class NativeExecutor:
     block_size = BLOCK_SIZE
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, config: EngineConfig, *, num_blocks: int, isa: str = "auto"
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        isa: str = "auto",
+        peaks: Peaks | None = None,
+        trace: StepTrace | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.eos_token_ids = spec.eos_token_ids
+        self._peaks = peaks
+        self._trace = trace
+        self._flop = self._bytes = 0.0
         limits = _native.ModelLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -81,9 +111,9 @@ class NativeExecutor:
         return self._model.num_threads
 
     @property
-    def memory_bytes(self) -> int:
+    def memory(self) -> MemoryUse:
         """Weights, KV blocks and the buffers of a step."""
-        return self._model.num_weight_bytes + self._model.num_kv_bytes + self._model.num_workspace_bytes
+        return MemoryUse(self._model.num_weight_bytes, self._model.num_kv_bytes, self._model.num_workspace_bytes)
 
     def admit(self, slot: int, request: Request) -> None:
         self._model.admit(slot, _sampling_params(request, self.eos_token_ids))
@@ -92,6 +122,10 @@ class NativeExecutor:
         self._model.release(slot)
 
     def execute(self, plan: StepPlan) -> StepResult:
+        trace = self._trace
+        has_spans = trace is not None and trace.wants_spans
+        if has_spans:
+            self._model.start_trace()
         started = time.perf_counter()
         try:
             token_ids, logprobs = self._model.step(
@@ -107,7 +141,24 @@ class NativeExecutor:
         logprob_by_position = {
             position: TokenLogprob(int(token_ids[position]), logprob, tuple(top)) for position, logprob, top in logprobs
         }
-        return StepResult(token_ids, time.perf_counter() - started, logprob_by_position)
+        ended = time.perf_counter()
+        if trace is not None:
+            trace.add(started, ended, self._model.spans() if has_spans else None)
+        if has_spans:
+            self._model.stop_trace()
+        compute_s, memory_s = self._resource_s()
+        return StepResult(token_ids, ended - started, logprob_by_position, compute_s, memory_s)
+
+    def _resource_s(self) -> tuple[float, float]:
+        """Work since the last step at peak rates."""
+        if self._peaks is None:
+            return 0.0, 0.0
+        counters = self.counters()
+        flop = counters.matmul_flop + counters.attention_flop
+        num_bytes = counters.weight_bytes + counters.kv_bytes
+        spent = (flop - self._flop) / self._peaks.flop_per_s, (num_bytes - self._bytes) / self._peaks.bytes_per_s
+        self._flop, self._bytes = flop, num_bytes
+        return spent
 
     def logits(self, token_ids: TokenIds) -> Floats:
         """Logits after every token of one sequence, apart from all steps. Shapes: [n] -> [n, vocab_size]."""

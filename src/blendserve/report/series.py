@@ -18,7 +18,8 @@ class Timeline:
     """A run in equal slices of time. Shapes: `edges_s` float64[num_slices + 1], the others float64[num_slices].
 
     `compute_ms`, `memory_ms`: mean of a step; `compute_share`, `memory_share`: part of the slice in which the resource
-    was at work; `kv_share`: mean part of the KV memory in use; `density`: compute over memory time, nan without either.
+    was at work; `kv_share`: mean part of the KV memory in use; `density`: compute over memory time, nan without either;
+    `num_prefill_tokens`, `num_decode_tokens`: computed in the slice; `num_running`: mean number of sequences.
     """
 
     edges_s: Floats
@@ -29,6 +30,9 @@ class Timeline:
     kv_share: Floats
     density: Floats
     num_steps: Floats
+    num_prefill_tokens: Floats
+    num_decode_tokens: Floats
+    num_running: Floats
 
     @property
     def middles_s(self) -> Floats:
@@ -62,6 +66,9 @@ def slice_steps(steps: Mapping[str, Floats], capacity_tokens: int, num_slices: i
             kv_share=kv_tokens / max(1, capacity_tokens),
             density=compute / memory,
             num_steps=count,
+            num_prefill_tokens=over_slices(steps["num_prefill_tokens"]),
+            num_decode_tokens=over_slices(steps["num_decode_tokens"]),
+            num_running=over_slices(steps["num_running"] * steps["elapsed_s"]) / width,
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blendserve.engine.stats import RunStats
+from blendserve.engine.stats import Resources, RunStats
 from blendserve.job import JobReport
 from blendserve.report.progress import format_seconds
 
@@ -65,11 +65,22 @@ class RunSummary:
                 f"{self.stats.mean_scheduling_s * 1e3:.2f} ms, P99 {self.stats.p99_scheduling_s * 1e3:.2f} ms), "
                 f"{self.stats.num_preemptions} preemptions, KV peak {_kv_peak(self.stats):.0%}"
             )
+            if self.stats.resources is not None:
+                lines.append(_resources_line(self.stats.resources))
         return "\n".join([*lines, *report.notes])
 
 
+def _resources_line(resources: Resources) -> str:
+    return (
+        f"memory {resources.peak_rss_bytes / 1e9:.2f} GB resident at the peak: weights "
+        f"{resources.weight_bytes / 1e9:.2f}, KV as far as used of {resources.kv_bytes / 1e9:.2f}, buffers "
+        f"{resources.workspace_bytes / 1e9:.2f}; first step {resources.startup_s:.1f} s after start"
+    )
+
+
 def _stats_fields(stats: RunStats) -> dict[str, Any]:
-    return {
+    resources = {} if stats.resources is None else asdict(stats.resources)
+    return resources | {
         "num_steps": stats.num_steps,
         "executor_s": stats.executor_s,
         "scheduling_s": stats.scheduling_s,

@@ -1,0 +1,62 @@
+"""What a run on the native engine tells of itself beyond its answers: `--trace`, `--report`, and memory used."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from blendserve._native import op_names
+from blendserve.engine.stats import Resources, RunStats
+from blendserve.executors.native import NativeExecutor
+from blendserve.executors.trace import MAX_SPANS, StepTrace
+from blendserve.hardware import machine_name
+from blendserve.planner.plan import Plan
+from blendserve.process import peak_rss_bytes, process_age_s
+from blendserve.report.measured import MeasuredRun
+from blendserve.report.run_page import write_page
+from blendserve.report.trace_file import write_trace
+from blendserve.session import peaks_of
+
+_REPORT_SPANS = 8_000
+"""Where only a report is asked for: it shows one step."""
+
+
+class RunObserver:
+    """Watches one run through `steps`, and writes what was asked for when it ends, interrupted or not."""
+
+    def __init__(self, source: str, trace_path: Path | None, report_path: Path | None) -> None:
+        self._source = source
+        self._trace_path = trace_path
+        self._report_path = report_path
+        self.steps = StepTrace(MAX_SPANS if trace_path else _REPORT_SPANS if report_path else 0)
+
+    def resources(self, executor: NativeExecutor) -> Resources:
+        """Memory so far; start-up is nan where no step has run."""
+        memory = executor.memory
+        startup_s = float("nan")
+        if len(self.steps):
+            startup_s = process_age_s() - (time.perf_counter() - self.steps.first_begin_s)
+        return Resources(memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, peak_rss_bytes(), startup_s)
+
+    def write(self, model: str, policy: str, executor: NativeExecutor, stats: RunStats, plan: Plan | None) -> None:
+        """Write the files. Raises: ConfigError when one cannot be written."""
+        if self._trace_path is None and self._report_path is None:
+            return
+        run = MeasuredRun(
+            source=self._source,
+            model=model,
+            policy=policy,
+            machine=machine_name(),
+            num_threads=executor.num_threads,
+            isa=executor.isa,
+            peaks=peaks_of(executor.num_threads),
+            stats=stats,
+            counters=executor.counters(),
+            trace=self.steps,
+            op_names=tuple(op_names()),
+            optimal_sharing=None if plan is None else plan.optimal_sharing,
+        )
+        if self._trace_path is not None:
+            write_trace(self._trace_path, run)
+        if self._report_path is not None:
+            write_page(self._report_path, run)
