@@ -1,11 +1,12 @@
 """The native executor: hands a step's arrays to the C++ core and brings its tokens back.
 
-Loading fuses and pads matrices for the core one layer at a time; no float32 copy outlives its layer.
+Loading fuses and pads matrices for the core, a few layers at a time; no float32 copy outlives its layer.
 """
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ from blendserve.models.weights import Weights, check_weights
 from blendserve.request import Request, TokenIds, TokenLogprob
 
 Floats = NDArray[np.float32]
+
+_MAX_LOADING_THREADS = 4  # each holds a layer in float32
 
 KERNEL_REVISION = 1
 """Raised when a change of the kernels changes tokens: a journal begun by other kernels is not continued."""
@@ -93,7 +96,7 @@ class NativeExecutor:
         )
         num_threads = config.num_threads or usable_cores()
         try:
-            loader = _packed_weights(spec, weights, _native.best_isa() if isa == "auto" else isa)
+            loader = _packed_weights(spec, weights, _native.best_isa() if isa == "auto" else isa, num_threads)
             self._model = _native.Model(loader, _shape(spec), limits, num_threads=num_threads)
         except ValueError as error:
             raise ConfigError(f"the native executor cannot run {spec.name!r}: {error}") from error
@@ -208,18 +211,27 @@ def _shape(spec: ModelSpec) -> _native.ModelShape:
     )
 
 
-def _packed_weights(spec: ModelSpec, weights: Weights, isa: str) -> _native.WeightLoader:
+def _packed_weights(spec: ModelSpec, weights: Weights, isa: str, num_threads: int) -> _native.WeightLoader:
     check_weights(spec, weights)
     loader = _native.WeightLoader(isa, spec.num_layers)
-    for index in range(spec.num_layers):
-        _load_layer(loader, spec, weights, index, _shape(spec).head_stride)
+    head_stride = _shape(spec).head_stride
+    with ThreadPoolExecutor(min(num_threads, _MAX_LOADING_THREADS)) as pool:
+        ends = pool.submit(_load_ends, loader, spec, weights)
+        layers = [
+            pool.submit(_load_layer, loader, spec, weights, index, head_stride) for index in range(spec.num_layers)
+        ]
+        for loaded in (ends, *layers):
+            loaded.result()
+    return loader
+
+
+def _load_ends(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights) -> None:
     loader.set_ends(
         embedding=None if spec.has_tied_embeddings else weights.tensor("embed_tokens"),
         lm_head=weights.tensor("embed_tokens" if spec.has_tied_embeddings else "lm_head"),
         norm=weights.tensor("norm"),
         inverse_frequencies=inverse_frequencies(spec),
     )
-    return loader
 
 
 def _load_layer(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights, index: int, head_stride: int) -> None:

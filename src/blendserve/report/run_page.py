@@ -123,8 +123,11 @@ def _throughput(run: MeasuredRun) -> Html:
 
 
 def _one_step(run: MeasuredRun) -> list[Html]:
-    """Ops by worker, of a traced step of middling length, and of a few of its layers."""
-    kept = [step for step in run.trace.kept if len(step.spans)]
+    """Ops by worker, of a traced step of middling length that mixes prefill and decodes if any does."""
+    log = run.stats.steps.columns()
+    kept = [step for step in run.trace.kept if len(step.spans) and step.step < run.num_steps]
+    is_mixed = (log["num_prefill_tokens"] > 0) & (log["num_decode_tokens"] > 0)
+    kept = [step for step in kept if is_mixed[step.step]] or kept
     if not kept:
         return []
     lengths = run.trace.end_s - run.trace.begin_s
@@ -134,13 +137,12 @@ def _one_step(run: MeasuredRun) -> list[Html]:
     middle = int(layers.max()) // 2
     part = step.spans[(layers >= middle) & (layers < middle + _NUM_LAYERS_SHOWN)]
     last = min(int(layers.max()), middle + _NUM_LAYERS_SHOWN - 1)
-    log = run.stats.steps.columns()
     prefill, decode = int(log["num_prefill_tokens"][step.step]), int(log["num_decode_tokens"][step.step])
     return [
         section(
             "Inside one step",
             f"Step {step.step}: {plural(prefill, 'prefill token')}, {plural(decode, 'decode')}. Blue: matrix products; "
-            "orange: attention; grey: everything else.",
+            "orange: attention; grey: everything else. One row per worker, the first on top; hover for the op.",
             figure(f"The whole step, {format_duration(middle_s)}", _gantt(run, step)),
             figure(f"Layers {middle} to {last} of it", _gantt(run, StepSpans(step.step, part))),
         )
@@ -152,7 +154,7 @@ def _gantt(run: MeasuredRun, step: StepSpans) -> Html:
     seconds, unit = time_unit((end_ns - start_ns) / 1e9)
     workers = int(step.spans[:, 0].max()) + 1
     axis = Axis(unit, 0, (end_ns - start_ns) / 1e9 / seconds)
-    rows = Axis("worker", 0, workers, format=lambda _: "")
+    rows = Axis("workers", 0, workers, format=lambda _: "")
     chart = Chart(axis, rows, label="ops by worker", size=(_WIDE[0], 70 + 34 * workers))
     for worker, op, layer, nano_batch, begin, end, busy in step.spans.tolist():
         name = run.op_names[op]
@@ -199,12 +201,12 @@ def _memory(run: MeasuredRun) -> Html:
     resources = stats.resources
     used = int(resources.kv_bytes * stats.max_kv_tokens / max(1, stats.capacity_tokens))
     rows = [
-        ("weights", _bytes(resources.weight_bytes), ""),
-        ("KV cache", _bytes(resources.kv_bytes), f"reserved; {_bytes(used)} in use at the peak"),
-        ("buffers of a step", _bytes(resources.workspace_bytes), "reserved"),
-        ("resident", _bytes(resources.peak_rss_bytes), "the whole process at its peak, files in use included"),
+        ("weights", "packed for the kernels", _bytes(resources.weight_bytes)),
+        ("KV cache", f"reserved; {_bytes(used)} in use at the peak", _bytes(resources.kv_bytes)),
+        ("buffers of a step", "reserved", _bytes(resources.workspace_bytes)),
+        ("resident", "the whole process at its peak, mapped files included", _bytes(resources.peak_rss_bytes)),
     ]
-    return section("Memory", "", table(("", "size", "remark"), rows))
+    return section("Memory", "", table(("", "", "size"), rows, num_text_columns=2))
 
 
 def _notes(run: MeasuredRun) -> Html:
