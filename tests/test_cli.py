@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,33 @@ def test_the_summary_as_json(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert summary["num_prompt_tokens"] > 0
     assert 0 <= summary["scheduling_share"] <= 1
     assert captured.err == ""
+
+
+def test_memory_and_start_up_are_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    assert main(run_args(tiny, source, output, "--quiet")) == 0
+    assert re.search(r"memory \d+.* resident at the peak: weights \d+ kB, KV .* 4.19 MB", capsys.readouterr().out)
+    assert main(run_args(tiny, source, output, "--fresh", "--json")) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (4 << 20) - (1 << 16) < summary["kv_bytes"] <= 4 << 20
+    assert 0 < summary["weight_bytes"] < summary["peak_rss_bytes"]
+    assert summary["startup_s"] > 0
+
+
+def test_a_run_writes_its_report_and_trace(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    report, trace = tmp_path / "report.html", tmp_path / "trace.json"
+    source.write_text(line("a") + "\n" + line("b"))
+    files = ["--report", str(report), "--trace", str(trace)]
+    assert main(run_args(tiny, source, output, "--quiet", *files)) == 0
+    assert "Measured: policy blend" in report.read_text()
+    ops = {event["name"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("cat") == "memory"}
+    assert ops == {"attention"}
+    assert main(run_args(tiny, source, output, "--fresh", "--report", str(tmp_path / "nowhere" / "report.html"))) == 1
+    assert "there is no directory" in capsys.readouterr().err
+    assert main(run_args(tiny, source, output, "--engine", "http", "--base-url", "http://localhost:1", *files)) == 1
+    assert "native engine" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_repeated(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

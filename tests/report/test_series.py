@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blendserve.report.format import format_duration, format_figure, format_number, format_share, plural, time_unit
+from blendserve.report.format import (
+    format_bytes,
+    format_duration,
+    format_figure,
+    format_number,
+    format_share,
+    plural,
+    time_unit,
+)
 from blendserve.report.plan_text import finite
 from blendserve.report.series import log_histogram, means_along, slice_steps, spread_along
 
@@ -19,6 +27,9 @@ def steps_of(num_steps: int, seed: int = 0) -> dict[str, np.ndarray[tuple[int], 
         "compute_s": elapsed * rng.random(num_steps),
         "memory_s": elapsed * rng.random(num_steps),
         "num_kv_tokens": rng.integers(0, 1000, num_steps).astype(np.float64),
+        "num_prefill_tokens": rng.integers(0, 100, num_steps).astype(np.float64),
+        "num_decode_tokens": rng.integers(0, 100, num_steps).astype(np.float64),
+        "num_running": rng.integers(1, 100, num_steps).astype(np.float64),
     }
 
 
@@ -32,6 +43,8 @@ def test_slices_keep_the_totals(num_slices: int) -> None:
     assert (line.compute_share * width).sum() == pytest.approx(steps["compute_s"].sum())
     assert (line.memory_share * width).sum() == pytest.approx(steps["memory_s"].sum())
     assert line.num_steps.sum() == pytest.approx(300)
+    assert line.num_prefill_tokens.sum() == pytest.approx(steps["num_prefill_tokens"].sum())
+    assert line.num_decode_tokens.sum() == pytest.approx(steps["num_decode_tokens"].sum())
     assert (line.kv_share * width).sum() * 1000 == pytest.approx((steps["num_kv_tokens"] * steps["elapsed_s"]).sum())
     assert (line.compute_ms * line.num_steps).sum() == pytest.approx(1e3 * steps["compute_s"].sum())
 
@@ -43,6 +56,9 @@ def test_a_slice_is_what_a_walk_over_its_steps_finds() -> None:
         "compute_s": np.array([0.5, 0.1, 2.0]),
         "memory_s": np.array([0.5, 0.0, 1.0]),
         "num_kv_tokens": np.array([10.0, 20.0, 30.0]),
+        "num_prefill_tokens": np.array([5.0, 0.0, 8.0]),
+        "num_decode_tokens": np.array([1.0, 2.0, 3.0]),
+        "num_running": np.array([1.0, 2.0, 4.0]),
     }
     line = slice_steps(steps, 100, 2)
     assert line.compute_share == pytest.approx([0.3, 1.0])
@@ -50,6 +66,9 @@ def test_a_slice_is_what_a_walk_over_its_steps_finds() -> None:
     assert line.density == pytest.approx([0.6 / 0.5, 2.0])
     assert line.compute_ms == pytest.approx([300, 2000])
     assert line.middles_s == pytest.approx([1.0, 3.0])
+    assert line.num_prefill_tokens == pytest.approx([5, 8])
+    assert line.num_decode_tokens == pytest.approx([3, 3])
+    assert line.num_running == pytest.approx([1.5, 4])
 
 
 def test_spread_and_means_along_an_order() -> None:
@@ -82,6 +101,10 @@ def test_histograms_hold_every_value(values: list[float]) -> None:
         (format_number(999.7), "1k"),
         (format_number(1234567), "1.23M"),
         (format_number(float("inf")), "∞"),
+        (format_bytes(269_340_000), "269 MB"),
+        (format_bytes(1.0737e9), "1.07 GB"),
+        (format_bytes(999_999_999), "1.00 GB"),
+        (format_bytes(12_300), "12.3 kB"),
         (format_duration(0.0412), "41.2 ms"),
         (format_duration(3.14159), "3.14 s"),
         (format_duration(100), "100 s"),

@@ -82,7 +82,7 @@ class NativeRun:
                 self.run_s = time.perf_counter() - planned_s
                 engine.stats.resources = self._observer.resources(executor)
                 self.stats = engine.stats
-                self._observer.write(self._model.spec.name, self._policy, executor, engine.stats, plan)
+                self.notes = self._observer.write(self._model.spec.name, self._policy, executor, engine.stats, plan)
 
     def _snapshot(self, engine: EngineLoop, plan: Plan | None, num_pending: int) -> Snapshot:
         stats, progress = engine.stats, self._progress

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from blendserve._native import op_names
 from blendserve.engine.stats import Resources, RunStats
+from blendserve.errors import ConfigError
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import MAX_SPANS, StepTrace
 from blendserve.hardware import machine_name
@@ -22,12 +23,18 @@ _REPORT_SPANS = 8_000
 
 
 class RunObserver:
-    """Watches one run through `steps`, and writes what was asked for when it ends, interrupted or not."""
+    """Watches one run through `steps`, and writes what was asked for when it ends, interrupted or not.
+
+    Raises: ConfigError when there is no directory to write to.
+    """
 
     def __init__(self, source: str, trace_path: Path | None, report_path: Path | None) -> None:
         self._source = source
         self._trace_path = trace_path
         self._report_path = report_path
+        for option, path in (("--trace", trace_path), ("--report", report_path)):
+            if path is not None and not path.parent.is_dir():
+                raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
         self.steps = StepTrace(MAX_SPANS if trace_path else _REPORT_SPANS if report_path else 0)
 
     def resources(self, executor: NativeExecutor) -> Resources:
@@ -38,10 +45,12 @@ class RunObserver:
             startup_s = process_age_s() - (time.perf_counter() - self.steps.first_begin_s)
         return Resources(memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, peak_rss_bytes(), startup_s)
 
-    def write(self, model: str, policy: str, executor: NativeExecutor, stats: RunStats, plan: Plan | None) -> None:
-        """Write the files. Raises: ConfigError when one cannot be written."""
+    def write(
+        self, model: str, policy: str, executor: NativeExecutor, stats: RunStats, plan: Plan | None
+    ) -> tuple[str, ...]:
+        """Write the files. Returns what the user should know: the answers are worth more than a file that failed."""
         if self._trace_path is None and self._report_path is None:
-            return
+            return ()
         run = MeasuredRun(
             source=self._source,
             model=model,
@@ -56,7 +65,11 @@ class RunObserver:
             op_names=tuple(op_names()),
             optimal_sharing=None if plan is None else plan.optimal_sharing,
         )
-        if self._trace_path is not None:
-            write_trace(self._trace_path, run)
-        if self._report_path is not None:
-            write_page(self._report_path, run)
+        try:
+            if self._trace_path is not None:
+                write_trace(self._trace_path, run)
+            if self._report_path is not None:
+                write_page(self._report_path, run)
+        except ConfigError as error:
+            return (str(error),)
+        return ()

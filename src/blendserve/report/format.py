@@ -45,6 +45,14 @@ def time_unit(longest_s: float) -> tuple[float, str]:
     return _TIME_UNITS[-1]
 
 
+def format_bytes(count: float) -> str:
+    """Three digits in the unit that fits, in powers of ten: 12.3 kB, 269 MB, 1.07 GB."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= size * 0.9995:
+            return f"{_three_digits(count / size)} {unit}"
+    return f"{_three_digits(count / 1e3)} kB"
+
+
 def plural(count: int, noun: str) -> str:
     """A count with its noun: 1 request, 2 requests."""
     return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"

@@ -12,7 +12,15 @@ import numpy as np
 
 from blendserve.errors import ConfigError
 from blendserve.executors.trace import StepSpans
-from blendserve.report.format import format_count, format_duration, format_number, format_share, plural, time_unit
+from blendserve.report.format import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_share,
+    plural,
+    time_unit,
+)
 from blendserve.report.html import Html, element, figure, grid, page, section, table, tiles
 from blendserve.report.measured import MATMUL_OPS, Floats, MeasuredRun
 from blendserve.report.series import Timeline, slice_steps
@@ -65,7 +73,7 @@ def _tiles(run: MeasuredRun) -> Html:
     if stats.resources is not None:
         resources = stats.resources
         entries += [
-            ("Resident memory", _bytes(resources.peak_rss_bytes), "at the peak"),
+            ("Resident memory", format_bytes(resources.peak_rss_bytes), "at the peak"),
             ("Start-up", format_duration(resources.startup_s), "from process start to the first step"),
         ]
     return tiles(entries)
@@ -201,10 +209,10 @@ def _memory(run: MeasuredRun) -> Html:
     resources = stats.resources
     used = int(resources.kv_bytes * stats.max_kv_tokens / max(1, stats.capacity_tokens))
     rows = [
-        ("weights", "packed for the kernels", _bytes(resources.weight_bytes)),
-        ("KV cache", f"reserved; {_bytes(used)} in use at the peak", _bytes(resources.kv_bytes)),
-        ("buffers of a step", "reserved", _bytes(resources.workspace_bytes)),
-        ("resident", "the whole process at its peak, mapped files included", _bytes(resources.peak_rss_bytes)),
+        ("weights", "packed for the kernels", format_bytes(resources.weight_bytes)),
+        ("KV cache", f"reserved; {format_bytes(used)} in use at the peak", format_bytes(resources.kv_bytes)),
+        ("buffers of a step", "reserved", format_bytes(resources.workspace_bytes)),
+        ("resident", "the whole process at its peak, mapped files included", format_bytes(resources.peak_rss_bytes)),
     ]
     return section("Memory", "", table(("", "", "size"), rows, num_text_columns=2))
 
@@ -272,7 +280,3 @@ def _room(values: Floats) -> float:
 
 def _percent(value: float) -> str:
     return f"{value:.0%}"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

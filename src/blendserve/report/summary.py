@@ -8,6 +8,7 @@ from typing import Any
 
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.job import JobReport
+from blendserve.report.format import format_bytes
 from blendserve.report.progress import format_seconds
 
 
@@ -72,9 +73,9 @@ class RunSummary:
 
 def _resources_line(resources: Resources) -> str:
     return (
-        f"memory {resources.peak_rss_bytes / 1e9:.2f} GB resident at the peak: weights "
-        f"{resources.weight_bytes / 1e9:.2f}, KV as far as used of {resources.kv_bytes / 1e9:.2f}, buffers "
-        f"{resources.workspace_bytes / 1e9:.2f}; first step {resources.startup_s:.1f} s after start"
+        f"memory {format_bytes(resources.peak_rss_bytes)} resident at the peak: weights "
+        f"{format_bytes(resources.weight_bytes)}, KV as far as used of {format_bytes(resources.kv_bytes)}, buffers "
+        f"{format_bytes(resources.workspace_bytes)}; first step {resources.startup_s:.1f} s after start"
     )
 
 
