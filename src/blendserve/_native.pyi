@@ -19,7 +19,7 @@ def is_supported(isa: str) -> bool:
 class WeightLoader:
     """Weights on their way from files to a `Model`, which takes them away."""
 
-    def __init__(self, isa: str, num_layers: int) -> None: ...
+    def __init__(self, isa: str, dtype: str, num_layers: int) -> None: ...
     def set_layer(
         self,
         index: int,

@@ -213,7 +213,7 @@ def _shape(spec: ModelSpec) -> _native.ModelShape:
 
 def _packed_weights(spec: ModelSpec, weights: Weights, isa: str, num_threads: int) -> _native.WeightLoader:
     check_weights(spec, weights)
-    loader = _native.WeightLoader(isa, spec.num_layers)
+    loader = _native.WeightLoader(isa, "bf16", spec.num_layers)
     head_stride = _shape(spec).head_stride
     with ThreadPoolExecutor(min(num_threads, _MAX_LOADING_THREADS)) as pool:
         ends = pool.submit(_load_ends, loader, spec, weights)
