@@ -248,3 +248,99 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tiny: Path, tmp_pat
     assert not output.exists()
     assert main(command[3:]) == 0
     assert len(rows_by_id(output)) == len(lengths)
+
+
+def test_a_journals_place_that_holds_other_files_is_left_alone(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    precious = tmp_path / "out.jsonl.journal" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    for extra in ((), ("--fresh",)):
+        assert main(run_args(tiny, source, output, "--quiet", *extra)) == 1
+        assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in precious.parent.iterdir()] == ["precious"]
+    precious.unlink()
+    assert main(run_args(tiny, source, output, "--quiet")) == 0
+    precious.write_text("put here later")
+    assert main(run_args(tiny, source, output, "--quiet", "--fresh")) == 0
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--kv-memory", "1"), "raise --kv-memory"),
+        (("--threads", "100000"), "cores and takes at most"),
+        (("--threads", "-1"), "it must be 0"),
+        (("--max-num-seqs", "0"), "must be at least 1"),
+        (("--max-num-seqs", "100"), "raise the first or lower the second"),
+    ],
+)
+def test_limits_that_cannot_work_are_refused_before_a_line_is_read(
+    extra: tuple[str, ...], message: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    assert main(run_args(tiny, source, output, *extra)) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def shell(command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run `blendserve "$@"` as `command` has it: with streams closed, full or piped."""
+    script = command.replace("blendserve", f"{sys.executable} -m blendserve")
+    environ = {**os.environ, **environment}
+    return subprocess.run(["bash", "-c", script, "bash", *arguments], capture_output=True, env=environ, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ('blendserve "$@" >&-', 0),
+        ('blendserve "$@" >&- 2>&- <&-', 0),
+        ('blendserve "$@" 2>&1 >/dev/full', 1),
+        ('blendserve "$@" | true; exit ${PIPESTATUS[0]}', 1),
+    ],
+    ids=["no output", "no streams at all", "a full device", "a reader that left"],
+)
+def test_whatever_becomes_of_the_streams_the_answers_are_written(
+    command: str, code: int, tiny: Path, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(line(f"r{i}") for i in range(3)))
+    result = shell(command, *run_args(tiny, source, output))
+    assert result.returncode == code
+    assert b"Traceback" not in result.stdout + result.stderr
+    assert sorted(rows_by_id(output)) == ["r0", "r1", "r2"]
+
+
+@pytest.mark.parametrize("name", [b"\xc3\xbcn\xc3\xafc\xc3\xb6d\xc3\xa9 \xe6\x96\x87 .jsonl", b"no text \xff.jsonl"])
+def test_any_name_of_a_file_will_do(name: bytes, tiny: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / os.fsdecode(name), tmp_path / os.fsdecode(b"out " + name)
+    source.write_text(line("a"))
+    for locale in ({"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        result = shell('blendserve "$@"', *run_args(tiny, source, output, "--fresh", "--quiet"), **locale)
+        assert result.returncode == 0, result.stderr
+        assert list(rows_by_id(output)) == ["a"]
+    result = shell('blendserve "$@"', "plan", str(source), "--html", str(output) + ".html", "--model", str(tiny))
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_the_system_refuses_is_one_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/secret/config.json")
+
+    def exhaust(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    for failure, message in ((refuse, "cannot use /secret/config.json: Permission denied"), (exhaust, "out of memory")):
+        monkeypatch.setattr("blendserve.cli.options.resolve", failure)
+        assert main(["check", str(tmp_path / "in.jsonl"), "--model", str(tiny)]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

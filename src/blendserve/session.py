@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,10 @@ from blendserve.request import Request, RequestSource, SequenceOutput
 MAX_KV_SHARE = 0.5
 """Share of the available memory that the KV cache takes unless told otherwise; the rest is for weights and the user."""
 
+MAX_THREADS_PER_CORE = 4
+MIN_MAX_THREADS = 64
+"""More threads than cores wait for each other at every op; thousands of them stand still."""
+
 # One core with 256-bit vectors, until the machine is calibrated: only the ratio of the two matters to a plan.
 _FLOP_PER_S_PER_CORE = 90e9
 _BYTES_PER_S_PER_CORE = 12e9
@@ -37,8 +42,15 @@ _BYTES_PER_S_PER_CORE = 12e9
 def resolve_limits(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     """Fill the limits that were left open: KV memory, context length, threads.
 
-    Raises: ConfigError when the context asked for is longer than the model's, CapacityError when not one block fits.
+    Raises: ConfigError when the context asked for is longer than the model's or the threads are far more than the
+    machine has cores, CapacityError when not one block fits.
     """
+    most_threads = max(MIN_MAX_THREADS, MAX_THREADS_PER_CORE * (os.cpu_count() or 1))
+    if config.num_threads > most_threads:
+        raise ConfigError(
+            f"num_threads is {config.num_threads}, but this machine has {os.cpu_count()} cores and takes at most "
+            f"{most_threads} threads; lower --threads, or leave it out"
+        )
     if config.max_model_len > spec.max_position:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, but {spec.name} was made for {spec.max_position} tokens; "

@@ -24,6 +24,10 @@ from blendserve.errors import ConfigError
 FORMAT_VERSION = 3
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
 
+_OWN_NAMES = frozenset(
+    (_LOCK, _PROMPTS, *(name + end for name in (_HEADER, _RECORDS, _SEAL) for end in ("", ".partial")))
+)
+
 
 @dataclass(frozen=True, slots=True)
 class JobIdentity:
@@ -77,13 +81,14 @@ class JournalSeal:
 class Journal:
     """The journal directory, held under its lock from construction to `close`.
 
-    Raises: ConfigError when another process holds it or a file in it cannot be understood.
+    Raises: ConfigError when another process holds it, a file in it cannot be understood, or it is no journal at all.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         with writing_to(directory):
             directory.mkdir(exist_ok=True)
+            _check_ours(directory)
             self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             sync_directory(directory.parent)
         self._take_lock()
@@ -157,13 +162,12 @@ class Journal:
 
     def _discard(self, keep: set[str]) -> None:
         with writing_to(self.directory):
-            for entry in self.directory.iterdir():
-                if entry.name in keep:
-                    continue
+            for name in _OWN_NAMES - keep:
+                entry = self.directory / name
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
-                    entry.unlink()
+                    entry.unlink(missing_ok=True)
 
     def _read_json(self, name: str, kind: type[JournalHeader | JournalSeal]) -> dict[str, Any] | None:
         """The fields of a `kind`; None where there is no such file."""
@@ -191,6 +195,15 @@ def check_same_job(recorded: JobIdentity, present: JobIdentity, directory: Path)
         raise ConfigError(
             f"{directory} belongs to another job: {'; '.join(differences)}. Run the command that began it, write to "
             "another file (-o), or discard that job with --fresh"
+        )
+
+
+def _check_ours(directory: Path) -> None:
+    """Raises: ConfigError where a directory of that name is somebody else's: discarding a journal must not empty it."""
+    if not (directory / _LOCK).exists() and any(directory.iterdir()):
+        raise ConfigError(
+            f"{directory} is where the journal belongs, and holds other files; move them away, or write to another "
+            "file (-o)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -14,12 +15,18 @@ from blendserve.errors import BlendServeError
 
 COMMANDS = ("run", "check", "plan", "simulate", "calibrate", "models")
 
+_OUT_OF_MEMORY = (
+    "out of memory; lower --kv-memory, plan in windows (run --window 100000) or use a smaller model. Finished requests "
+    "are kept: run the same command again to go on"
+)
+
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run it. Returns the exit code: 0 done, 1 error, 2 usage, 130 interrupted."""
+    _open_closed_streams()
     args = _parser().parse_args(argv)
     try:
         code: int = args.command(args)
@@ -33,7 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
+    except OSError as error:  # what no module foresaw, such as a directory that may not be looked into
+        place = f"cannot use {os.fspath(error.filename)}" if error.filename else "the system refused"
+        print(f"blendserve: {place}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_ERROR
+    except MemoryError:
+        print(f"blendserve: {_OUT_OF_MEMORY}", file=sys.stderr)
+        return EXIT_ERROR
     return code
+
+
+def _open_closed_streams() -> None:
+    """Give output and errors a place where the shell closed theirs (`>&-`), lest a file of ours gets their number; and
+    let them print file names that are no text."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open until the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:

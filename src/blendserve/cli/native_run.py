@@ -28,10 +28,12 @@ from blendserve.session import cost_of, open_executor, plan_requests, resolve_li
 
 
 def open_native_run(args: argparse.Namespace) -> NativeRun:
-    """Open the model's files; its weights are loaded when there is something to run. Raises: ConfigError."""
+    """Open the model's files; its weights are loaded when there is something to run. Raises: ConfigError, and
+    CapacityError where the KV memory asked for holds nothing: before a large file is read rather than after."""
     config = engine_config(args)
     files = find_model(args)
     model = load_model(files)
+    resolve_limits(config, model.spec)
     return NativeRun(args, config, model, f"{model.spec.name} {fingerprint(files)}")
 
 

@@ -154,7 +154,7 @@ def check_page_path(path: Path | None) -> None:
 def write_page(path: Path, page: str) -> None:
     """Write an HTML page. Raises: ConfigError when the path cannot be written."""
     try:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="replace")  # names of files may be no text
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; give --html another path") from error
     tell(f"wrote {path}")

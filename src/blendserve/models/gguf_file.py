@@ -70,8 +70,9 @@ class GgufFile:
         try:
             self.metadata, self.tensor_by_name = _read(path, reader)
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+            reason = f"it ends within {error}" if isinstance(error, MemoryError) else repr(error)
             raise ConfigError(
-                f"{path} is a damaged GGUF file ({error!r}, byte {reader.at}); download it again"
+                f"{path} is a damaged GGUF file ({reason}, byte {reader.at}); download it again"
             ) from error
 
     def tensor_bytes(self, tensor: GgufTensor) -> NDArray[np.uint8]:
