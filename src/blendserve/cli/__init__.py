@@ -7,9 +7,9 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 from blendserve.errors import BlendServeError
 
@@ -27,27 +27,39 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run it. Returns the exit code: 0 done, 1 error, 2 usage, 130 interrupted."""
     _open_closed_streams()
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)  # loads the commands' modules, which takes a moment
         code: int = args.command(args)
         sys.stdout.flush()
     except BlendServeError as error:
-        print(f"blendserve: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return _fail(str(error))
     except KeyboardInterrupt:
-        print("blendserve: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        with _deaf():
+            return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except OSError as error:  # what no module foresaw, such as a directory that may not be looked into
         place = f"cannot use {os.fspath(error.filename)}" if error.filename else "the system refused"
-        print(f"blendserve: {place}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_ERROR
+        return _fail(f"{place}: {error.strerror or error}")
     except MemoryError:
-        print(f"blendserve: {_OUT_OF_MEMORY}", file=sys.stderr)
-        return EXIT_ERROR
+        return _fail(_OUT_OF_MEMORY)
     return code
+
+
+def _fail(message: str, code: int = EXIT_ERROR) -> int:
+    print(f"blendserve: {message}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Let a second Ctrl-C not spoil what the first one has to say."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _open_closed_streams() -> None:
@@ -67,15 +79,25 @@ def _parser() -> argparse.ArgumentParser:
         description="Answer a file of LLM requests for the least machine time: plan the order, overlap compute and "
         "memory, lose nothing.",
     )
-    parser.add_argument("--version", action="version", version=f"blendserve {_version()}")
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name in COMMANDS:
         import_module(f"blendserve.cli.{name}").add_parser(subparsers)
     return parser
 
 
-def _version() -> str:
-    try:
-        return version("blendserve")
-    except PackageNotFoundError:  # run from the sources without an install
-        return "unknown"
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that alone takes longer than --help."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("blendserve")
+        except PackageNotFoundError:  # run from the sources without an install
+            found = "unknown"
+        print(f"blendserve {found}")
+        parser.exit()
