@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,10 +12,12 @@ from oracles import Prompt, unique_tokens
 from planner_cases import COST, TinyEngine, outputs_strategy, plan_of, prompts_strategy
 
 from blendserve.errors import ConfigError
-from blendserve.planner.base import RequestTable
+from blendserve.planner.base import Policy, RequestTable
 from blendserve.planner.partition import part_table, partition
+from blendserve.planner.plan import Plan
 from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.planner.sorting import flatten
+from blendserve.planner.static import StaticPolicy, fcfs_order
 from blendserve.planner.windows import Window, WindowedPolicy
 
 jobs = prompts_strategy.flatmap(
@@ -96,3 +100,47 @@ def test_the_next_window_joins_before_the_last_request_is_admitted() -> None:
     engine = TinyEngine(policy, [1] * 120, [9] * 120, 60)
     engine.run()
     assert set(engine.admissions) == set(range(120))
+
+
+class Recorder(StaticPolicy):
+    """Keeps what it is told."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("recorder", fcfs_order(plan.num_requests))
+        self.plan = plan
+        self.finished_as: dict[int, int] = {}
+
+    def finished(self, index: int, num_output_tokens: int) -> None:
+        self.finished_as[index] = num_output_tokens
+
+
+def test_what_has_finished_tells_the_next_plan_of_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As requests of that plan which have left before anybody enters; the latest ones only, and no known lengths."""
+    monkeypatch.setattr("blendserve.planner.windows.NUM_WITNESSES", 5)
+    outputs = [2 + index % 7 for index in range(90)]
+
+    def windows() -> Iterator[Window]:
+        for first in (0, 30, 60):
+            sizes = np.arange(first + 1, first + 31)  # the length of a prompt tells which one it is
+            prompts = flatten(np.full(size, 7, dtype=np.int32) for size in sizes)
+            known = np.where(sizes % 3 == 0, outputs[first : first + 30], -1)
+            yield Window(prompts, RequestTable(sizes, np.full(30, 9), known))
+
+    made: list[Recorder] = []
+
+    def make(plan: Plan) -> Policy:
+        made.append(Recorder(plan))
+        return made[-1]
+
+    engine = TinyEngine(WindowedPolicy(windows(), COST, make), list(range(1, 91)), outputs, 400, max_num_seqs=4)
+    engine.run()
+    assert set(engine.admissions) == set(range(90))
+    assert len(made) == 3
+    assert made[0].plan.num_requests == 30
+    for recorder in made[1:]:
+        table = recorder.plan.table
+        witnesses = range(len(table) - 5, len(table))
+        assert (table.known_output_tokens[witnesses.start :] == -1).all()
+        for local in witnesses:
+            assert recorder.finished_as[local] == outputs[int(table.num_prompt_tokens[local]) - 1]
+        assert engine.policy.num_waiting == 0

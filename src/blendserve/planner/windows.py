@@ -1,11 +1,12 @@
 """Jobs that have not arrived whole: plan what is here, go on planning while it runs (paper section 7).
 
 One window is served while the next is read. When little of it waits, the rest and the next window are planned together,
-so that both ends stay filled; what runs stays where it is.
+so that both ends stay filled; what runs stays where it is, and what has finished goes on telling how long answers are.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,12 +23,31 @@ from blendserve.request import TokenIds
 LOW_WATER = 0.25
 """Share of a window that still waits when the next one joins it."""
 
+NUM_WITNESSES = 1024
+"""Finished requests that are kept for what they tell of lengths; the latest, as what arrives may change."""
+
 
 class Window(NamedTuple):
     """Requests that arrived together; indices go on from the window before."""
 
     prompts: FlatPrompts
     table: RequestTable
+
+
+class _Row(NamedTuple):
+    """A request of the present plan. Units: tokens; -1 where the length is not known."""
+
+    prompt: TokenIds
+    max_output_tokens: int
+    known_output_tokens: int
+
+
+class _Witness(NamedTuple):
+    """A request that has finished, and how."""
+
+    row: _Row
+    num_cached_tokens: int
+    num_output_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +89,8 @@ class _LocalView:
 class WindowedPolicy:
     """Serves windows of requests with one policy after another; indices are the job's throughout.
 
-    Keeps the prompts of unfinished requests and of the window ahead, nothing else. Block keys must name contents (a
-    tree's keys hold for one plan only), so prefix blocks are evicted least recently used first.
+    Keeps the prompts of unfinished requests, of `NUM_WITNESSES` finished ones and of the window ahead. Block keys must
+    name contents (a tree's keys hold for one plan only), so prefix blocks are evicted least recently used first.
     """
 
     def __init__(self, windows: Iterator[Window], cost: CostModel, make: Callable[[Plan], Policy]) -> None:
@@ -78,7 +98,8 @@ class WindowedPolicy:
         self._cost = cost
         self._make = make
         self._num_arrived = 0
-        self._prompt_by_index: dict[int, tuple[TokenIds, int, int]] = {}  # prompt, cap, known length
+        self._row_by_index: dict[int, _Row] = {}
+        self._witnesses: deque[_Witness] = deque(maxlen=NUM_WITNESSES)
         self._cached_by_running: dict[int, int] = {}
         self._indices = np.zeros(0, dtype=np.int64)
         self._window_size = 0
@@ -110,7 +131,9 @@ class WindowedPolicy:
 
     def finished(self, index: int, num_output_tokens: int) -> None:
         assert self._policy is not None
-        del self._cached_by_running[index], self._prompt_by_index[index]
+        num_cached_tokens, row = self._cached_by_running.pop(index), self._row_by_index.pop(index)
+        if row.known_output_tokens < 0 < num_output_tokens:
+            self._witnesses.append(_Witness(row, num_cached_tokens, num_output_tokens))
         self._policy.finished(self._local_index(index), num_output_tokens)
 
     def preempted(self, index: int, num_output_tokens: int) -> None:
@@ -128,29 +151,40 @@ class WindowedPolicy:
         return int(np.searchsorted(self._indices, index))
 
     def _plan_next_window(self) -> None:
-        """Plan what waits, what runs and the next window together; read the window after it."""
+        """Plan what waits, what runs and the next window together; read the window after it.
+
+        Witnesses are part of the plan as requests that have left: they enter and end before anybody else.
+        """
         self._take_in(self._next)
         self._next = next(self._windows, None)
-        self._indices = np.array(sorted(self._prompt_by_index), dtype=np.int64)
-        rows = [self._prompt_by_index[index] for index in self._indices.tolist()]
-        table = RequestTable(
-            num_prompt_tokens=np.array([len(row[0]) for row in rows], dtype=np.int64),
-            max_output_tokens=np.array([row[1] for row in rows], dtype=np.int64),
-            known_output_tokens=np.array([row[2] for row in rows], dtype=np.int64),
-        )
-        tree = PrefixTree.from_prompts(row[0] for row in rows)
-        self._policy = self._make(make_plan(tree, table, self._cost))
+        self._indices = np.array(sorted(self._row_by_index), dtype=np.int64)
+        rows = [self._row_by_index[index] for index in self._indices.tolist()]
+        witnesses = list(self._witnesses)
+        self._policy = self._make(self._plan(rows + [witness.row for witness in witnesses]))
         self.name = f"{self._policy.name}-windowed"
+        for local, witness in enumerate(witnesses, start=len(rows)):
+            self._policy.admitted(local, witness.num_cached_tokens)
+            self._policy.finished(local, witness.num_output_tokens)
         for index, num_cached_tokens in self._cached_by_running.items():
             self._policy.admitted(self._local_index(index), num_cached_tokens)
+
+    def _plan(self, rows: list[_Row]) -> Plan:
+        table = RequestTable(
+            num_prompt_tokens=np.array([len(row.prompt) for row in rows], dtype=np.int64),
+            max_output_tokens=np.array([row.max_output_tokens for row in rows], dtype=np.int64),
+            known_output_tokens=np.array([row.known_output_tokens for row in rows], dtype=np.int64),
+        )
+        return make_plan(PrefixTree.from_prompts(row.prompt for row in rows), table, self._cost)
 
     def _take_in(self, window: Window | None) -> None:
         if window is None:
             return
         offsets, table = window.prompts.offsets, window.table
         for row in range(len(table)):
-            prompt = window.prompts.token_ids[offsets[row] : offsets[row + 1]]
-            limits = int(table.max_output_tokens[row]), int(table.known_output_tokens[row])
-            self._prompt_by_index[self._num_arrived + row] = (prompt, *limits)
+            self._row_by_index[self._num_arrived + row] = _Row(
+                window.prompts.token_ids[offsets[row] : offsets[row + 1]],
+                int(table.max_output_tokens[row]),
+                int(table.known_output_tokens[row]),
+            )
         self._num_arrived += len(table)
         self._window_size = len(table)
