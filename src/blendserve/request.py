@@ -99,7 +99,8 @@ class SequenceOutput:
     """What the engine yields when the sequence of `Request.index` has ended.
 
     `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled;
-    there are none where a remote server gave the `response`.
+    there are none where a remote server gave the `response`. `embedding` is the vector of a request for one, as numbers
+    or, where base64 was asked for, as text.
     """
 
     index: int
@@ -111,6 +112,7 @@ class SequenceOutput:
     stop_reason: int | str | None = None
     error: Exception | None = None
     response: ServerResponse | None = None
+    embedding: tuple[float, ...] | str | None = None
 
     @property
     def num_output_tokens(self) -> int:

@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 
+from blendserve.batchfile.extras import Extras
 from blendserve.batchfile.recordlog import Record, RecordKind, RecordLog
 from blendserve.batchfile.responses import Codec, FinishedChoice, error_code_of, error_row, output_row, served_row
 from blendserve.batchfile.store import PendingRequests, StoredLine, TokenStore
@@ -92,7 +93,8 @@ class RowAssembler:
         choices = {at: FinishedChoice.from_bytes(self._log.read(offset).body) for at, offset in offsets.items()}
         choices[choice] = finished
         in_order = [choices[at] for at in range(line.num_choices)]
-        self._finish(row, line, RecordKind.OUTPUT_ROW, output_row(line, in_order, self._model, self._created))
+        model = Extras.from_bytes(self._store.body(row)).adapter or self._model
+        self._finish(row, line, RecordKind.OUTPUT_ROW, output_row(line, in_order, model, self._created))
 
     def _finish(self, row: int, line: StoredLine, kind: RecordKind, body: bytes) -> None:
         self._log.append(kind, line.line_number, 0, body)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from blendserve.batchfile.reader import BadLine
 from blendserve.batchfile.responses import Codec, EncodedPrompt
-from blendserve.batchfile.schema import CHAT_URL, BatchLine, Prompt
+from blendserve.batchfile.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Prompt
 from blendserve.errors import RequestError
 
 MAX_BATCH_LINES = 1024
 MAX_BATCH_CHARACTERS = 4 << 20
 """Bounds what is held as text at a time; both large enough to keep every core's tokenizer busy."""
+
+_PROMPT_FIELD_BY_URL = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt", EMBEDDINGS_URL: "input"}
 
 TokenLists = Sequence[EncodedPrompt]
 
@@ -87,7 +89,7 @@ def _encode_or_isolate(texts: list[Prompt], codec: Codec) -> Sequence[EncodedPro
 def _checked(
     line: BatchLine, encoded: Sequence[EncodedPrompt | RequestError], max_model_len: int
 ) -> TokenLists | RequestError:
-    param = "messages" if line.url == CHAT_URL else "prompt"
+    param = _PROMPT_FIELD_BY_URL[line.url]
     token_lists: list[EncodedPrompt] = []
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):

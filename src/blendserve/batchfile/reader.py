@@ -122,7 +122,7 @@ class BatchReader:
 
     def _check_model(self, line: BatchLine) -> None:
         """One file, one model: all names of the served model count as one. Mutates: `requested_model`."""
-        if line.model is None:
+        if line.model is None or line.model in self._served.abilities.adapters:
             return
         if self.requested_model is None:
             self.requested_model = line.model

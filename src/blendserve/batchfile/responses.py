@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from blendserve.batchfile.schema import CHAT_URL, Message, Url
+from blendserve.batchfile.schema import CHAT_URL, EMBEDDINGS_URL, Message, Url
 from blendserve.batchfile.store import StoredLine
 from blendserve.errors import CapacityError, RequestError
 from blendserve.request import SequenceOutput, ServerResponse, TokenIds, TokenLogprob
@@ -68,8 +68,14 @@ class FinishedChoice:
 def output_row(line: StoredLine, choices: Sequence[FinishedChoice], model: str, created: int) -> bytes:
     """The row of an answered line. `choices` holds all of the line's, in order."""
     key = _key(line.line_number, line.custom_id)
+    body = _embeddings_body(choices, model) if line.url == EMBEDDINGS_URL else _text_body(line, choices, model, created)
+    return _row(key, line.custom_id, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
+
+
+def _text_body(line: StoredLine, choices: Sequence[FinishedChoice], model: str, created: int) -> dict[str, Any]:
+    key = _key(line.line_number, line.custom_id)
     is_chat = line.url == CHAT_URL
-    body = {
+    return {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{key}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
@@ -78,7 +84,16 @@ def output_row(line: StoredLine, choices: Sequence[FinishedChoice], model: str, 
         "usage": _usage(line, choices),
         "system_fingerprint": None,
     }
-    return _row(key, line.custom_id, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
+
+
+def _embeddings_body(choices: Sequence[FinishedChoice], model: str) -> dict[str, Any]:
+    num_tokens = sum(choice.num_prompt_tokens for choice in choices)
+    return {
+        "object": "list",
+        "data": [choice.body for choice in choices],
+        "model": model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
 
 
 def error_row(line_number: int, custom_id: str | None, error: Exception) -> bytes:
@@ -150,6 +165,8 @@ def _usage(line: StoredLine, choices: Sequence[FinishedChoice]) -> dict[str, Any
 
 
 def _choice_body(url: Url, choice: int, output: SequenceOutput, codec: Codec) -> dict[str, Any]:
+    if url == EMBEDDINGS_URL:
+        return {"object": "embedding", "index": choice, "embedding": output.embedding}
     text = codec.text_of(output)
     logprobs = output.logprobs
     if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):

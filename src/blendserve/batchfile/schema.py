@@ -10,6 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from blendserve.batchfile.extras import (
+    TEXT_ONLY,
+    Abilities,
+    Extras,
+    read_embedding_extras,
+    take_pictures,
+    take_structure,
+)
 from blendserve.batchfile.parameters import (
     BODY_FIELDS,
     check_token_ids,
@@ -23,12 +31,14 @@ from blendserve.batchfile.parameters import (
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
-Url = Literal["/v1/chat/completions", "/v1/completions"]
+Url = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 CHAT_URL: Url = "/v1/chat/completions"
 COMPLETIONS_URL: Url = "/v1/completions"
+EMBEDDINGS_URL: Url = "/v1/embeddings"
+TEXT_URLS = (CHAT_URL, COMPLETIONS_URL)
 
 Message = Mapping[str, str]
-"""`role` and `content`, as a chat template reads them."""
+"""`role` and `content`, as a chat template reads them; `pictures`, where there are any, one `Picture` text a word."""
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 
 MAX_PROMPTS = 2048
@@ -45,7 +55,7 @@ class ServedModel:
     `names` are the model names a line may carry, the first being the one responses carry. `accepts_any_name` is for a
     user who chose the model himself: then one other name is taken too, if the whole file agrees on it. `vocab_size=0`
     and `max_model_len=0` mean: not known, not checked. `is_remote`: a server that checks bodies itself answers
-    (see `passthrough`). Units: tokens.
+    (see `passthrough`). `abilities`: what lines may ask for beyond text. Units: tokens.
     """
 
     names: tuple[str, ...]
@@ -53,10 +63,15 @@ class ServedModel:
     vocab_size: int = 0
     max_model_len: int = 0
     is_remote: bool = False
+    abilities: Abilities = TEXT_ONLY
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def urls(self) -> tuple[Url, ...]:
+        return (EMBEDDINGS_URL,) if self.abilities.embeds else TEXT_URLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +79,7 @@ class BatchLine:
     """One valid line. Chat has one prompt (its messages); a completions body may hold several.
 
     Choices are numbered as OpenAI does: prompt i has the choices [i * n, (i + 1) * n). `body` is what a remote server
-    is sent, as JSON; empty where the line is answered here.
+    is sent, as JSON; where the line is answered here, what it asks for beyond text (`Extras`), mostly nothing.
     """
 
     line_number: int
@@ -82,27 +97,55 @@ class BatchLine:
 
 def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLine:
     """Validate one JSON value. Raises: RequestError with code, param and status."""
-    custom_id, url, body = read_envelope(value)
+    custom_id, url, body = read_envelope(value, served.urls)
     model = _read_model(body, served)
-    if url == CHAT_URL:
-        prompts: tuple[Prompt, ...] = (_read_messages(body),)
-        sampling = read_chat_parameters(body)
+    if url == EMBEDDINGS_URL:
+        line = _parse_embedding(line_number, custom_id, model, body)
     else:
-        prompts = _read_prompts(body)
-        sampling = read_completion_parameters(body)
-    line = BatchLine(line_number, custom_id, url, model, prompts, sampling)
+        line = _parse_text(line_number, custom_id, url, model, body, served.abilities)
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line
 
 
-def read_envelope(value: object) -> tuple[str, Url, dict[str, Any]]:
-    """custom_id, url and body of a line, whatever the body holds. Raises: RequestError."""
+def _parse_text(
+    line_number: int, custom_id: str, url: Url, model: str | None, body: Mapping[str, Any], abilities: Abilities
+) -> BatchLine:
+    structure: Mapping[str, Any] | None = None
+    if abilities.structures:
+        body, structure = take_structure(body)
+    conversation: tuple[Mapping[str, Any], ...] = ()
+    if url == CHAT_URL:
+        messages, has_pictures = _read_conversation(body, abilities)
+        prompts: tuple[Prompt, ...] = (messages,)
+        if has_pictures:
+            conversation = tuple(
+                {**given, "role": read["role"]} for given, read in zip(body["messages"], messages, strict=True)
+            )
+        sampling = read_chat_parameters(body)
+    else:
+        prompts = _read_prompts("prompt", body)
+        sampling = read_completion_parameters(body)
+    adapter = model if model in abilities.adapters else None
+    extras = Extras(adapter=adapter, structure=structure, messages=conversation)
+    return BatchLine(line_number, custom_id, url, model, prompts, sampling, extras.to_bytes())
+
+
+def _parse_embedding(line_number: int, custom_id: str, model: str | None, body: Mapping[str, Any]) -> BatchLine:
+    """One request for each input; it generates nothing, which planning sees as one token."""
+    extras = read_embedding_extras(body)
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+    prompts = _read_prompts("input", body)
+    return BatchLine(line_number, custom_id, EMBEDDINGS_URL, model, prompts, sampling, extras.to_bytes())
+
+
+def read_envelope(value: object, urls: tuple[Url, ...] = TEXT_URLS) -> tuple[str, Url, dict[str, Any]]:
+    """custom_id, url (one of `urls`) and body of a line, whatever the body holds. Raises: RequestError."""
     if not isinstance(value, dict):
         raise _line_error("invalid_json_line", f"the line is a JSON {_json_type(value)}; it must be an object")
     custom_id = _read_custom_id(value)
     _check_no_misplaced(value)
-    url = _read_endpoint(value)
+    url = _read_endpoint(value, urls)
     body = value.get("body")
     if not isinstance(body, dict):
         raise _line_error("missing_required_parameter", f"body is {shown(body)}; it must be an object", "body")
@@ -140,15 +183,14 @@ def _check_no_misplaced(value: Mapping[str, Any]) -> None:
                 raise _line_error("unknown_parameter", f"{name} stands beside the body; move it into the body", name)
 
 
-def _read_endpoint(value: Mapping[str, Any]) -> Url:
+def _read_endpoint(value: Mapping[str, Any], urls: tuple[Url, ...]) -> Url:
     method, url = value.get("method"), value.get("url")
     if method != "POST":
         raise _line_error("invalid_method", f'method is {shown(method)}; it must be "POST"', "method")
-    if url == CHAT_URL:
-        return CHAT_URL
-    if url == COMPLETIONS_URL:
-        return COMPLETIONS_URL
-    raise _line_error("invalid_url", f"url is {shown(url)}; it must be {CHAT_URL} or {COMPLETIONS_URL}", "url")
+    for known in urls:
+        if url == known:
+            return known
+    raise _line_error("invalid_url", f"url is {shown(url)}; it must be {' or '.join(urls)}", "url")
 
 
 def _read_model(body: Mapping[str, Any], served: ServedModel) -> str | None:
@@ -157,7 +199,7 @@ def _read_model(body: Mapping[str, Any], served: ServedModel) -> str | None:
         return None
     if not isinstance(model, str) or not model:
         reject("model", model, "a string", code="invalid_type")
-    if model not in served.names and not served.accepts_any_name:
+    if model not in (*served.names, *served.abilities.adapters) and not served.accepts_any_name:
         raise RequestError(
             f"the line asks for model {shown(model)}, the model served is {served.name}; "
             "choose the model explicitly (--model) to have it answer lines written for another one",
@@ -166,6 +208,19 @@ def _read_model(body: Mapping[str, Any], served: ServedModel) -> str | None:
             status_code=404,
         )
     return model
+
+
+def _read_conversation(body: Mapping[str, Any], abilities: Abilities) -> tuple[tuple[Message, ...], bool]:
+    """The messages as text, with what a plan needs of their pictures, and whether there are any."""
+    if not abilities.sees:
+        return _read_messages(body), False
+    texts, pictures = take_pictures(body.get("messages"))
+    messages = _read_messages({"messages": texts})
+    pictured = tuple(
+        {**message, "pictures": " ".join(picture.to_text() for picture in of_message)} if of_message else message
+        for message, of_message in zip(messages, pictures, strict=True)
+    )
+    return pictured, any(pictures)
 
 
 def _read_messages(body: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -222,22 +277,22 @@ def _read_part(name: str, part: Any) -> str:
     return text
 
 
-def _read_prompts(body: Mapping[str, Any]) -> tuple[Prompt, ...]:
+def _read_prompts(name: str, body: Mapping[str, Any]) -> tuple[Prompt, ...]:
     """OpenAI's four forms: a string, a list of strings, a list of token ids, a list of lists of token ids."""
-    prompt = body.get("prompt")
+    prompt = body.get(name)
     if prompt is None:
-        raise RequestError("prompt is missing", code="missing_required_parameter", param="prompt")
+        raise RequestError(f"{name} is missing", code="missing_required_parameter", param=name)
     if isinstance(prompt, str):
-        return (_check_not_empty("prompt", prompt),)
+        return (_check_not_empty(name, prompt),)
     if not isinstance(prompt, list) or not prompt:
-        reject("prompt", prompt, "a string or a list that is not empty", code="invalid_type")
+        reject(name, prompt, "a string or a list that is not empty", code="invalid_type")
     if type(prompt[0]) is int:
-        return (read_token_ids("prompt", prompt),)
+        return (read_token_ids(name, prompt),)
     if len(prompt) > MAX_PROMPTS:
         raise RequestError(
-            f"prompt holds {len(prompt)} prompts; at most {MAX_PROMPTS}", code="invalid_value", param="prompt"
+            f"{name} holds {len(prompt)} prompts; at most {MAX_PROMPTS}", code="invalid_value", param=name
         )
-    return tuple(_read_one_prompt(f"prompt[{index}]", one) for index, one in enumerate(prompt))
+    return tuple(_read_one_prompt(f"{name}[{index}]", one) for index, one in enumerate(prompt))
 
 
 def _read_one_prompt(name: str, prompt: Any) -> Prompt:
@@ -258,4 +313,4 @@ def _check_vocabulary(line: BatchLine, vocab_size: int) -> None:
     check_vocabulary(line.sampling, vocab_size)
     for prompt in line.prompts:
         if isinstance(prompt, tuple) and isinstance(prompt[0], int):
-            check_token_ids("prompt", prompt, vocab_size)
+            check_token_ids("input" if line.url == EMBEDDINGS_URL else "prompt", prompt, vocab_size)

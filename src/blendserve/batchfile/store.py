@@ -2,7 +2,8 @@
 
 Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
 own, the rest is the system's page cache. Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE),
-`custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what remote servers are sent.
+`custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what else the engine is told
+(see `BatchLine`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from blendserve.batchfile.disk import sync_directory, writing_to
 from blendserve.batchfile.parameters import MAX_INT32
-from blendserve.batchfile.schema import CHAT_URL, COMPLETIONS_URL, BatchLine, Url
+from blendserve.batchfile.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Url
 from blendserve.config import BLOCK_SIZE
 from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
@@ -51,7 +52,7 @@ LINE = np.dtype(
 )
 _PACK_LINE = struct.Struct("<qqqqqqqiiiiiI").pack
 _FILES = ("tokens", "prompt_ends", "lines", "custom_ids", "sampling", "bodies")
-_HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH = 1, 2, 4
+_HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
 _NO_LIMIT = -1
 _MAX_INTERNED = 1 << 16
 """Distinct parameter sets remembered at a time: bounds memory, costs only repeated entries in the file."""
@@ -191,14 +192,14 @@ class TokenStore:
         return StoredLine(
             line_number=int(record["line_number"]),
             custom_id=self._custom_ids[begin : begin + size].tobytes().decode(),
-            url=CHAT_URL if record["flags"] & _IS_CHAT else COMPLETIONS_URL,
+            url=_url_of(int(record["flags"])),
             num_prompts=int(record["num_prompts"]),
             n=int(record["n"]),
             first_request=int(self._first_requests[row]),
         )
 
     def body(self, row: int) -> bytes:
-        """What a remote server is sent for a line."""
+        """What a remote server is sent for a line, or the `Extras` of one that is answered here."""
         record = self._lines[row]
         begin = int(record["body_offset"])
         return self._bodies[begin : begin + int(record["body_bytes"])].tobytes()
@@ -307,8 +308,15 @@ def _flags(line: BatchLine) -> int:
     return (
         (_HAS_SEED if sampling.seed is not None else 0)
         | (_IS_CHAT if line.url == CHAT_URL else 0)
+        | (_IS_EMBEDDING if line.url == EMBEDDINGS_URL else 0)
         | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )
+
+
+def _url_of(flags: int) -> Url:
+    if flags & _IS_EMBEDDING:
+        return EMBEDDINGS_URL
+    return CHAT_URL if flags & _IS_CHAT else COMPLETIONS_URL
 
 
 def _sampling_from(values: dict[str, Any]) -> SamplingParams:

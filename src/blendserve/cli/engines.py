@@ -15,7 +15,7 @@ from blendserve.errors import ConfigError
 from blendserve.job import JobProgress
 from blendserve.request import SequenceOutput
 
-ENGINE_NAMES = ("native", "http")
+ENGINE_NAMES = ("native", "http", "vllm")
 
 
 class EngineRun(Protocol):
@@ -52,8 +52,14 @@ def add_engine_choice(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINE_NAMES,
         default="native",
-        help="native: this machine's CPU (default); http: an OpenAI-compatible server, see --base-url",
+        help="native: this machine's CPU (default); http: an OpenAI-compatible server, see --base-url; vllm: vLLM in "
+        "this process (pip install 'blendserve[vllm]')",
     )
+    _add_http(parser)
+    _add_vllm(parser)
+
+
+def _add_http(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "HTTP engine", "the key comes from BLENDSERVE_API_KEY, else OPENAI_API_KEY; --model is the name that is sent"
     )
@@ -93,6 +99,39 @@ def add_engine_choice(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_vllm(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "vLLM engine", "--kv-memory, --max-num-seqs, --max-num-batched-tokens and --max-model-len are handed to vLLM"
+    )
+    group.add_argument(
+        "--task", choices=("generate", "embed"), default="generate", help="embed: answer /v1/embeddings (generate)"
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an adapter for lines whose model is NAME; may be repeated",
+    )
+    group.add_argument(
+        "--vllm-scheduler",
+        choices=("front", "blend"),
+        default="front",
+        help="front: requests go in from outside as the policy admits them (default); blend: vLLM's scheduler asks the "
+        "policy itself, by exact free memory and prefix hits",
+    )
+    group.add_argument(
+        "--own-process", action="store_true", help="run vLLM in a process of its own: its crash is not ours"
+    )
+    group.add_argument(
+        "--vllm-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other field of vLLM's EngineArgs, such as tensor_parallel_size=2; may be repeated",
+    )
+
+
 def open_run(args: argparse.Namespace) -> EngineRun:
     """The engine that the arguments ask for. Raises: ConfigError."""
     if args.engine != "native" and (args.report or args.trace):
@@ -103,6 +142,10 @@ def open_run(args: argparse.Namespace) -> EngineRun:
         return open_http_run(args)
     if args.base_url is not None:
         raise ConfigError("--base-url is for a server: add --engine http")
+    if args.engine == "vllm":
+        from blendserve.cli.vllm_run import open_vllm_run
+
+        return open_vllm_run(args)
     from blendserve.cli.native_run import open_native_run
 
     return open_native_run(args)
