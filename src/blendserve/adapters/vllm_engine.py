@@ -209,7 +209,8 @@ class _Run:
         self._inside.discard(index)
         if self._suspects and self._suspects[0] == index:
             self._suspects.popleft()
-        (self._queue or self._window).finish(index, result.num_output_tokens)
+        keeper = self._window if self._queue is None else self._queue
+        keeper.finish(index, result.num_output_tokens)
         self._ended.append(result)
 
     def _extras(self, index: int) -> Extras:
@@ -221,6 +222,7 @@ class _Run:
         load = self._window.advance() if self._queue is None and not self._suspects else StepLoad(0, 0, 0.0, 0.0)
         if self._engine.totals is not None and load.num_prefill_tokens + load.num_decode_tokens:
             self._engine.totals.add(load)
+        self._window.preempt(counters.num_preemptions - self._stats.num_preemptions)
         self._stats.num_preemptions = counters.num_preemptions
         self._stats.add_step(
             elapsed_s=elapsed_s,

@@ -6,7 +6,7 @@ every decode first, then prompts in the order of their admission up to the token
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class VllmWindow:
         self._next_refresh = MIN_NEW_OBSERVATIONS
         self._forecast = KvForecast()
         self._step = 0
+        self._block_size = limits.block_size
         self.capacity_tokens = limits.capacity_tokens
         self.max_num_seqs = max_inflight
         self.max_num_batched_tokens = limits.max_num_batched_tokens
@@ -55,7 +56,7 @@ class VllmWindow:
         shape = max_inflight
         self._index = np.zeros(shape, np.int64)
         self._prompt = np.zeros(shape, np.int64)
-        self._cached = np.zeros(shape, np.int64)
+        self._start = np.zeros(shape, np.int64)
         self._computed = np.zeros(shape, np.int64)
         self._output = np.zeros(shape, np.int64)
 
@@ -112,29 +113,38 @@ class VllmWindow:
     def advance(self) -> StepLoad:
         """A step has run: move everyone on."""
         self._step += 1
-        computed, output, prompt = self.num_computed_tokens, self.num_output_tokens, self.num_prompt_tokens
-        is_decoding = output > 0
+        computed, output = self.num_computed_tokens, self.num_output_tokens
+        left = self.num_prompt_tokens + output - computed
+        is_decoding = (output > 0) & (left == 1)
         num_decodes = int(np.count_nonzero(is_decoding))
-        left = np.where(is_decoding, 0, prompt - computed)
-        before = np.cumsum(left) - left
-        chunk = np.clip(max(0, self.max_num_batched_tokens - num_decodes) - before, 0, left)
+        to_prefill = np.where(is_decoding, 0, left)
+        before = np.cumsum(to_prefill) - to_prefill
+        chunk = np.clip(max(0, self.max_num_batched_tokens - num_decodes) - before, 0, to_prefill)
         load = StepLoad(
             num_prefill_tokens=int(chunk.sum()),
             num_decode_tokens=num_decodes,
             num_pairs=float((chunk * (computed + chunk / 2)).sum()),
             num_kv_tokens=float(computed[is_decoding].sum()),
         )
-        limit = np.maximum(self._table.max_output_tokens[self.request_index] - 1, 1)
-        computed += np.where(is_decoding & (output < limit), 1, chunk)
-        output += (is_decoding & (output < limit)) | ((chunk > 0) & (computed >= prompt))
+        can_grow = output < np.maximum(self._table.max_output_tokens[self.request_index] - 1, 1)
+        chunk += is_decoding & can_grow
+        computed += chunk
+        output += (chunk > 0) & (chunk == left) & can_grow
+        self.num_computed_tokens[:] = np.minimum(computed, self.num_prompt_tokens + output - 1)
         return load
+
+    def preempt(self, count: int) -> None:
+        """vLLM has taken the memory of so many requests, as it does from the youngest: they compute it all again."""
+        (has_run,) = np.nonzero(self.num_computed_tokens > self._start[: self.num_running])
+        rows = has_run[len(has_run) - min(count, len(has_run)) :]
+        self._computed[rows] = self._start[rows] = 0
 
     def finish(self, index: int, num_output_tokens: int) -> None:
         """A request has ended; 0 tokens where it was refused."""
         (rows,) = np.nonzero(self.request_index == index)
         row = int(rows[0])
         last = self.num_running - 1
-        for column in (self._index, self._prompt, self._cached, self._computed, self._output):
+        for column in (self._index, self._prompt, self._start, self._computed, self._output):
             column[row:last] = column[row + 1 : last + 1]
         self.num_running = last
         self._policy.finished(index, num_output_tokens)
@@ -144,7 +154,7 @@ class VllmWindow:
         """Every request inside is to be computed again, in this order: the engine that had them is gone."""
         self._used_tokens = 0
         self._computed[: self.num_running] = 0
-        self._cached[: self.num_running] = 0
+        self._start[: self.num_running] = 0
         self._output[: self.num_running] = 0
         return [int(index) for index in self.request_index]
 
@@ -153,38 +163,45 @@ class VllmWindow:
         assert 0 <= self.num_running <= self.max_num_seqs
         assert len(set(self.request_index.tolist())) == self.num_running
         assert (self.num_computed_tokens >= 0).all()
-        is_decoding = self.num_output_tokens > 0
-        after = self.num_prompt_tokens + self.num_output_tokens - 1
-        assert (self.num_computed_tokens[is_decoding] == after[is_decoding]).all()
-        assert (self.num_computed_tokens[~is_decoding] < self.num_prompt_tokens[~is_decoding]).all()
+        assert (self.num_computed_tokens < self.num_prompt_tokens + np.maximum(self.num_output_tokens, 1)).all()
 
     def _num_pending_tokens(self) -> int:
-        """Prompt tokens that admitted requests have yet to compute, and hold memory for."""
-        return int(np.maximum(self.num_prompt_tokens - self.num_computed_tokens, 0).sum())
+        """Tokens of prompts that have yet to take their memory: of those that have not run, all, for what is planned to
+        be shared may not be there yet.
+        """
+        total, computed = self.num_prompt_tokens + self.num_output_tokens, self.num_computed_tokens
+        has_run = computed > self._start[: self.num_running]
+        return int(np.where(has_run, np.maximum(total - computed - 1, 0), total).sum())
 
     def _look_ahead(self) -> float:
-        """Forecast from scratch; returns the limit for what requests hold of their own. Memory beyond that (prefixes
-        that several share, whole blocks) is taken to stay.
+        """Forecast from scratch, as if nothing were shared; returns the limit for that. What sharing spares now is
+        taken to stay.
         """
         running, outputs = self.request_index, self.num_output_tokens
         if self._lengths.num_observed >= self._next_refresh:
             self._lengths.refresh(running, outputs)
             observed = self._lengths.num_observed
             self._next_refresh = max(observed + MIN_NEW_OBSERVATIONS, int(observed * REFRESH_GROWTH))
-        own = (self.num_prompt_tokens - self._cached[: self.num_running] + outputs).astype(np.float64)
-        self._forecast.rebuild(self._step, own, self._lengths.quantiles(running, outputs))
-        shared = self._used_tokens + self._num_pending_tokens() - float(own.sum())
-        return self.capacity_tokens - max(shared, 0.0)
+        own = self.num_prompt_tokens + outputs
+        self._forecast.rebuild(self._step, self._at_most(own), self._lengths.quantiles(running, outputs))
+        in_blocks = int((-(-own // self._block_size) * self._block_size).sum())
+        return self.capacity_tokens + max(0, in_blocks - self._used_tokens - self._num_pending_tokens())
+
+    def _at_most(self, num_tokens: Any) -> Any:
+        """What tokens may take of the memory: the last block of a request may hold one. Requests that start together
+        fill their blocks together, so an average would not do.
+        """
+        return num_tokens + self._block_size - 1.0
 
     def _fits(self, index: int, limit: float) -> bool:
-        own = float(self._table.num_prompt_tokens[index] - self._planned_cached[index])
+        own = self._at_most(self._table.num_prompt_tokens[index])
         return self._forecast.fits(index, self._step, own, self._lengths.outset(index), limit)
 
     def _add(self, index: int) -> None:
         row = self.num_running
-        prompt, cached = int(self._table.num_prompt_tokens[index]), int(self._planned_cached[index])
-        self._index[row], self._prompt[row], self._cached[row] = index, prompt, cached
-        self._computed[row] = min(cached, prompt - 1)
+        prompt = int(self._table.num_prompt_tokens[index])
+        self._index[row], self._prompt[row] = index, prompt
+        self._start[row] = self._computed[row] = min(int(self._planned_cached[index]), prompt - 1)
         self._output[row] = 0
         self.num_running += 1
-        self._forecast.add(self._step, float(prompt - cached), self._lengths.outset(index))
+        self._forecast.add(self._step, self._at_most(prompt), self._lengths.outset(index))
