@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from blendserve.batchfile.schema import ServedModel
 from blendserve.batchfile.store import PendingRequests
 from blendserve.job import BatchJob, JobReport, run_job
 from blendserve.planner.policies import make_policy
+from blendserve.request import SequenceOutput
 from blendserve.session import plan_requests
 
 ABLE = ServedModel(
@@ -56,12 +58,32 @@ def vllm_engine(api: FakeVllm, arguments: dict[str, Any] | None = None, **fields
     return VllmEngine(api, arguments or {}, ADAPTERS, clock=lambda: float(next(ticks)), **fields)
 
 
+class StopError(Exception):
+    """What stops a run on purpose."""
+
+
 def run_vllm(
-    engine: VllmEngine, source: Path, target: Path, *, policy: str = "blend", served: ServedModel = ABLE
+    engine: VllmEngine,
+    source: Path,
+    target: Path,
+    *,
+    policy: str = "blend",
+    served: ServedModel = ABLE,
+    stop_after: int | None = None,
 ) -> JobReport:
-    def generate(pending: PendingRequests) -> Any:
+    """Run a job; `stop_after` so many ends it breaks off. Raises: StopError then."""
+
+    def generate(pending: PendingRequests) -> Iterator[SequenceOutput]:
         plan = plan_requests(pending.flat_prompts(), pending.table(), remote_cost())
-        return engine.run(pending, plan, make_policy(policy, plan))
+        outputs = engine.run(pending, plan, make_policy(policy, plan))
+        try:
+            for count, output in enumerate(outputs):
+                if count == stop_after:
+                    raise StopError
+                yield output
+        finally:
+            assert isinstance(outputs, Generator)
+            outputs.close()
 
     settings = {"engine": "vllm"}
     return run_job(BatchJob(source, target, served, "tiny", settings), FakeCodec(), generate, clock=lambda: 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from batch_fakes import read_rows
-from vllm_cases import ABLE, BY_SCHEDULER, EMBEDDER, chat, check_rows, line, mixed_job, run_vllm, vllm_engine
+from vllm_cases import ABLE, BY_SCHEDULER, EMBEDDER, StopError, chat, check_rows, line, mixed_job, run_vllm, vllm_engine
 
 from blendserve.adapters.fake_vllm import FakeVllm
 from blendserve.adapters.vllm_engine import MAX_DEATHS
@@ -107,7 +107,8 @@ def test_a_refused_request_is_a_row(tmp_path: Path, arguments: dict[str, Any]) -
 def test_a_dead_engine_is_opened_again_and_nothing_is_lost(tmp_path: Path, arguments: dict[str, Any]) -> None:
     source, target = mixed_job(tmp_path / "in.jsonl", NUM_LINES), tmp_path / "out.jsonl"
     run_vllm(vllm_engine(FakeVllm()), source, tmp_path / "undisturbed.jsonl")
-    api, told = FakeVllm(dies_at=frozenset({3, 25, 60})), []
+    api = FakeVllm(dies_at=frozenset({3, 25, 60}))
+    told: list[str] = []
     engine = vllm_engine(api, arguments, notify=told.append)
     run_vllm(engine, source, target)
     assert check_rows(target, NUM_LINES) == {"answer": NUM_LINES}
@@ -158,40 +159,10 @@ def test_closing_early_takes_requests_out_of_the_engine(tmp_path: Path) -> None:
     api = FakeVllm()
     engine = vllm_engine(api)
 
-    class StopError(Exception):
-        pass
-
-    def stop_at_ten(*_: Any) -> None:
-        if engine.stats is not None and engine.stats.num_finished >= 10:
-            raise StopError
-
-    engine.notify = stop_at_ten
-    outputs = 0
-    import vllm_cases
-
-    original = vllm_cases.run_job
-
-    def interrupted(job: Any, codec: Any, generate: Any, **options: Any) -> Any:
-        def few(pending: Any) -> Any:
-            nonlocal outputs
-            with_end = generate(pending)
-            try:
-                for output in with_end:
-                    outputs += 1
-                    yield output
-                    if outputs == 10:
-                        raise StopError
-            finally:
-                with_end.close()
-
-        return original(job, codec, few, **options)
-
-    vllm_cases.run_job = interrupted
-    try:
-        with pytest.raises(StopError):
-            run_vllm(engine, source, tmp_path / "out.jsonl")
-    finally:
-        vllm_cases.run_job = original
+    with pytest.raises(StopError):
+        run_vllm(engine, source, tmp_path / "out.jsonl", stop_after=10)
+    assert engine.stats is not None
+    assert engine.stats.num_finished >= 10
     assert api.engines[0].aborted
     assert not api.engines[0].scheduler.running
     assert api.engines[0].scheduler.num_free == api.num_blocks - 1

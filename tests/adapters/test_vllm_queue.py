@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +50,7 @@ class ListedPolicy:
 
 
 def request(index: int, status: str = "WAITING", num_output_tokens: int = 0) -> Any:
-    return SimpleNamespaceWithHash(
+    return Waiting(
         request_id=f"{index}-0a1b2c3d",
         status=SimpleNamespace(name=status),
         num_prompt_tokens=10,
@@ -59,9 +60,16 @@ def request(index: int, status: str = "WAITING", num_output_tokens: int = 0) -> 
     )
 
 
-class SimpleNamespaceWithHash(SimpleNamespace):
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
+@dataclass(eq=False)
+class Waiting:
+    """The fields of a request of vLLM that the queue reads."""
+
+    request_id: str
+    status: Any
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_output_tokens: int
+    prompt: list[int]
 
 
 def bound(order: list[int], refused: frozenset[int] = frozenset()) -> tuple[PolicyQueue, ListedPolicy, FakeScheduler]:

@@ -243,6 +243,7 @@ def test_our_scheduler_gives_the_same_answers(model: Path, tmp_path: Path, sched
         plain.close()
         engine.open()
         core = engine.api.scheduler_of(engine.engine)
+        assert core is not None
         assert isinstance(core.waiting, PolicyQueue)
         assert type(core).__name__ == scheduler.rpartition(".")[2]
         for policy in ("blend", "dfs"):
