@@ -27,12 +27,29 @@ import common
 PEERS = Path(os.environ.get("BLENDSERVE_PEERS_DIR", Path.home() / ".cache/blendserve-peers"))
 WAYS = ("run-batch", "file", "sorted", "ours", "ours-scheduler")
 SUBJECTS = ("rivers", "metals", "birds", "bridges")
-WORDS = ("the river of stone and metal in a city that was old for its time with bridges and birds by night").split(" ")
+WORDS = (
+    "the",
+    "river",
+    "of",
+    "stone",
+    "and",
+    "metal",
+    "in",
+    "a",
+    "city",
+    "that",
+    "was",
+    "old",
+    "with",
+    "birds",
+    "by",
+    "night",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run of one way. `elapsed_s` is of the whole process; `is_complete`: every line has an answer."""
+    """One run of one way. `elapsed_s` is of the whole process."""
 
     way: str
     elapsed_s: float
