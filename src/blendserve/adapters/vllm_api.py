@@ -144,6 +144,11 @@ class InstalledVllm:
         return str(current_platform.get_device_name())
 
     def is_death(self, error: Exception) -> bool:
+        """vLLM's own errors of requests derive from nothing of Python's since 0.32, from ValueError before."""
+        import vllm.exceptions
+
+        if isinstance(error, getattr(vllm.exceptions, "VLLMClientError", ())):
+            return False
         return not isinstance(error, ValueError | TypeError | NotImplementedError | OverflowError)
 
 

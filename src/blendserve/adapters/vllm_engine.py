@@ -170,7 +170,9 @@ class _Run:
         except RequestError as error:
             self._refuse(index, error)
             return False
-        except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
+        except Exception as error:
+            if isinstance(error, _EngineDiedError) or self._api.is_death(error):
+                raise
             self._refuse(index, RequestError(f"vLLM refuses the request: {error}", code="invalid_value"))
             return False
         self._inside.add(index)
