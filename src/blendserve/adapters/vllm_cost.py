@@ -59,6 +59,7 @@ def model_cost_of(name: str, config: Mapping[str, Any]) -> ModelCost:
         attention_width=attention_width,
         kv_bytes_per_token=2.0 * layers * kv_width,
         weight_bytes=2.0 * (layers * attention + stored + embeddings),
+        num_head_parameters=vocabulary,
     )
 
 
