@@ -151,7 +151,7 @@ class Bench:
                 f"--{name.replace('_', '-')}={value}" for name, value in self._limits().items() if value is not True
             ]
             flags += ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
-            entry = [self._python, "-m", "vllm.entrypoints.cli.main", "run-batch"]
+            entry = [self._python, "-m", "vllm.entrypoints.launchers.run_batch"]  # what `vllm run-batch` calls
             return [*entry, "-i", str(source), "-o", str(target), *flags, "--served-model-name=tiny"]
         if way in ("file", "sorted"):
             worker = str(common.ROOT / "bench/peers/vllm_file.py")

@@ -15,7 +15,14 @@ from vllm_cases import chat
 from blendserve.adapters import vllm_api
 from blendserve.adapters.fake_vllm import FakeVllm
 from blendserve.cli import main, vllm_run
-from blendserve.cli.vllm_run import default_kv_memory, largest_rank, parse_argument, prepare_environment, read_adapters
+from blendserve.cli.vllm_run import (
+    default_kv_memory,
+    largest_rank,
+    lora_slots,
+    parse_argument,
+    prepare_environment,
+    read_adapters,
+)
 from blendserve.cost import ModelCost
 from blendserve.errors import ConfigError
 
@@ -158,6 +165,7 @@ def test_options_are_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert read_adapters([f"a={tmp_path}"]) == {"a": str(tmp_path)}
     assert largest_rank({"a": str(tmp_path)}) == 8
+    assert (lora_slots(2, is_cpu=False), lora_slots(2, is_cpu=True)) == (2, 3)
     for options in (["a"], [f"={tmp_path}"], [f"a={tmp_path}", f"a={tmp_path}"], [f"a={tmp_path / 'none'}"]):
         with pytest.raises(ConfigError, match="NAME=PATH"):
             read_adapters(options)

@@ -25,6 +25,7 @@ from blendserve.adapters.vllm_queue import PolicyQueue
 from blendserve.batchfile.extras import Abilities
 from blendserve.batchfile.schema import ServedModel
 from blendserve.batchfile.store import PendingRequests
+from blendserve.cli.vllm_run import lora_slots
 from blendserve.job import BatchJob, JobReport, run_job
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_tokenizer
@@ -300,15 +301,19 @@ def test_an_adapter_changes_the_lines_that_name_it(model: Path, tmp_path: Path) 
     write_adapter(adapter)
     ask = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
     lines = [chat("base", "hello there", **ask), chat("loud", "hello there", model="loud", **ask)]
-    changes = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    changes = {"enable_lora": True, "max_loras": lora_slots(1, is_cpu=is_cpu_build()), "max_lora_rank": 8}
     engine = engine_of(model, {"loud": str(adapter)}, **changes)
     try:
+        run(engine, model, lines[:1], tmp_path / "alone.jsonl", adapters=("loud",))
         run(engine, model, lines, tmp_path / "out.jsonl", adapters=("loud",))
     finally:
         engine.close()
     by_id = {row["custom_id"]: row["response"]["body"] for row in read_rows(tmp_path / "out.jsonl")}
     assert (by_id["base"]["model"], by_id["loud"]["model"]) == ("tiny", "loud")
     assert by_id["base"]["choices"] != by_id["loud"]["choices"]
+    assert (
+        by_id["base"]["choices"] == answers(tmp_path / "alone.jsonl")["base"]
+    )  # though one with an adapter ran beside
 
 
 def write_adapter(path: Path) -> None:
