@@ -18,6 +18,7 @@ from tiny_files import tiny_directory
 from tiny_models import tiny_spec
 
 from blendserve.cli import main
+from blendserve.cli.engines import ENGINE_NAMES
 from blendserve.config import BLOCK_SIZE
 
 
@@ -365,3 +366,12 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"blendserve {version('blendserve')}\n"
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name != "native"])
+def test_windows_are_refused_where_nothing_would_come_of_them(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    assert main(["run", *files, "--engine", engine, "--window", "5"]) == 1
+    assert "--window" in capsys.readouterr().err

@@ -238,8 +238,8 @@ void shared_prefixes_are_read_once_without_a_difference() {
         for (int32_t slot = 0; slot < 4; ++slot) {
           const int64_t last = 702 + (slot > 0 ? 1 : 0) + (slot > 2 ? 1 : 0);
           for (const int64_t n : {last - 1, last}) {
-            CHECK(apart.result(slot, n) == together.result(slot, n), name_of(format), " threads ", num_threads, " slot ",
-                  slot, " length ", n);
+            CHECK(apart.result(slot, n) == together.result(slot, n), name_of(format), " threads ", num_threads,
+                  " slot ", slot, " length ", n);
           }
         }
         const double per_token = 4.0 * static_cast<double>(shape.num_layers * shape.kv_width());

@@ -136,6 +136,8 @@ def open_run(args: argparse.Namespace) -> EngineRun:
     """The engine that the arguments ask for. Raises: ConfigError."""
     if args.engine != "native" and (args.report or args.trace):
         raise ConfigError("--report and --trace show what the native engine does: leave them out with another engine")
+    if args.engine != "native" and args.window:
+        raise ConfigError("--window is how the native engine plans: leave it out with another engine")
     if args.engine == "http":
         from blendserve.cli.http_run import open_http_run  # httpx2 takes a tenth of a second to import
 

@@ -32,8 +32,6 @@ def open_http_run(args: argparse.Namespace) -> HttpRun:
     """Read the arguments and the environment; nothing is sent yet. Raises: ConfigError."""
     if args.base_url is None:
         raise ConfigError("--engine http needs the server's address: --base-url http://localhost:8000/v1")
-    if args.window:
-        raise ConfigError("--window is for the native engine: leave it out")
     address = ServerAddress.parse(args.base_url)
     settings = HttpSettings(
         max_inflight=args.max_inflight,
