@@ -166,6 +166,21 @@ def test_shares_of_a_machine_become_overlap() -> None:
     assert replace(CALIBRATION, gemm_share=1.1, attention_share=1.1).overlap() == PERFECT
 
 
+def test_only_the_native_engine_reads_shared_prefixes_once() -> None:
+    assert gpu_step_cost(MODEL, A100_80G).shared_kv_share == 1
+    assert 0 < CALIBRATION.step_cost(MODEL).shared_kv_share < 1
+
+
+def test_peaks_are_the_highest_rates_measured() -> None:
+    peaks = replace(
+        CALIBRATION, gemm_points=((1, 1e9), (64, 9e15)), bandwidth_points=((1, 8e15),), kv_bytes_per_s=1e9
+    ).peaks()
+    assert (peaks.flop_per_s, peaks.bytes_per_s, peaks.is_measured) == (9e15, 8e15, True)
+    none = replace(CALIBRATION, gemm_points=(), bandwidth_points=())
+    assert none.peaks().flop_per_s == none.gemm_flop_per_s
+    assert none.peaks().bytes_per_s == max(none.kv_bytes_per_s, none.weight_bytes_per_s)
+
+
 def test_planning_counts_prefill_attention_as_steps_do() -> None:
     cost = CALIBRATION.step_cost(MODEL)
     num_tokens = 4096

@@ -38,6 +38,13 @@ def test_bounds_by_hand() -> None:
     assert half.lower_bound_s == pytest.approx(bounds.lower_bound_s / 2)
 
 
+def test_bounds_of_an_engine_that_reads_shared_prefixes_once() -> None:
+    """Of the 23 tokens that the first request's two decodes read, 8 are its neighbour's too."""
+    cost = StepCost(0.5, 0.25, 1.0, 0.1, interference=NANOFLOW, shared_kv_share=0.25)
+    assert job_bounds([10, 20], [3, 1], [0, 8], cost, capacity_tokens=11).memory_s == pytest.approx(0.1 * (23 - 12))
+    assert job_bounds([20, 10], [1, 3], [0, 8], cost, capacity_tokens=11).memory_s == pytest.approx(0.1 * (23 - 12))
+
+
 def test_bounds_count_the_head_once_per_output() -> None:
     cost = StepCost(0.5, 0.25, 1.0, 0.1, interference=SEQUENTIAL)
     with_head = replace(cost, head_floor_s=0.125, head_s=0.0625)
@@ -61,6 +68,14 @@ def test_nothing_beats_the_bounds(workload: Workload, policy: str, engine: Engin
     assert result.sharing_kept <= 1 + 1e-9
     assert result.num_requests == 400
     assert result.tokens_per_s == pytest.approx(part.num_tokens / result.time_s)
+
+
+def test_nothing_beats_the_bounds_where_shared_prefixes_are_read_once(workload: Workload) -> None:
+    part, machine = workload.subset(np.arange(400)), gpu_machine(A100_80G, LLAMA_3_8B)
+    once = replace(machine, cost=replace(machine.cost, shared_kv_share=0.0))
+    results = [simulate(part, each, "dfs") for each in (machine, once)]
+    assert results[1].time_s < results[0].time_s
+    assert 0 < results[1].share_of_bound <= 1
 
 
 def test_overlap_is_never_slower_than_one_after_the_other(workload: Workload) -> None:

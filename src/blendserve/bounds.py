@@ -43,14 +43,16 @@ def job_bounds(
 ) -> Bounds:
     """Bounds of a job cut evenly. The first output token comes with the prefill: d outputs take d - 1 decodes.
 
-    Shapes: lengths are aligned, [num_requests]. `interference` defaults to the engine's own; pass an overlapping one
-    to hold a sequential engine against it.
+    Shapes: lengths are aligned, [num_requests], in depth-first order: each request shares with the one before it.
+    `interference` defaults to the engine's own; pass an overlapping one to hold a sequential engine against it.
     """
     prompts, outputs, shared = (
         np.asarray(lengths, dtype=np.float64) for lengths in (num_prompt_tokens, num_output_tokens, num_shared_tokens)
     )
     decodes = np.maximum(outputs - 1, 0)
     num_read = decodes * (prompts + (decodes + 1) / 2)
+    if cost.shared_kv_share < 1:  # at best every decode runs beside the neighbour with which it shares more
+        num_read -= (1 - cost.shared_kv_share) * decodes * np.maximum(shared, np.append(shared[1:], 0.0))
     compute_s = cost.token_s * float(np.sum(prompts + decodes - shared))
     compute_s += cost.head_s * float(np.sum(outputs))
     compute_s += cost.pair_s * float(np.sum(prompts * prompts - shared * shared)) / 2

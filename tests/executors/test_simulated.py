@@ -36,7 +36,7 @@ def make_plan_of(decodes: list[int], prefills: list[tuple[int, int]]) -> StepPla
         num_computed_tokens=np.array(computed, dtype=np.int32),
         is_sampled=np.arange(size) < max(1, size - 1),  # the last prompt goes on in the next step
         token_ids=np.zeros((0, 0), dtype=np.int32),
-        block_tables=np.zeros((0, 0), dtype=np.int32),
+        block_tables=np.arange(size * 400, dtype=np.int32).reshape(size, 400),  # none is shared
         num_prefill_tokens=sum(count for _, count in prefills),
         num_decode_tokens=len(decodes),
     )
@@ -45,13 +45,18 @@ def make_plan_of(decodes: list[int], prefills: list[tuple[int, int]]) -> StepPla
 def twin_step_s(cost: StepCost, plan: StepPlan) -> tuple[float, float, float]:
     """Entry by entry: every token is multiplied, a decode reads its context, a prefill token attends to those before
     it."""
-    num_tokens = num_kv = num_pairs = num_sampled = 0
+    num_tokens = num_pairs = num_sampled = 0
+    num_kv = 0.0
     entries = zip(plan.num_computed_tokens.tolist(), plan.num_scheduled_tokens.tolist(), strict=True)
+    read: set[int] = set()
     for entry, (computed, scheduled) in enumerate(entries):
         num_tokens += scheduled
         num_sampled += bool(plan.is_sampled[entry])
         if entry < plan.num_decode_tokens:
             num_kv += computed + 1
+            for block in plan.block_tables[plan.slots[entry], : computed // 16].tolist():
+                num_kv -= (1 - cost.shared_kv_share) * 16 * (block in read)
+                read.add(block)
         else:
             num_pairs += sum(position + 1 for position in range(computed, computed + scheduled))
     compute_s = max(cost.weight_floor_s, cost.constant_s + cost.token_s * num_tokens) + cost.pair_s * num_pairs
@@ -82,6 +87,18 @@ def test_a_step_takes_what_its_entries_add_up_to(
     assert executor.now_s == pytest.approx(2 * result.elapsed_s)
 
 
+def test_what_decodes_share_may_cost_less() -> None:
+    """Of three decodes two share 5 full blocks; 3 of them are the third one's too; a prefill shares for nothing."""
+    plan = make_plan_of([100, 90, 50], [(80, 20)])
+    plan.block_tables[1, :5] = plan.block_tables[3, :5] = plan.block_tables[0, :5]
+    plan.block_tables[2, :3] = plan.block_tables[0, :3]
+    apart, half, once = (
+        SimulatedExecutor(replace(COST, shared_kv_share=share), 457_000).execute(plan).memory_s / COST.kv_token_s
+        for share in (1.0, 0.5, 0.0)
+    )
+    assert (apart, half, once) == pytest.approx((243, 243 - 64, 243 - 128))
+
+
 def test_contexts_beyond_32_bits_in_sum_are_counted() -> None:
     executor = SimulatedExecutor(COST, 457_000)
     plan = make_plan_of([2**30] * 4, [])
@@ -107,12 +124,12 @@ class CheckedExecutor(SimulatedExecutor):
         return result
 
 
-def run(policy: str, num_requests: int = 60) -> Iterator[list[float]]:
+def run(policy: str, shared_kv_share: float = 1.0, num_requests: int = 60) -> Iterator[list[float]]:
     workload = blend(1.4, 0.35, 300, compute_trace="sharegpt").subset(np.arange(num_requests))
     tree = prefix_tree(workload)
     known = workload.num_output_tokens
     plan = make_plan(tree, RequestTable(workload.num_prompt_tokens, known, known), COST.cost_model())
-    executor = CheckedExecutor(COST, 60_000)
+    executor = CheckedExecutor(replace(COST, shared_kv_share=shared_kv_share), 60_000)
     config = EngineConfig(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=60_000)
     loop = EngineLoop(executor, config)
     outputs = list(loop.run(WorkloadSource(workload, tree), make_policy(policy, plan)))
@@ -128,3 +145,8 @@ def run(policy: str, num_requests: int = 60) -> Iterator[list[float]]:
 def test_a_run_is_timed_step_by_step_and_repeats_exactly(policy: str) -> None:
     (first,), (again,) = run(policy), run(policy)
     assert first == again
+
+
+def test_a_run_that_reads_shared_prefixes_once_is_timed_step_by_step_too() -> None:
+    (apart,), (once,) = run("dfs"), run("dfs", shared_kv_share=0.0)
+    assert sum(once) < sum(apart)

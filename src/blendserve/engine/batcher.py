@@ -61,7 +61,6 @@ class Batcher:
         self._num_gated_steps = 0
         self._all_rows = np.arange(config.max_num_seqs)
         self._ones = np.ones(config.max_num_seqs, np.int32)
-        self._no_tokens: Int32s = np.zeros((0, 0), np.int32)
 
     # SchedulerView
 
@@ -260,7 +259,7 @@ class Batcher:
             num_computed_tokens=computed,
             is_sampled=is_sampled,
             token_ids=table.token_ids,
-            block_tables=table.block_tables if self.needs_tokens else self._no_tokens,
+            block_tables=table.block_tables,
             num_prefill_tokens=sum(chunks),
             num_decode_tokens=num_decodes,
         )

@@ -20,9 +20,10 @@ class StepPlan:
     Shapes: `slots`, `num_scheduled_tokens`, `num_computed_tokens` int32[n]; `is_sampled` bool[n]: the last scheduled
     token of that entry yields a new token; `token_ids` int32[max_num_seqs, max_model_len] and `block_tables`
     int32[max_num_seqs, blocks of the longest so far] are the sequence table's own arrays, indexed by slot, borrowed
-    until the step has been applied (both are empty where the executor asks for no tokens). Entry i computes positions
-    [num_computed_tokens[i], num_computed_tokens[i] + num_scheduled_tokens[i]) of row slots[i]. Prefill entries may read
-    blocks that an earlier entry of the same step computes; executors write the KV of a layer before attention reads it.
+    until the step has been applied (`token_ids` is empty where the executor asks for no tokens). Entry i computes
+    positions [num_computed_tokens[i], num_computed_tokens[i] + num_scheduled_tokens[i]) of row slots[i]. Prefill
+    entries may read blocks that an earlier entry of the same step computes; executors write the KV of a layer before
+    attention reads it.
     """
 
     slots: Int32s

@@ -18,9 +18,9 @@ from blendserve.request import Request
 class SimulatedExecutor:
     """Times the steps of one replica.
 
-    A decode reads the KV of its whole context, shared or not, its own new token included; cached prefixes are not
-    scheduled, so they cost nothing. Prefill attention counts as compute where `cost.pair_s` says so. `now_s` is the
-    virtual time.
+    A decode reads the KV of its whole context, its own new token included; blocks that several decodes of a step read
+    cost the later ones `cost.shared_kv_share`. Cached prefixes are not scheduled, so they cost nothing. Prefill
+    attention counts as compute where `cost.pair_s` says so. `now_s` is the virtual time.
     """
 
     needs_tokens = False
@@ -47,7 +47,9 @@ class SimulatedExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         """Time one step; the tokens are zeros. The first `plan.num_decode_tokens` entries are the decodes."""
         num_decodes = plan.num_decode_tokens
-        num_kv_tokens = int(plan.num_computed_tokens[:num_decodes].sum(dtype=np.int64)) + num_decodes
+        num_kv_tokens = float(plan.num_computed_tokens[:num_decodes].sum(dtype=np.int64)) + num_decodes
+        if self.cost.shared_kv_share < 1:
+            num_kv_tokens -= (1 - self.cost.shared_kv_share) * self._num_repeated_tokens(plan)
         num_pairs = 0.0
         if self.cost.pair_s and plan.num_prefill_tokens:
             chunks = plan.num_scheduled_tokens[num_decodes:].astype(np.float64)
@@ -62,6 +64,13 @@ class SimulatedExecutor:
     def num_multiplied_tokens(self, plan: StepPlan) -> int:
         """Tokens that go through the matrix products of this step."""
         return plan.num_decode_tokens + plan.num_prefill_tokens
+
+    def _num_repeated_tokens(self, plan: StepPlan) -> int:
+        """Tokens in full blocks that a decode reads and one before it in the step has read."""
+        slots, computed = plan.slots[: plan.num_decode_tokens], plan.num_computed_tokens[: plan.num_decode_tokens]
+        tables = plan.block_tables[slots]
+        blocks = tables[np.arange(tables.shape[1]) < (computed // self.block_size)[:, None]]
+        return (len(blocks) - int(np.count_nonzero(np.bincount(blocks)))) * self.block_size
 
     def _zeros(self, num_sampled: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         if num_sampled > len(self._tokens):
