@@ -18,6 +18,12 @@ constexpr int64_t kGroupsPerThread = 2;
 constexpr int64_t kLoadCost = 4;
 // A run of sequences shares its reads where that saves at least this many chunks per KV head.
 constexpr int64_t kMinSavedChunks = 4;
+// Partial results that a step may hold where long decodes are cut into chunks (1.6 MB at 3 heads of 64 per KV head);
+// decodes beyond that stay whole.
+constexpr int64_t kMaxChunkPartials = 2048;
+
+// Query tokens that reuse what they load wait for arithmetic, one alone waits for memory.
+bool is_compute(const AttentionTask& task) { return task.num_tokens > 1; }
 
 void require(bool condition, const char* what, int64_t actual, int64_t limit) {
   if (condition) return;
@@ -25,12 +31,45 @@ void require(bool condition, const char* what, int64_t actual, int64_t limit) {
                               "; the executor was made for " + std::to_string(limit));
 }
 
+void check_entry(const StepInput& input, const BatchLimits& limits, size_t at) {
+  const int64_t slot = input.slots[at];
+  const int64_t num_tokens = input.num_scheduled_tokens[at];
+  const int64_t first = input.num_computed_tokens[at];
+  const int64_t end = first + num_tokens;
+  require(slot >= 0 && slot < input.num_slots, "slot", slot, input.num_slots);
+  require(num_tokens >= 1, "number of scheduled tokens of an entry", num_tokens, 1);
+  require(first >= 0, "number of computed tokens of an entry", first, 0);
+  require(end <= limits.max_model_len, "sequence length", end, limits.max_model_len);
+  require(end <= input.token_stride, "sequence length", end, input.token_stride);
+  const int64_t num_blocks = div_up(end, kBlockSize);
+  require(num_blocks <= input.block_stride, "block table length", num_blocks, input.block_stride);
+  const int32_t* blocks = input.block_tables + slot * input.block_stride;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    require(blocks[b] >= 0 && blocks[b] < limits.num_blocks, "block number", blocks[b], limits.num_blocks);
+  }
+  const int32_t* tokens = input.token_ids + slot * input.token_stride;
+  for (int64_t i = first; i < end; ++i) {
+    require(tokens[i] >= 0 && tokens[i] < limits.vocab_size, "token id", tokens[i], limits.vocab_size);
+  }
+}
+
 }  // namespace
+
+void check_plan(const StepInput& input, const BatchLimits& limits) {
+  const auto num_entries = static_cast<int64_t>(input.slots.size());
+  require(num_entries <= limits.max_num_seqs, "number of sequences", num_entries, limits.max_num_seqs);
+  int64_t num_rows = 0;
+  for (size_t at = 0; at < input.slots.size(); ++at) {
+    check_entry(input, limits, at);
+    num_rows += input.num_scheduled_tokens[at];
+    require(num_rows <= limits.max_num_batched_tokens, "number of tokens", num_rows, limits.max_num_batched_tokens);
+  }
+}
 
 Batch::Batch(const BatchLimits& limits, const AttentionCut& cut)
     : limits_(limits), cut_(cut), sharing_(limits.max_num_seqs) {
   const int64_t max_segments = num_attention_segments(limits.max_model_len);
-  max_partials_ = kSharesPerThread * cut.num_threads * max_segments;
+  max_partials_ = std::max(kSharesPerThread * cut.num_threads * max_segments, kMaxChunkPartials);
   const int64_t tile_tokens = attention_tile_tokens(cut.group);
   const int64_t max_tiles = limits.max_num_seqs + div_up(limits.max_num_batched_tokens, tile_tokens);
   rows_.reserve(static_cast<size_t>(limits.max_num_batched_tokens));
@@ -42,47 +81,31 @@ Batch::Batch(const BatchLimits& limits, const AttentionCut& cut)
   is_grouped_.reserve(static_cast<size_t>(limits.max_num_seqs));
 }
 
-void Batch::gather(const StepInput& input) {
+void Batch::gather(const StepInput& input, std::span<const BatchPart> parts, int64_t max_tile_tokens) {
   rows_.clear();
   entries_.clear();
   sampled_entries_.clear();
   num_attended_tokens_ = num_read_tokens_ = 0;
-  const int64_t num_entries = static_cast<int64_t>(input.slots.size());
-  require(num_entries <= limits_.max_num_seqs, "number of sequences", num_entries, limits_.max_num_seqs);
-  for (int64_t index = 0; index < num_entries; ++index) add_entry(input, index);
-  cut_attention();
+  for (const BatchPart& part : parts) add_part(input, part);
+  cut_attention(max_tile_tokens);
 }
 
-void Batch::add_entry(const StepInput& input, int64_t index) {
-  const auto at = static_cast<size_t>(index);
+void Batch::add_part(const StepInput& input, const BatchPart& part) {
+  const auto at = static_cast<size_t>(part.index);
   const int64_t slot = input.slots[at];
-  const int64_t num_tokens = input.num_scheduled_tokens[at];
-  const int64_t first = input.num_computed_tokens[at];
-  const int64_t end = first + num_tokens;
-  require(slot >= 0 && slot < input.num_slots, "slot", slot, input.num_slots);
-  require(num_tokens >= 1, "number of scheduled tokens of an entry", num_tokens, 1);
-  require(first >= 0, "number of computed tokens of an entry", first, 0);
-  require(end <= limits_.max_model_len, "sequence length", end, limits_.max_model_len);
-  require(end <= input.token_stride, "sequence length", end, input.token_stride);
-  require(div_up(end, kBlockSize) <= input.block_stride, "block table length", div_up(end, kBlockSize),
-          input.block_stride);
-  const int64_t first_row = static_cast<int64_t>(rows_.size());
-  require(first_row + num_tokens <= limits_.max_num_batched_tokens, "number of tokens", first_row + num_tokens,
-          limits_.max_num_batched_tokens);
+  const int64_t first = input.num_computed_tokens[at] + part.first;
+  const int64_t end = first + part.count;
+  const auto first_row = static_cast<int64_t>(rows_.size());
   const int32_t* tokens = input.token_ids + slot * input.token_stride;
   const int32_t* blocks = input.block_tables + slot * input.block_stride;
-  for (int64_t b = 0; b < div_up(end, kBlockSize); ++b) {
-    require(blocks[b] >= 0 && blocks[b] < limits_.num_blocks, "block number", blocks[b], limits_.num_blocks);
-  }
   for (int64_t position = first; position < end; ++position) {
-    const int32_t token = tokens[position];
-    require(token >= 0 && token < limits_.vocab_size, "token id", token, limits_.vocab_size);
-    rows_.push_back({token, static_cast<int32_t>(position), blocks[position / kBlockSize]});
+    rows_.push_back({tokens[position], static_cast<int32_t>(position), blocks[position / kBlockSize]});
     num_attended_tokens_ += position + 1;
   }
   num_read_tokens_ += end;
-  if (input.is_sampled[index]) sampled_entries_.push_back(static_cast<int32_t>(entries_.size()));
-  entries_.push_back({slot, first_row, num_tokens, first, tokens, blocks});
+  const bool is_sampled = input.is_sampled[at] && part.first + part.count == input.num_scheduled_tokens[at];
+  if (is_sampled) sampled_entries_.push_back(static_cast<int32_t>(entries_.size()));
+  entries_.push_back({part.index, slot, first_row, part.count, first, tokens, blocks});
 }
 
 int64_t Batch::cost(int64_t num_tokens, int64_t context) const {
@@ -126,7 +149,7 @@ int64_t Batch::total_cost() const {
   return total * cut_.num_kv_heads;
 }
 
-void Batch::cut_attention() {
+void Batch::cut_attention(int64_t max_tile_tokens) {
   tasks_.clear();
   splits_.clear();
   num_partials_ = 0;
@@ -136,12 +159,14 @@ void Batch::cut_attention() {
   const int64_t largest_group = cut_.num_threads == 1 ? total : total / (kGroupsPerThread * cut_.num_threads);
   for (const SharedRun& run : sharing_.runs()) cut_run(run, largest_group);
   for (size_t e = 0; e < entries_.size(); ++e) {
-    if (is_grouped_[e] == 0) cut_entry(static_cast<int32_t>(e), largest);
+    if (is_grouped_[e] == 0) cut_entry(static_cast<int32_t>(e), largest, max_tile_tokens);
   }
   std::sort(tasks_.begin(), tasks_.end(), [](const AttentionTask& a, const AttentionTask& b) {
+    if (is_compute(a) != is_compute(b)) return is_compute(a);
     if (a.cost != b.cost) return a.cost > b.cost;
     return a.entry != b.entry ? a.entry < b.entry : a.kv_head < b.kv_head;
   });
+  num_compute_tasks_ = std::count_if(tasks_.begin(), tasks_.end(), is_compute);
 }
 
 // Groups of equal numbers of members, as many as fit a tile and the largest cost; none where that is fewer than two,
@@ -180,12 +205,13 @@ void Batch::cut_run(const SharedRun& run, int64_t largest) {
 }
 
 // Tiles of consecutive query tokens; segments where one long decode would keep a thread alone to the end.
-void Batch::cut_entry(int32_t e, int64_t largest) {
+void Batch::cut_entry(int32_t e, int64_t largest, int64_t max_tile_tokens) {
   const BatchEntry& entry = entries_[static_cast<size_t>(e)];
   const int64_t tile_tokens = attention_tile_tokens(cut_.group);
   const int64_t context = entry.first_position + entry.num_rows;
   const int64_t num_segments = num_attention_segments(context);
-  const bool is_split = entry.num_rows == 1 && num_segments > 1 && cost(1, context) > largest;
+  const bool is_long = cost(1, context) > largest || (max_tile_tokens > 0 && context > max_tile_tokens);
+  const bool is_split = entry.num_rows == 1 && num_segments > 1 && is_long;
   for (int32_t head = 0; head < cut_.num_kv_heads; ++head) {
     if (is_split && num_partials_ + num_segments <= max_partials_) {
       splits_.push_back({e, head, num_partials_, static_cast<int32_t>(num_segments)});

@@ -23,6 +23,13 @@ struct StepInput {
   int64_t num_slots;
 };
 
+// Rows [first, first + count) of what one entry of a plan is scheduled for.
+struct BatchPart {
+  int32_t index;
+  int32_t first;
+  int32_t count;
+};
+
 struct BatchLimits {
   int64_t max_num_seqs;
   int64_t max_num_batched_tokens;
@@ -30,6 +37,9 @@ struct BatchLimits {
   int64_t num_blocks;
   int64_t vocab_size;
 };
+
+// Throws std::invalid_argument where the plan does not fit the limits.
+void check_plan(const StepInput& input, const BatchLimits& limits);
 
 // What attention needs of the model and the machine in order to cut tiles.
 struct AttentionCut {
@@ -45,6 +55,7 @@ struct BatchRow {
 };
 
 struct BatchEntry {
+  int32_t index;  // in the plan
   int64_t slot;
   int64_t first_row;
   int64_t num_rows;
@@ -80,13 +91,16 @@ struct AttentionSplit {
 class Batch {
  public:
   Batch(const BatchLimits& limits, const AttentionCut& cut);  // allocates for the largest step
-  // Replaces the contents. Throws std::invalid_argument where the plan does not fit the limits.
-  void gather(const StepInput& input);
+  // Replaces the contents by some parts of a checked plan. `max_tile_tokens` of KV: longer decodes are cut into
+  // segments even where threads do not need it, 0 for never.
+  void gather(const StepInput& input, std::span<const BatchPart> parts, int64_t max_tile_tokens);
 
   std::span<const BatchRow> rows() const { return rows_; }
   std::span<const BatchEntry> entries() const { return entries_; }
   std::span<const int32_t> sampled_entries() const { return sampled_entries_; }
-  std::span<const AttentionTask> tasks() const { return tasks_; }  // by falling cost
+  // Those of class compute (several query tokens), then those that read KV for one query token; each by falling cost.
+  std::span<const AttentionTask> tasks() const { return tasks_; }
+  int64_t num_compute_tasks() const { return num_compute_tasks_; }
   std::span<const AttentionSplit> splits() const { return splits_; }
   std::span<const int32_t> members() const { return members_; }  // entries of all grouped tasks
   int64_t max_partials() const { return max_partials_; }
@@ -99,11 +113,11 @@ class Batch {
   void read_apart() { reads_shared_once_ = false; }
 
  private:
-  void add_entry(const StepInput& input, int64_t index);
-  void cut_attention();
+  void add_part(const StepInput& input, const BatchPart& part);
+  void cut_attention(int64_t max_tile_tokens);
   void find_sharing();
   void cut_run(const SharedRun& run, int64_t largest);
-  void cut_entry(int32_t e, int64_t largest);
+  void cut_entry(int32_t e, int64_t largest, int64_t max_tile_tokens);
   int64_t cost(int64_t num_tokens, int64_t context) const;
   int64_t member_cost(const SharedRun& run, int32_t member) const;
   int64_t entry_cost(const BatchEntry& entry) const;
@@ -112,6 +126,7 @@ class Batch {
   BatchLimits limits_;
   AttentionCut cut_;
   int64_t max_partials_;
+  int64_t num_compute_tasks_ = 0;
   int64_t num_attended_tokens_ = 0;
   int64_t num_read_tokens_ = 0;
   bool reads_shared_once_ = true;

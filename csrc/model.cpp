@@ -64,6 +64,22 @@ BatchLimits batch_limits(const ModelShape& shape, const ModelLimits& limits) {
           shape.vocab_size};
 }
 
+NanoBatch nano_batch(const ModelShape& shape, const ModelLimits& limits, int num_threads) {
+  return {batch_limits(shape, limits),
+          {shape.num_kv_heads, shape.group(), num_threads},
+          attention_partial_floats(shape.group(), shape.head_stride())};
+}
+
+WorkRates work_rates(const ModelShape& shape) {
+  const int64_t parameters =
+      shape.num_layers * shape.hidden_size * (shape.qkv_width() + shape.q_width() + 3 * shape.intermediate_size);
+  const auto layers = static_cast<double>(shape.num_layers);
+  return {.flop_per_row = 2.0 * static_cast<double>(parameters),
+          .flop_per_attended_token = 4.0 * layers * static_cast<double>(shape.q_width()),
+          .kv_bytes_per_token = 4.0 * layers * static_cast<double>(shape.kv_width()),
+          .weight_bytes = 2.0 * static_cast<double>(parameters)};
+}
+
 }  // namespace
 
 std::string_view op_name(Op op) {
@@ -73,7 +89,8 @@ std::string_view op_name(Op op) {
   return kNames[static_cast<int>(op)];
 }
 
-Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads)
+Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads,
+             const OverlapOptions& overlap)
     : isa_(isa),
       shape_(checked(shape)),
       limits_(limits),
@@ -81,12 +98,17 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
       format_(isa, weights_.lm_head.dtype()),
       l2_bytes_(l2_bytes()),
       team_(num_threads),
+      overlap_(overlap),
+      pipeline_(team_, {overlap.chunk_bytes, overlap.step_bytes, overlap.memory_lanes}),
       cache_(shape.num_layers, limits.num_blocks, shape.num_kv_heads, shape.head_stride()),
-      batch_(batch_limits(shape, limits), {shape.num_kv_heads, shape.group(), num_threads}),
+      split_(batch_limits(shape, limits)),
+      nano_batches_{nano_batch(shape, limits, num_threads), nano_batch(shape, limits, num_threads)},
+      work_rates_(work_rates(shape)),
       trace_(num_threads, kMaxTraceSpans) {
   check_weights();
   make_rotary_tables();
-  const int64_t rows = round_up(std::max(limits.max_num_batched_tokens, kHeadRows), kRowPanel);
+  // The second nano-batch begins at a row panel of its own.
+  const int64_t rows = round_up(std::max(limits.max_num_batched_tokens, kHeadRows), kRowPanel) + kRowPanel;
   const int64_t widest = std::max({shape.hidden_size, shape.q_width(), shape.intermediate_size});
   residual_ = Buffer<float>(rows * shape.hidden_size);
   normed_ = Buffer<float>(rows * shape.hidden_size);
@@ -94,11 +116,11 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
   gate_up_ = Buffer<float>(rows * 2 * shape.intermediate_size);
   packed_ = Buffer<uint8_t>(activation_bytes(format_, rows, widest));
   logits_ = Buffer<float>(kHeadRows * shape.vocab_size);
-  partials_ = Buffer<float>(batch_.max_partials() * attention_partial_floats(shape.group(), shape.head_stride()));
   attention_scratch_ = Buffer<float>(num_threads * attention_scratch_floats(shape.group(), shape.head_stride()));
   params_by_slot_.resize(static_cast<size_t>(limits.max_num_seqs));
   samples_.resize(static_cast<size_t>(limits.max_num_seqs));
-  head_rows_.reserve(kHeadRows);
+  head_rows_.reserve(static_cast<size_t>(std::max(limits.max_num_seqs, kHeadRows)));
+  head_entries_.reserve(static_cast<size_t>(limits.max_num_seqs));
   for (int i = 0; i < num_threads; ++i) sample_scratch_.emplace_back(shape.vocab_size);
 }
 
@@ -147,6 +169,11 @@ void Model::admit(int64_t slot, SamplingParams params) {
   params_by_slot_[static_cast<size_t>(slot)] = std::move(params);
 }
 
+void Model::set_overlap(const OverlapOptions& overlap) {
+  overlap_ = overlap;
+  pipeline_.set_options({overlap.chunk_bytes, overlap.step_bytes, overlap.memory_lanes});
+}
+
 void Model::release(int64_t slot) {
   if (slot >= 0 && slot < limits_.max_num_seqs) params_by_slot_[static_cast<size_t>(slot)] = {};
 }
@@ -156,26 +183,44 @@ std::span<const Sample> Model::step(const StepInput& input) {
     throw std::invalid_argument("the plan's table has " + std::to_string(input.num_slots) +
                                 " slots; the executor was made for " + std::to_string(limits_.max_num_seqs));
   }
-  batch_.gather(input);
-  forward(cache_);
-  const std::span<const int32_t> sampled = batch_.sampled_entries();
-  for (size_t begin = 0; begin < sampled.size(); begin += kHeadRows) {
-    const auto part = sampled.subspan(begin, std::min<size_t>(kHeadRows, sampled.size() - begin));
-    sample_entries(part, samples_.data() + begin);
+  const StepWork work = split_.look_at(input);
+  const bool is_split = overlap_pays(work, work_rates_, overlap_) && split_.split(input);
+  if (!is_split) split_.keep_whole(input);
+  forward(input, cache_, is_split ? 2 : 1);
+  gather_sampled();
+  const std::span<const float* const> rows = head_rows_;
+  const std::span<const BatchEntry* const> entries = head_entries_;
+  for (size_t begin = 0; begin < rows.size(); begin += kHeadRows) {
+    const size_t count = std::min<size_t>(kHeadRows, rows.size() - begin);
+    sample_entries(entries.subspan(begin, count), rows.subspan(begin, count), samples_.data() + begin);
   }
-  count_step(static_cast<int64_t>(sampled.size()));
-  return {samples_.data(), sampled.size()};
+  count_step(static_cast<int64_t>(rows.size()));
+  return {samples_.data(), rows.size()};
 }
 
-void Model::sample_entries(std::span<const int32_t> entries, Sample* samples) {
+// Entries that are sampled, in the order of the plan: each nano-batch has its own in that order.
+void Model::gather_sampled() {
   head_rows_.clear();
-  for (const int32_t e : entries) {
-    const BatchEntry& entry = batch_.entries()[static_cast<size_t>(e)];
-    head_rows_.push_back(entry.first_row + entry.num_rows - 1);
+  head_entries_.clear();
+  std::array<std::span<const int32_t>, kNumChains> left;
+  for (size_t n = 0; n < kNumChains; ++n) left[n] = nano_batches_[n].batch.sampled_entries();
+  const auto first_of = [&](size_t n) -> const BatchEntry& {
+    return nano_batches_[n].batch.entries()[static_cast<size_t>(left[n].front())];
+  };
+  while (!left[0].empty() || !left[1].empty()) {
+    const size_t n = left[0].empty() || (!left[1].empty() && first_of(1).index < first_of(0).index) ? 1 : 0;
+    const BatchEntry& entry = first_of(n);
+    head_entries_.push_back(&entry);
+    head_rows_.push_back(nano_batches_[n].residual + (entry.first_row + entry.num_rows - 1) * shape_.hidden_size);
+    left[n] = left[n].subspan(1);
   }
-  head(head_rows_);
+}
+
+void Model::sample_entries(std::span<const BatchEntry* const> entries, std::span<const float* const> rows,
+                           Sample* samples) {
+  head(rows);
   run(Op::kSample, static_cast<int64_t>(entries.size()), [&](int64_t i, int worker) {
-    const BatchEntry& entry = batch_.entries()[static_cast<size_t>(entries[static_cast<size_t>(i)])];
+    const BatchEntry& entry = *entries[static_cast<size_t>(i)];
     const std::span<float> row = {logits_.data() + i * shape_.vocab_size, static_cast<size_t>(shape_.vocab_size)};
     const auto num_tokens = static_cast<size_t>(entry.first_position + entry.num_rows);
     samples[i] = sample_row(isa_, row, params_by_slot_[static_cast<size_t>(entry.slot)], {entry.token_ids, num_tokens},
@@ -195,13 +240,15 @@ void Model::logits(std::span<const int32_t> tokens, float* out) {
     const auto count = static_cast<int32_t>(std::min(limits_.max_num_batched_tokens, num_tokens - begin));
     const int32_t slot = 0;
     const bool is_sampled = false;
-    batch_.gather(
-        {{&slot, 1}, {&count, 1}, {&first, 1}, &is_sampled, tokens.data(), num_tokens, blocks.data(), num_blocks, 1});
-    forward(cache);
+    const StepInput input = {
+        {&slot, 1}, {&count, 1}, {&first, 1}, &is_sampled, tokens.data(), num_tokens, blocks.data(), num_blocks, 1};
+    check_plan(input, batch_limits(shape_, limits_));
+    split_.keep_whole(input);
+    forward(input, cache, 1);
     for (int64_t row = 0; row < count; row += kHeadRows) {
       const int64_t end = std::min<int64_t>(count, row + kHeadRows);
       head_rows_.clear();
-      for (int64_t i = row; i < end; ++i) head_rows_.push_back(i);
+      for (int64_t i = row; i < end; ++i) head_rows_.push_back(residual_.data() + i * shape_.hidden_size);
       head(head_rows_);
       std::copy_n(logits_.data(), (end - row) * shape_.vocab_size, out + (begin + row) * shape_.vocab_size);
     }
@@ -222,8 +269,8 @@ int64_t Model::num_weight_bytes() const {
 
 int64_t Model::num_workspace_bytes() const {
   int64_t bytes = packed_.num_bytes();
-  for (const auto* buffer :
-       {&residual_, &normed_, &qkv_, &gate_up_, &logits_, &partials_, &attention_scratch_, &cosine_, &sine_}) {
+  for (const NanoBatch& nano : nano_batches_) bytes += nano.partials.num_bytes();
+  for (const auto* buffer : {&residual_, &normed_, &qkv_, &gate_up_, &logits_, &attention_scratch_, &cosine_, &sine_}) {
     bytes += buffer->num_bytes();
   }
   return bytes;
@@ -232,16 +279,23 @@ int64_t Model::num_workspace_bytes() const {
 void Model::count_step(int64_t num_head_rows) {
   const ModelShape& s = shape_;
   const int64_t layer_parameters = s.hidden_size * (s.qkv_width() + s.q_width() + 3 * s.intermediate_size);
-  const auto num_rows = static_cast<double>(batch_.rows().size());
+  int64_t num_tokens = 0, num_attended = 0, num_read = 0;
+  for (const NanoBatch& nano : nano_batches_) {
+    num_tokens += nano.num_rows();
+    num_attended += nano.batch.num_attended_tokens();
+    num_read += nano.batch.num_read_tokens();
+  }
+  const auto num_rows = static_cast<double>(num_tokens);
   const auto layers = static_cast<double>(s.num_layers);
   ++counters_.num_steps;
-  counters_.num_tokens += static_cast<int64_t>(batch_.rows().size());
+  if (num_nano_batches_ > 1) ++counters_.num_overlapped_steps;
+  counters_.num_tokens += num_tokens;
   counters_.matmul_flop += 2.0 * num_rows * layers * static_cast<double>(layer_parameters);
   counters_.matmul_flop += 2.0 * static_cast<double>(num_head_rows * s.vocab_size * s.hidden_size);
-  counters_.attention_flop += 4.0 * layers * static_cast<double>(batch_.num_attended_tokens() * s.q_width());
-  counters_.weight_bytes += static_cast<double>(num_layer_bytes());
+  counters_.attention_flop += 4.0 * layers * static_cast<double>(num_attended * s.q_width());
+  counters_.weight_bytes += static_cast<double>(num_nano_batches_ * num_layer_bytes());
   if (num_head_rows > 0) counters_.weight_bytes += static_cast<double>(weights_.lm_head.num_bytes());
-  counters_.kv_bytes += 4.0 * layers * static_cast<double>(batch_.num_read_tokens() * s.kv_width());
+  counters_.kv_bytes += 4.0 * layers * static_cast<double>(num_read * s.kv_width());
 }
 
 void Model::run(Op op, int64_t num_tiles, TileFn fn) {
@@ -250,7 +304,7 @@ void Model::run(Op op, int64_t num_tiles, TileFn fn) {
     team_.run(num_tiles, [&](int64_t tile, int worker) {
       const int64_t begin_ns = TraceRecorder::now_ns();
       fn(tile, worker);
-      trace_.record(worker, static_cast<int32_t>(op), layer_, 0, begin_ns, TraceRecorder::now_ns());
+      trace_.record(worker, static_cast<int32_t>(op), -1, 0, begin_ns, TraceRecorder::now_ns());
     });
   } else {
     team_.run(num_tiles, fn);

@@ -1,9 +1,11 @@
 // A decoder-only transformer of the Llama family (Llama, Qwen2, Qwen3) and its step: tokens in, sampled tokens out.
-// Every op of a step is a number of tiles and a function of a tile's index; here they run op by op on all threads.
+// Every op of a step is a number of tiles and a function of a tile's index. A step runs as one chain of ops or, with
+// overlap, as two nano-batches side by side (pipeline.h).
 // Planning, KV block ownership and weight files are elsewhere.
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -11,9 +13,12 @@
 
 #include "batch.h"
 #include "kv_cache.h"
+#include "nano_batch.h"
 #include "ops/attention.h"
 #include "ops/matmul.h"
 #include "ops/sample.h"
+#include "overlap.h"
+#include "pipeline.h"
 #include "tensor.h"
 #include "threads.h"
 #include "trace.h"
@@ -71,10 +76,30 @@ enum class Op {
 inline constexpr int kNumOps = 13;
 std::string_view op_name(Op op);
 
+// Ops of a chain: one kEmbed, then the others once per layer.
+enum class Stage {
+  kEmbed,
+  kInputNorm,
+  kQkv,
+  kRotate,
+  kAttendCompute,
+  kAttendMemory,
+  kMerge,
+  kPackAttention,
+  kOutput,
+  kPostNorm,
+  kGateUp,
+  kActivate,
+  kDown
+};
+inline constexpr int64_t kStagesPerLayer = 12;
+
 // Work since the model was made. `*_bytes` count what must come from memory: weights once per step, KV once per
-// sequence, that of a prefix that sequences read together once for all of them.
+// sequence, that of a prefix that sequences read together once for all of them. `op_s` is the time from an op's
+// beginning to its end: where nano-batches overlap, ops of both count.
 struct StepCounters {
   int64_t num_steps = 0;
+  int64_t num_overlapped_steps = 0;
   int64_t num_tokens = 0;
   double matmul_flop = 0.0;
   double attention_flop = 0.0;
@@ -90,20 +115,46 @@ struct ModelLimits {
   int64_t num_blocks;
 };
 
-class Model {
+// What a nano-batch works on: its rows of the step, and where its activations are.
+struct NanoBatch {
+  NanoBatch(const BatchLimits& limits, const AttentionCut& cut, int64_t partial_floats)
+      : batch(limits, cut), partials(batch.max_partials() * partial_floats) {}
+
+  int64_t num_rows() const { return static_cast<int64_t>(batch.rows().size()); }
+
+  Batch batch;
+  Buffer<float> partials;  // of split sequences
+  float* residual = nullptr;
+  float* normed = nullptr;
+  float* qkv = nullptr;
+  float* gate_up = nullptr;
+  uint8_t* packed = nullptr;
+  MatmulGrid grid = {};  // of the matmul at hand
+  std::chrono::steady_clock::time_point started;
+  std::array<double, kNumOps> op_s = {};
+};
+
+class Model : private Chains {
  public:
   // Throws std::invalid_argument for weights that do not fit the shape or differ in format.
-  Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads);
+  Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads,
+        const OverlapOptions& overlap = {});
 
   void admit(int64_t slot, SamplingParams params);
   void release(int64_t slot);
+  // From the next step on. Allocates.
+  void set_overlap(const OverlapOptions& overlap);
   // Runs one step; results in the order of the plan's sampled entries, valid until the next call. Mutates: the KV
   // cache. Throws std::invalid_argument where the plan does not fit the limits, before anything has run.
   std::span<const Sample> step(const StepInput& input);
   // Whether attention reads the KV of a prefix that sequences share once per step (so at first) or for each of them.
   // Changes time, never tokens.
-  void read_shared_once() { batch_.read_shared_once(); }
-  void read_apart() { batch_.read_apart(); }
+  void read_shared_once() {
+    for (NanoBatch& nano : nano_batches_) nano.batch.read_shared_once();
+  }
+  void read_apart() {
+    for (NanoBatch& nano : nano_batches_) nano.batch.read_apart();
+  }
   // Logits after every token of one sequence: [tokens.size(), vocab_size]. Uses KV memory of its own.
   void logits(std::span<const int32_t> tokens, float* out);
 
@@ -119,26 +170,44 @@ class Model {
   TraceRecorder& trace() { return trace_; }
 
  private:
-  void forward(KvCache& cache);
-  void embed();
-  void norm_and_pack(const std::vector<float>& weight);
-  void rotate_and_cache(int64_t layer, KvCache& cache);
-  void attend(int64_t layer, const KvCache& cache);
-  void pack_attention();
-  void activate_and_pack();
-  void multiply(Op op, int64_t num_rows, const PackedMatrix& w, const std::vector<float>& bias, bool accumulate,
-                float* y, int64_t ldy);
-  // Logits of some rows of the batch, at most kHeadRows.
-  void head(std::span<const int64_t> rows);
-  void sample_entries(std::span<const int32_t> entries, Sample* samples);
+  // Chains: the layers of a nano-batch.
+  int64_t num_ops(int chain) const override;
+  int64_t num_awaited_ops(int chain, int64_t op) const override;
+  OpTiles begin(int chain, int64_t op) override;
+  int64_t num_fetched_runs(int chain, int64_t op, int64_t tile) const override;
+  int64_t list_next_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const override;
+  void run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) override;
+  void end(int chain, int64_t op) override;
+  int64_t list_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const override;
+
+  // Runs all layers on the parts that the split has.
+  void forward(const StepInput& input, KvCache& cache, int num_nano_batches);
+  void run_tile(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs);
+  int64_t list_block_runs(const uint16_t* head, const int32_t* blocks, int64_t begin, int64_t end,
+                          const uint16_t** runs, int64_t max_runs) const;
+  void place(NanoBatch& nano, int64_t first_row);
+  void embed(NanoBatch& nano, int64_t panel);
+  void norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, int64_t panel);
+  void rotate_and_cache(NanoBatch& nano, int64_t layer, int64_t tile);
+  void attend(NanoBatch& nano, int64_t layer, const AttentionTask& task, int worker);
+  void attend_group(NanoBatch& nano, int64_t layer, const AttentionTask& task, float* scratch);
+  void merge_segments(NanoBatch& nano, int64_t layer, const AttentionSplit& split);
+  void pack_attention(NanoBatch& nano, int64_t panel);
+  void activate_and_pack(NanoBatch& nano, int64_t panel);
+  const PackedMatrix* matrix_of(int64_t op) const;  // null where the op is no matmul
+  OpTiles cut_matmul(NanoBatch& nano, const PackedMatrix& w, Stage stage);
+  AttentionTile attention_of(const NanoBatch& nano, const AttentionTask& task, int64_t layer) const;
+  const AttentionTask& memory_task(const NanoBatch& nano, int64_t tile) const;
+
+  // Logits of some rows of the residual, at most kHeadRows.
+  void head(std::span<const float* const> rows);
+  void gather_sampled();
+  void sample_entries(std::span<const BatchEntry* const> entries, std::span<const float* const> rows, Sample* samples);
   void run(Op op, int64_t num_tiles, TileFn fn);
   void count_step(int64_t num_head_rows);
   int64_t num_layer_bytes() const;
   void check_weights() const;
   void make_rotary_tables();
-
-  AttentionTile attention_of(const AttentionTask& task, int64_t layer, const KvCache& cache);
-  void attend_group(const AttentionTask& task, int64_t layer, const KvCache& cache, float* scratch);
 
   Isa isa_;
   ModelShape shape_;
@@ -147,23 +216,28 @@ class Model {
   MatmulFormat format_;  // of all matrices
   int64_t l2_bytes_;
   ThreadTeam team_;
+  OverlapOptions overlap_;
+  Pipeline pipeline_;
   KvCache cache_;
-  Batch batch_;
+  KvCache* step_cache_ = nullptr;  // of the step at hand
+  NanoBatchSplit split_;
+  std::array<NanoBatch, kNumChains> nano_batches_;
+  int num_nano_batches_ = 1;  // of the step at hand
+  WorkRates work_rates_;
   TraceRecorder trace_;
-  int32_t layer_ = -1;  // being run, -1: none
   StepCounters counters_;
   std::vector<SamplingParams> params_by_slot_;
   std::vector<Sample> samples_;
-  std::vector<int64_t> head_rows_;
+  std::vector<const float*> head_rows_;
+  std::vector<const BatchEntry*> head_entries_;
   Buffer<float> cosine_, sine_;  // [max_model_len, head_dim / 2]
-  // Rows of one step.
+  // Rows of one step, those of the second nano-batch after those of the first.
   Buffer<float> residual_;           // [rows, hidden_size]
   Buffer<float> normed_;             // [rows, hidden_size]
   Buffer<float> qkv_;                // [rows, qkv_width]; attention leaves its output in place of q
   Buffer<float> gate_up_;            // [rows, 2 * intermediate_size]
   Buffer<uint8_t> packed_;           // the input of the matmul at hand
   Buffer<float> logits_;             // [kHeadRows, vocab_size]
-  Buffer<float> partials_;           // of split sequences
   Buffer<float> attention_scratch_;  // per worker
   std::vector<SampleScratch> sample_scratch_;
 };

@@ -7,35 +7,14 @@
 #include <thread>
 #include <vector>
 
+#include "waiting.h"
+
 namespace blendserve {
 namespace {
 
 // Pauses before a thread sleeps. One takes about 15-45 ns, so a wait stays awake for 30-90 us: longer than the gap
 // between two ops of a step (a few us) and than a futex wake-up, short enough not to hurt whoever else needs the core.
 constexpr int kSpins = 2000;
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Waits until done(value of atom) holds: awake for `spins` pauses, then asleep.
-template <class T, class Done>
-T wait_until(std::atomic<T>& atom, int spins, Done done) {
-  T value = atom.load(std::memory_order_acquire);
-  for (int i = 0; i < spins && !done(value); ++i) {
-    pause();
-    value = atom.load(std::memory_order_acquire);
-  }
-  while (!done(value)) {
-    atom.wait(value, std::memory_order_acquire);
-    value = atom.load(std::memory_order_acquire);
-  }
-  return value;
-}
 
 constexpr uint64_t kTileBits = 32;
 constexpr uint64_t kTileMask = (uint64_t{1} << kTileBits) - 1;
@@ -124,6 +103,8 @@ ThreadTeam::ThreadTeam(int num_threads) {
 ThreadTeam::~ThreadTeam() { state_->stop(); }
 
 int ThreadTeam::num_threads() const { return state_->num_threads; }
+
+int ThreadTeam::spins() const { return state_->spins; }
 
 void ThreadTeam::run(int64_t num_tiles, TileFn fn) noexcept {
   State& state = *state_;

@@ -33,6 +33,8 @@ class ThreadTeam {
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
   int num_threads() const;
+  // Pauses that a thread of the team makes before it sleeps.
+  int spins() const;
   // Runs fn(tile, worker) once for every tile in [0, num_tiles); returns when all are done. Tiles are claimed one by
   // one from a shared counter, in rising order; `worker` is in [0, num_threads), 0 is the calling thread. At most 2^32
   // - 1 tiles. Never allocates. Must not be called from inside a tile nor by two threads at once; a tile that throws

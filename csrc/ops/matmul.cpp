@@ -178,6 +178,12 @@ void PackedMatrix::pack(std::span<const T> weights) {
   }
 }
 
+std::span<const uint16_t> PackedMatrix::columns(int64_t column) const {
+  const int64_t width = weight_panel(format_.isa);
+  const int64_t panel_size = width * round_up(k_, 2);
+  return {data() + column / width * panel_size, static_cast<size_t>(panel_size)};
+}
+
 void PackedMatrix::unpack_row(int64_t row, float* out) const {
   if (format_.dtype == Dtype::kInt8) return unpack_int8_row(row, out);
   const int64_t width = weight_panel(format_.isa);
@@ -206,10 +212,20 @@ void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t 
   }
 }
 
+int64_t num_prefetch_runs([[maybe_unused]] MatmulFormat format, [[maybe_unused]] const MatmulTile& tile,
+                          [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t step_bytes) {
+#if defined(__x86_64__)
+  if (format.dtype == Dtype::kBf16 && format.isa != Isa::kPortable && format.isa != Isa::kAvx512Bf16) {
+    return kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
+  }
+#endif
+  return 0;
+}
+
 void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias,
-                 bool accumulate, float* y, int64_t ldy) {
+                 bool accumulate, float* y, int64_t ldy, PrefetchRuns* runs) {
   if (w.dtype() == Dtype::kInt8) return kernels::int8_tile(packed_x, w, tile, bias, accumulate, y, ldy);
-  const kernels::TileArgs args{packed_x, w.data(), w.k(), tile, bias, accumulate, y, ldy};
+  const kernels::TileArgs args{packed_x, w.data(), w.k(), tile, bias, accumulate, y, ldy, runs};
   switch (w.isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx2:

@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace blendserve {
@@ -56,6 +57,8 @@ class PackedMatrix {
   const int8_t* int8_data() const { return static_cast<const int8_t*>(data_.get()); }
   const float* scales() const { return scales_.data(); }      // int8: per column, padded to whole panels
   const int32_t* offsets() const { return offsets_.data(); }  // int8: kInt8Zero times the sum of the column's integers
+  // The packed weights of the panel that begins at column `column`, a multiple of kColumnPanel; bf16 only.
+  std::span<const uint16_t> columns(int64_t column) const;
   // Writes row `row` (k values) as float32: the embedding of a token where the head is tied to it.
   void unpack_row(int64_t row, float* out) const;
 
@@ -97,8 +100,21 @@ inline constexpr int64_t kColumnPanel = 32;
 struct MatmulTile {
   int64_t row_begin, row_end, col_begin, col_end;
 };
+// Memory that a matmul fetches into L2 beside its own work: runs of kPrefetchRunBytes, taken from the front as far as the
+// tile has steps of two k for them, each of which asks for the next `step_bytes` (up to a line).
+inline constexpr int64_t kPrefetchRunBytes = 1024;
+struct PrefetchRuns {
+  const uint16_t* const* begin = nullptr;
+  const uint16_t* const* end = nullptr;
+  int64_t step_bytes = 64;
+
+  int64_t left() const { return end - begin; }
+  const uint16_t* const* take(int64_t count) { return std::exchange(begin, begin + count); }
+};
+// How many runs a tile takes at most; 0 where its kernel takes none.
+int64_t num_prefetch_runs(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t step_bytes);
 void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias,
-                 bool accumulate, float* y, int64_t ldy);
+                 bool accumulate, float* y, int64_t ldy, PrefetchRuns* runs = nullptr);
 
 // How to cut one matmul into tiles: tile i of size() covers tile(i). Tiles that share weights follow each other, so
 // that the threads that run them at the same time read those weights from memory once.

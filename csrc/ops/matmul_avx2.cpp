@@ -28,12 +28,17 @@ struct Block {
   int64_t num_k;
   float* y;
   int64_t ldy;
-  float* kept;               // one panel as float32, [num_k][16]; null where nothing is kept
-  bool is_loaded;            // start from y instead of 0
-  const float* bias;         // added last; may be null
-  const uint16_t* prefetch;  // one line per panel and two k is fetched into L2 from here ...
-  int64_t prefetch_step;     // ... moving on by so many elements: 32, or 0 where there is nothing to fetch
+  float* kept;                            // one panel as float32, [num_k][16]; null where nothing is kept
+  bool is_loaded;                         // start from y instead of 0
+  const float* bias;                      // added last; may be null
+  const uint16_t* prefetch;               // one line per panel and two k is fetched into L2 from here ...
+  int64_t prefetch_step;                  // ... moving on by so many elements: 32, or 0 where there is nothing to fetch
+  const uint16_t* const* runs = nullptr;  // instead, where not null: the next run every `run_steps` steps
+  int64_t run_steps = 0;
 };
+
+// Steps of two k that one run of prefetches takes.
+int64_t run_steps(int64_t step_bytes) { return ceil_div(kPrefetchRunBytes, step_bytes); }
 
 template <int kRows, int kVectors>
 [[gnu::always_inline]] inline void load_sums(const Block& b, __m256 (&sums)[kRows][kVectors]) {
@@ -74,43 +79,49 @@ void kernel(const Block& b) {
   const uint16_t* prefetch = b.prefetch;
   __m256 sums[kRows][2 * kPanels];
   load_sums<kRows, 2 * kPanels>(b, sums);
-  for (int64_t pair = b.num_k / 2; pair > 0; --pair) {
+  const uint16_t* const* runs = b.runs;
+  int64_t pair = b.num_k / 2;
+  do {
+    const int64_t end = runs != nullptr && pair > b.run_steps ? pair - b.run_steps : 0;
+    if (runs != nullptr) prefetch = *runs++;
+    for (; pair > end; --pair) {
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
-      const __m256i* lanes = reinterpret_cast<const __m256i*>(w + p * panel_stride);
-      _mm_prefetch(reinterpret_cast<const char*>(prefetch + p * panel_stride), _MM_HINT_T1);
-      // With 12 sums there is no register for the mask: hide that it stays the same, so that it is read from memory.
-      if constexpr (kRows * kPanels >= kMaxRows) asm("" : "+r"(high_halves));
-      const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(high_halves));
+      for (int p = 0; p < kPanels; ++p) {
+        const __m256i* lanes = reinterpret_cast<const __m256i*>(w + p * panel_stride);
+        _mm_prefetch(reinterpret_cast<const char*>(prefetch + p * panel_stride), _MM_HINT_T1);
+        // With 12 sums there is no register for the mask: hide that it stays the same, so that it is read from memory.
+        if constexpr (kRows * kPanels >= kMaxRows) asm("" : "+r"(high_halves));
+        const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(high_halves));
 #pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-        __m256 w0, w1;
-        if constexpr (kSource == Source::kKept) {
-          w0 = _mm256_load_ps(kept + odd * kWeightPanel);
-          w1 = _mm256_load_ps(kept + odd * kWeightPanel + 8);
-        } else {
-          const __m256i raw0 = _mm256_load_si256(lanes);
-          const __m256i raw1 = _mm256_load_si256(lanes + 1);
-          w0 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw0, high) : _mm256_slli_epi32(raw0, 16));
-          w1 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw1, high) : _mm256_slli_epi32(raw1, 16));
-        }
-        if constexpr (kSource == Source::kPackedAndKept) {
-          _mm256_store_ps(kept + odd * kWeightPanel, w0);
-          _mm256_store_ps(kept + odd * kWeightPanel + 8, w1);
-        }
+        for (int odd = 0; odd < 2; ++odd) {
+          __m256 w0, w1;
+          if constexpr (kSource == Source::kKept) {
+            w0 = _mm256_load_ps(kept + odd * kWeightPanel);
+            w1 = _mm256_load_ps(kept + odd * kWeightPanel + 8);
+          } else {
+            const __m256i raw0 = _mm256_load_si256(lanes);
+            const __m256i raw1 = _mm256_load_si256(lanes + 1);
+            w0 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw0, high) : _mm256_slli_epi32(raw0, 16));
+            w1 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw1, high) : _mm256_slli_epi32(raw1, 16));
+          }
+          if constexpr (kSource == Source::kPackedAndKept) {
+            _mm256_store_ps(kept + odd * kWeightPanel, w0);
+            _mm256_store_ps(kept + odd * kWeightPanel + 8, w1);
+          }
 #pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
-          const __m256 value = _mm256_broadcast_ss(x + r * ldx + odd);
-          sums[r][2 * p] = _mm256_fmadd_ps(value, w0, sums[r][2 * p]);
-          sums[r][2 * p + 1] = _mm256_fmadd_ps(value, w1, sums[r][2 * p + 1]);
+          for (int r = 0; r < kRows; ++r) {
+            const __m256 value = _mm256_broadcast_ss(x + r * ldx + odd);
+            sums[r][2 * p] = _mm256_fmadd_ps(value, w0, sums[r][2 * p]);
+            sums[r][2 * p + 1] = _mm256_fmadd_ps(value, w1, sums[r][2 * p + 1]);
+          }
         }
       }
+      x += 2;
+      w += 2 * kWeightPanel;
+      if constexpr (kSource != Source::kPacked) kept += 2 * kWeightPanel;
+      prefetch += b.prefetch_step;
     }
-    x += 2;
-    w += 2 * kWeightPanel;
-    if constexpr (kSource != Source::kPacked) kept += 2 * kWeightPanel;
-    prefetch += b.prefetch_step;
-  }
+  } while (pair > 0);
   store_sums<kRows, 2 * kPanels>(b, sums);
 }
 
@@ -185,6 +196,8 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
       // reads as fast as memory gives, on four panels at once, and is slower with fetches.
       const int64_t ahead = c + (col_end - col);
       const bool can_fetch = group == 0 && groups.num_rows > 1 && ahead + step <= a.tile.col_end;
+      const int64_t num_runs = a.runs != nullptr ? ceil_div(block_num_k / 2, run_steps(a.runs->step_bytes)) : 0;
+      const bool can_fetch_runs = num_runs > 0 && group > 0 && next_row - row > 2 && a.runs->left() >= num_runs;
       float* y = a.y + row * a.ldy + c;
       prefetch_rows(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row));
       const Block b{.x = static_cast<const float*>(a.x) + row * ldx + k,
@@ -198,7 +211,11 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
                     .is_loaded = a.accumulate || k > 0,
                     .bias = a.bias != nullptr && k + block_num_k == num_k ? a.bias + c : nullptr,
                     .prefetch = can_fetch ? w + (ahead - c) / kWeightPanel * panel_stride : w,
-                    .prefetch_step = can_fetch ? 2 * kWeightPanel : 0};
+                    .prefetch_step = can_fetch_runs ? a.runs->step_bytes / 2
+                                     : can_fetch    ? 2 * kWeightPanel
+                                                    : 0,
+                    .runs = can_fetch_runs ? a.runs->take(num_runs) : nullptr,
+                    .run_steps = can_fetch_runs ? run_steps(a.runs->step_bytes) : 0};
       const auto run_block = [rows = next_row - row, num_panels, group](const Block& block) {
         return block.kept != nullptr ? run_kept(block, rows, group == 0) : run(block, rows, num_panels);
       };
@@ -211,14 +228,30 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
   }
 }
 
+// Values of k that a tile of so many rows visits at a time.
+int64_t block_size(int64_t num_rows, int64_t k) {
+  const int64_t num_k = round_up(k, 2);
+  const int64_t num_blocks = num_rows <= kRowPanel ? 1 : ceil_div(num_k, kMaxResidentK);
+  return round_up(ceil_div(num_k, num_blocks), 2);
+}
+
 }  // namespace
+
+// Every group of rows but the first, which fetches weights, on every panel.
+int64_t num_prefetch_runs_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+  const RowGroups groups(tile.row_end - tile.row_begin);
+  if (groups.num_rows <= 2 * groups.count) return 0;
+  const int64_t block_k = block_size(groups.num_rows, k);
+  const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kWeightPanel);
+  const int64_t num_blocks = ceil_div(round_up(k, 2), block_k);
+  return (groups.count - 1) * num_panels * num_blocks * ceil_div(block_k / 2, run_steps(step_bytes));
+}
 
 void tile_avx2(const TileArgs& args) {
   const MatmulTile& t = args.tile;
   const RowGroups groups(t.row_end - t.row_begin);
   const int64_t num_k = round_up(args.k, 2);
-  const int64_t num_blocks = groups.num_rows <= kRowPanel ? 1 : ceil_div(num_k, kMaxResidentK);
-  const int64_t block_k = round_up(ceil_div(num_k, num_blocks), 2);
+  const int64_t block_k = block_size(groups.num_rows, args.k);
   const int64_t strip = num_strip_panels(groups.num_rows) * kWeightPanel;
   for (int64_t k = 0; k < num_k; k += block_k) {
     for (int64_t col = t.col_begin; col < t.col_end; col += strip) {

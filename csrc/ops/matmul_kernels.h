@@ -42,6 +42,7 @@ struct TileArgs {
   bool accumulate;
   float* y;
   int64_t ldy;
+  PrefetchRuns* runs;  // may be null
 };
 
 inline constexpr int64_t kInt8Panel = 16;  // two AVX registers or one AVX-512 register of 32-bit lanes
@@ -109,6 +110,7 @@ void int8_row_avx2(const float* x, int64_t k, uint8_t* row);
 
 void tile_portable(const TileArgs& args);
 void tile_avx2(const TileArgs& args);
+int64_t num_prefetch_runs_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes);
 void tile_avx512bf16(const TileArgs& args);
 void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 

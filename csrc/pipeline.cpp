@@ -1,0 +1,206 @@
+#include "pipeline.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+
+#include "waiting.h"
+namespace blendserve {
+double g_t[8][8];
+long g_n[8][8];
+static double tick() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+void dump_pipeline(int threads, int steps) {
+  for (int w = 0; w < threads; w++) {
+    if (steps < 1000) std::printf("\n  w%d:", w);
+    const char* n[] = {"comp+pf", "comp", "mem held", "mem alone", "idle", "left", "runs"};
+    for (int i = 0; i < 7; i++) {
+      if (steps < 1000) std::printf(" %s %.2fms/%ld", n[i], g_t[w][i] * 1e3 / steps, g_n[w][i] / steps);
+      g_t[w][i] = 0;
+      g_n[w][i] = 0;
+    }
+  }
+}
+namespace {
+
+// The word of a chain: number of the op << 33 | is it of class memory << 32 | unclaimed tiles.
+constexpr int kSerialShift = 33;
+constexpr uint64_t kMemoryBit = uint64_t{1} << 32;
+constexpr uint64_t kTileMask = kMemoryBit - 1;
+
+// More tiles than these are never held by one worker at a time: short contexts would fill a chunk with hundreds.
+constexpr size_t kMaxHeldTiles = 16;
+
+}  // namespace
+
+Pipeline::Pipeline(ThreadTeam& team, const PipelineOptions& options) : team_(team) {
+  workers_.resize(static_cast<size_t>(team.num_threads()));
+  for (Worker& worker : workers_) worker.memory_tiles.reserve(kMaxHeldTiles);
+  set_options(options);
+}
+
+void Pipeline::set_options(const PipelineOptions& options) {
+  options_ = options;
+  if (options_.memory_lanes < 1) options_.memory_lanes = team_.num_threads();
+  const int64_t max_runs = std::max<int64_t>(1, options.chunk_bytes / kPrefetchRunBytes);
+  for (Worker& worker : workers_) worker.runs.resize(static_cast<size_t>(max_runs));
+}
+
+void Pipeline::run(Chains& chains, int num_chains) noexcept {
+  chains_ = &chains;
+  num_chains_ = num_chains;
+  num_running_.store(num_chains, std::memory_order_relaxed);
+  num_memory_workers_.store(0, std::memory_order_relaxed);
+  for (int chain = 0; chain < num_chains; ++chain) {
+    Chain& state = state_[static_cast<size_t>(chain)];
+    state.num_done.store(0, std::memory_order_relaxed);
+    state.awaited.store(0, std::memory_order_relaxed);
+  }
+  for (int chain = 0; chain < num_chains; ++chain) go_on(chain, 0);
+  team_.run(team_.num_threads(), [this](int64_t, int worker) { work(worker); });
+}
+
+void Pipeline::work(int worker) {
+  for (;;) {
+    const uint32_t seen = events_.load(std::memory_order_acquire);
+    Claim claim;
+    if (claim_compute(claim)) {
+      run_compute_tile(claim, worker);
+    } else if (claim_memory(claim)) {
+      double t0 = tick();
+      run_tile(claim, worker, nullptr);
+      g_t[worker][3] += tick() - t0;
+      g_n[worker][3]++;
+    } else {
+      if (num_running_.load(std::memory_order_acquire) == 0) return;
+      double t0 = tick();
+      wait_until(events_, team_.spins(), [seen](uint32_t now) { return now != seen; });
+      g_t[worker][4] += tick() - t0;
+      g_n[worker][4]++;
+    }
+  }
+}
+
+// Beside memory tiles, where there are some and the tile can fetch what they read: they run after it, from cache.
+void Pipeline::run_compute_tile(const Claim& compute, int worker) {
+  const int64_t capacity = num_chains_ > 1 ? chains_->num_fetched_runs(compute.chain, compute.op, compute.tile) : 0;
+  if (capacity == 0) return run_tile(compute, worker, nullptr);
+  Worker& mine = workers_[static_cast<size_t>(worker)];
+  const int64_t max_runs = std::min(capacity, static_cast<int64_t>(mine.runs.size()));
+  int64_t num_runs = chains_->list_next_runs(compute.chain, compute.op, compute.tile, mine.runs.data(), max_runs);
+  const bool has_lane = num_memory_workers_.fetch_add(1, std::memory_order_relaxed) < options_.memory_lanes;
+  if (has_lane) num_runs = take_memory_tiles(mine, num_runs, max_runs);
+  PrefetchRuns runs = {mine.runs.data(), mine.runs.data() + num_runs, options_.step_bytes};
+  run_tile(compute, worker, num_runs > 0 ? &runs : nullptr);
+  for (const Claim& held : mine.memory_tiles) run_tile(held, worker, nullptr);
+  mine.memory_tiles.clear();
+  num_memory_workers_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+// Takes memory tiles as long as another one like the last fits into what can be fetched. Returns the number of runs.
+int64_t Pipeline::take_memory_tiles(Worker& mine, int64_t num_runs, int64_t max_runs) {
+  Claim held;
+  int64_t last_runs = 1;
+  while (num_runs + last_runs <= max_runs && mine.memory_tiles.size() < kMaxHeldTiles && claim_memory(held)) {
+    mine.memory_tiles.push_back(held);
+    last_runs = chains_->list_runs(held.chain, held.op, held.tile, mine.runs.data() + num_runs, max_runs - num_runs);
+    num_runs += last_runs;
+  }
+  return num_runs;
+}
+
+bool Pipeline::claim(int chain, TileClass tile_class, Claim& claim) {
+  Chain& state = state_[static_cast<size_t>(chain)];
+  const uint64_t wanted = tile_class == TileClass::kMemory ? kMemoryBit : 0;
+  uint64_t seen = state.unclaimed.load(std::memory_order_acquire);
+  while ((seen & kTileMask) != 0 && (seen & kMemoryBit) == wanted) {
+    if (state.unclaimed.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      claim = {chain, state.op, state.num_tiles - static_cast<int64_t>(seen & kTileMask)};
+      return true;
+    }
+  }
+  return false;
+}
+
+bool Pipeline::claim_compute(Claim& claim) {
+  if (num_chains_ == 1) return this->claim(0, TileClass::kCompute, claim);
+  const int first =
+      state_[1].urgency.load(std::memory_order_relaxed) > state_[0].urgency.load(std::memory_order_relaxed);
+  return this->claim(first, TileClass::kCompute, claim) || this->claim(1 - first, TileClass::kCompute, claim);
+}
+
+// Of two memory ops the one that began first: its chain has compute tiles the sooner.
+bool Pipeline::claim_memory(Claim& claim) {
+  if (num_chains_ == 1) return this->claim(0, TileClass::kMemory, claim);
+  const uint32_t age =
+      state_[1].published.load(std::memory_order_relaxed) - state_[0].published.load(std::memory_order_relaxed);
+  const int first = static_cast<int32_t>(age) < 0;
+  return this->claim(first, TileClass::kMemory, claim) || this->claim(1 - first, TileClass::kMemory, claim);
+}
+
+void Pipeline::run_tile(const Claim& claim, int worker, PrefetchRuns* runs) {
+  chains_->run(claim.chain, claim.op, claim.tile, worker, runs);
+  Chain& state = state_[static_cast<size_t>(claim.chain)];
+  if (state.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  chains_->end(claim.chain, claim.op);
+  // Sequentially consistent, as all that touches `awaited` and `num_done`: of a chain that begins to wait and one that
+  // gets there at the same time, at least one sees the other.
+  state.num_done.store(claim.op + 1);
+  if (num_chains_ > 1) resume(1 - claim.chain);
+  go_on(claim.chain, claim.op + 1);
+}
+
+// Begins a chain's op `op` or, where that has no tiles, the first one after it that has.
+void Pipeline::go_on(int chain, int64_t op) {
+  Chain& state = state_[static_cast<size_t>(chain)];
+  for (; op < chains_->num_ops(chain); ++op) {
+    if (num_chains_ > 1) {
+      const int64_t awaited = chains_->num_awaited_ops(chain, op);
+      const Chain& other = state_[static_cast<size_t>(1 - chain)];
+      if (other.num_done.load() < awaited) {
+        state.op = op;
+        state.awaited.store(awaited);
+        // The other one may have got there meanwhile: who takes the number away goes on.
+        if (other.num_done.load() < awaited || state.awaited.exchange(0) == 0) return;
+      }
+    }
+    const OpTiles tiles = chains_->begin(chain, op);
+    if (tiles.num_tiles > 0) return publish(chain, op, tiles);
+    chains_->end(chain, op);
+    state.num_done.store(op + 1);
+    if (num_chains_ > 1) resume(1 - chain);
+  }
+  num_running_.fetch_sub(1, std::memory_order_acq_rel);
+  signal();
+}
+
+// Goes on with a chain that waits for what is done by now.
+void Pipeline::resume(int chain) {
+  Chain& state = state_[static_cast<size_t>(chain)];
+  const int64_t awaited = state.awaited.load();
+  if (awaited == 0 || state_[static_cast<size_t>(1 - chain)].num_done.load() < awaited) return;
+  if (state.awaited.exchange(0) == 0) return;
+  go_on(chain, state.op);
+}
+
+void Pipeline::publish(int chain, int64_t op, const OpTiles& tiles) {
+  Chain& state = state_[static_cast<size_t>(chain)];
+  state.op = op;
+  state.num_tiles = tiles.num_tiles;
+  state.unfinished.store(tiles.num_tiles, std::memory_order_relaxed);
+  state.urgency.store(tiles.urgency, std::memory_order_relaxed);
+  state.published.store(events_.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  const uint64_t serial = (state.unclaimed.load(std::memory_order_relaxed) >> kSerialShift) + 1;
+  const uint64_t memory_bit = tiles.tile_class == TileClass::kMemory ? kMemoryBit : 0;
+  state.unclaimed.store(serial << kSerialShift | memory_bit | static_cast<uint64_t>(tiles.num_tiles),
+                        std::memory_order_release);
+  signal();
+}
+
+void Pipeline::signal() {
+  events_.fetch_add(1, std::memory_order_release);
+  events_.notify_all();
+}
+
+}  // namespace blendserve
