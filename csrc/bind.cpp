@@ -152,6 +152,7 @@ nb::dict counters(const Model& model) {
     seconds[nb::str(name.data(), name.size())] = counters.op_s[static_cast<size_t>(op)];
   }
   result["num_steps"] = counters.num_steps;
+  result["num_overlapped_steps"] = counters.num_overlapped_steps;
   result["num_tokens"] = counters.num_tokens;
   result["matmul_flop"] = counters.matmul_flop;
   result["attention_flop"] = counters.attention_flop;
@@ -208,6 +209,17 @@ NB_MODULE(_native, m) {
       .def(nb::init<int64_t, int64_t, int64_t, int64_t>(), nb::kw_only(), nb::arg("max_num_seqs"),
            nb::arg("max_num_batched_tokens"), nb::arg("max_model_len"), nb::arg("num_blocks"));
 
+  nb::enum_<OverlapMode>(m, "OverlapMode")
+      .value("off", OverlapMode::kOff)
+      .value("on", OverlapMode::kOn)
+      .value("auto", OverlapMode::kAuto);
+
+  nb::class_<OverlapOptions>(m, "OverlapOptions")
+      .def(nb::init<OverlapMode, int64_t, int64_t, int64_t, int, double, double, double, double, double, double>(),
+           nb::arg("mode"), nb::kw_only(), nb::arg("chunk_bytes"), nb::arg("tile_flop"), nb::arg("step_bytes"),
+           nb::arg("memory_lanes"), nb::arg("gemm_flop_per_s"), nb::arg("attention_flop_per_s"),
+           nb::arg("kv_bytes_per_s"), nb::arg("weight_bytes_per_s"), nb::arg("compute_delay"), nb::arg("memory_delay"));
+
   nb::class_<SamplingParams>(m, "SamplingParams")
       .def(nb::init<float, float, float, float, float, float, int32_t, int32_t, int64_t, int64_t, uint64_t,
                     std::vector<std::pair<int32_t, float>>, std::vector<int32_t>>(),
@@ -223,6 +235,7 @@ NB_MODULE(_native, m) {
             new (self) Model(loader.isa(), shape, limits, loader.take(), num_threads);
           },
           nb::arg("weights"), nb::arg("shape"), nb::arg("limits"), nb::kw_only(), nb::arg("num_threads"))
+      .def("set_overlap", &Model::set_overlap, nb::arg("options"))
       .def("admit", &Model::admit, nb::arg("slot"), nb::arg("params"))
       .def("release", &Model::release, nb::arg("slot"))
       // A wrong dtype is an error: converting would copy whole tables at every step.

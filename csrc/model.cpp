@@ -107,6 +107,7 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
       trace_(num_threads, kMaxTraceSpans) {
   check_weights();
   make_rotary_tables();
+  work_rates_.weight_bytes = static_cast<double>(num_layer_bytes());
   // The second nano-batch begins at a row panel of its own.
   const int64_t rows = round_up(std::max(limits.max_num_batched_tokens, kHeadRows), kRowPanel) + kRowPanel;
   const int64_t widest = std::max({shape.hidden_size, shape.q_width(), shape.intermediate_size});

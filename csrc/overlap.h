@@ -9,24 +9,25 @@ namespace blendserve {
 
 enum class OverlapMode { kOff, kOn, kAuto };  // kOn: wherever a step can be split; kAuto: where that saves time
 
-// The defaults were measured on a 2-core Zen 3 with 512 KiB of L2 per core (docs/log.md).
+// The defaults but the mode are what served best on a 2-core Zen 3 with 512 KiB of L2 per core (docs/log.md).
 struct OverlapOptions {
   OverlapMode mode = OverlapMode::kOff;
-  // KV that a worker fetches beside one compute tile: with the tile's operands it has to fit into L2.
-  int64_t chunk_bytes = 192 * 1024;
+  // Of memory that a worker fetches beside one compute tile: what does not fit into L2 waits in the next cache, from
+  // which attention reads nearly as fast.
+  int64_t chunk_bytes = 384 * 1024;
   // Of a matmul tile: as long as it takes to fetch a chunk.
-  int64_t tile_flop = 2'500'000;
+  int64_t tile_flop = 5'000'000;
   // Bytes fetched per step of two k of a matmul: as fast as memory answers, no faster.
-  int64_t step_bytes = 32;
+  int64_t step_bytes = 48;
   int memory_lanes = 0;  // 0: all workers
   // Rates of this machine on all threads, for kAuto.
   double gemm_flop_per_s = 165e9;
-  double attention_flop_per_s = 125e9;
+  double attention_flop_per_s = 120e9;
   double kv_bytes_per_s = 18e9;
   double weight_bytes_per_s = 20e9;
   // Time of c seconds of compute and m of memory, overlapped: max(c + compute_delay m, m + memory_delay c).
-  double compute_delay = 0.6;
-  double memory_delay = 0.4;
+  double compute_delay = 1.0;
+  double memory_delay = 1.0;
 };
 
 // What a step costs per unit of its work.

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_spec
 
-from blendserve.calibrate import Effort, Probe, Spread, calibrate, rounds_within, thread_counts
+from blendserve.calibrate import Spread, calibrate, thread_counts
 from blendserve.cli import main
 from blendserve.cli.calibrate import describe
 from blendserve.config import available_memory_bytes
 from blendserve.cost import ModelCost
-from blendserve.hardware import SEQUENTIAL, Calibration, load_calibration
+from blendserve.hardware import SEQUENTIAL, Calibration, Interference, load_calibration
+from blendserve.probe import Effort, Probe, rounds_within
 from blendserve.session import cost_of
 
 TINY = Effort(2, (1, 16, 64), longest_step_s=60.0, phase_s=0.0, max_rounds=4, kv_bytes=1 << 20)
@@ -70,14 +71,16 @@ def test_the_largest_step_is_modelled_as_measured() -> None:
     assert largest.modelled_s == pytest.approx(expected_s, rel=1e-9)
 
 
-def test_the_engine_counts_as_sequential(measured: Calibration) -> None:
-    assert measured.step_cost(ModelCost.from_spec(SPEC)).interference == SEQUENTIAL
+def test_plans_count_on_the_delays_of_overlapped_steps(measured: Calibration) -> None:
+    interference = Interference(measured.compute_delay, measured.memory_delay)
+    assert measured.step_cost(ModelCost.from_spec(SPEC)).interference == interference
+    assert measured.overlap_cost().interference == interference
 
 
 def test_one_thread_has_no_half() -> None:
     measured = calibrate(1, TINY, shape=SPEC, clock=FakeClock())
     assert measured.side_by_side is None
-    assert measured.calibration.overlap() == SEQUENTIAL
+    assert measured.calibration.separate_cores() == SEQUENTIAL
     assert "not measured" in describe(measured)
 
 
@@ -148,7 +151,14 @@ def test_the_command_stores_and_prints(
     monkeypatch.setattr("blendserve.calibrate.QUICK", replace(TINY, num_layers=1, token_counts=(1, 8)))
     assert main(["calibrate", "--quick", "--threads", "2"]) == 0
     printed = capsys.readouterr().out
-    for text in ("GFLOP/s", "threads", "prefill attention", "beside the other", "one after the other"):
+    for text in (
+        "GFLOP/s",
+        "threads",
+        "prefill attention",
+        "beside the other",
+        "side by side in each core",
+        "--overlap auto",
+    ):
         assert text in printed
     stored = load_calibration(cache)
     assert stored.num_threads == 2

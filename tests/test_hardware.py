@@ -129,7 +129,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 1', '"version": 2')]
+    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 2', '"version": 1')]
 )
 def test_a_bad_calibration_asks_for_a_new_one(text: str) -> None:
     with pytest.raises(ConfigError, match="blendserve calibrate"):
@@ -159,11 +159,11 @@ def test_saving_replaces_as_a_whole(tmp_path: Path) -> None:
 
 def test_shares_of_a_machine_become_overlap() -> None:
     """NanoFlow's shares give NanoFlow's delays; two that do not exceed one machine are worth nothing."""
-    shared = replace(CALIBRATION, gemm_share=0.6, attention_share=0.8).overlap()
+    shared = replace(CALIBRATION, gemm_share=0.6, attention_share=0.8).separate_cores()
     assert (shared.compute_delay, shared.memory_delay) == pytest.approx((0.5, 1 / 3))
-    assert replace(CALIBRATION, gemm_share=0.5, attention_share=0.3).overlap() == SEQUENTIAL
-    assert CALIBRATION.overlap() == SEQUENTIAL
-    assert replace(CALIBRATION, gemm_share=1.1, attention_share=1.1).overlap() == PERFECT
+    assert replace(CALIBRATION, gemm_share=0.5, attention_share=0.3).separate_cores() == SEQUENTIAL
+    assert CALIBRATION.separate_cores() == SEQUENTIAL
+    assert replace(CALIBRATION, gemm_share=1.1, attention_share=1.1).separate_cores() == PERFECT
 
 
 def test_only_the_native_engine_reads_shared_prefixes_once() -> None:

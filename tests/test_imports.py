@@ -23,6 +23,8 @@ LAYERS = (
     ("executors", "batchfile"),
     ("bounds",),
     ("adapters",),
+    ("probe",),
+    ("calibrate_overlap",),
     ("job", "session", "simulate", "calibrate"),
     ("disaggregated",),
     ("report",),

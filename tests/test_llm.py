@@ -218,6 +218,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one thread": {"num_threads": 1},
     "three threads": {"num_threads": 3},
     "no prefix caching": {"enable_prefix_caching": False},
+    "overlap": {"overlap": "on"},
+    "overlap on four threads": {"overlap": "on", "num_threads": 4},
+    "overlap in steps of 17 tokens": {"overlap": "on", "max_num_batched_tokens": 17, "max_num_seqs": 16},
+    "no overlap": {"overlap": "off"},
 }
 
 
@@ -255,11 +259,17 @@ def test_reading_shared_prefixes_once_changes_no_token(name: str, tmp_path: Path
     directory = tiny_directory(tmp_path / name, name)
     prompts = prefix_heavy_prompts()
     outputs = []
-    variants: list[dict[str, Any]] = [{"enable_prefix_caching": False}, {}, {"num_threads": 1}, {"num_threads": 4}]
+    variants: list[dict[str, Any]] = [
+        {"enable_prefix_caching": False},
+        {},
+        {"num_threads": 1},
+        {"num_threads": 4},
+        {"overlap": "on"},
+    ]
     for settings in variants:
         with LLM(str(directory), **{**LIMITS, "kv_memory_bytes": 1 << 24, **settings}) as llm:
             outputs.append(tokens_of(llm.generate(prompts, sampled_params(len(prompts)))))
-    assert outputs[1:] == outputs[:1] * 3
+    assert outputs[1:] == outputs[:1] * (len(variants) - 1)
 
 
 @pytest.mark.model

@@ -129,6 +129,7 @@ class Run {
     float logprob, best, second;
     bool operator==(const Result&) const = default;
   };
+  const std::map<std::pair<int32_t, int64_t>, Result>& results() const { return results_; }
   Result result(int32_t slot, int64_t num_tokens) const { return results_.at({slot, num_tokens}); }
 
  private:
@@ -253,6 +254,59 @@ void shared_prefixes_are_read_once_without_a_difference() {
   });
 }
 
+// Steps of all kinds: prompts beside decodes, long decodes in segments, blocks written and read in one step, a prefix
+// that is shared, a single sequence.
+void run_all_kinds_of_steps(Run& run) {
+  for (int64_t b = 0; b < 2; ++b) run.block(2, b) = run.block(1, b);
+  for (int64_t i = 0; i < 32; ++i) run.token(2, i) = run.token(1, i);
+  run.skip(2, 32);
+  run.step({{1, 40}, {2, 1}, {0, 1250}});  // slot 2 reads what slot 1 writes
+  run.step({{0, 1}, {1, 1}, {2, 1}, {3, 600}});
+  run.step({{0, 1}, {1, 1}, {2, 1}, {3, 1}});
+  run.step({{2, 2}});
+  run.step({{0, 1}, {3, 30}});
+  run.step({{3, 1}});
+}
+
+void overlap_changes_no_bit() {
+  OverlapOptions overlap;
+  overlap.mode = OverlapMode::kOn;
+  on_each_format([&](MatmulFormat format) {
+    for (const ModelShape& shape : {kPlain, kPadded}) {
+      Run apart(format, shape, 1);
+      run_all_kinds_of_steps(apart);
+      CHECK(apart.model().counters().num_overlapped_steps == 0);
+      for (const int num_threads : {1, 2, 5, 8}) {
+        Run run(format, shape, num_threads);
+        overlap.tile_flop = num_threads == 5 ? 1 : 5'000'000;
+        overlap.memory_lanes = num_threads / 2;
+        run.model().set_overlap(overlap);
+        run_all_kinds_of_steps(run);
+        CHECK(run.model().counters().num_overlapped_steps >= 4, run.model().counters().num_overlapped_steps);
+        CHECK(run.results() == apart.results(), name_of(format), " on ", num_threads, " threads");
+      }
+    }
+  });
+}
+
+void overlap_is_for_steps_where_it_pays() {
+  const WorkRates rates = {.flop_per_row = 2e8, .flop_per_attended_token = 7e4, .kv_bytes_per_token = 2e4,
+                           .weight_bytes = 2e8};
+  OverlapOptions options;
+  options.mode = OverlapMode::kAuto;
+  options.compute_delay = options.memory_delay = 0.6;
+  const StepWork balanced = {500, 1'000'000, 0}, prefill = {1000, 0, 500'000}, decode = {8, 4000, 0};
+  CHECK(overlap_pays(balanced, rates, options));
+  CHECK(!overlap_pays(prefill, rates, options));
+  CHECK(!overlap_pays(decode, rates, options));  // reading the weights again costs more
+  options.compute_delay = options.memory_delay = 1.0;
+  CHECK(!overlap_pays(balanced, rates, options));
+  options.mode = OverlapMode::kOn;
+  CHECK(overlap_pays(prefill, rates, options));
+  options.mode = OverlapMode::kOff;
+  CHECK(!overlap_pays(balanced, rates, options));
+}
+
 void logits_agree_with_steps() {
   on_each_format([](MatmulFormat format) {
     Run run(format, kPlain, 2);
@@ -368,6 +422,8 @@ int main() {
   RUN(splitting_a_long_sequence_changes_nothing);
   RUN(shared_blocks_of_one_step_are_read_after_they_are_written);
   RUN(shared_prefixes_are_read_once_without_a_difference);
+  RUN(overlap_changes_no_bit);
+  RUN(overlap_is_for_steps_where_it_pays);
   RUN(logits_agree_with_steps);
   RUN(one_poisoned_sequence_spares_the_others);
   RUN(plans_that_do_not_fit_are_refused);

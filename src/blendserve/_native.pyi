@@ -3,6 +3,8 @@
 Raises: ValueError for arrays, sizes or plans that do not fit.
 """
 
+from enum import Enum
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -85,10 +87,37 @@ class SamplingParams:
         stop_token_ids: list[int],
     ) -> None: ...
 
+class OverlapMode(Enum):
+    off = 0
+    on = 1
+    auto = 2
+
+class OverlapOptions:
+    """When and how steps run as two nano-batches; csrc/overlap.h says what each number means."""
+
+    def __init__(
+        self,
+        mode: OverlapMode,
+        *,
+        chunk_bytes: int,
+        tile_flop: int,
+        step_bytes: int,
+        memory_lanes: int,
+        gemm_flop_per_s: float,
+        attention_flop_per_s: float,
+        kv_bytes_per_s: float,
+        weight_bytes_per_s: float,
+        compute_delay: float,
+        memory_delay: float,
+    ) -> None: ...
+
 class Model:
     """Takes its weights out of the loader. Not to be used from two threads at once; the GIL is free during a step."""
 
     def __init__(self, weights: WeightLoader, shape: ModelShape, limits: ModelLimits, *, num_threads: int) -> None: ...
+    def set_overlap(self, options: OverlapOptions) -> None:
+        """From the next step on."""
+
     def admit(self, slot: int, params: SamplingParams) -> None: ...
     def release(self, slot: int) -> None: ...
     def step(

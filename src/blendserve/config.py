@@ -17,11 +17,16 @@ CGROUPS = Path("/sys/fs/cgroup")
 """Where Linux shows the limits of a container; absent elsewhere."""
 
 
+OVERLAP_MODES = ("auto", "on", "off")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits of one engine. `kv_memory_bytes=0` and `num_threads=0` mean: decide from the machine.
 
-    Raises: ConfigError when a limit is not positive.
+    `overlap`: run matrix products and attention of a step side by side where calibration says that it pays ("auto"),
+    wherever it can be done ("on"), or never ("off").
+    Raises: ConfigError when a limit is not positive or the mode of overlap is unknown.
     """
 
     kv_memory_bytes: int = 0
@@ -30,8 +35,11 @@ class EngineConfig:
     max_model_len: int = 0
     num_threads: int = 0
     enable_prefix_caching: bool = True
+    overlap: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.overlap not in OVERLAP_MODES:
+            raise ConfigError(f"overlap is {self.overlap!r}; it must be one of {', '.join(OVERLAP_MODES)}")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value < 1:

@@ -209,6 +209,26 @@ def check_tensor_parallel(tensor_parallel: int) -> None:
         raise ConfigError(f"tensor parallelism is {tensor_parallel}; it must be at least 1")
 
 
+@dataclass(frozen=True, slots=True)
+class OverlapCost:
+    """What the native engine needs to know of a machine in order to run a step's matrix products beside its attention:
+    rates of all threads, and the three settings that calibration tries. `interference` is that of steps that overlap;
+    SEQUENTIAL means that it does not pay. The defaults are those of csrc/overlap.h.
+
+    `chunk_bytes` of KV are fetched beside a matmul tile of `tile_flop`, `step_bytes` per step of its inner loop.
+    """
+
+    gemm_flop_per_s: float = 165e9
+    attention_flop_per_s: float = 120e9
+    kv_bytes_per_s: float = 18e9
+    weight_bytes_per_s: float = 20e9
+    interference: Interference = SEQUENTIAL
+    chunk_bytes: int = 384 << 10
+    tile_flop: int = 5_000_000
+    step_bytes: int = 48
+    memory_lanes: int = 0
+
+
 _CALIBRATION_FILE = "calibration.json"
 # Decode attention of the native engine over 1,024 shared of 1,124 tokens, and over copies of them, 3 query heads of 64
 # per KV head, one Zen 3 thread (build/dev/bench_attention): 0.84 and 1.40 ms, 0.125 of both for the 100 of its own.
@@ -221,9 +241,11 @@ class Calibration:
     """Rates measured on this machine, as stored in the user's cache. Rates are those of the whole machine.
 
     `constant_s` is the fixed time of one step; `gemm_points` are (tokens, flop/s), `bandwidth_points` (threads,
-    bytes/s), kept so that a reader can check the summary. The delays are those of the engine as it runs; `gemm_share`
-    and `attention_share` say what overlap could give: the share of its rate on all threads that each keeps when matrix
-    products run on half of the threads beside decode attention on the other half (0 where that cannot be measured).
+    bytes/s), kept so that a reader can check the summary. The delays are those of steps that overlap in each core, and
+    `chunk_bytes` to `memory_lanes` the settings they were measured with (`OverlapCost`); delays of 1 say that it does
+    not pay. `gemm_share` and `attention_share` say what separate cores could give: the share of its rate on all threads
+    that each keeps when matrix products run on half of the threads beside decode attention on the other half (0 where
+    that cannot be measured).
     Reading a file of another `version` fails: calibrate again. Raises: ConfigError for rates that are not positive.
     """
 
@@ -242,7 +264,11 @@ class Calibration:
     bandwidth_points: tuple[tuple[int, float], ...] = ()
     gemm_share: float = 0.0
     attention_share: float = 0.0
-    version: int = 1
+    chunk_bytes: int = 384 << 10
+    tile_flop: int = 5_000_000
+    step_bytes: int = 48
+    memory_lanes: int = 0
+    version: int = 2
 
     def __post_init__(self) -> None:
         rates = (
@@ -258,7 +284,7 @@ class Calibration:
             raise ConfigError(f"a calibration needs positive rates; got {self}; {_CALIBRATE_AGAIN}")
         Interference(self.compute_delay, self.memory_delay)
 
-    def overlap(self) -> Interference:
+    def separate_cores(self) -> Interference:
         """What an engine could reach that runs both kinds of work side by side until the shorter one ends.
 
         Attention of m seconds then takes m / attention_share, in which compute gets gemm_share of its speed: the rest
@@ -269,6 +295,20 @@ class Calibration:
             return SEQUENTIAL
         return Interference(
             max(0.0, 1 - self.gemm_share) / self.attention_share, max(0.0, 1 - self.attention_share) / self.gemm_share
+        )
+
+    def overlap_cost(self) -> OverlapCost:
+        """What the native engine decides by whether a step overlaps."""
+        return OverlapCost(
+            gemm_flop_per_s=self.gemm_flop_per_s,
+            attention_flop_per_s=self.prefill_attention_flop_per_s,
+            kv_bytes_per_s=self.kv_bytes_per_s,
+            weight_bytes_per_s=self.weight_bytes_per_s,
+            interference=Interference(self.compute_delay, self.memory_delay),
+            chunk_bytes=self.chunk_bytes,
+            tile_flop=self.tile_flop,
+            step_bytes=self.step_bytes,
+            memory_lanes=self.memory_lanes,
         )
 
     def hardware(self) -> HardwareSpec:
@@ -306,7 +346,7 @@ class Calibration:
         try:
             values: dict[str, Any] = json.loads(text)
             names = {field.name for field in fields(cls)}
-            if values.get("version") != 1 or set(values) != names:
+            if values.get("version") != 2 or set(values) != names:
                 raise ConfigError(
                     f"calibration has version {values.get('version')} and {len(values)} fields; {_CALIBRATE_AGAIN}"
                 )

@@ -43,8 +43,8 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors, a GGUF file, a hub id, or None for the default model.
     `policy` orders the requests (`planner.policies.POLICY_NAMES`). Limits of 0 mean: decide from the machine and the
-    model. Answers do not depend on policy, limits or threads; they do depend on `isa` and, where a request with
-    temperature > 0 gives no seed, on `seed` and the request's place in the list.
+    model. Answers do not depend on policy, limits, overlap or threads; they do depend on `isa` and, where a request
+    with temperature > 0 gives no seed, on `seed` and the request's place in the list.
     Raises: ConfigError when the model or a limit cannot work.
     """
 
@@ -59,6 +59,7 @@ class LLM:
         max_model_len: int = 0,
         num_threads: int = 0,
         enable_prefix_caching: bool = True,
+        overlap: str = "auto",
         isa: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -71,6 +72,7 @@ class LLM:
             max_model_len=max_model_len,
             num_threads=num_threads,
             enable_prefix_caching=enable_prefix_caching,
+            overlap=overlap,
         )
         self.model = load_model(resolve(model, cache_dir()))
         self.config = resolve_limits(config, self.model.spec)

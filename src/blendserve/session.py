@@ -16,7 +16,7 @@ from blendserve.engine.loop import EngineLoop
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import StepTrace
-from blendserve.hardware import Peaks, matching_calibration
+from blendserve.hardware import OverlapCost, Peaks, matching_calibration
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
 from blendserve.planner.base import RequestTable
@@ -79,8 +79,16 @@ def open_executor(
 ) -> NativeExecutor:
     """Load the weights. `config` has resolved limits; `trace` notes what steps do."""
     num_blocks = config.kv_memory_bytes // (model.spec.kv_bytes_per_token() * BLOCK_SIZE)
-    peaks = peaks_of(config.num_threads)
-    return NativeExecutor(model.spec, model.weights, config, num_blocks=num_blocks, isa=isa, peaks=peaks, trace=trace)
+    return NativeExecutor(
+        model.spec,
+        model.weights,
+        config,
+        num_blocks=num_blocks,
+        isa=isa,
+        peaks=peaks_of(config.num_threads),
+        trace=trace,
+        overlap_cost=overlap_cost_of(config.num_threads),
+    )
 
 
 def open_engine(model: LoadedModel, config: EngineConfig, *, isa: str = "auto") -> EngineLoop:
@@ -96,6 +104,13 @@ def peaks_of(num_threads: int) -> Peaks:
     if calibration is not None:
         return calibration.peaks()
     return Peaks(_FLOP_PER_S_PER_CORE * num_threads, _BYTES_PER_S_PER_CORE * num_threads, is_measured=False)
+
+
+def overlap_cost_of(num_threads: int) -> OverlapCost | None:
+    """When and how steps overlap on this machine, as calibrated; None where that was not measured, or not on so many
+    threads: `cost_of` tells."""
+    calibration = matching_calibration(cache_dir(), num_threads, lambda _: None)
+    return None if calibration is None else calibration.overlap_cost()
 
 
 def cost_of(spec: ModelSpec, num_threads: int, notify: Callable[[str], None]) -> CostModel:

@@ -16,6 +16,7 @@ from blendserve.engine.step import Executor, StepPlan
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.reference import Precision, ReferenceExecutor, ReferenceModel, prompt_logits
+from blendserve.hardware import Interference, OverlapCost
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import MemoryWeights
 from blendserve.request import Request, SamplingParams, TokenLogprob
@@ -209,6 +210,27 @@ def test_decodes_read_a_shared_prefix_once(isa: str) -> None:
         outputs.append(table.tokens[:, 150:157].tolist())
     assert outputs[0] == outputs[1]
     assert read_bytes[0] - read_bytes[1] == 3 * 128 * spec.kv_bytes_per_token()
+
+
+def test_overlap_is_for_steps_that_can_be_split() -> None:
+    spec = tiny_spec()
+    outputs = []
+    for mode, num_overlapped in (("off", 0), ("auto", 0), ("on", 4)):  # auto: nothing is known of this machine
+        executor = native(spec)
+        executor.set_overlap(mode, OverlapCost())
+        outputs.append(Table(executor, requests_of(spec)).run(4))
+        assert executor.counters().num_overlapped_steps >= num_overlapped
+        assert (executor.counters().num_overlapped_steps > 0) == (num_overlapped > 0)
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_auto_overlaps_where_calibration_says_that_it_pays() -> None:
+    spec = tiny_spec()
+    executor = native(spec)
+    slow_memory = OverlapCost(kv_bytes_per_s=1e3, gemm_flop_per_s=1e6, interference=Interference(0.5, 0.5))
+    executor.set_overlap("auto", slow_memory)
+    Table(executor, requests_of(spec)).run(2)
+    assert executor.counters().num_overlapped_steps > 0
 
 
 def test_a_slot_forgets_its_parameters() -> None:

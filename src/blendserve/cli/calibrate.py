@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from blendserve.cli.options import positive_integer, tell
 from blendserve.config import cache_dir, usable_cores
+from blendserve.hardware import SEQUENTIAL, Interference
 from blendserve.report.format import plural
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def describe(measured: Measurements) -> str:
         f"constant of a step  {_in_ms(measured.constant_s.median)}",
         "",
         *_describe_sharing(measured.side_by_side, found.num_threads),
+        "",
+        *_describe_overlap(measured),
     ]
     return "\n".join(lines)
 
@@ -89,7 +92,25 @@ def _describe_sharing(side: SideBySide | None, num_threads: int) -> list[str]:
         f"matrix products     {_as_share(side.gemm_alone):<20}  {_as_share(side.gemm_beside)}",
         f"decode attention    {_as_share(side.attention_alone):<20}  {_as_share(side.attention_beside)}",
         verdict,
-        "The engine runs its ops one after the other: step times add up, and plans for this machine count on that.",
+    ]
+
+
+def _describe_overlap(measured: Measurements) -> list[str]:
+    found = measured.calibration
+    num_decodes = measured.overlap[0].num_decodes
+    lines = [f"{'prompt tokens':>13}  steps of {num_decodes} decodes: apart, side by side in each core"]
+    lines += [
+        f"{trial.num_prompt_tokens:>13}  {_in_ms(trial.off_s)}, {_in_ms(trial.on_s)}: {trial.off_s / trial.on_s:.3f}x "
+        f"({trial.cost.chunk_bytes >> 10} KiB, {trial.cost.step_bytes} bytes per step)"
+        for trial in measured.overlap
+    ]
+    delays = (found.compute_delay, found.memory_delay)
+    if Interference(*delays) == SEQUENTIAL:
+        return [*lines, "No gain: `--overlap auto` leaves it off, and plans count on step times that add up."]
+    return [
+        *lines,
+        f"`--overlap auto` counts on max(c + {delays[0]:.2f} m, m + {delays[1]:.2f} c) for steps of c seconds of "
+        "compute and m of memory.",
     ]
 
 
@@ -104,6 +125,15 @@ def _as_json(measured: Measurements) -> dict[str, object]:
         "weight_bytes_per_s": measured.weight_bytes_per_s._asdict(),
         "prefill_attention_flop_per_s": measured.prefill_attention_flop_per_s._asdict(),
         "constant_s": measured.constant_s._asdict(),
+        "overlap": [
+            {
+                "num_prompt_tokens": trial.num_prompt_tokens,
+                "off_s": trial.off_s,
+                "on_s": trial.on_s,
+                **asdict(trial.cost),
+            }
+            for trial in measured.overlap
+        ],
         "side_by_side": side and {name: share._asdict() for name, share in side._asdict().items()},
     }
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from blendserve.batchfile.schema import ServedModel
-from blendserve.config import EngineConfig, cache_dir, parse_bytes
+from blendserve.config import OVERLAP_MODES, EngineConfig, cache_dir, parse_bytes
 from blendserve.errors import ConfigError
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
@@ -68,6 +68,13 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-prefix-caching", action="store_true", help="compute every prompt in full, also where prefixes are shared"
     )
+    group.add_argument(
+        "--overlap",
+        choices=OVERLAP_MODES,
+        default="auto",
+        help="run matrix products beside attention: auto (default) in steps where `blendserve calibrate` found that it "
+        "pays, on wherever it can be done, or off",
+    )
     group.add_argument("--isa", choices=ISA_NAMES, default="auto", help="instruction set of the kernels")
 
 
@@ -80,6 +87,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_model_len=args.max_model_len,
         num_threads=args.threads,
         enable_prefix_caching=not args.no_prefix_caching,
+        overlap=args.overlap,
     )
 
 

@@ -17,7 +17,7 @@ from blendserve.config import BLOCK_SIZE, EngineConfig, usable_cores
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError, ConfigError, ExecutorError
 from blendserve.executors.trace import StepTrace
-from blendserve.hardware import Peaks
+from blendserve.hardware import OverlapCost, Peaks
 from blendserve.models.rope import inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, check_weights
@@ -36,6 +36,7 @@ class NativeCounters:
     """Work since the executor was made. `weight_bytes` and `kv_bytes` are what memory must deliver at least."""
 
     num_steps: int
+    num_overlapped_steps: int
     num_tokens: int
     matmul_flop: float
     attention_flop: float
@@ -61,6 +62,8 @@ class NativeExecutor:
     """Runs steps on this machine's CPU. `config` gives the largest step, the longest sequence and the threads; `isa` is
     "auto" or a name that `_native.is_supported` accepts.
 
+    `overlap_cost` tells steps in which overlap pays where `config.overlap` is "auto": none where it is None.
+
     `compute_s` and `memory_s` of a step are its work at the rates of `peaks`: all arithmetic of matrix products and
     attention, and what has to come from memory (weights once, KV once per sequence or shared prefix). Over its
     `elapsed_s` they are the shares of the two peaks that it reached; 0 without peaks. `trace` notes when steps ran.
@@ -82,6 +85,7 @@ class NativeExecutor:
         isa: str = "auto",
         peaks: Peaks | None = None,
         trace: StepTrace | None = None,
+        overlap_cost: OverlapCost | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.eos_token_ids = spec.eos_token_ids
@@ -98,6 +102,7 @@ class NativeExecutor:
         try:
             loader = _packed_weights(spec, weights, _native.best_isa() if isa == "auto" else isa, num_threads)
             self._model = _native.Model(loader, _shape(spec), limits, num_threads=num_threads)
+            self.set_overlap(config.overlap, overlap_cost or OverlapCost())
         except ValueError as error:
             raise ConfigError(f"the native executor cannot run {spec.name!r}: {error}") from error
         except MemoryError as error:
@@ -117,6 +122,24 @@ class NativeExecutor:
     def memory(self) -> MemoryUse:
         """Weights, KV blocks and the buffers of a step."""
         return MemoryUse(self._model.num_weight_bytes, self._model.num_kv_bytes, self._model.num_workspace_bytes)
+
+    def set_overlap(self, mode: str, cost: OverlapCost) -> None:
+        """From the next step on: `mode` is one of `config.OVERLAP_MODES`. Changes time, never tokens."""
+        modes = {"off": _native.OverlapMode.off, "on": _native.OverlapMode.on, "auto": _native.OverlapMode.auto}
+        options = _native.OverlapOptions(
+            modes[mode],
+            chunk_bytes=cost.chunk_bytes,
+            tile_flop=cost.tile_flop,
+            step_bytes=cost.step_bytes,
+            memory_lanes=cost.memory_lanes,
+            gemm_flop_per_s=cost.gemm_flop_per_s,
+            attention_flop_per_s=cost.attention_flop_per_s,
+            kv_bytes_per_s=cost.kv_bytes_per_s,
+            weight_bytes_per_s=cost.weight_bytes_per_s,
+            compute_delay=cost.interference.compute_delay,
+            memory_delay=cost.interference.memory_delay,
+        )
+        self._model.set_overlap(options)
 
     def admit(self, slot: int, request: Request) -> None:
         self._model.admit(slot, _sampling_params(request, self.eos_token_ids))
