@@ -1,0 +1,108 @@
+"""`blendserve run --engine vllm` on the installed vLLM, with what kills it; scripts/test-vllm runs this."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from batch_fakes import read_rows
+from test_vllm_real import model, pytestmark
+from vllm_cases import chat
+
+__all__ = ["model", "pytestmark"]
+
+NUM_LINES = 24
+TIMEOUT_S = 400.0
+
+
+def command(model: Path, tmp_path: Path, *options: str) -> list[str]:
+    source = tmp_path / "in.jsonl"
+    lines = [
+        chat(f"id-{n}", f"tell {n}", max_tokens=4 if n < 4 else 400, temperature=0, ignore_eos=True)
+        for n in range(NUM_LINES)
+    ]
+    source.write_text("\n".join(lines))
+    limits = ("--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--kv-memory", "4MiB")
+    names = ("run", str(source), "-o", str(tmp_path / "out.jsonl"), "--engine", "vllm", "--json", "--model", str(model))
+    return [
+        sys.executable,
+        "-m",
+        "blendserve",
+        *names,
+        *limits,
+        "--threads",
+        "1",
+        "--vllm-arg",
+        "dtype=float32",
+        *options,
+    ]
+
+
+def environment() -> dict[str, str]:
+    """As a user has it: without what other tests set."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
+
+
+def start(line: list[str], tmp_path: Path) -> subprocess.Popen[str]:
+    with (tmp_path / "log").open("w") as log:
+        return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def wait_for_answers(process: subprocess.Popen[str], tmp_path: Path, num_bytes: int) -> None:
+    records = tmp_path / "out.jsonl.journal" / "records"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not records.exists() or records.stat().st_size < num_bytes:
+        assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def engine_cores_of(pid: int) -> list[int]:
+    """Processes below `pid` that call themselves engine cores."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (path / "stat").read_text()
+            name, rest = stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 2 :].split()
+        except OSError:
+            continue
+        parents[int(path.name)] = (int(rest[1]), name)
+    return [child for child, (parent, name) in parents.items() if "EngineCor" in name and parent == pid]
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0
+    report: dict[str, object] = json.loads(out.splitlines()[-1])
+    return report
+
+
+def test_killed_it_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
+    line = command(model, tmp_path, "--vllm-scheduler", "blend")
+    process = start(line, tmp_path)
+    wait_for_answers(process, tmp_path, 100)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    report = finish(start(line, tmp_path))
+    assert int(str(report["num_resumed"])) > 0
+    assert sorted(row["custom_id"] for row in read_rows(tmp_path / "out.jsonl")) == sorted(
+        f"id-{n}" for n in range(NUM_LINES)
+    )
+
+
+def test_the_death_of_its_own_process_is_survived(model: Path, tmp_path: Path) -> None:
+    process = start(command(model, tmp_path, "--own-process"), tmp_path)
+    wait_for_answers(process, tmp_path, 100)
+    cores = engine_cores_of(process.pid)
+    assert cores, "vLLM runs in a process of its own"
+    for core in cores:
+        os.kill(core, signal.SIGKILL)
+    report = finish(process)
+    assert report["num_succeeded"] == NUM_LINES
+    assert "1 restarts" in str(report["notes"])
+    assert "opening another one" in (tmp_path / "log").read_text()
