@@ -86,7 +86,7 @@ def test_every_policy_serves_every_request_once(
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_a_chain_of_nested_prompts_is_computed_once_by_every_policy(name: str) -> None:
-    """Prompts of 1 to 400 tokens, each the beginning of the next: whole blocks are computed once, whatever the order."""
+    """Prompts of 1 to 400 tokens, each the beginning of the next: whole blocks are computed once, in any order."""
     requests = [make_request(i, [5] * (i + 1), 1, SamplingParams(ignore_eos=True)) for i in range(400)]
     tree = PrefixTree.from_prompts(request.prompt_token_ids for request in requests)
     executor = FakeExecutor(1000, BLOCK_SIZE, VOCAB_SIZE, EOS)
