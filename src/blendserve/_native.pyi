@@ -12,14 +12,15 @@ _Floats = NDArray[np.float32]
 _Int32s = NDArray[np.int32]
 
 def best_isa() -> str:
-    """The best instruction set of this processor: "portable", "avx2" or "avx512bf16"."""
+    """The best instruction set of this processor: "portable", "avx2", "avxvnni", "avx512vnni" or "avx512bf16"."""
 
 def op_names() -> list[str]: ...
 def is_supported(isa: str) -> bool:
     """May kernels of this instruction set run here?"""
 
 class WeightLoader:
-    """Weights on their way from files to a `Model`, which takes them away."""
+    """Weights on their way from files to a `Model`, which takes them away. `dtype` is "bf16" or "int8"; where
+    `embedding` is None it is read from the head."""
 
     def __init__(self, isa: str, dtype: str, num_layers: int) -> None: ...
     def set_layer(

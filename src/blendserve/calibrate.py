@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blendserve.calibrate_overlap import CONTEXT, OverlapTrial, best_overlap, measure_overlap
-from blendserve.config import available_memory_bytes
+from blendserve.config import BYTES_PER_WEIGHT, Dtype, available_memory_bytes
 from blendserve.cost import ModelCost
 from blendserve.hardware import Calibration, machine_name
 from blendserve.models.known import SMOLLM2_135M
@@ -81,15 +81,21 @@ class Measurements:
 
 
 def calibrate(
-    num_threads: int, effort: Effort = FULL, *, shape: ModelSpec = SHAPE, clock: Clock = time.perf_counter
+    num_threads: int,
+    effort: Effort = FULL,
+    *,
+    dtype: Dtype = "bf16",
+    shape: ModelSpec = SHAPE,
+    clock: Clock = time.perf_counter,
 ) -> Measurements:
-    """Measure this machine with so many threads. Nothing is stored: `Measurements.calibration.save` does that."""
+    """Measure this machine with so many threads and weights of `dtype`. Nothing is stored:
+    `Measurements.calibration.save` does that."""
     memory_bytes = available_memory_bytes()
     spec = replace(shape, num_layers=effort.num_layers)
-    steps = _measure_steps(spec, num_threads, effort, clock)
+    steps = _measure_steps(spec, num_threads, dtype, effort, clock)
     points, prefill = _measure_attention(spec, num_threads, effort, clock)
-    side_by_side = _measure_side_by_side(spec, num_threads, effort, clock) if num_threads > 1 else None
-    trials = measure_overlap(spec, num_threads, effort, clock)
+    side_by_side = _measure_side_by_side(spec, num_threads, dtype, effort, clock) if num_threads > 1 else None
+    trials = measure_overlap(spec, num_threads, effort, clock, dtype)
     largest, smallest = steps[max(steps)], steps[min(steps)]
     weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
     constant = Spread.of([work.elapsed_s - work.matmul_s - work.attention_s for work in smallest])
@@ -97,7 +103,7 @@ def calibrate(
     cost = best_overlap(trials, trials[0].off[0].weight_bytes / weights.median)
     calibration = Calibration(
         machine=machine_name(),
-        dtype="bf16",
+        dtype=dtype,
         num_threads=num_threads,
         # With the norms, rotations and packing of a large step, which cost every token its share.
         gemm_flop_per_s=median([work.matmul_flop / (work.elapsed_s - work.attention_s) for work in largest]),
@@ -117,7 +123,7 @@ def calibrate(
         step_bytes=cost.step_bytes,
         memory_lanes=cost.memory_lanes,
     )
-    cost_model = calibration.step_cost(ModelCost.from_spec(spec))
+    cost_model = calibration.step_cost(ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype]))
     step_s = {count: median([work.elapsed_s - work.attention_s for work in works]) for count, works in steps.items()}
     return Measurements(
         calibration=calibration,
@@ -131,9 +137,11 @@ def calibrate(
     )
 
 
-def _measure_steps(spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock) -> dict[int, list[Work]]:
+def _measure_steps(
+    spec: ModelSpec, num_threads: int, dtype: Dtype, effort: Effort, clock: Clock
+) -> dict[int, list[Work]]:
     """Steps of each number of tokens that is not too long for this machine."""
-    with closing(_step_probe(spec, num_threads, max(effort.token_counts))) as probe:
+    with closing(_step_probe(spec, num_threads, dtype, max(effort.token_counts))) as probe:
         counts = _affordable(probe, effort)
         rounds = rounds_within(lambda: [probe.prefill(count) for count in counts], effort, clock, effort.phase_s)
     return {count: [works[i] for works in rounds] for i, count in enumerate(counts)}
@@ -168,12 +176,12 @@ def _decode_and_prefill(probe: Probe) -> tuple[Work, Work]:
     return probe.decode(), probe.prefill(CONTEXT)
 
 
-def _measure_side_by_side(spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock) -> SideBySide:
+def _measure_side_by_side(spec: ModelSpec, num_threads: int, dtype: Dtype, effort: Effort, clock: Clock) -> SideBySide:
     half = num_threads // 2
     num_tokens = min(_BESIDE_TOKENS, max(effort.token_counts))
     with (
-        closing(_step_probe(spec, num_threads, num_tokens)) as gemm_all,
-        closing(_step_probe(spec, half, num_tokens)) as gemm_half,
+        closing(_step_probe(spec, num_threads, dtype, num_tokens)) as gemm_all,
+        closing(_step_probe(spec, half, dtype, num_tokens)) as gemm_half,
         closing(_attention_probe(spec, num_threads, num_threads, effort)) as attention_all,
         closing(_attention_probe(spec, half, num_threads, effort)) as attention_half,
     ):
@@ -208,8 +216,8 @@ def _run_beside(gemm: Probe, num_tokens: int, attention: Probe) -> tuple[float, 
         return gemm_flop_per_s, median(attending.result())
 
 
-def _step_probe(spec: ModelSpec, num_threads: int, max_tokens: int) -> Probe:
-    return Probe(spec, num_threads=num_threads, num_sequences=1, max_tokens=max_tokens, context=max_tokens)
+def _step_probe(spec: ModelSpec, num_threads: int, dtype: Dtype, max_tokens: int) -> Probe:
+    return Probe(spec, num_threads=num_threads, num_sequences=1, max_tokens=max_tokens, context=max_tokens, dtype=dtype)
 
 
 def _attention_probe(spec: ModelSpec, num_threads: int, most_threads: int, effort: Effort) -> Probe:

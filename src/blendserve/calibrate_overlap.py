@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-from blendserve.config import available_memory_bytes
+from blendserve.config import Dtype, available_memory_bytes
 from blendserve.hardware import SEQUENTIAL, Interference, OverlapCost
 from blendserve.models.spec import ModelSpec
 from blendserve.probe import Clock, Effort, Probe, Work, median, rounds_within
@@ -43,13 +43,18 @@ class OverlapTrial(NamedTuple):
         return median([work.attention_s for work in self.off])
 
 
-def measure_overlap(spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock) -> tuple[OverlapTrial, ...]:
+def measure_overlap(
+    spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock, dtype: Dtype = "bf16"
+) -> tuple[OverlapTrial, ...]:
     """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting."""
     num_bytes = min(_OVERLAP_KV_SHARES * effort.kv_bytes, available_memory_bytes() / 8)
     count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token() * CONTEXT))))
     costs = _overlap_settings(num_threads)
     trials: list[OverlapTrial] = []
-    with closing(Probe(spec, num_threads=num_threads, num_sequences=count, max_tokens=2 * count, context=CONTEXT)) as p:
+    probe = Probe(
+        spec, num_threads=num_threads, num_sequences=count, max_tokens=2 * count, context=CONTEXT, dtype=dtype
+    )
+    with closing(probe) as p:
         p.touch()
         for num_prompt_tokens, cost in product((0, count), costs):
             measure = partial(_off_and_on, p, num_prompt_tokens, cost)

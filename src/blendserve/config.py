@@ -7,8 +7,16 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal, get_args
 
 from blendserve.errors import ConfigError
+
+Dtype = Literal["bf16", "int8"]
+"""Of weights: bfloat16, or 8-bit integers that 8-bit activations are multiplied by. KV is bfloat16 with either."""
+
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+BYTES_PER_WEIGHT: dict[Dtype, int] = {"bf16": 2, "int8": 1}
 
 BLOCK_SIZE = 16
 """Tokens in one KV block: the layout of csrc/kv_cache depends on it."""
@@ -22,11 +30,12 @@ OVERLAP_MODES = ("auto", "on", "off")
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits of one engine. `kv_memory_bytes=0` and `num_threads=0` mean: decide from the machine.
+    """Limits of one engine, and the precision of its weights. `kv_memory_bytes=0` and `num_threads=0` mean: decide from
+    the machine.
 
     `overlap`: run matrix products and attention of a step side by side where calibration says that it pays ("auto"),
     wherever it can be done ("on"), or never ("off").
-    Raises: ConfigError when a limit is not positive or the mode of overlap is unknown.
+    Raises: ConfigError when a limit is not positive, or `dtype` or the mode of overlap is unknown.
     """
 
     kv_memory_bytes: int = 0
@@ -36,10 +45,13 @@ class EngineConfig:
     num_threads: int = 0
     enable_prefix_caching: bool = True
     overlap: str = "auto"
+    dtype: Dtype = "bf16"
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAP_MODES:
             raise ConfigError(f"overlap is {self.overlap!r}; it must be one of {', '.join(OVERLAP_MODES)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value < 1:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from blendserve.config import Dtype
 from blendserve.cost import CostModel, Floats, ModelCost
 from blendserve.errors import CapacityError, ConfigError
 
@@ -238,7 +239,8 @@ _CALIBRATE_AGAIN = "run `blendserve calibrate` again"
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Rates measured on this machine, as stored in the user's cache. Rates are those of the whole machine.
+    """Rates measured on this machine, as stored in the user's cache, a file for each `dtype` of weights. Rates are
+    those of the whole machine.
 
     `constant_s` is the fixed time of one step; `gemm_points` are (tokens, flop/s), `bandwidth_points` (threads,
     bytes/s), kept so that a reader can check the summary. The delays are those of steps that overlap in each core, and
@@ -250,7 +252,7 @@ class Calibration:
     """
 
     machine: str
-    dtype: str
+    dtype: Dtype
     num_threads: int
     gemm_flop_per_s: float
     weight_bytes_per_s: float
@@ -357,11 +359,11 @@ class Calibration:
             raise ConfigError(f"calibration cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
 
     def save(self, cache_directory: Path) -> Path:
-        """Write `calibration.json` under the directory, as a whole or not at all, and return its path.
+        """Write the file of its dtype under the directory, as a whole or not at all, and return its path.
 
         Raises: ConfigError when it cannot be written.
         """
-        path = cache_directory / _CALIBRATION_FILE
+        path = calibration_path(cache_directory, self.dtype)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             cache_directory.mkdir(parents=True, exist_ok=True)
@@ -374,24 +376,33 @@ class Calibration:
         return path
 
 
-def load_calibration(cache_directory: Path) -> Calibration:
+def calibration_path(cache_directory: Path, dtype: Dtype) -> Path:
+    return cache_directory / ("calibration.json" if dtype == "bf16" else f"calibration-{dtype}.json")
+
+
+def load_calibration(cache_directory: Path, dtype: Dtype = "bf16") -> Calibration:
     """This machine's calibration. Raises: ConfigError when there is none or it cannot be used."""
-    path = cache_directory / _CALIBRATION_FILE
+    path = calibration_path(cache_directory, dtype)
     if not path.is_file():
-        raise ConfigError(f"no calibration at {path}; run `blendserve calibrate`")
+        raise ConfigError(f"no calibration at {path}; run `blendserve calibrate --dtype {dtype}`")
     try:
-        return Calibration.from_json(path.read_text(encoding="utf-8"))
+        calibration = Calibration.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"calibration at {path} cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
+    if calibration.dtype != dtype:
+        raise ConfigError(f"calibration at {path} is of {calibration.dtype}, not {dtype}; {_CALIBRATE_AGAIN}")
+    return calibration
 
 
-def matching_calibration(cache_directory: Path, num_threads: int, notify: Callable[[str], None]) -> Calibration | None:
-    """The calibration if it was made on this processor with so many threads. None where there is none; one that is
-    damaged or of another machine is told to `notify` and not used."""
-    if not (cache_directory / _CALIBRATION_FILE).is_file():
+def matching_calibration(
+    cache_directory: Path, num_threads: int, notify: Callable[[str], None], dtype: Dtype = "bf16"
+) -> Calibration | None:
+    """The calibration of a dtype if it was made on this processor with so many threads. None where there is none; one
+    that is damaged or of another machine is told to `notify` and not used."""
+    if not calibration_path(cache_directory, dtype).is_file():
         return None
     try:
-        calibration = load_calibration(cache_directory)
+        calibration = load_calibration(cache_directory, dtype)
     except ConfigError as error:
         notify(f"built-in rates are used: {error}")
         return None

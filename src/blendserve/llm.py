@@ -15,7 +15,7 @@ import numpy as np
 
 from blendserve.assembler import OutputAssembler
 from blendserve.batchfile.parameters import shown
-from blendserve.config import EngineConfig, cache_dir
+from blendserve.config import Dtype, EngineConfig, cache_dir
 from blendserve.engine.stats import RunStats
 from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.models.hub import resolve
@@ -43,8 +43,9 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors, a GGUF file, a hub id, or None for the default model.
     `policy` orders the requests (`planner.policies.POLICY_NAMES`). Limits of 0 mean: decide from the machine and the
-    model. Answers do not depend on policy, limits, overlap or threads; they do depend on `isa` and, where a request
-    with temperature > 0 gives no seed, on `seed` and the request's place in the list.
+    model. Answers do not depend on policy, limits, overlap or threads; they do depend on `dtype` ("bf16", or "int8" for
+    weights and activations of 8 bits), on `isa` and, where a request with temperature > 0 gives no seed, on `seed` and
+    the request's place in the list.
     Raises: ConfigError when the model or a limit cannot work.
     """
 
@@ -60,6 +61,7 @@ class LLM:
         num_threads: int = 0,
         enable_prefix_caching: bool = True,
         overlap: str = "auto",
+        dtype: Dtype = "bf16",
         isa: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -73,13 +75,14 @@ class LLM:
             num_threads=num_threads,
             enable_prefix_caching=enable_prefix_caching,
             overlap=overlap,
+            dtype=dtype,
         )
         self.model = load_model(resolve(model, cache_dir()))
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
         notes: list[str] = []
-        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append)
+        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append, dtype)
         self.notes = tuple(notes)
         """Sentences that the user should read, such as why a calibration was not used."""
         self._engine = open_engine(self.model, self.config, isa=isa)

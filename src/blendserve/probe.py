@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from blendserve.config import BLOCK_SIZE, EngineConfig
+from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig
 from blendserve.engine.step import Int32s, StepPlan
 from blendserve.executors.native import Floats, NativeCounters, NativeExecutor
 from blendserve.hardware import OverlapCost
@@ -78,7 +78,16 @@ class SyntheticWeights:
 class Probe:
     """A native executor with steps made by hand; sequence i owns the i-th run of KV blocks. Close it after use."""
 
-    def __init__(self, spec: ModelSpec, *, num_threads: int, num_sequences: int, max_tokens: int, context: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        num_threads: int,
+        num_sequences: int,
+        max_tokens: int,
+        context: int,
+        dtype: Dtype = "bf16",
+    ) -> None:
         blocks_each = -(-context // BLOCK_SIZE)
         config = EngineConfig(
             max_num_seqs=num_sequences,
@@ -86,6 +95,7 @@ class Probe:
             max_model_len=blocks_each * BLOCK_SIZE,
             num_threads=num_threads,
             overlap="off",
+            dtype=dtype,
         )
         num_blocks = num_sequences * blocks_each
         self._executor = NativeExecutor(spec, SyntheticWeights(spec), config, num_blocks=num_blocks)

@@ -9,7 +9,15 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
-from blendserve.config import BLOCK_SIZE, EngineConfig, available_memory_bytes, cache_dir, usable_cores
+from blendserve.config import (
+    BLOCK_SIZE,
+    BYTES_PER_WEIGHT,
+    Dtype,
+    EngineConfig,
+    available_memory_bytes,
+    cache_dir,
+    usable_cores,
+)
 from blendserve.cost import CostModel, ModelCost
 from blendserve.detokenize import StopChecker
 from blendserve.engine.loop import EngineLoop
@@ -35,7 +43,7 @@ MIN_MAX_THREADS = 64
 """More threads than cores wait for each other at every op; thousands of them stand still."""
 
 # One core with 256-bit vectors, until the machine is calibrated: only the ratio of the two matters to a plan.
-_FLOP_PER_S_PER_CORE = 90e9
+_FLOP_PER_S_PER_CORE: dict[Dtype, float] = {"bf16": 90e9, "int8": 160e9}
 _BYTES_PER_S_PER_CORE = 12e9
 
 
@@ -85,9 +93,9 @@ def open_executor(
         config,
         num_blocks=num_blocks,
         isa=isa,
-        peaks=peaks_of(config.num_threads),
+        peaks=peaks_of(config.num_threads, config.dtype),
         trace=trace,
-        overlap_cost=overlap_cost_of(config.num_threads),
+        overlap_cost=overlap_cost_of(config.num_threads, config.dtype),
     )
 
 
@@ -97,33 +105,34 @@ def open_engine(model: LoadedModel, config: EngineConfig, *, isa: str = "auto") 
     return EngineLoop(executor, config, stop_checker=StopChecker(model.tokenizer))
 
 
-def peaks_of(num_threads: int) -> Peaks:
+def peaks_of(num_threads: int, dtype: Dtype = "bf16") -> Peaks:
     """What this machine delivers at most: as calibrated, else a built-in guess. A calibration that cannot be used is
     silently none: `cost_of` tells."""
-    calibration = matching_calibration(cache_dir(), num_threads, lambda _: None)
+    calibration = matching_calibration(cache_dir(), num_threads, lambda _: None, dtype)
     if calibration is not None:
         return calibration.peaks()
-    return Peaks(_FLOP_PER_S_PER_CORE * num_threads, _BYTES_PER_S_PER_CORE * num_threads, is_measured=False)
+    return Peaks(_FLOP_PER_S_PER_CORE[dtype] * num_threads, _BYTES_PER_S_PER_CORE * num_threads, is_measured=False)
 
 
-def overlap_cost_of(num_threads: int) -> OverlapCost | None:
+def overlap_cost_of(num_threads: int, dtype: Dtype = "bf16") -> OverlapCost | None:
     """When and how steps overlap on this machine, as calibrated; None where that was not measured, or not on so many
     threads: `cost_of` tells."""
-    calibration = matching_calibration(cache_dir(), num_threads, lambda _: None)
+    calibration = matching_calibration(cache_dir(), num_threads, lambda _: None, dtype)
     return None if calibration is None else calibration.overlap_cost()
 
 
-def cost_of(spec: ModelSpec, num_threads: int, notify: Callable[[str], None]) -> CostModel:
+def cost_of(spec: ModelSpec, num_threads: int, notify: Callable[[str], None], dtype: Dtype = "bf16") -> CostModel:
     """Compute and memory seconds of requests of this model on this machine: as calibrated, else of the built-in ratio.
 
     A calibration that cannot be used is told to `notify`.
     """
-    calibration = matching_calibration(cache_dir(), num_threads, notify)
+    model = ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype])
+    calibration = matching_calibration(cache_dir(), num_threads, notify, dtype)
     if calibration is not None:
-        return calibration.step_cost(ModelCost.from_spec(spec)).cost_model()
+        return calibration.step_cost(model).cost_model()
     return CostModel.at_rates(
-        ModelCost.from_spec(spec),
-        flop_per_s=_FLOP_PER_S_PER_CORE * num_threads,
+        model,
+        flop_per_s=_FLOP_PER_S_PER_CORE[dtype] * num_threads,
         bytes_per_s=_BYTES_PER_S_PER_CORE * num_threads,
     )
 

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from blendserve.cli.options import positive_integer, tell
+from blendserve.cli.options import add_dtype, positive_integer, tell
 from blendserve.config import cache_dir, usable_cores
 from blendserve.hardware import SEQUENTIAL, Interference
 from blendserve.report.format import plural
@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--threads", type=positive_integer, metavar="N", help="default: every core this process may use"
     )
+    add_dtype(parser)
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of less than a minute; less exact")
     parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
     parser.set_defaults(command=run)
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if load > _BUSY_LOAD_PER_CORE * usable_cores():
         tell(f"note: the load average is {load:.1f}: what else runs here will be measured too")
     tell(f"measuring with {plural(num_threads, 'thread')} ...")
-    measured = calibrate(num_threads, QUICK if args.quick else FULL)
+    measured = calibrate(num_threads, QUICK if args.quick else FULL, dtype=args.dtype)
     path = measured.calibration.save(cache_dir())
     print(json.dumps(_as_json(measured)) if args.json else describe(measured))
     tell(f"wrote {path}")
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def describe(measured: Measurements) -> str:
     """The measurements as tables: medians, and the least and most of the repeats."""
     found = measured.calibration
-    lines = [f"{found.machine}, {plural(found.num_threads, 'thread')}, weights and KV in {found.dtype}", ""]
+    lines = [f"{found.machine}, {plural(found.num_threads, 'thread')}, weights in {found.dtype}", ""]
     lines += ["matrix products" + " " * 38 + "step without attention"]
     lines += [f"{'tokens':>10}  {'GFLOP/s (least - most)':<30}{'measured':>16}{'modelled':>16}"]
     lines += [

@@ -45,7 +45,7 @@ class NativeRun:
         self.codec = ModelCodec(model.tokenizer)
         self.identity = identity
         self._isa: str = best_isa() if args.isa == "auto" else args.isa  # kernels round differently: never mix them
-        self.settings = {"isa": self._isa, "kernels": KERNEL_REVISION}
+        self.settings = {"isa": self._isa, "dtype": config.dtype, "kernels": KERNEL_REVISION}
         self.notes: tuple[str, ...] = ()
         self.load_s = self.plan_s = self.run_s = 0.0
         self.stats: RunStats | None = None
@@ -65,7 +65,7 @@ class NativeRun:
         """Yield the outputs of `pending` as they finish."""
         started_s = time.perf_counter()
         config = resolve_limits(self._config, self._model.spec)
-        cost = cost_of(self._model.spec, config.num_threads, tell)
+        cost = cost_of(self._model.spec, config.num_threads, tell, config.dtype)
         executor = open_executor(self._model, config, isa=self._isa, trace=self._observer.steps)
         with closing(EngineLoop(executor, config, stop_checker=StopChecker(self._model.tokenizer))) as engine:
             loaded_s = time.perf_counter()

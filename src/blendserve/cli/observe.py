@@ -58,7 +58,7 @@ class RunObserver:
             machine=machine_name(),
             num_threads=executor.num_threads,
             isa=executor.isa,
-            peaks=peaks_of(executor.num_threads),
+            peaks=peaks_of(executor.num_threads, executor.dtype),
             stats=stats,
             counters=executor.counters(),
             trace=self.steps,

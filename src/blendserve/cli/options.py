@@ -6,13 +6,13 @@ import argparse
 import sys
 
 from blendserve.batchfile.schema import ServedModel
-from blendserve.config import OVERLAP_MODES, EngineConfig, cache_dir, parse_bytes
+from blendserve.config import DTYPES, OVERLAP_MODES, EngineConfig, cache_dir, parse_bytes
 from blendserve.errors import ConfigError
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
 
-ISA_NAMES = ("auto", "portable", "avx2", "avx512bf16")
+ISA_NAMES = ("auto", "portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16")
 
 
 def size(text: str) -> int:
@@ -75,7 +75,17 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="run matrix products beside attention: auto (default) in steps where `blendserve calibrate` found that it "
         "pays, on wherever it can be done, or off",
     )
+    add_dtype(group)
     group.add_argument("--isa", choices=ISA_NAMES, default="auto", help="instruction set of the kernels")
+
+
+def add_dtype(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16",
+        help="weights of matrix products: bf16 (default), or int8 with 8-bit activations: faster, with other answers",
+    )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -88,6 +98,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         num_threads=args.threads,
         enable_prefix_caching=not args.no_prefix_caching,
         overlap=args.overlap,
+        dtype=args.dtype,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve import _native
-from blendserve.config import BLOCK_SIZE, EngineConfig, usable_cores
+from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig, usable_cores
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError, ConfigError, ExecutorError
 from blendserve.executors.trace import StepTrace
@@ -59,8 +59,8 @@ class MemoryUse:
 
 
 class NativeExecutor:
-    """Runs steps on this machine's CPU. `config` gives the largest step, the longest sequence and the threads; `isa` is
-    "auto" or a name that `_native.is_supported` accepts.
+    """Runs steps on this machine's CPU. `config` gives the largest step, the longest sequence, the threads and the
+    precision of weights; `isa` is "auto" or a name that `_native.is_supported` accepts.
 
     `overlap_cost` tells steps in which overlap pays where `config.overlap` is "auto": none where it is None.
 
@@ -88,6 +88,7 @@ class NativeExecutor:
         overlap_cost: OverlapCost | None = None,
     ) -> None:
         self.num_blocks = num_blocks
+        self._dtype = config.dtype
         self.eos_token_ids = spec.eos_token_ids
         self._peaks = peaks
         self._trace = trace
@@ -100,7 +101,9 @@ class NativeExecutor:
         )
         num_threads = config.num_threads or usable_cores()
         try:
-            loader = _packed_weights(spec, weights, _native.best_isa() if isa == "auto" else isa, num_threads)
+            loader = _packed_weights(
+                spec, weights, _native.best_isa() if isa == "auto" else isa, config.dtype, num_threads
+            )
             self._model = _native.Model(loader, _shape(spec), limits, num_threads=num_threads)
             self.set_overlap(config.overlap, overlap_cost or OverlapCost())
         except ValueError as error:
@@ -113,6 +116,10 @@ class NativeExecutor:
     @property
     def isa(self) -> str:
         return self._model.isa
+
+    @property
+    def dtype(self) -> Dtype:
+        return self._dtype
 
     @property
     def num_threads(self) -> int:
@@ -234,12 +241,14 @@ def _shape(spec: ModelSpec) -> _native.ModelShape:
     )
 
 
-def _packed_weights(spec: ModelSpec, weights: Weights, isa: str, num_threads: int) -> _native.WeightLoader:
+def _packed_weights(
+    spec: ModelSpec, weights: Weights, isa: str, dtype: Dtype, num_threads: int
+) -> _native.WeightLoader:
     check_weights(spec, weights)
-    loader = _native.WeightLoader(isa, "bf16", spec.num_layers)
+    loader = _native.WeightLoader(isa, dtype, spec.num_layers)
     head_stride = _shape(spec).head_stride
     with ThreadPoolExecutor(min(num_threads, _MAX_LOADING_THREADS)) as pool:
-        ends = pool.submit(_load_ends, loader, spec, weights)
+        ends = pool.submit(_load_ends, loader, spec, weights, dtype)
         layers = [
             pool.submit(_load_layer, loader, spec, weights, index, head_stride) for index in range(spec.num_layers)
         ]
@@ -248,9 +257,11 @@ def _packed_weights(spec: ModelSpec, weights: Weights, isa: str, num_threads: in
     return loader
 
 
-def _load_ends(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights) -> None:
+def _load_ends(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights, dtype: Dtype) -> None:
+    # What enters the first layer stays bfloat16: reading one row of it per token is no work.
+    reads_head = spec.has_tied_embeddings and dtype == "bf16"
     loader.set_ends(
-        embedding=None if spec.has_tied_embeddings else weights.tensor("embed_tokens"),
+        embedding=None if reads_head else weights.tensor("embed_tokens"),
         lm_head=weights.tensor("embed_tokens" if spec.has_tied_embeddings else "lm_head"),
         norm=weights.tensor("norm"),
         inverse_frequencies=inverse_frequencies(spec),

@@ -17,14 +17,18 @@ from blendserve.config import BLOCK_SIZE
 from blendserve.engine.step import Int32s, StepPlan, StepResult
 from blendserve.errors import ConfigError
 from blendserve.executors.sampling import sample, token_logprob
+from blendserve.models.int8 import Int8Rows, int8_activations, int8_product, int8_weights
 from blendserve.models.rope import inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, expected_shapes, round_to_bf16
 from blendserve.request import Request, TokenLogprob
 
 Array = NDArray[np.floating[Any]]
-Precision = Literal["float64", "float32", "bf16"]
-"""Of weights, activations and KV; `bf16` rounds weights and KV as the native core does and computes in float32."""
+Precision = Literal["float64", "float32", "bf16", "int8"]
+"""Of weights, activations and KV; `bf16` rounds weights and KV as the native core does and computes in float32; `int8`
+does so but for matrix products, whose weights and activations are integers."""
+
+_BF16_KV: tuple[Precision, ...] = ("bf16", "int8")
 
 
 @dataclass(slots=True)
@@ -38,11 +42,18 @@ class ReferenceModel:
     weights: Weights
     precision: Precision = "float32"
     _tensor_by_name: dict[str, Array] = field(init=False, repr=False)
+    _int8_by_name: dict[str, Int8Rows] = field(init=False, repr=False)
     _inverse_frequencies: NDArray[np.float64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._inverse_frequencies = inverse_frequencies(self.spec)
-        self._tensor_by_name = {name: self._loaded(name) for name in expected_shapes(self.spec)}
+        shape_by_name = expected_shapes(self.spec)
+        self._tensor_by_name = {name: self._loaded(name) for name in shape_by_name}
+        self._int8_by_name = {
+            name: int8_weights(self.weights.tensor(name))
+            for name, shape in shape_by_name.items()
+            if self.precision == "int8" and len(shape) == 2
+        }
 
     @property
     def dtype(self) -> type[np.float32] | type[np.float64]:
@@ -51,7 +62,8 @@ class ReferenceModel:
     def _loaded(self, name: str) -> Array:
         tensor = self.weights.tensor(name)
         is_matrix = tensor.ndim == 2
-        return (round_to_bf16(tensor) if self.precision == "bf16" and is_matrix else tensor).astype(self.dtype)
+        is_rounded = is_matrix and self.precision in _BF16_KV
+        return (round_to_bf16(tensor) if is_rounded else tensor).astype(self.dtype)
 
     def hidden_states(self, token_ids: Int32s, first_position: int, cache: KvCache, blocks: Int32s) -> Array:
         """Run tokens [first_position, first_position + n) of one sequence through all layers.
@@ -97,7 +109,10 @@ class ReferenceModel:
         return self._linear(activated * self._linear(x, name + "up_proj"), name + "down_proj")
 
     def _linear(self, x: Array, name: str) -> Array:
-        product: Array = x @ self._tensor_by_name[name].T
+        if self.precision == "int8":
+            product: Array = int8_product(int8_activations(x.astype(np.float32)), self._int8_by_name[name])
+        else:
+            product = x @ self._tensor_by_name[name].T
         bias = self._tensor_by_name.get(f"{name}.bias")
         return product if bias is None else product + bias
 
@@ -129,7 +144,7 @@ class KvCache:
 
     def write(self, layer: int, blocks: Int32s, positions: NDArray[np.int64], keys: Array, values: Array) -> None:
         """Store rows for these positions. Shapes: `keys`, `values` [n, kv_heads, head_dim]. Mutates: this."""
-        if self._precision == "bf16":
+        if self._precision in _BF16_KV:
             keys, values = round_to_bf16(keys.astype(np.float32)), round_to_bf16(values.astype(np.float32))
         at = blocks[positions // self._block_size], positions % self._block_size
         self._keys[layer][at], self._values[layer][at] = keys, values
