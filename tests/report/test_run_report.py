@@ -51,7 +51,7 @@ def measured(resources_s: Sequence[tuple[float, float]], *, max_spans: int = 10_
         begin_s += 1.0 + gap_s
     stats.num_prompt_tokens, stats.num_output_tokens, stats.max_kv_tokens = 700, 300, 250
     stats.resources = Resources(270_000_000, 4_000_000_000, 80_000_000, 900_000_000, 1.25)
-    counters = NativeCounters(len(resources_s), 10, 2e12, 1e11, 5e9, 7e9, SECONDS_BY_OP)
+    counters = NativeCounters(len(resources_s), 0, 10, 2e12, 1e11, 5e9, 7e9, SECONDS_BY_OP)
     peaks = Peaks(100e9, 20e9, is_measured=True)
     return MeasuredRun(
         "jobs <in>.jsonl", "tiny", "blend", "a machine", 2, "avx2", peaks, stats, counters, trace, OPS, 0.4
