@@ -189,7 +189,7 @@ def test_planning_counts_prefill_attention_as_steps_do() -> None:
 
 
 def test_no_calibration_asks_for_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="run `blendserve calibrate`"):
+    with pytest.raises(ConfigError, match="run `blendserve calibrate --dtype bf16`"):
         load_calibration(tmp_path)
 
 
