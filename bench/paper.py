@@ -1,6 +1,6 @@
 """Regenerates the paper's evaluation on the simulator: csv, a markdown page beside the paper's numbers, and plots.
 
-    python bench/paper.py [--quick] [--scale S] [--jobs N] [--out DIRECTORY]
+    python bench/paper.py [--quick] [--coarse] [--scale S] [--jobs N] [--only EXPERIMENTS] [--out DIRECTORY]
 
 All figures are simulated. A run at scale S has S^2 of the paper's 400,000 requests, videos of S of the length and a
 GPU with S of the KV memory, batch and step constants, which keeps the ratio of the longest request to the whole job;
@@ -23,18 +23,32 @@ from statistics import mean
 import numpy as np
 import paper_reference as paper
 from common import commit, machine
-from paper_cells import KNOWLEDGE, PAPER_REQUESTS, SYSTEMS, Outcome, all_cells, run_cell
+from paper_ablation import ABLATIONS
+from paper_cells import (
+    KNOWLEDGE,
+    PAPER_REQUESTS,
+    SYSTEMS,
+    Cell,
+    Outcome,
+    all_cells,
+    make_machine,
+    make_workload,
+    run_cell,
+)
 from paper_plots import bars, heat_map, lines
 
 from blendserve.cost import ModelCost
 from blendserve.hardware import A100_80G, gpu_step_cost
 from blendserve.models.known import LLAMA_3_8B
+from blendserve.simulate import plan_workload
 from blendserve.workloads.blend import PAPER_TRACES, paper_cost_model
+from blendserve.workloads.knowledge import EXACT
 from blendserve.workloads.traces import make_trace
 from blendserve.workloads.workload import mix
 
-FULL_SCALE, QUICK_SCALE = 0.15, 0.08
+FULL_SCALE, QUICK_SCALE = 0.1, 0.08
 BASE, ALGORITHM_3, OURS = "NanoFlow-DFS", "BlendServe, Alg. 3", "blend"
+MEANS = "means, no distributions"
 Section = Callable[[list[Outcome], Path], list[str]]
 
 
@@ -177,6 +191,40 @@ def knowledge_section(outcomes: list[Outcome], out: Path) -> list[str]:  # noqa:
     ]
 
 
+def ablation_section(outcomes: list[Outcome], out: Path) -> list[str]:  # noqa: ARG001
+    """Policy blend with one ingredient out."""
+    by_label = grouped(outcomes, lambda outcome: outcome.cell.label)
+    names = [*ABLATIONS, MEANS]
+    times = {label: {outcome.cell.ablation or MEANS: outcome for outcome in group} for label, group in by_label.items()}
+    rows = [
+        (
+            name,
+            *(times[label]["blend"].time_s / times[label][name].time_s for label in by_label),
+            *(times[label][name].sharing_kept for label in by_label),
+            *(times[label][name].num_preemptions for label in by_label),
+        )
+        for name in names
+    ]
+    headers = [f"{what}, {label}" for what in ("speed", "sharing kept", "preemptions") for label in by_label]
+    return ["## Policy blend with one ingredient out: speed, all of it = 1", *table(("blend", *headers), rows)]
+
+
+def splits_section(scale: float) -> list[str]:
+    """How many leaves leave their subtree, with exact lengths."""
+    rows = []
+    for name, target in PAPER_TRACES.items():
+        cell = Cell("splits", "blend", target.density, target.sharing)
+        plan = plan_workload(make_workload(cell, scale), make_machine(cell, scale, "overlapped"), EXACT)
+        share = float(plan.schedule.leaf_order.is_split.mean())
+        rows.append(
+            (name, f"{share:.2%}", plan.planned_sharing / plan.optimal_sharing, plan.schedule.leaf_order.num_rounds)
+        )
+    return [
+        "## Leaves split (paper: 0.1 to 1% of them, with 99% of the sharing kept)",
+        *table(("trace", "leaves split", "sharing kept by the plan", "sorts"), rows),
+    ]
+
+
 def models_section(outcomes: list[Outcome], out: Path) -> list[str]:  # noqa: ARG001
     """Other models."""
     rows: list[tuple[object, ...]] = []
@@ -237,6 +285,7 @@ SECTIONS: dict[str, Section] = {
     "grid ShareGPT": grid_section,
     "grid WildChat": grid_section,
     "knowledge": knowledge_section,
+    "ablation": ablation_section,
     "models": models_section,
     "disaggregated": disaggregated_section,
     "replicas": replicas_section,
@@ -254,9 +303,8 @@ def write_csv(path: Path, outcomes: list[Outcome]) -> None:
             writer.writerow([*(getattr(one.cell, key) for key in keys), *(getattr(one, name) for name in figures)])
 
 
-def run_all(scale: float, num_jobs: int, *, is_quick: bool) -> list[Outcome]:
+def run_all(cells: list[Cell], scale: float, num_jobs: int) -> list[Outcome]:
     """All cells, in parallel, in their order."""
-    cells = all_cells(is_quick=is_quick)
     outcomes = []
     with multiprocessing.get_context("spawn").Pool(num_jobs) as pool:
         for done, outcome in enumerate(pool.imap(partial(run_cell, scale=scale), cells), start=1):
@@ -269,14 +317,22 @@ def run_all(scale: float, num_jobs: int, *, is_quick: bool) -> list[Outcome]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four traces, six grid cells, one sampling row")
+    parser.add_argument("--coarse", action="store_true", help="12 blends of the grid of 65")
     parser.add_argument("--scale", type=float, default=None, help=f"default {FULL_SCALE}, quick {QUICK_SCALE}")
+    parser.add_argument("--only", default="", metavar="NAMES", help=f"of {', '.join(SECTIONS)}; with commas between")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("bench/results/paper"))
     arguments = parser.parse_args()
     scale = arguments.scale or (QUICK_SCALE if arguments.quick else FULL_SCALE)
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    outcomes = run_all(scale, arguments.jobs, is_quick=arguments.quick)
+    chosen = arguments.only.split(",") if arguments.only else list(SECTIONS)
+    if unknown := set(chosen) - SECTIONS.keys():
+        parser.error(f"unknown experiments {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    cells = [
+        cell for cell in all_cells(is_quick=arguments.quick, is_coarse=arguments.coarse) if cell.experiment in chosen
+    ]
+    outcomes = run_all(cells, scale, arguments.jobs)
     write_csv(arguments.out / "cells.csv", outcomes)
     page = [
         "# The paper's evaluation, simulated",
@@ -292,6 +348,7 @@ def main() -> None:
             ("trace", "density", "sharing"), [(name, each.density, each.sharing) for name, each in PAPER_TRACES.items()]
         ),
         *table_4(),
+        *splits_section(scale),
     ]
     for experiment, group in grouped(outcomes, lambda outcome: outcome.cell.experiment).items():
         page += SECTIONS[str(experiment)](group, arguments.out)

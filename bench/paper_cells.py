@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from paper_ablation import ABLATIONS
 
 from blendserve.disaggregated import simulate_disaggregated
 from blendserve.hardware import A100_80G
@@ -25,12 +26,16 @@ SYSTEMS: dict[str, tuple[str, EngineKind]] = {
     "blend": ("blend", "overlapped"),
 }
 """Baselines as policy and engine kind. vLLM-DFS and SGLang-DFS differ in nothing that the cost model knows."""
+OWN_KNOWLEDGE = {("BlendServe, Alg. 3", "1% samples"): "means of samples"}
+"""What a system makes of its samples where that is not what ours does: the paper's takes their means."""
 GRID_DENSITIES = tuple(round(0.80 + 0.05 * step, 2) for step in range(13))
 GRID_SHARINGS = (0.05, 0.15, 0.25, 0.35, 0.45)
+COARSE_GRID = ((0.8, 1.0, 1.2, 1.4), (0.05, 0.25, 0.45))
 TENSOR_PARALLEL = {"llama-3-70b": 8, "qwen-2.5-72b": 8, "deepseek-67b": 8}
 SAMPLES = LengthKnowledge("sampled")
 KNOWLEDGE = {
     "1% samples": SAMPLES,
+    "means of samples": LengthKnowledge("means"),
     "exact": LengthKnowledge("exact"),
     "twice the truth": LengthKnowledge("scaled", factor=2.0),
     "half the truth": LengthKnowledge("scaled", factor=0.5),
@@ -50,6 +55,7 @@ class Cell:
     num_replicas: int = 1
     knowledge: str = "1% samples"
     label: str = ""
+    ablation: str = ""
     keeps_steps: bool = False
 
 
@@ -103,8 +109,9 @@ def run_cell(cell: Cell, scale: float) -> Outcome:
         policy,
         engine=engine,
         num_replicas=cell.num_replicas,
-        lengths=KNOWLEDGE[cell.knowledge],
+        lengths=KNOWLEDGE[OWN_KNOWLEDGE.get((cell.system, cell.knowledge), cell.knowledge)],
         keeps_steps=cell.keeps_steps,
+        make=ABLATIONS[cell.ablation] if cell.ablation else None,
     )
     return Outcome(
         cell=cell,
@@ -155,13 +162,13 @@ def _slices(steps: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]], coun
     return {"time_s": edges[1:].tolist(), **sums}
 
 
-def all_cells(*, is_quick: bool) -> list[Cell]:
-    """Every cell of the run, long ones first within an experiment's list."""
+def all_cells(*, is_quick: bool, is_coarse: bool = False) -> list[Cell]:
+    """Every cell of the run, long ones first within an experiment's list. A coarse run has 12 of the 65 blends."""
     if is_quick:
         return [
             *_traces("traces 8B"),
             *_timelines(),
-            *_grid("grid BurstGPT", (0.8, 1.1, 1.4), (0.05, 0.35)),
+            *_grid("grid BurstGPT", (0.8, 1.1), (0.25,)),
             *_knowledge(1),
         ]
     return [
@@ -169,13 +176,14 @@ def all_cells(*, is_quick: bool) -> list[Cell]:
         *_traces("traces 70B", model="llama-3-70b"),
         *_traces("traces 8B"),
         *_timelines(),
-        *_knowledge(4),
+        *_knowledge(2),
+        *_ablations(),
         *_models(),
         *_disaggregated(),
-        *_grid("grid BurstGPT", GRID_DENSITIES, GRID_SHARINGS),
-        *_grid("grid Azure", (0.8, 1.0, 1.2, 1.4), (0.05, 0.25, 0.45), trace="azure-code"),
-        *_grid("grid ShareGPT", (0.8, 1.0, 1.2, 1.4), (0.05, 0.25, 0.45), trace="sharegpt"),
-        *_grid("grid WildChat", (0.8, 1.0, 1.2, 1.4), (0.25, 0.35, 0.45), trace="wildchat"),
+        *_grid("grid BurstGPT", *(COARSE_GRID if is_coarse else (GRID_DENSITIES, GRID_SHARINGS))),
+        *_grid("grid Azure", *COARSE_GRID, trace="azure-code"),
+        *_grid("grid ShareGPT", *COARSE_GRID, trace="sharegpt"),
+        *_grid("grid WildChat", COARSE_GRID[0], (0.25, 0.35, 0.45), trace="wildchat"),
     ]
 
 
@@ -210,6 +218,14 @@ def _knowledge(num_traces: int) -> Iterator[Cell]:
             yield Cell("knowledge", "blend", density, sharing, knowledge=knowledge, label=name)
     for knowledge in KNOWLEDGE:
         yield Cell("knowledge", "blend", 1.1, 0.25, trace="sharegpt", knowledge=knowledge, label="ShareGPT (1.1, 25%)")
+
+
+def _ablations() -> Iterator[Cell]:
+    blends = (("burstgpt", "trace-2", 0.9, 0.35), ("sharegpt", "ShareGPT (1.1, 25%)", 1.1, 0.25))
+    for trace, label, density, sharing in blends:
+        for ablation in ABLATIONS:
+            yield Cell("ablation", "blend", density, sharing, trace=trace, ablation=ablation, label=label)
+        yield Cell("ablation", "blend", density, sharing, trace=trace, knowledge="means of samples", label=label)
 
 
 def _models() -> Iterator[Cell]:

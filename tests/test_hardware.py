@@ -215,3 +215,13 @@ def test_a_calibrated_step_multiplies_what_it_samples_by_the_vocabulary() -> Non
     num_weights = small.num_matmul_parameters + head
     assert cost.compute_s(1, num_sampled=1) >= 2 * num_weights / CALIBRATION.weight_bytes_per_s * (1 - 1e-9)
     assert cost.cost_model().decode_s == pytest.approx(2 * num_weights / 2e11)
+
+
+def test_only_a_saving_beyond_the_noise_of_measurements_counts_as_overlap() -> None:
+    assert NANOFLOW.hides_time
+    assert PERFECT.hides_time
+    assert not SEQUENTIAL.hides_time
+    assert not Interference(0.97, 0.99).hides_time
+    cost = gpu_step_cost(MODEL, A100_80G)
+    assert cost.cost_model().has_overlap
+    assert not replace(cost, interference=SEQUENTIAL).cost_model().has_overlap

@@ -11,7 +11,9 @@ from blendserve.bounds import job_bounds
 from blendserve.errors import ConfigError
 from blendserve.hardware import A100_80G, NANOFLOW, SEQUENTIAL, StepCost
 from blendserve.models.known import LLAMA_3_8B
-from blendserve.simulate import EngineKind, Machine, gpu_machine, simulate
+from blendserve.planner.lengths import LengthModel, MeanLengthModel
+from blendserve.planner.policies import make_policy
+from blendserve.simulate import EngineKind, Machine, gpu_machine, plan_workload, simulate
 from blendserve.workloads.blend import blend
 from blendserve.workloads.knowledge import EXACT, LengthKnowledge, ScaledLengths
 from blendserve.workloads.workload import Workload
@@ -122,6 +124,32 @@ def test_replicas_share_the_work(workload: Workload) -> None:
 def test_every_kind_of_knowledge_serves_everything(workload: Workload, knowledge: LengthKnowledge) -> None:
     result = simulate(workload.subset(np.arange(300)), MACHINE, "blend", lengths=knowledge)
     assert result.share_of_bound > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["overlapped", "sequential"])
+def test_blend_keeps_up_with_dfs_where_there_is_no_long_output(engine: EngineKind) -> None:
+    """Chats and questions alone: hardly anything to balance, and steps must not be spread over what may never come."""
+    mixed = blend(1.4, 0.35, 12_000, compute_trace="sharegpt")
+    chats = mixed.subset(np.flatnonzero(mixed.kind != mixed.kinds.index("openvid"))[:3000])
+    machine = gpu_machine(A100_80G, LLAMA_3_8B, engine=engine).shrunk(0.3)
+    dfs, blended = (simulate(chats, machine, policy, engine=engine).time_s for policy in ("dfs", "blend"))
+    assert blended <= 1.01 * dfs
+
+
+def test_means_know_less_than_distributions(workload: Workload) -> None:
+    kinds = (LengthKnowledge("means"), LengthKnowledge("sampled"))
+    means, distributions = (plan_workload(workload, MACHINE, kind).new_lengths() for kind in kinds)
+    assert isinstance(means, MeanLengthModel)
+    assert isinstance(distributions, LengthModel)
+    assert means.samples.tolist() == distributions.samples.tolist()
+
+
+def test_a_policy_may_be_given_instead_of_named(workload: Workload) -> None:
+    part = workload.subset(np.arange(200))
+    given = simulate(part, MACHINE, "by hand", make=lambda plan: make_policy("dfs", plan))
+    assert given.policy == "by hand"
+    assert given.time_s == simulate(part, MACHINE, "dfs").time_s
 
 
 def test_scaled_lengths_outlive_their_estimate() -> None:

@@ -66,13 +66,15 @@ class CostModel:
     `token_s`: all matrix products of one token. `head_s`: what an output token takes beside that, where the
     vocabulary's matrix is counted apart (0 where it is in `token_s`, as in the paper's formula). `pair_s`: attention of
     one prefill token to one prompt token (0 drops the quadratic term, as the paper allows). `kv_token_s`: reading the
-    KV of one token once.
+    KV of one token once. `has_overlap`: does the engine hide one of the two behind the other? If not, their mix in a
+    step is of no matter.
     """
 
     token_s: float
     kv_token_s: float
     pair_s: float = 0.0
     head_s: float = 0.0
+    has_overlap: bool = True
 
     def __post_init__(self) -> None:
         if self.token_s <= 0 or self.kv_token_s <= 0 or self.pair_s < 0 or self.head_s < 0:
@@ -86,6 +88,7 @@ class CostModel:
         flop_per_s: float,
         bytes_per_s: float,
         has_prefill_attention: bool = False,
+        has_overlap: bool = True,
     ) -> CostModel:
         """The paper's formulas at the given rates: 2 P flop per token, 4 H L per pair, K and V of every layer per
         read."""
@@ -94,6 +97,7 @@ class CostModel:
             token_s=2 * model.num_parameters / flop_per_s,
             kv_token_s=model.kv_bytes_per_token / bytes_per_s,
             pair_s=pair_flop / flop_per_s if has_prefill_attention else 0.0,
+            has_overlap=has_overlap,
         )
 
     @property

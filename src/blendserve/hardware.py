@@ -84,7 +84,14 @@ class Interference:
         """Elapsed time of many steps, aligned arrays."""
         return np.maximum(compute_s + self.compute_delay * memory_s, memory_s + self.memory_delay * compute_s)
 
+    @property
+    def hides_time(self) -> bool:
+        """Is a step of equal compute and memory time shorter than both by more than measurements scatter?"""
+        return self.step_s(1.0, 1.0) < 2.0 * (1.0 - OVERLAP_NOISE)
 
+
+OVERLAP_NOISE = 0.02
+"""Time saved by overlap, as a share, that a calibration cannot tell from none."""
 SEQUENTIAL = Interference(1.0, 1.0)
 PERFECT = Interference(0.0, 0.0)
 # NanoFlow (OSDI 2025) Table 3: attention given 0.4 of the GPU runs at 0.8 of its speed and leaves GEMM 0.6. Until the
@@ -149,7 +156,13 @@ class StepCost:
 
         `CostModel` counts all p^2 pairs of a prompt, a step the half that is causal.
         """
-        return CostModel(self.token_s, self.kv_token_s, pair_s=self.pair_s / 2, head_s=self.head_s)
+        return CostModel(
+            token_s=self.token_s,
+            kv_token_s=self.kv_token_s,
+            pair_s=self.pair_s / 2,
+            head_s=self.head_s,
+            has_overlap=self.interference.hides_time,
+        )
 
 
 def gpu_step_cost(

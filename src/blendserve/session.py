@@ -122,7 +122,8 @@ def overlap_cost_of(num_threads: int, dtype: Dtype = "bf16") -> OverlapCost | No
 
 
 def cost_of(spec: ModelSpec, num_threads: int, notify: Callable[[str], None], dtype: Dtype = "bf16") -> CostModel:
-    """Compute and memory seconds of requests of this model on this machine: as calibrated, else of the built-in ratio.
+    """Compute and memory seconds of requests of this model on this machine: as calibrated, else of the built-in ratio
+    and without overlap.
 
     A calibration that cannot be used is told to `notify`.
     """
@@ -134,6 +135,7 @@ def cost_of(spec: ModelSpec, num_threads: int, notify: Callable[[str], None], dt
         model,
         flop_per_s=_FLOP_PER_S_PER_CORE[dtype] * num_threads,
         bytes_per_s=_BYTES_PER_S_PER_CORE * num_threads,
+        has_overlap=False,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -31,9 +32,10 @@ from blendserve.hardware import (
     kv_capacity_bytes,
 )
 from blendserve.models.spec import ModelSpec
-from blendserve.planner.base import RequestTable
+from blendserve.planner.base import Policy, RequestTable
+from blendserve.planner.lengths import MeanLengthModel
 from blendserve.planner.partition import partition
-from blendserve.planner.plan import Plan, make_plan
+from blendserve.planner.plan import LengthsFactory, Plan, make_plan
 from blendserve.planner.policies import make_policy
 from blendserve.workloads.knowledge import SAMPLED, LengthKnowledge, ScaledLengths
 from blendserve.workloads.source import WorkloadSource, prefix_tree
@@ -208,17 +210,22 @@ def plan_workload(workload: Workload, machine: Machine, lengths: LengthKnowledge
     if most is None:
         most = np.full(len(workload), min(machine.capacity_tokens, MAX_OUTPUT_TOKENS), dtype=np.int64)
     table = RequestTable(workload.num_prompt_tokens, np.maximum(most, workload.num_output_tokens), known)
-    scaled = None
-    if lengths.kind == "scaled":
-        scaled = ScaledLengths(workload.num_output_tokens, lengths.factor)
     return make_plan(
         prefix_tree(workload),
         table,
         machine.cost.cost_model(),
         seed=seed,
         sample_rate=lengths.sample_rate,
-        lengths=None if scaled is None else lambda _tree, _table: scaled,
+        lengths=_lengths_factory(workload, lengths, seed),
     )
+
+
+def _lengths_factory(workload: Workload, lengths: LengthKnowledge, seed: int) -> LengthsFactory | None:
+    if lengths.kind == "scaled":
+        return lambda _tree, _table: ScaledLengths(workload.num_output_tokens, lengths.factor)
+    if lengths.kind == "means":
+        return lambda tree, table: MeanLengthModel(tree, table, sample_rate=lengths.sample_rate, seed=seed)
+    return None
 
 
 def simulate(
@@ -231,16 +238,21 @@ def simulate(
     lengths: LengthKnowledge = SAMPLED,
     seed: int = 0,
     keeps_steps: bool = False,
+    make: Callable[[Plan], Policy] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SimulationResult:
-    """Run a workload under a policy on virtual replicas, each with its part of one central plan."""
+    """Run a workload under a policy on virtual replicas, each with its part of one central plan.
+
+    `make` builds a policy that has no name of its own; `policy` then only labels the result.
+    """
+    make = make or partial(make_policy, policy)
     began = clock()
     parts = [workload]
     if num_replicas > 1:
         plan = plan_workload(workload, machine, lengths, seed=seed)
         parts = [workload.subset(rows) for rows in partition(plan, num_replicas).parts]
     results = [
-        _run_replica(part, machine, policy, lengths, seed=seed, keeps_steps=keeps_steps, clock=clock) for part in parts
+        _run_replica(part, machine, make, lengths, seed=seed, keeps_steps=keeps_steps, clock=clock) for part in parts
     ]
     return SimulationResult(
         policy=policy,
@@ -260,7 +272,7 @@ def simulate(
 def _run_replica(
     workload: Workload,
     machine: Machine,
-    policy: str,
+    make: Callable[[Plan], Policy],
     lengths: LengthKnowledge,
     *,
     seed: int,
@@ -271,7 +283,7 @@ def _run_replica(
     executor = SimulatedExecutor(machine.cost, machine.capacity_tokens)
     loop = EngineLoop(executor, make_engine_config(machine), clock=clock)
     num_cached_tokens = 0
-    for output in loop.run(WorkloadSource(workload, plan.tree), make_policy(policy, plan)):
+    for output in loop.run(WorkloadSource(workload, plan.tree), make(plan)):
         if output.error is not None:
             raise output.error
         num_cached_tokens += output.num_cached_tokens

@@ -182,3 +182,26 @@ def test_refused_requests_tell_nothing(kind: type[LengthModel | MeanLengthModel]
     model.refresh()
     assert (model.estimate(np.arange(tree.num_requests)) == before).all()
     assert model.num_observed == 0
+
+
+def test_the_longest_of_many_is_expected_near_their_longest() -> None:
+    tree, lengths = tree_of_kinds(), lengths_of_kinds()
+    model = LengthModel(tree, unknown_table(tree.num_requests))
+    for index in range(0, tree.num_requests, 10):
+        model.observe(index, int(lengths[index]))
+    model.refresh()
+    waiting = rows_of(2)
+    assert lengths[waiting].max() / 2 < model.longest_unknown(waiting) < 2 * lengths[waiting].max()
+    assert model.longest_unknown(waiting[:4]) < model.longest_unknown(waiting)
+    assert model.longest_unknown(waiting[:0]) == 0
+    capped = LengthModel(tree, unknown_table(tree.num_requests, cap=50))
+    assert capped.longest_unknown(waiting) <= 50
+
+
+def test_known_lengths_are_not_among_the_unknown_ones() -> None:
+    tree = tree_of_kinds()
+    known = np.where(np.arange(tree.num_requests) < KIND_REQUESTS, 900, -1)
+    table = RequestTable(np.full(tree.num_requests, 500), np.full(tree.num_requests, 4096), known)
+    for model in (LengthModel(tree, table), MeanLengthModel(tree, table)):
+        assert model.longest_unknown(rows_of(0)) == 0
+        assert model.longest_unknown(rows_of(1)) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -218,6 +219,18 @@ def test_blocks_of_finished_subtrees_are_never_used_again() -> None:
     assert policy.next_use(stem) == np.inf
     assert policy.next_use(other) == np.inf
     assert policy.next_use(b"a content key") == 0.0
+
+
+def test_without_overlap_steps_are_filled_up() -> None:
+    """The mix of a step is of no matter there, so nothing is spread: the budget is the whole step."""
+    prompts, outputs = mixed_job()
+    budgets = {}
+    for has_overlap in (True, False):
+        plan = plan_of(prompts, outputs, cost=replace(COST, has_overlap=has_overlap))
+        engine = TinyEngine(BlendPolicy(plan), [len(prompt) for prompt in prompts], outputs, 800)
+        budgets[has_overlap] = engine.policy.prefill_tokens(engine)
+    assert budgets[False] == 256
+    assert budgets[True] < 256
 
 
 def test_an_unknown_policy_is_named_with_those_that_exist() -> None:

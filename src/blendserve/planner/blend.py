@@ -5,10 +5,14 @@ fewest steps that the rest of the job can take: those that read the remaining KV
 At a full memory that is the ratio of what remains of the two resources; while memory fills up, it wastes no step. The
 memory end enters as the forecast of its peak allows, longest first because that is how densities fall. The compute end
 enters as prefill is wanted. What finishes corrects the estimates.
+
+On an engine that does not overlap the two, their mix is of no matter: steps are filled up, unless something that runs
+is longer than all that waits, so that there will be steps anyway.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -44,6 +48,8 @@ TRUST_TOKENS = 256
 """Prompt tokens that must have been planned before the sharing found in the engine outweighs the planned sharing."""
 
 
+LOOK_AGAIN = 0.9
+"""Share of the waiting requests that may be left before their longest output is estimated anew."""
 MAX_LOOKAHEAD = 1 << 16
 """Places from the memory end that are looked at for a request that fits, in doubling strides."""
 TURN_SHARE = 0.1
@@ -77,6 +83,8 @@ class BlendPolicy:
         self._running_compute_s = self._running_memory_s = 0.0
         self._waiting_compute_s = float(self._schedule.compute_s.sum())
         self._waiting_memory_s = float(self._schedule.memory_s.sum())
+        self._end = 0.0
+        self._longest_unknown, self._num_weighed = 0.0, math.inf
         self._planned_s = self._actual_s = TRUST_TOKENS * plan.cost.token_s
 
     @property
@@ -132,6 +140,7 @@ class BlendPolicy:
         decode_s = self._plan.cost.decode_s * float(schedule.expected_output_tokens[index])
         self._planned_s += max(float(schedule.compute_s[index]) - decode_s, 0.0)
         self._actual_s += self._plan.cost.token_s * own
+        self._end = max(self._end, self._step + float(schedule.expected_output_tokens[index]))
         self._all.add(self._step, own, self._proposed_remaining)
         if self._proposed_at_memory_end:
             self._pending_memory_end += own
@@ -210,19 +219,33 @@ class BlendPolicy:
         keeps compute for the memory to come, the second wastes no step while memory fills up.
         """
         kv_token_s = self._plan.cost.kv_token_s
+        if not self._plan.cost.has_overlap:
+            return 1.0 / max(self._num_idle_steps(), 1.0)
         even_s = EVEN_SHARE * self._settings.kv_share * view.capacity_tokens * kv_token_s
         remaining_s = self._waiting_memory_s + self._running_memory_s + even_s * self._num_steps_left(view)
         return min(1.0, (kv_token_s * num_kv_tokens + even_s) / max(remaining_s, 1e-12))
 
     def _num_steps_left(self, view: SchedulerView) -> float:
         """Steps over which to spread the compute: those that read all KV at full memory, or that the longest request
-        still runs; but what waits must start early enough to end with it."""
+        is expected to run; but what waits must start early enough to end with it."""
         memory_s = self._waiting_memory_s + self._running_memory_s
         full_s = self._settings.kv_share * view.capacity_tokens * self._plan.cost.kv_token_s
-        longest_waiting = 0.0
-        if self._scanner.num_waiting:
-            longest_waiting = float(self._schedule.expected_output_tokens[self._scanner.peek_memory_end()])
-        return max(memory_s / full_s, self._all.end - self._step - longest_waiting, 1.0)
+        return max(memory_s / full_s, self._num_idle_steps(), 1.0)
+
+    def _num_idle_steps(self) -> float:
+        """Steps that there will be anyway, because something running is longer than all that waits."""
+        return self._end - self._step - self._longest_waiting()
+
+    def _longest_waiting(self) -> float:
+        """Output tokens that the longest waiting request is expected to have: the next known one at the memory end, or
+        the longest of many that nothing is known of."""
+        num_waiting = self._scanner.num_waiting
+        if not num_waiting:
+            return 0.0
+        if num_waiting < LOOK_AGAIN * self._num_weighed:
+            self._num_weighed = num_waiting
+            self._longest_unknown = self._learner.lengths.longest_unknown(self._scanner.waiting())
+        return max(self._longest_unknown, float(self._schedule.expected_output_tokens[self._scanner.peek_memory_end()]))
 
     def _is_memory_intensive(self, request: int) -> bool:
         """Does it have less compute to its memory time than all that remains? Others enter as prefill is wanted."""
@@ -235,6 +258,7 @@ class BlendPolicy:
         """Forecast from scratch, and learn where there is enough to learn from."""
         self._is_stale = self._is_memory_end_full = False
         if self._learner.is_due:
+            self._num_weighed = math.inf
             self._replan(view)
         running, outputs = view.request_index, view.num_output_tokens
         lengths, cost = self._learner.lengths, self._plan.cost
@@ -247,6 +271,7 @@ class BlendPolicy:
         first, squared = lengths.moments(running, outputs)
         held = view.num_prompt_tokens + outputs
         self._running_compute_s = cost.token_s * self._pending + cost.decode_s * float(first.sum())
+        self._end = self._step + float(first.max(initial=0.0))
         self._running_memory_s = cost.kv_token_s * float((held * first + squared / 2).sum())
         present = float(own[~at_memory_end].sum())
         reserve = max(present, self._steady_compute_end()) + self._next_prompt_tokens()

@@ -32,6 +32,7 @@ class Lengths(Protocol):
     def moments(self, indices: Int64s, num_output_tokens: Int64s) -> tuple[Floats, Floats]: ...
     def quantiles(self, indices: Int64s, num_output_tokens: Int64s) -> Floats: ...
     def outset(self, index: int) -> Floats: ...
+    def longest_unknown(self, indices: Int64s) -> float: ...
     def observe(self, index: int, num_output_tokens: int) -> None: ...
     @property
     def num_observed(self) -> int: ...
@@ -144,6 +145,19 @@ class LengthModel:
         lengths: Floats = np.minimum(self._outset[self.strata.stratum_of[index]], cap)
         return lengths
 
+    def longest_unknown(self, indices: Int64s) -> float:
+        """What the longest output of those whose length is not known is expected to be, about; 0 where all are known.
+
+        Of n requests of a stratum it is the length that one in n + 1 exceeds.
+        """
+        unknown = indices[self._known[indices] < 0]
+        if not len(unknown):
+            return 0.0
+        counts = np.bincount(self.strata.stratum_of[unknown], minlength=len(self.strata))
+        strata = np.flatnonzero(counts)
+        longest = float(self._table.quantile(strata, 1.0 / (1.0 + counts[strata])).max())
+        return min(longest, float(self._cap[unknown].max()))
+
     def _add_censored(self, censored: Floats, unseen: Floats, strata: Int64s, lengths: Int64s) -> None:
         """Count requests known to be longer than `lengths`: at risk in the bins before, and in part of the bin there.
 
@@ -222,3 +236,8 @@ class MeanLengthModel:
     def outset(self, index: int) -> Floats:
         """The estimate of one request."""
         return self.estimate(np.array([index]))
+
+    def longest_unknown(self, indices: Int64s) -> float:
+        """The largest estimate among those whose length is not known."""
+        unknown = indices[self._known[indices] < 0]
+        return float(self.estimate(unknown).max(initial=0.0))

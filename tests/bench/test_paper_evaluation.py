@@ -1,0 +1,62 @@
+"""The paper's evaluation in miniature: every experiment's cells exist, run, and become a page with plots."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import paper
+import pytest
+from paper_ablation import ABLATIONS, AverageLoad
+from paper_cells import COARSE_GRID, Cell, Outcome, all_cells, run_cell
+
+SCALE = 0.03
+
+
+def small(cell: Cell) -> Outcome:
+    """The cell at a scale where it takes a second: videos are then so short that no blend is less dense than this."""
+    return run_cell(replace(cell, density=6.0, sharing=0.1), SCALE)
+
+
+def test_every_table_of_the_evaluation_has_cells() -> None:
+    full = all_cells(is_quick=False)
+    assert {cell.experiment for cell in full} == set(paper.SECTIONS)
+    grid = {(cell.density, cell.sharing) for cell in full if cell.experiment == "grid BurstGPT"}
+    assert len(grid) == 65
+    coarse = {
+        (cell.density, cell.sharing)
+        for cell in all_cells(is_quick=False, is_coarse=True)
+        if cell.experiment == "grid BurstGPT"
+    }
+    assert len(coarse) == len(COARSE_GRID[0]) * len(COARSE_GRID[1])
+    assert coarse <= grid
+    assert {cell.experiment for cell in all_cells(is_quick=True)} <= set(paper.SECTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_blend_serves_everything_with_any_ingredient_out(ablation: str) -> None:
+    outcome = small(Cell("ablation", "blend", 0, 0, ablation=ablation))
+    assert 0 < outcome.share_of_bound <= 1
+
+
+@pytest.mark.slow
+def test_outcomes_become_sections_a_table_and_plots(tmp_path: Path) -> None:
+    cells = [cell for cell in all_cells(is_quick=True) if cell.experiment == "traces 8B" and cell.label == "trace-1"]
+    outcomes = [small(cell) for cell in cells]
+    page = paper.traces_section(outcomes, tmp_path)
+    assert sum(line.startswith("| trace-1 |") for line in page) == len(cells) == 5
+    assert (tmp_path / "traces_llama_3_8b.svg").read_text().startswith("<svg")
+    paper.write_csv(tmp_path / "cells.csv", outcomes)
+    rows = list(csv.DictReader((tmp_path / "cells.csv").read_text().splitlines()))
+    assert [float(row["time_s"]) for row in rows] == [outcome.time_s for outcome in outcomes]
+
+
+def test_average_load_counts_half_of_what_is_to_come() -> None:
+    load = AverageLoad()
+    load.rebuild(0, np.array([10.0]), np.array([[100.0]]))
+    assert load.fits(0, 0, 10.0, np.array([60.0]), 100.0)
+    load.add(0, 10.0, np.array([60.0]))
+    assert not load.fits(1, 0, 1.0, np.array([1.0]), 100.0)
