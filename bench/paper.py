@@ -14,7 +14,7 @@ import csv
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -292,26 +292,28 @@ SECTIONS: dict[str, Section] = {
 }
 
 
-def write_csv(path: Path, outcomes: list[Outcome]) -> None:
-    """Every cell's figures, one row each."""
+def write_csv(path: Path, outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Every cell's figures, one row each, written as they come. Returns them."""
     figures = [field.name for field in fields(Outcome) if field.name not in ("cell", "steps")]
-    keys = [field.name for field in fields(outcomes[0].cell) if field.name != "keeps_steps"]
+    keys = [field.name for field in fields(Cell) if field.name != "keeps_steps"]
+    written = []
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*keys, *figures])
         for one in outcomes:
             writer.writerow([*(getattr(one.cell, key) for key in keys), *(getattr(one, name) for name in figures)])
+            file.flush()
+            written.append(one)
+    return written
 
 
-def run_all(cells: list[Cell], scale: float, num_jobs: int) -> list[Outcome]:
+def run_all(cells: list[Cell], scale: float, num_jobs: int) -> Iterator[Outcome]:
     """All cells, in parallel, in their order."""
-    outcomes = []
     with multiprocessing.get_context("spawn").Pool(num_jobs) as pool:
         for done, outcome in enumerate(pool.imap(partial(run_cell, scale=scale), cells), start=1):
-            outcomes.append(outcome)
+            yield outcome
             print(f"\r{done}/{len(cells)} {outcome.cell.experiment} {outcome.cell.system:<20}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return outcomes
 
 
 def main() -> None:
@@ -332,8 +334,7 @@ def main() -> None:
     cells = [
         cell for cell in all_cells(is_quick=arguments.quick, is_coarse=arguments.coarse) if cell.experiment in chosen
     ]
-    outcomes = run_all(cells, scale, arguments.jobs)
-    write_csv(arguments.out / "cells.csv", outcomes)
+    outcomes = write_csv(arguments.out / "cells.csv", run_all(cells, scale, arguments.jobs))
     page = [
         "# The paper's evaluation, simulated",
         "",
