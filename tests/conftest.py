@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 from batch_fakes import NUM_JOB_LINES, mixed_lines, run_fake, write_lines
+from parallel_cases import pending_of, plan_of_pending
+
+from blendserve.batchfile.store import PendingRequests
+from blendserve.parallel.part import SharedJob
 
 
 @pytest.fixture
@@ -18,3 +22,15 @@ def whole(tmp_path: Path, job_input: Path) -> Path:
     """The output of an uninterrupted run, ordered; its errors lie beside it."""
     run_fake(job_input, tmp_path / "whole.jsonl", is_ordered=True)
     return tmp_path / "whole.jsonl"
+
+
+@pytest.fixture
+def pending(tmp_path: Path, job_input: Path) -> PendingRequests:
+    """The valid requests of `job_input`, as the driver of replicas holds them."""
+    return pending_of(tmp_path / "store", job_input)
+
+
+@pytest.fixture
+def shared_job(pending: PendingRequests) -> SharedJob:
+    """What replicas share of `pending`."""
+    return SharedJob.of(pending, plan_of_pending(pending))

@@ -21,11 +21,11 @@ NUM_KILLS = 20
 NUM_LINES = 160
 
 
-def batch_file(path: Path, most_tokens: int = 300) -> Path:
+def batch_file(path: Path, most_tokens: int = 300, num_lines: int = NUM_LINES) -> Path:
     """Lines of both endpoints, greedy and sampled, a few of them wrong."""
     source = random.Random(5)
     lines = []
-    for number in range(NUM_LINES):
+    for number in range(num_lines):
         body: dict[str, Any] = {"model": "m", "max_tokens": 1 + number * 37 % most_tokens, "ignore_eos": True}
         if number % 3:
             url, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": f"what is number {number}?"}]

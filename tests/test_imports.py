@@ -26,7 +26,7 @@ LAYERS = (
     ("probe",),
     ("calibrate_overlap",),
     ("job", "session", "simulate", "calibrate"),
-    ("disaggregated",),
+    ("disaggregated", "parallel"),
     ("report",),
     ("assembler",),
     ("llm",),

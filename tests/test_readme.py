@@ -14,7 +14,7 @@ import pytest
 from blendserve.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/engines.md", "examples/README.md")
+PAGES = ("README.md", "docs/engines.md", "docs/replicas.md", "examples/README.md")
 EXAMPLE = ROOT / "examples" / "mixed.jsonl"
 
 

@@ -31,7 +31,7 @@ OVERLAP_MODES = ("auto", "on", "off")
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits of one engine, and the precision of its weights. `kv_memory_bytes=0` and `num_threads=0` mean: decide from
-    the machine.
+    the machine, of whose memory `memory_share` is for this engine: others may run beside it.
 
     `overlap`: run matrix products and attention of a step side by side where calibration says that it pays ("auto"),
     wherever it can be done ("on"), or never ("off").
@@ -46,6 +46,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     overlap: str = "auto"
     dtype: Dtype = "bf16"
+    memory_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAP_MODES:
@@ -60,6 +61,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value < 0:
                 raise ConfigError(f"{name} is {value}; it must be 0 (decide from the machine) or more")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share is {self.memory_share}; it must be above 0 and at most 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs {self.max_num_seqs}: "

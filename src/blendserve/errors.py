@@ -3,6 +3,11 @@
 A message says what happened, the actual value, the limit, and what to do about it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
 
 class BlendServeError(Exception):
     """Root of all errors raised on purpose; the command line prints it without a traceback."""
@@ -26,6 +31,10 @@ class RequestError(BlendServeError):
         self.code = code
         self.param = param
         self.status_code = status_code
+
+    def __reduce__(self) -> tuple[Callable[..., RequestError], tuple[str]]:
+        """Pickle with the keywords, which the default leaves out."""
+        return partial(RequestError, code=self.code, param=self.param, status_code=self.status_code), (self.message,)
 
 
 class CapacityError(BlendServeError):

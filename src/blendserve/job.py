@@ -173,7 +173,7 @@ class _Run:
     def _serve(
         self, header: JournalHeader, log: RecordLog, generate: Generate, on_progress: Callable[[JobProgress], None]
     ) -> JobReport:
-        store = TokenStore(self._journal.store_directory, header.store_sizes, self._job.served.max_model_len)
+        store = TokenStore.open(self._journal.store_directory, header.store_sizes, self._job.served.max_model_len)
         rows = RowAssembler(store, log, self._codec, self._job.served.name, header.created)
         self._recover(header, log, rows)
         num_resumed = rows.num_done

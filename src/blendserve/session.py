@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
+from blendserve.batchfile.store import PendingRequests
 from blendserve.config import (
     BLOCK_SIZE,
     BYTES_PER_WEIGHT,
@@ -67,7 +68,8 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     max_model_len = config.max_model_len or spec.max_position
     bytes_per_token = spec.kv_bytes_per_token()
     kv_memory_bytes = config.kv_memory_bytes or min(
-        int(available_memory_bytes() * MAX_KV_SHARE), config.max_num_seqs * max_model_len * bytes_per_token
+        int(available_memory_bytes() * MAX_KV_SHARE * config.memory_share),
+        config.max_num_seqs * max_model_len * bytes_per_token,
     )
     if kv_memory_bytes < bytes_per_token * BLOCK_SIZE:
         raise CapacityError(
@@ -156,6 +158,11 @@ class PlannedRequests:
 def plan_requests(prompts: FlatPrompts, table: RequestTable, cost: CostModel, *, seed: int = 0) -> Plan:
     """Sort the prompts into a tree and plan them. Shapes: row i of `table` is prompt i."""
     return make_plan(PrefixTree.from_flat(prompts), table, cost, seed=seed)
+
+
+def plan_pending(pending: PendingRequests, table: RequestTable, cost: CostModel) -> Plan:
+    """Plan what a job has yet to answer. Shapes: row i of `table` is row i of `pending`."""
+    return make_plan(pending.prefix_tree(), table, cost)
 
 
 def run_planned(engine: EngineLoop, source: RequestSource, plan: Plan, policy: str) -> Iterator[SequenceOutput]:

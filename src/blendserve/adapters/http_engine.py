@@ -173,6 +173,11 @@ class _Run:
 
     async def _serve(self, client: HttpClient, index: int) -> None:
         """Ask until there is an end."""
+        try:
+            self._pending[index]
+        except RequestError as error:
+            self._finish(self._error_output(index, error, None))
+            return
         store = self._pending.store
         row = int(store.line_of_request[self._pending.numbers[index]])
         url, body = store.line(row).url, store.body(row)

@@ -161,8 +161,8 @@ class _Run:
 
     def _add(self, index: int) -> bool:
         """Hand a request to vLLM; False, and the end of it, where vLLM refuses it."""
-        request = self._pending[index]
         try:
+            request = self._pending[index]
             prompt, params, lora = arguments_of(
                 request, self._extras(index), self._api, self._engine.engine, self._loras, embeds=self._engine.embeds
             )

@@ -30,6 +30,7 @@ from blendserve.errors import ConfigError
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
 from blendserve.planner.table import known_output_tokens
+from blendserve.planner.tree import PrefixTree
 from blendserve.request import Request, SamplingParams, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
@@ -51,7 +52,14 @@ LINE = np.dtype(
     ]
 )
 _PACK_LINE = struct.Struct("<qqqqqqqiiiiiI").pack
-_FILES = ("tokens", "prompt_ends", "lines", "custom_ids", "sampling", "bodies")
+_FILES: dict[str, np.dtype[Any]] = {
+    "tokens": np.dtype("<i4"),
+    "prompt_ends": np.dtype("<i8"),
+    "lines": LINE,
+    "custom_ids": np.dtype("u1"),
+    "sampling": np.dtype("u1"),
+    "bodies": np.dtype("u1"),
+}
 _HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
 _NO_LIMIT = -1
 _MAX_INTERNED = 1 << 16
@@ -155,28 +163,35 @@ class StoreWriter:
 
 
 class TokenStore:
-    """A finished store, read through memory maps. Requests are numbered by line, then prompt, then choice.
+    """A finished store, read through memory maps or from shared memory. Requests are numbered by line, then prompt,
+    then choice.
 
-    `max_model_len=0` means that no context limit is known. Raises: ConfigError when a file is not as `sizes` says.
+    `arrays`: the content of every file. `max_model_len=0` means that no context limit is known.
     """
 
-    def __init__(self, directory: Path, sizes: Mapping[str, int], max_model_len: int = 0) -> None:
-        for name in _FILES:
-            path = directory / name
-            if not path.is_file() or path.stat().st_size != sizes.get(name):
-                raise ConfigError(f"{path} is damaged; discard the journal with --fresh")
-        self._max_model_len = max_model_len
-        self._tokens = _mapped(directory / "tokens", np.dtype("<i4"))
-        self._prompt_ends = _mapped(directory / "prompt_ends", np.dtype("<i8"))
-        self._lines = _mapped(directory / "lines", LINE)
-        self._custom_ids = _mapped(directory / "custom_ids", np.dtype("u1"))
-        self._sampling = _mapped(directory / "sampling", np.dtype("u1"))
-        self._bodies = _mapped(directory / "bodies", np.dtype("u1"))
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], max_model_len: int = 0) -> None:
+        self.arrays = arrays
+        self.max_model_len = max_model_len
+        self._tokens = arrays["tokens"]
+        self._prompt_ends = arrays["prompt_ends"]
+        self._lines = arrays["lines"]
+        self._custom_ids = arrays["custom_ids"]
+        self._sampling = arrays["sampling"]
+        self._bodies = arrays["bodies"]
         self._sampling_by_offset: dict[int, SamplingParams] = {}
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
         self._first_requests = np.concatenate(([0], np.cumsum(num_choices)))
         self.line_of_request = np.repeat(np.arange(len(self._lines), dtype=np.int32), num_choices)
         """Shape: int32[num_requests], the row of every request's line."""
+
+    @classmethod
+    def open(cls, directory: Path, sizes: Mapping[str, int], max_model_len: int = 0) -> TokenStore:
+        """Map the files that `StoreWriter` left. Raises: ConfigError when one is not as `sizes` says."""
+        for name in _FILES:
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != sizes.get(name):
+                raise ConfigError(f"{path} is damaged; discard the journal with --fresh")
+        return cls({name: _mapped(directory / name, dtype) for name, dtype in _FILES.items()}, max_model_len)
 
     @property
     def num_lines(self) -> int:
@@ -257,14 +272,14 @@ class TokenStore:
         lengths = np.diff(self._prompt_ends, prepend=0)[prompts]
         max_tokens = self._lines["max_tokens"][rows].astype(np.int64)
         limits = np.where(max_tokens == _NO_LIMIT, MAX_INT32, max_tokens)
-        if self._max_model_len:
-            limits = np.minimum(limits, self._max_model_len - lengths)
+        if self.max_model_len:
+            limits = np.minimum(limits, self.max_model_len - lengths)
         is_known = (self._lines["flags"][rows] & _HAS_KNOWN_LENGTH) != 0
         return RequestTable(lengths, limits, np.where(is_known, limits, -1))
 
     def _limit(self, max_tokens: int | None, num_prompt_tokens: int) -> int:
         limit = MAX_INT32 if max_tokens is None else max_tokens
-        return min(limit, self._max_model_len - num_prompt_tokens) if self._max_model_len else limit
+        return min(limit, self.max_model_len - num_prompt_tokens) if self.max_model_len else limit
 
     def _sampling_of(self, line: np.void) -> SamplingParams:
         offset = int(line["sampling_offset"])
@@ -280,7 +295,8 @@ class TokenStore:
 class PendingRequests:
     """The requests that a run has yet to answer, dense from 0: a `RequestSource`.
 
-    Shapes: `numbers` int64[len(self)], the request of the store behind every row.
+    An engine looks a row up when it starts on it, not before; where that raises RequestError, the error is the row's
+    end. Shapes: `numbers` int64[len(self)], the request of the store behind every row.
     """
 
     def __init__(self, store: TokenStore, numbers: Int64s) -> None:
@@ -298,8 +314,12 @@ class PendingRequests:
         return self.store.table(self.numbers)
 
     def flat_prompts(self) -> FlatPrompts:
-        """All prompts end to end, for a prefix tree."""
+        """All prompts end to end."""
         return self.store.flat_prompts(self.numbers)
+
+    def prefix_tree(self) -> PrefixTree:
+        """All prompts as a tree, for a plan."""
+        return PrefixTree.from_flat(self.flat_prompts())
 
 
 def _flags(line: BatchLine) -> int:

@@ -54,7 +54,7 @@ def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[Ba
         except BaseException:
             writer.abandon()
             raise
-        store = TokenStore(directory, sizes, spec.max_position)
+        store = TokenStore.open(directory, sizes, spec.max_position)
         if not store.num_requests:
             codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
             reason = f"all {reader.num_lines} lines are refused ({codes})" if refused else "it is empty"

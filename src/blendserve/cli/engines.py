@@ -13,15 +13,18 @@ from blendserve.cli.options import positive_integer, positive_seconds
 from blendserve.engine.stats import RunStats
 from blendserve.errors import ConfigError
 from blendserve.job import JobProgress
+from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput
 
 ENGINE_NAMES = ("native", "http", "vllm")
 
 
 class EngineRun(Protocol):
-    """One engine for one job. `generate` is called only when requests are left; the times and `stats` are of it.
+    """One engine for one job. `generate` is called only when requests are left, by a replica for every piece that it is
+    given; what it loads stays until `close`. The times and `stats` are of the latest call.
 
-    `identity` and `settings` name all that answers depend on beside the input; `notes` are for the user to read.
+    `identity` and `settings` name all that answers depend on beside the input; `notes` are for the user to read. `plan`
+    is the order of requests as one such engine sees it, from which replicas get their parts.
     """
 
     @property
@@ -43,7 +46,9 @@ class EngineRun(Protocol):
     @property
     def stats(self) -> RunStats | None: ...
     def note(self, progress: JobProgress) -> None: ...
+    def plan(self, pending: PendingRequests) -> Plan: ...
     def generate(self, pending: PendingRequests) -> Iterator[SequenceOutput]: ...
+    def close(self) -> None: ...
 
 
 def add_engine_choice(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +138,22 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
 
 
 def open_run(args: argparse.Namespace) -> EngineRun:
-    """The engine that the arguments ask for. Raises: ConfigError."""
+    """The engine that the arguments ask for, on replicas where they ask for those. Raises: ConfigError."""
+    if args.replicas is None:
+        if args.ray_address is not None:
+            raise ConfigError("--ray-address says where replicas run: add --replicas N")
+        return open_one(args)
+    if args.report or args.trace:
+        raise ConfigError("--report and --trace show what one native engine does: leave them out with --replicas")
+    if args.window:
+        raise ConfigError("--window plans a file piece by piece, --replicas divides one plan of all: leave one out")
+    from blendserve.cli.replicas import ReplicatedRun
+
+    return ReplicatedRun(args, open_one(args))
+
+
+def open_one(args: argparse.Namespace) -> EngineRun:
+    """The engine of this process. Raises: ConfigError."""
     if args.engine != "native" and (args.report or args.trace):
         raise ConfigError("--report and --trace show what the native engine does: leave them out with another engine")
     if args.engine != "native" and args.window:

@@ -25,7 +25,7 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.policies import make_policy
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import plan_requests
+from blendserve.session import plan_pending
 
 
 def open_http_run(args: argparse.Namespace) -> HttpRun:
@@ -90,7 +90,7 @@ class HttpRun:
     def generate(self, pending: PendingRequests) -> Iterator[SequenceOutput]:
         """Yield the ends of `pending` as they come."""
         started_s = time.perf_counter()
-        plan = plan_requests(pending.flat_prompts(), remote_table(pending), remote_cost())
+        plan = self.plan(pending)
         planned_s = time.perf_counter()
         self.plan_s = planned_s - started_s
         try:
@@ -98,6 +98,13 @@ class HttpRun:
                 yield from self._engine.run(pending, plan, make_policy(self._policy, plan))
         finally:
             self.run_s = time.perf_counter() - planned_s
+
+    def plan(self, pending: PendingRequests) -> Plan:
+        """The order of `pending` on a server of which little is known."""
+        return plan_pending(pending, remote_table(pending), remote_cost())
+
+    def close(self) -> None:
+        """Nothing stays open between runs."""
 
     def _snapshot(self, plan: Plan) -> Snapshot:
         progress, window = self._progress, self._engine.window

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import closing
 
 from blendserve._native import best_isa
 from blendserve.batchfile.codec import ModelCodec
@@ -13,10 +12,11 @@ from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.observe import RunObserver
 from blendserve.cli.options import engine_config, find_model, served_model, tell
 from blendserve.config import EngineConfig
+from blendserve.cost import CostModel
 from blendserve.detokenize import StopChecker
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.stats import RunStats
-from blendserve.executors.native import KERNEL_REVISION
+from blendserve.executors.native import KERNEL_REVISION, NativeExecutor
 from blendserve.job import JobProgress
 from blendserve.models.fingerprint import fingerprint
 from blendserve.models.load import LoadedModel, load_model
@@ -24,7 +24,7 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.windows import Window
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import cost_of, open_executor, plan_requests, resolve_limits, run_planned, run_windowed
+from blendserve.session import cost_of, open_executor, plan_pending, resolve_limits, run_planned, run_windowed
 
 
 def open_native_run(args: argparse.Namespace) -> NativeRun:
@@ -56,6 +56,7 @@ class NativeRun:
         self._is_quiet: bool = args.quiet or args.json
         self._observer = RunObserver(args.input.name, args.trace, args.report)
         self._progress = JobProgress(0, 0)
+        self._opened: tuple[NativeExecutor, EngineLoop] | None = None
 
     def note(self, progress: JobProgress) -> None:
         """Take the job's count of what is done."""
@@ -64,27 +65,43 @@ class NativeRun:
     def generate(self, pending: PendingRequests) -> Iterator[SequenceOutput]:
         """Yield the outputs of `pending` as they finish."""
         started_s = time.perf_counter()
+        executor, engine = self._opened = self._opened or self._open()
+        loaded_s = time.perf_counter()
+        plan = None if self._window else self.plan(pending)
+        planned_s = time.perf_counter()
+        self.load_s, self.plan_s = loaded_s - started_s, planned_s - loaded_s
+        outputs: Iterator[SequenceOutput]
+        if plan is None:
+            outputs = run_windowed(engine, pending, windows_of(pending, self._window), self._cost(), self._policy)
+        else:
+            outputs = run_planned(engine, pending, plan, self._policy)
+        try:
+            with Progress(lambda: self._snapshot(engine, plan, len(pending)), is_quiet=self._is_quiet):
+                yield from outputs
+        finally:
+            self.run_s = time.perf_counter() - planned_s
+            engine.stats.resources = self._observer.resources(executor)
+            self.stats = engine.stats
+            self.notes = self._observer.write(self._model.spec.name, self._policy, executor, engine.stats, plan)
+
+    def plan(self, pending: PendingRequests) -> Plan:
+        """The order of `pending` on this machine."""
+        return plan_pending(pending, pending.table(), self._cost())
+
+    def close(self) -> None:
+        """Give the weights and the KV memory back."""
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
+    def _open(self) -> tuple[NativeExecutor, EngineLoop]:
         config = resolve_limits(self._config, self._model.spec)
-        cost = cost_of(self._model.spec, config.num_threads, tell, config.dtype)
         executor = open_executor(self._model, config, isa=self._isa, trace=self._observer.steps)
-        with closing(EngineLoop(executor, config, stop_checker=StopChecker(self._model.tokenizer))) as engine:
-            loaded_s = time.perf_counter()
-            plan = None if self._window else plan_requests(pending.flat_prompts(), pending.table(), cost)
-            planned_s = time.perf_counter()
-            self.load_s, self.plan_s = loaded_s - started_s, planned_s - loaded_s
-            outputs: Iterator[SequenceOutput]
-            if plan is None:
-                outputs = run_windowed(engine, pending, windows_of(pending, self._window), cost, self._policy)
-            else:
-                outputs = run_planned(engine, pending, plan, self._policy)
-            try:
-                with Progress(lambda: self._snapshot(engine, plan, len(pending)), is_quiet=self._is_quiet):
-                    yield from outputs
-            finally:
-                self.run_s = time.perf_counter() - planned_s
-                engine.stats.resources = self._observer.resources(executor)
-                self.stats = engine.stats
-                self.notes = self._observer.write(self._model.spec.name, self._policy, executor, engine.stats, plan)
+        return executor, EngineLoop(executor, config, stop_checker=StopChecker(self._model.tokenizer))
+
+    def _cost(self) -> CostModel:
+        config = resolve_limits(self._config, self._model.spec)
+        return cost_of(self._model.spec, config.num_threads, tell, config.dtype)
 
     def _snapshot(self, engine: EngineLoop, plan: Plan | None, num_pending: int) -> Snapshot:
         stats, progress = engine.stats, self._progress

@@ -11,6 +11,7 @@ from blendserve.errors import ConfigError
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
+from blendserve.parallel.cluster import MAX_RESTARTS, PLACEMENTS
 
 ISA_NAMES = ("auto", "portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16")
 
@@ -31,6 +32,22 @@ def positive_integer(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return value
+
+
+def count(text: str) -> int:
+    """An argument that counts something, perhaps nothing."""
+    return 0 if text.strip() == "0" else positive_integer(text)
+
+
+def not_negative(text: str) -> float:
+    """An argument type: a number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 0 or more")
     return value
 
 
@@ -76,6 +93,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "pays, on wherever it can be done, or off",
     )
     add_dtype(group)
+    parser.set_defaults(memory_share=1.0)
     group.add_argument("--isa", choices=ISA_NAMES, default="auto", help="instruction set of the kernels")
 
 
@@ -85,6 +103,38 @@ def add_dtype(parser: argparse._ActionsContainer) -> None:
         choices=DTYPES,
         default="bf16",
         help="weights of matrix products: bf16 (default), or int8 with 8-bit activations: faster, with other answers",
+    )
+
+
+def add_replicas(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "replicas", "copies of the engine, each with a part of the requests; needs Ray: pip install 'blendserve[ray]'"
+    )
+    group.add_argument("--replicas", type=positive_integer, metavar="N", help="how many; default: one, without Ray")
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help="a running Ray cluster, such as auto; default: this machine alone"
+    )
+    group.add_argument(
+        "--replica-cpus",
+        type=not_negative,
+        metavar="CPUS",
+        help="CPUs of each; default: --threads, else as many as leave a place for all",
+    )
+    group.add_argument(
+        "--replica-gpus", type=not_negative, default=0.0, metavar="GPUS", help="GPUs of each, all on one machine (0)"
+    )
+    group.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="spread",
+        help="over as many machines as there are (spread, the default), or over few (pack)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=count,
+        default=MAX_RESTARTS,
+        metavar="N",
+        help=f"how often a replica's process is started anew before its requests go to the others ({MAX_RESTARTS})",
     )
 
 
@@ -99,6 +149,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         enable_prefix_caching=not args.no_prefix_caching,
         overlap=args.overlap,
         dtype=args.dtype,
+        memory_share=args.memory_share,
     )
 
 

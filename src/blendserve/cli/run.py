@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.engines import add_engine_choice, open_run
-from blendserve.cli.options import add_engine, add_model, positive_integer, tell
+from blendserve.cli.options import add_engine, add_model, add_replicas, positive_integer, tell
 from blendserve.job import BatchJob, JobInterrupted, run_job
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.report.summary import RunSummary
@@ -51,6 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_engine_choice(parser)
     add_engine(parser)
+    add_replicas(parser)
     parser.set_defaults(command=run)
 
 
@@ -70,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         capacity=args.kv_memory,
     )
     try:
-        report = run_job(job, engine.codec, engine.generate, on_progress=engine.note)
+        with closing(engine):
+            report = run_job(job, engine.codec, engine.generate, on_progress=engine.note)
     except JobInterrupted as interrupt:
         tell(f"\nblendserve: {interrupt}")
         return interrupt.exit_code

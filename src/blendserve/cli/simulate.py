@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.batch_input import read_batch
-from blendserve.cli.options import positive_integer, tell
+from blendserve.cli.options import not_negative, positive_integer, tell
 from blendserve.cli.plan import add_forecast, add_output, assumption_notes, plan_batch
 from blendserve.cli.targets import (
     DEFAULT_HARDWARE,
@@ -105,17 +105,6 @@ def blend_target(text: str) -> tuple[float, float]:
     if not (density > 0 and 0 <= sharing < 1):
         raise argparse.ArgumentTypeError(f"density {density} must be positive and sharing {sharing} in [0, 1)")
     return density, sharing
-
-
-def not_negative(text: str) -> float:
-    """An argument type: a number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is out of range; give 0 or more")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

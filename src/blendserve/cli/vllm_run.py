@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, MutableMapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.policies import make_policy
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import MAX_KV_SHARE, plan_requests
+from blendserve.session import MAX_KV_SHARE, plan_pending
 
 CPU_BLOCK_SIZE = 32
 """What vLLM's CPU kernels want: multiples of it."""
@@ -119,19 +118,28 @@ class VllmRun:
     def generate(self, pending: PendingRequests) -> Iterator[SequenceOutput]:
         """Yield the ends of `pending` as they come."""
         started_s = time.perf_counter()
-        with closing(self._engine) as engine:
-            engine.open()
-            loaded_s = time.perf_counter()
-            cost = cost_model_of(self._model, CPU.name if self._is_cpu else engine.api.device_name())
-            plan = plan_requests(pending.flat_prompts(), pending.table(), cost)
-            planned_s = time.perf_counter()
-            self.load_s, self.plan_s = loaded_s - started_s, planned_s - loaded_s
-            try:
-                with Progress(lambda: self._snapshot(plan), is_quiet=self._is_quiet):
-                    yield from engine.run(pending, plan, make_policy(self._policy, plan))
-            finally:
-                self.run_s = time.perf_counter() - planned_s
-                self.stats = engine.stats
+        engine = self._engine
+        engine.open()
+        loaded_s = time.perf_counter()
+        plan = self.plan(pending)
+        planned_s = time.perf_counter()
+        self.load_s, self.plan_s = loaded_s - started_s, planned_s - loaded_s
+        try:
+            with Progress(lambda: self._snapshot(plan), is_quiet=self._is_quiet):
+                yield from engine.run(pending, plan, make_policy(self._policy, plan))
+        finally:
+            self.run_s = time.perf_counter() - planned_s
+            self.stats = engine.stats
+
+    def plan(self, pending: PendingRequests) -> Plan:
+        """The order of `pending` on this device; on an A100 where nothing is open, as in front of replicas."""
+        name = "unknown" if self._engine.engine is None else self._engine.api.device_name()
+        cost = cost_model_of(self._model, CPU.name if self._is_cpu else name)
+        return plan_pending(pending, pending.table(), cost)
+
+    def close(self) -> None:
+        """Free what vLLM holds."""
+        self._engine.close()
 
     def _snapshot(self, plan: Plan) -> Snapshot:
         progress, counters = self._progress, self._engine.counters
@@ -162,7 +170,10 @@ class VllmRun:
         if self.served.max_model_len:
             arguments["max_model_len"] = self.served.max_model_len
         if self._is_cpu:
-            memory = args.kv_memory or default_kv_memory(self._model, args.max_num_seqs, self.served.max_model_len)
+            most_bytes = int(available_memory_bytes() * MAX_KV_SHARE * args.memory_share)
+            memory = args.kv_memory or default_kv_memory(
+                self._model, args.max_num_seqs, self.served.max_model_len, most_bytes
+            )
             arguments |= {"kv_cache_memory_bytes": memory, "block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
         elif args.kv_memory:
             arguments["kv_cache_memory_bytes"] = args.kv_memory
@@ -197,10 +208,10 @@ SCHEDULER = "blendserve.adapters.vllm_scheduler.BlendScheduler"
 ASYNC_SCHEDULER = "blendserve.adapters.vllm_scheduler.BlendAsyncScheduler"
 
 
-def default_kv_memory(model: ModelCost, max_num_seqs: int, max_model_len: int) -> int:
-    """Bytes for the KV cache on a CPU: what the requests could fill at most, within half of the free memory."""
+def default_kv_memory(model: ModelCost, max_num_seqs: int, max_model_len: int, most_bytes: int) -> int:
+    """Bytes for the KV cache on a CPU: what the requests could fill at most, within `most_bytes`."""
     wanted = int(max_num_seqs * max(max_model_len, 1) * model.kv_bytes_per_token)
-    return min(int(available_memory_bytes() * MAX_KV_SHARE), wanted)
+    return min(most_bytes, wanted)
 
 
 def read_adapters(options: list[str]) -> dict[str, str]:

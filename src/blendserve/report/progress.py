@@ -21,15 +21,19 @@ PLAIN_INTERVAL_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A moment of a run. Tokens are computed ones of this run; `num_expected_tokens` are likely left."""
+    """A moment of a run. Tokens are computed ones of this run; `num_expected_tokens` are likely left.
+
+    `kv_use` is None where it is not known, as of replicas; `unit` is what `num_running` counts.
+    """
 
     num_done: int
     num_requests: int
     num_tokens: int
     num_expected_tokens: float
     num_running: int
-    kv_use: float
+    kv_use: float | None
     prefix_hit_rate: float
+    unit: str = "running"
 
 
 class Progress:
@@ -91,9 +95,10 @@ class Progress:
         self._last = (now, snapshot.num_tokens)
         mean_rate = snapshot.num_tokens / max(now - self._started_s, 1e-9)
         left_s = snapshot.num_expected_tokens / mean_rate if mean_rate > 0 else None
+        kv_use = "" if snapshot.kv_use is None else f"KV {snapshot.kv_use:.0%}, "
         return (
-            f"{rate:.0f} tok/s, ETA {format_seconds(left_s)}, {snapshot.num_running} running, "
-            f"KV {snapshot.kv_use:.0%}, prefix hits {snapshot.prefix_hit_rate:.0%}"
+            f"{rate:.0f} tok/s, ETA {format_seconds(left_s)}, {snapshot.num_running} {snapshot.unit}, "
+            f"{kv_use}prefix hits {snapshot.prefix_hit_rate:.0%}"
         )
 
 
