@@ -290,8 +290,8 @@ void overlap_changes_no_bit() {
 }
 
 void overlap_is_for_steps_where_it_pays() {
-  const WorkRates rates = {.flop_per_row = 2e8, .flop_per_attended_token = 7e4, .kv_bytes_per_token = 2e4,
-                           .weight_bytes = 2e8};
+  const WorkRates rates = {
+      .flop_per_row = 2e8, .flop_per_attended_token = 7e4, .kv_bytes_per_token = 2e4, .weight_bytes = 2e8};
   OverlapOptions options;
   options.mode = OverlapMode::kAuto;
   options.compute_delay = options.memory_delay = 0.6;

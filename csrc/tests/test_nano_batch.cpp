@@ -1,12 +1,11 @@
 // How steps are split: every row once, decodes by what they read, nobody before whom it reads from.
-#include "nano_batch.h"
-
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
 #include "check.h"
 #include "kv_cache.h"
+#include "nano_batch.h"
 
 namespace blendserve {
 namespace {

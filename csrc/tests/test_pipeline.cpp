@@ -1,7 +1,5 @@
-// The pipeline on ops that only count: every tile once, ops of a chain in order, what is awaited first, no deadlock with
-// any number of threads, and no memory taken while it runs.
-#include "pipeline.h"
-
+// The pipeline on ops that only count: every tile once, ops of a chain in order, what is awaited first, no deadlock
+// with any number of threads, and no memory taken while it runs.
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "pipeline.h"
 
 namespace {
 std::atomic<int64_t> num_allocations{0};

@@ -256,8 +256,8 @@ def test_overlap_is_for_steps_that_can_be_split() -> None:
 def test_auto_overlaps_where_calibration_says_that_it_pays() -> None:
     spec = tiny_spec()
     executor = native(spec)
-    slow_memory = OverlapCost(kv_bytes_per_s=1e3, gemm_flop_per_s=1e6, interference=Interference(0.5, 0.5))
-    executor.set_overlap("auto", slow_memory)
+    slow_machine = OverlapCost(kv_bytes_per_s=1e6, gemm_flop_per_s=1e6, interference=Interference(0.0, 0.0))
+    executor.set_overlap("auto", slow_machine)
     Table(executor, requests_of(spec)).run(2)
     assert executor.counters().num_overlapped_steps > 0
 
