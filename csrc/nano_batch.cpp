@@ -95,16 +95,20 @@ int64_t NanoBatchSplit::split_decodes(const StepInput& input) {
   return num_first;
 }
 
-// All others in the plan's order: the first part until it has half of the rows, an entry cut where it ends.
+// All others in the plan's order: the first part until it has half of the rows. An entry is cut between blocks:
+// attention loads whole blocks, and none of the first part's may be written by the second meanwhile.
 void NanoBatchSplit::split_others(const StepInput& input, int64_t num_first_rows) {
   int64_t room = std::max<int64_t>(0, round_up(work_.num_rows / 2, kRowPanel) - num_first_rows);
   for (const int32_t index : others_) {
-    const int32_t num_tokens = input.num_scheduled_tokens[static_cast<size_t>(index)];
-    const auto num_first = static_cast<int32_t>(std::min<int64_t>(room, num_tokens));
-    room -= num_first;
+    const int64_t num_tokens = input.num_scheduled_tokens[static_cast<size_t>(index)];
+    const int64_t computed = input.num_computed_tokens[static_cast<size_t>(index)];
+    const int64_t cut = room == 0 ? 0 : round_up(computed + room, kBlockSize) - computed;
+    const auto num_first = static_cast<int32_t>(std::min(cut, num_tokens));
+    const auto num_second = static_cast<int32_t>(num_tokens) - num_first;
+    room = std::max<int64_t>(0, room - num_first);
     if (num_first > 0) parts_[0].push_back({index, 0, num_first});
-    if (num_first < num_tokens) parts_[1].push_back({index, num_first, num_tokens - num_first});
-    if (num_first > 0 && num_first < num_tokens) is_second_after_first_ = true;
+    if (num_second > 0) parts_[1].push_back({index, num_first, num_second});
+    if (num_first > 0 && num_second > 0) is_second_after_first_ = true;
   }
 }
 
