@@ -5,8 +5,8 @@
 
 #include "check.h"
 #include "kv_cache.h"
-#include "ops/matmul.h"
 #include "nano_batch.h"
+#include "ops/matmul.h"
 
 namespace blendserve {
 namespace {
