@@ -110,4 +110,12 @@ def test_golden_schedule() -> None:
     outputs = (1, 1, 1, 6, 5, 4)
     engine = TinyEngine(PaperPolicy(plan_of(prompts, outputs)), [8, 8, 8, 2, 2, 2], outputs, 32)
     engine.run()
-    assert engine.schedule == []
+    assert engine.schedule == [
+        (16, [0, 3, 4]),
+        (14, [3, 4, 1]),
+        (14, [3, 4, 2]),
+        (14, [3, 4, 5]),
+        (13, [3, 4, 5]),
+        (30, [3, 5]),
+        (31, [5]),
+    ]
