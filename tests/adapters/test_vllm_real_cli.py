@@ -16,14 +16,14 @@ from vllm_cases import chat
 
 __all__ = ["model", "pytestmark"]
 
-NUM_LINES = 24
-TIMEOUT_S = 400.0
+NUM_LINES = 16
+TIMEOUT_S = 900.0
 
 
 def command(model: Path, tmp_path: Path, *options: str) -> list[str]:
     source = tmp_path / "in.jsonl"
     lines = [
-        chat(f"id-{n}", f"tell {n}", max_tokens=4 if n < 4 else 400, temperature=0, ignore_eos=True)
+        chat(f"id-{n}", f"tell {n}", max_tokens=4 if n < 4 else 100, temperature=0, ignore_eos=True)
         for n in range(NUM_LINES)
     ]
     source.write_text("\n".join(lines))

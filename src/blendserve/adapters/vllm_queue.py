@@ -17,8 +17,6 @@ from blendserve.planner.base import Int64s, Policy
 
 MAX_STEPS = 16
 """Steps without an admission that a policy is told of at once."""
-PREEMPTED = "PREEMPTED"
-"""Name of the status of a request of vLLM that has lost its memory."""
 
 
 def index_of(request: Any) -> int:
@@ -170,9 +168,6 @@ class PolicyQueue:
             self._arrived.appendleft(request)
             return
         index = index_of(request)
-        if request.status.name != PREEMPTED or index not in self.admitted:
-            self._deferred.appendleft(request)
-            return
         self._held[index] = request
         self.admitted.discard(index)
         self._policy.preempted(index, request.num_output_tokens)
