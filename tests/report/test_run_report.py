@@ -75,7 +75,8 @@ def test_the_page_shows_the_run_and_loads_nothing() -> None:
     assert facts.title == "Run of jobs <in>.jsonl"
     assert "Measured: policy blend" in facts.text
     assert "simulated" not in facts.text.lower()
-    for text in ("45.5%", "31.9%", "900 MB", "1.25 s", "40.0% at best", "as `blendserve calibrate` measured", "matrix"):
+    expected = ("45.5%", "31.9%", "900 MB", "1.25 s", "40.0% at best", "In 0 steps ops ran beside", "matrix products")
+    for text in (*expected, "as `blendserve calibrate` measured"):
         assert text in facts.text, text
     assert any("50 GFLOP/s" in title or "GFLOP/s" in title for title in facts.titles)
     assert any(title.startswith("qkv, layer 1, nano-batch 0") for title in facts.titles)

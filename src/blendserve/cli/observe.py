@@ -38,11 +38,11 @@ class RunObserver:
         self.steps = StepTrace(MAX_SPANS if trace_path else _REPORT_SPANS if report_path else 0)
 
     def resources(self, executor: NativeExecutor) -> Resources:
-        """Memory so far; start-up is nan where no step has run."""
+        """Memory so far, and how long the first step was in coming."""
         memory = executor.memory
-        startup_s = float("nan")
-        if len(self.steps):
-            startup_s = process_age_s() - (time.perf_counter() - self.steps.first_begin_s)
+        startup_s, age_s = None, process_age_s()
+        if len(self.steps) and age_s is not None:
+            startup_s = age_s - (time.perf_counter() - self.steps.first_begin_s)
         return Resources(memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, peak_rss_bytes(), startup_s)
 
     def write(

@@ -43,13 +43,13 @@ class StepLog:
 @dataclass(frozen=True, slots=True)
 class Resources:
     """What a run took of its process. `kv_bytes` are reserved, and occupied as far as they were used; `startup_s` is
-    from the start of the process to that of the first step."""
+    from the start of the process to that of the first step, None where none ran or the system does not say."""
 
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
     peak_rss_bytes: int
-    startup_s: float
+    startup_s: float | None
 
 
 @dataclass(slots=True)

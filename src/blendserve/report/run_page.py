@@ -72,10 +72,10 @@ def _tiles(run: MeasuredRun) -> Html:
     ]
     if stats.resources is not None:
         resources = stats.resources
-        entries += [
-            ("Resident memory", format_bytes(resources.peak_rss_bytes), "at the peak"),
-            ("Start-up", format_duration(resources.startup_s), "from process start to the first step"),
-        ]
+        entries.append(("Resident memory", format_bytes(resources.peak_rss_bytes), "at the peak"))
+        if resources.startup_s is not None:
+            remark = "from process start to the first step"
+            entries.append(("Start-up", format_duration(resources.startup_s), remark))
     return tiles(entries)
 
 
@@ -190,10 +190,12 @@ def _where_time_went(run: MeasuredRun) -> Html:
         row("attention", attention_s, counters.attention_flop, counters.kv_bytes),
         *(row(name, by_op[name]) for name in sorted(by_op, key=lambda n: -by_op[n]) if _is_other(name)),
     ]
+    overlapped = plural(counters.num_overlapped_steps, "step")
     return section(
         "Where the time of steps went",
         f"Scheduling between steps took {format_duration(run.stats.scheduling_s)} beside it. Bytes are those that must "
-        "come from memory: weights once per step, KV once per sequence or shared prefix.",
+        f"come from memory: weights once per step, KV once per sequence or shared prefix. In {overlapped} ops ran "
+        "beside each other, and the time of each counts.",
         table(("op", "time", "share", "GFLOP/s", "GB/s"), rows),
     )
 

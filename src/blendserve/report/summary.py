@@ -72,10 +72,11 @@ class RunSummary:
 
 
 def _resources_line(resources: Resources) -> str:
+    first = "" if resources.startup_s is None else f"; first step {resources.startup_s:.1f} s after start"
     return (
         f"memory {format_bytes(resources.peak_rss_bytes)} resident at the peak: weights "
         f"{format_bytes(resources.weight_bytes)}, KV as far as used of {format_bytes(resources.kv_bytes)}, buffers "
-        f"{format_bytes(resources.workspace_bytes)}; first step {resources.startup_s:.1f} s after start"
+        f"{format_bytes(resources.workspace_bytes)}{first}"
     )
 
 
