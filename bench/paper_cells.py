@@ -165,12 +165,7 @@ def _slices(steps: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]], coun
 def all_cells(*, is_quick: bool, is_coarse: bool = False) -> list[Cell]:
     """Every cell of the run, long ones first within an experiment's list. A coarse run has 12 of the 65 blends."""
     if is_quick:
-        return [
-            *_traces("traces 8B"),
-            *_timelines(),
-            *_grid("grid BurstGPT", (0.8, 1.1), (0.25,)),
-            *_knowledge(1),
-        ]
+        return [*_traces("traces 8B"), *_timelines()]
     return [
         *_replicas(),
         *_traces("traces 70B", model="llama-3-70b"),

@@ -18,7 +18,7 @@ OUTPUTS = tuple(30 + index % 30 for index in range(NUM_LONG)) + (2,) * NUM_SHORT
 
 def two_kinds(*, is_known: bool) -> Plan:
     """Short prompts with long answers, and long prompts with short answers that share their first token."""
-    prompts = [(9, index) for index in range(NUM_LONG)]
+    prompts: list[Prompt] = [(9, index) for index in range(NUM_LONG)]
     prompts += [(1, *[2] * 27, index // 20, index) for index in range(NUM_SHORT)]
     plan = plan_of(prompts, OUTPUTS, is_known=is_known)
     return plan if is_known else make_plan(plan.tree, plan.table, COST, sample_rate=0.05, lengths=None)

@@ -155,7 +155,8 @@ class LengthModel:
             return 0.0
         counts = np.bincount(self.strata.stratum_of[unknown], minlength=len(self.strata))
         strata = np.flatnonzero(counts)
-        longest = float(self._table.quantile(strata, 1.0 / (1.0 + counts[strata])).max())
+        exceeding: Floats = 1.0 / (1.0 + counts[strata].astype(np.float64))
+        longest = float(self._table.quantile(strata, exceeding).max())
         return min(longest, float(self._cap[unknown].max()))
 
     def _add_censored(self, censored: Floats, unseen: Floats, strata: Int64s, lengths: Int64s) -> None:
