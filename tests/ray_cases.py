@@ -57,7 +57,7 @@ def ray_cluster(num_head_cpus: int, num_cpus_by_node: Sequence[int]) -> Iterator
 
 def assert_nothing_left(session: str) -> None:
     """No process names the session any more. Workers end by themselves when their raylet is gone."""
-    for _ in range(100):
+    for _ in range(300):
         left = processes_of(session)
         if not left:
             return
