@@ -1,11 +1,14 @@
-// Measures matmul on this machine: GFLOP/s, GB/s and the share of a measured multiply-add peak.
-//   bench_matmul [--isa NAME] [--threads 1,2] [--shapes smollm2|1b] [--only NAME] [--rows 1,8,64] [--seconds 0.02]
+// Measures matmul on this machine: GFLOP/s, GB/s, the share of a measured float32 multiply-add peak, and int8 against
+// bf16.
+//   bench_matmul [--isa NAME] [--dtype bf16|int8|both] [--threads 1,2] [--shapes smollm2|1b] [--only NAME] [--rows
+//   1,8,64] [--seconds 0.02]
 //                [--repeats 5] [--l2-bytes 524288]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <functional>
 #include <span>
 #include <string>
 #include <thread>
@@ -14,6 +17,7 @@
 #include "ops/matmul.h"
 #include "ops/matmul_kernels.h"
 #include "ops/table.h"
+#include "tensor.h"
 #include "threads.h"
 
 namespace blendserve {
@@ -28,6 +32,7 @@ double now_s(bool is_cpu_time) {
 
 struct Options {
   Isa isa = best_isa();
+  std::vector<Dtype> dtypes = {Dtype::kBf16, Dtype::kInt8};  // measured in turn
   std::vector<int64_t> threads = {1, 2};
   std::span<const MatmulShape> shapes = kSmolLm2Shapes;
   std::vector<int64_t> rows = {std::begin(kMatmulRows), std::end(kMatmulRows)};
@@ -42,24 +47,45 @@ struct Timing {
   double median, best;
 };
 
-// Over `repeats` samples of at least `seconds` each.
-template <class Op>
-Timing time_op(const Op& op, bool is_cpu_time, double seconds, int repeats) {
-  op();
-  std::vector<double> samples;
-  int64_t calls = 1;
-  while (static_cast<int>(samples.size()) < repeats) {
+// One sample of at least `seconds`; `calls` is how often the op is called for that, and grows to what is needed.
+double sample_op(const std::function<void()>& op, bool is_cpu_time, double seconds, int64_t& calls) {
+  for (;;) {
     const double start = now_s(is_cpu_time);
     for (int64_t i = 0; i < calls; ++i) op();
     const double elapsed = now_s(is_cpu_time) - start;
-    if (elapsed < seconds) {
-      calls = std::max(calls + 1, static_cast<int64_t>(static_cast<double>(calls) * seconds / elapsed * 1.1));
-      continue;
-    }
-    samples.push_back(elapsed / static_cast<double>(calls));
+    if (elapsed >= seconds) return elapsed / static_cast<double>(calls);
+    calls = std::max(calls + 1, static_cast<int64_t>(static_cast<double>(calls) * seconds / elapsed * 1.1));
   }
-  std::sort(samples.begin(), samples.end());
-  return {samples[samples.size() / 2], samples.front()};
+}
+
+// Samples of several ops, taken in turn, so that what else the machine does meets all of them alike.
+std::vector<std::vector<double>> sample_in_turn(std::span<const std::function<void()>> ops, bool is_cpu_time,
+                                                double seconds, int repeats) {
+  std::vector<std::vector<double>> samples(ops.size());
+  std::vector<int64_t> calls(ops.size(), 1);
+  for (size_t i = 0; i < ops.size(); ++i) sample_op(ops[i], is_cpu_time, seconds, calls[i]);
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (size_t i = 0; i < ops.size(); ++i) {
+      samples[i].push_back(sample_op(ops[i], is_cpu_time, seconds, calls[i]));
+    }
+  }
+  return samples;
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+Timing timing(const std::vector<double>& samples) {
+  return {median(samples), *std::min_element(samples.begin(), samples.end())};
+}
+
+// How much faster the second is: the median over pairs of samples.
+double median_ratio(const std::vector<double>& first, const std::vector<double>& second) {
+  std::vector<double> ratios;
+  for (size_t i = 0; i < first.size(); ++i) ratios.push_back(first[i] / second[i]);
+  return median(ratios);
 }
 
 #if defined(__x86_64__)
@@ -75,8 +101,10 @@ Timing time_op(const Op& op, bool is_cpu_time, double seconds, int repeats) {
 }
 double multiply_add_gflop_per_s(ThreadTeam& team) {
   constexpr int64_t kSteps = 100000;  // about 1 ms
-  const Timing time = time_op([&] { team.run(team.num_threads(), [](int64_t, int) { multiply_add_loop(kSteps); }); },
-                              team.num_threads() == 1, 0.02, 5);
+  const std::function<void()> op = [&] {
+    team.run(team.num_threads(), [](int64_t, int) { multiply_add_loop(kSteps); });
+  };
+  const Timing time = timing(sample_in_turn({&op, 1}, team.num_threads() == 1, 0.02, 5).front());
   return static_cast<double>(team.num_threads() * kSteps * 12 * 16) / time.best * 1e-9;
 }
 #else
@@ -93,33 +121,72 @@ std::vector<float> random_floats(int64_t count) {
   return values;
 }
 
-void measure(const Options& options, ThreadTeam& team, const MatmulShape& shape, std::span<const PackedMatrix> copies) {
+// A product in one format, on weights that come from memory.
+class Product {
+ public:
+  Product(const Options& options, MatmulFormat format, const MatmulShape& shape, int64_t m, ThreadTeam& team)
+      : format_(format),
+        shape_(shape),
+        m_(m),
+        team_(team),
+        x_(random_floats(m * shape.k)),
+        y_(static_cast<size_t>(m * shape.n)),
+        packed_(activation_bytes(format, m, shape.k)),
+        grid_(suggest_grid(format, m, shape.n, shape.k, team.num_threads(), options.l2_bytes)) {}
+
+  // Packs the rows and multiplies by the next copy of the weights.
+  void run(std::span<const PackedMatrix> copies) {
+    const PackedMatrix& w = copies[turn_++ % copies.size()];
+    team_.run(kernels::ceil_div(m_, kRowPanel), [&](int64_t panel, int) {
+      pack_activations(format_, x_.data(), shape_.k, panel * kRowPanel, std::min(m_, (panel + 1) * kRowPanel), shape_.k,
+                       packed_.data());
+    });
+    team_.run(grid_.size(), [&](int64_t tile, int) {
+      matmul_tile(packed_.data(), w, grid_.tile(tile), nullptr, false, y_.data(), shape_.n);
+    });
+  }
+  const MatmulGrid& grid() const { return grid_; }
+
+ private:
+  MatmulFormat format_;
+  MatmulShape shape_;
+  int64_t m_;
+  ThreadTeam& team_;
+  std::vector<float> x_, y_;
+  Buffer<uint8_t> packed_;
+  MatmulGrid grid_;
+  size_t turn_ = 0;
+};
+
+void print_row(const MatmulShape& shape, int64_t m, int num_threads, Dtype dtype, const MatmulGrid& grid,
+               const Timing& time, double peak) {
+  const double flop = static_cast<double>(shape.flop(m));
+  const int64_t bytes = shape.bytes(m) - (dtype == Dtype::kInt8 ? shape.weight_bytes() / 2 : 0);
+  std::printf("%-10s %5ld %2d %s  %4ldx%-5ld %9.1f %9.1f us %8.1f %8.1f GFLOP/s %5.1f%% %7.1f GB/s", shape.name.data(),
+              m, num_threads, dtype_name(dtype).data(), grid.row_tile, grid.col_tile, time.median * 1e6,
+              time.best * 1e6, flop / time.median * 1e-9, flop / time.best * 1e-9, 100e-9 * flop / time.best / peak,
+              static_cast<double>(bytes) / time.best * 1e-9);
+}
+
+// `copies[i]` are weights in options.dtypes[i].
+void measure(const Options& options, ThreadTeam& team, const MatmulShape& shape,
+             std::span<const std::vector<PackedMatrix>> copies) {
   for (const int64_t m : options.rows) {
-    const std::vector<float> x = random_floats(m * shape.k);
-    const int64_t x_bytes = activation_bytes(options.isa, m, shape.k);
-    void* packed = std::aligned_alloc(64, static_cast<size_t>(kernels::round_up(x_bytes, 64)));
-    std::vector<float> y(static_cast<size_t>(m * shape.n));
-    const MatmulGrid grid = suggest_grid(options.isa, m, shape.n, shape.k, team.num_threads(), options.l2_bytes);
-    const int64_t num_panels = kernels::ceil_div(m, kRowPanel);
-    size_t turn = 0;
-    const auto op = [&] {
-      const PackedMatrix& w = copies[turn++ % copies.size()];
-      team.run(num_panels, [&](int64_t panel, int) {
-        pack_activations(options.isa, x.data(), shape.k, panel * kRowPanel, std::min(m, (panel + 1) * kRowPanel),
-                         shape.k, packed);
-      });
-      team.run(grid.size(),
-               [&](int64_t tile, int) { matmul_tile(packed, w, grid.tile(tile), nullptr, false, y.data(), shape.n); });
-    };
+    std::vector<Product> products;
+    products.reserve(copies.size());
+    std::vector<std::function<void()>> ops;
+    for (size_t i = 0; i < copies.size(); ++i) {
+      products.emplace_back(options, MatmulFormat(options.isa, options.dtypes[i]), shape, m, team);
+      ops.emplace_back([&product = products.back(), &weights = copies[i]] { product.run(weights); });
+    }
     const double peak = multiply_add_gflop_per_s(team);  // next to each measurement: neighbours come and go
-    const Timing time = time_op(op, team.num_threads() == 1, options.seconds, options.repeats);
-    const double flop = static_cast<double>(shape.flop(m));
-    std::printf("%-10s %5ld %2d  %4ldx%-5ld %9.1f %9.1f us %8.1f %8.1f GFLOP/s %5.1f%% %7.1f GB/s\n", shape.name.data(),
-                m, team.num_threads(), grid.row_tile, grid.col_tile, time.median * 1e6, time.best * 1e6,
-                flop / time.median * 1e-9, flop / time.best * 1e-9, 100e-9 * flop / time.best / peak,
-                static_cast<double>(shape.bytes(m)) / time.best * 1e-9);
+    const auto samples = sample_in_turn(ops, team.num_threads() == 1, options.seconds, options.repeats);
+    for (size_t i = 0; i < copies.size(); ++i) {
+      print_row(shape, m, team.num_threads(), options.dtypes[i], products[i].grid(), timing(samples[i]), peak);
+      if (i > 0) std::printf("  %.2fx", median_ratio(samples[0], samples[i]));
+      std::printf("\n");
+    }
     std::fflush(stdout);
-    std::free(packed);
   }
 }
 
@@ -136,6 +203,9 @@ Options parse(int argc, char** argv) {
     const char* value = argv[i + 1];
     if (name == "--isa")
       options.isa = isa_from_name(value);
+    else if (name == "--dtype")
+      options.dtypes = std::strcmp(value, "both") == 0 ? std::vector{Dtype::kBf16, Dtype::kInt8}
+                                                       : std::vector{dtype_from_name(value)};
     else if (name == "--threads")
       options.threads = int_list(value);
     else if (name == "--rows")
@@ -161,15 +231,19 @@ int run(const Options& options) {
     ThreadTeam team(static_cast<int>(threads));
     std::printf("isa %s, %ld threads, multiply-add peak %.1f GFLOP/s\n", isa_name(options.isa).data(), threads,
                 multiply_add_gflop_per_s(team));
-    std::printf("%-10s %5s %2s  %-10s %9s %9s    %8s %8s\n", "shape", "m", "t", "tile", "median", "best", "median",
-                "best");
+    std::printf("%-10s %5s %2s %4s  %-10s %9s %9s    %8s %8s\n", "shape", "m", "t", "", "tile", "median", "best",
+                "median", "best");
     for (const MatmulShape& shape : options.shapes) {
       if (!options.only.empty() && options.only != shape.name) continue;
       // Copies that exceed the last-level cache, as a step over many layers does.
       const std::vector<float> weights = random_floats(shape.n * shape.k);
-      std::vector<PackedMatrix> copies;
+      std::vector<std::vector<PackedMatrix>> copies(options.dtypes.size());
       const int64_t num_copies = std::max<int64_t>(1, (int64_t{96} << 20) / shape.weight_bytes());
-      for (int64_t i = 0; i < num_copies; ++i) copies.emplace_back(options.isa, weights, shape.n, shape.k);
+      for (size_t i = 0; i < copies.size(); ++i) {
+        const MatmulFormat format(options.isa, options.dtypes[i]);
+        const int64_t count = format.dtype == Dtype::kInt8 ? 2 * num_copies : num_copies;
+        for (int64_t n = 0; n < count; ++n) copies[i].emplace_back(format, std::span(weights), shape.n, shape.k);
+      }
       measure(options, team, shape, copies);
     }
   }

@@ -185,6 +185,17 @@ def test_a_journal_of_other_kernels_is_refused(
     assert "isa was portable, is avx2" in capsys.readouterr().err
 
 
+def test_a_journal_of_another_precision_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    assert main(run_args(tiny, source, output, "--quiet", "--dtype", "int8")) == 0
+    assert main(run_args(tiny, source, output, "--quiet", "--dtype", "int8")) == 0
+    assert main(run_args(tiny, source, output, "--quiet")) == 1
+    assert "dtype was int8, is bf16" in capsys.readouterr().err
+
+
 def without_history(rows: dict[str, Any]) -> dict[str, Any]:
     for row in rows.values():
         del row["response"]["body"]["created"], row["response"]["body"]["usage"]["prompt_tokens_details"]

@@ -24,7 +24,7 @@ Isa isa_from_name(std::string_view);  // "portable", "avx2", ...; throws std::in
 std::string_view isa_name(Isa isa);
 
 // How weights are kept and what they are multiplied by. kBf16: bfloat16 by float32 (kAvx512Bf16: by bfloat16). kInt8:
-// one scale per output column, by 8-bit activations with one scale per row, which are made of float32 rows as they
+// one scale per output column, by 8-bit activations with a scale per row and group of k, made of float32 rows as they
 // come.
 enum class Dtype { kBf16, kInt8 };
 Dtype dtype_from_name(std::string_view);  // "bf16", "int8"; throws std::invalid_argument
@@ -42,7 +42,7 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
   // Row-major [n, k]; float32 is rounded to bf16, to nearest even. Throws std::invalid_argument where sizes disagree.
-  // int8 rounds to the nearest multiple of the row's scale; k is then at most kMaxInt8K.
+  // int8 rounds to the nearest multiple of the row's scale.
   PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k);
   PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k);
 
@@ -56,7 +56,7 @@ class PackedMatrix {
   const uint16_t* data() const { return static_cast<const uint16_t*>(data_.get()); }
   const int8_t* int8_data() const { return static_cast<const int8_t*>(data_.get()); }
   const float* scales() const { return scales_.data(); }      // int8: per column, padded to whole panels
-  const int32_t* offsets() const { return offsets_.data(); }  // int8: kInt8Zero times the sum of the column's integers
+  const int32_t* offsets() const { return offsets_.data(); }  // int8: what to subtract from sums, per group and column
   // The packed weights of the panel that begins at column `column`, a multiple of kColumnPanel; bf16 only.
   std::span<const uint16_t> columns(int64_t column) const;
   // Writes row `row` (k values) as float32: the embedding of a token where the head is tied to it.

@@ -4,6 +4,7 @@
 
 // GCC 12 takes the undefined operand in its own _mm512_cvtepi32_ps for ours.
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 namespace blendserve::kernels {
 namespace {

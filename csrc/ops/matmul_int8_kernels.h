@@ -7,16 +7,16 @@
 
 namespace blendserve::kernels {
 
-// One block of output: kRows rows x kPanels panels of 16 columns, over all of k.
+// One block of output: kRows rows x kPanels panels of 16 columns.
 struct Int8Block {
   const uint8_t* x;
   int64_t ldx;
   const int8_t* w;
   int64_t panel_stride;  // bytes from one panel to the next
-  int64_t num_quads;
-  const uint8_t* x_scale;  // a float, of the first row; the others are ldx bytes apart
+  int64_t k;
   const float* scales;
-  const int32_t* offsets;
+  const int32_t* offsets;  // of the first group; the others are offset_stride apart
+  int64_t offset_stride;
   float* y;
   int64_t ldy;
   bool is_loaded;          // add to y
@@ -25,19 +25,51 @@ struct Int8Block {
   int64_t prefetch_step;   // ... moving on by so many bytes: 64, or 0 where there is nothing to fetch
 };
 
+// sums += four values of each row by four weights of each column.
 template <class Lanes, int kRows, int kVectors>
-[[gnu::always_inline]] inline void store_int8_sums(const Int8Block& b,
-                                                   const typename Lanes::Ints (&sums)[kRows][kVectors]) {
+[[gnu::always_inline]] inline void add_int8_quad(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t panel_stride,
+                                                 typename Lanes::Ints (&sums)[kRows][kVectors]) {
+  constexpr int kVectorsPerPanel = static_cast<int>(kInt8Panel) / Lanes::kWidth;
+  typename Lanes::Ints weights[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    weights[v] = Lanes::load(w + v / kVectorsPerPanel * panel_stride + v % kVectorsPerPanel * 4 * Lanes::kWidth);
+  }
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    float x_scale;
-    __builtin_memcpy(&x_scale, b.x_scale + r * b.ldx, sizeof(x_scale));
+    const auto values = Lanes::repeat(x + r * ldx);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes::add_products(sums[r][v], values, weights[v]);
+  }
+}
+
+// total += scale of the rows * (sums - offsets) for one group.
+template <class Lanes, int kRows, int kVectors>
+[[gnu::always_inline]] inline void add_int8_group(const typename Lanes::Ints (&sums)[kRows][kVectors],
+                                                  const int32_t* offsets, const uint8_t* x_scale, int64_t ldx,
+                                                  float* total) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    float x;
+    __builtin_memcpy(&x, x_scale + r * ldx, sizeof(x));
+    const auto scale = Lanes::set(x);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const auto value = Lanes::to_floats(Lanes::subtract(sums[r][v], offsets + v * Lanes::kWidth));
+      float* at = total + (r * kVectors + v) * Lanes::kWidth;
+      Lanes::store(at, Lanes::add(Lanes::load(at), Lanes::multiply(value, scale)));
+    }
+  }
+}
+
+template <class Lanes, int kRows, int kVectors>
+[[gnu::always_inline]] inline void store_int8_total(const Int8Block& b, const float* total) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = v * Lanes::kWidth;
       float* y = b.y + r * b.ldy + at;
-      const auto scale = Lanes::multiply(Lanes::set(x_scale), Lanes::load(b.scales + at));
-      auto value = Lanes::multiply(Lanes::to_floats(Lanes::subtract(sums[r][v], b.offsets + at)), scale);
+      auto value = Lanes::multiply(Lanes::load(total + r * kVectors * Lanes::kWidth + at), Lanes::load(b.scales + at));
       if (b.is_loaded) value = Lanes::add(Lanes::load(y), value);
       if (b.bias != nullptr) value = Lanes::add(value, Lanes::load(b.bias + at));
       Lanes::store(y, value);
@@ -47,32 +79,35 @@ template <class Lanes, int kRows, int kVectors>
 
 template <class Lanes, int kRows, int kPanels>
 void int8_kernel(const Int8Block& b) {
-  constexpr int kVectorsPerPanel = static_cast<int>(kInt8Panel) / Lanes::kWidth;
-  constexpr int kVectors = kPanels * kVectorsPerPanel;
-  typename Lanes::Ints sums[kRows][kVectors] = {};
+  constexpr int kVectors = kPanels * static_cast<int>(kInt8Panel) / Lanes::kWidth;
+  alignas(64) float totals[kRows * kVectors * Lanes::kWidth] = {};
+  float* total = totals;
+  asm("" : "+r"(total) : : "memory");  // in memory between groups: the registers are for the sums
   const uint8_t* x = b.x;
+  const uint8_t* x_scale = x + int8_padded(b.k);
   const int64_t ldx = b.ldx;
   const int8_t* w = b.w;
   const int8_t* prefetch = b.prefetch;
-  for (int64_t quad = b.num_quads; quad > 0; --quad) {
-    typename Lanes::Ints weights[kVectors];
+  const int32_t* offsets = b.offsets;
+  const int64_t group = int8_group(b.k);
+  for (int64_t k = b.k; k > 0; k -= group) {
+    typename Lanes::Ints sums[kRows][kVectors] = {};
+    for (int64_t step = ceil_div(min64(k, group), kInt8Step); step > 0; --step) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      weights[v] = Lanes::load(w + v / kVectorsPerPanel * b.panel_stride + v % kVectorsPerPanel * 4 * Lanes::kWidth);
-    }
+      for (int quad = 0; quad < static_cast<int>(kInt8Step) / 4; ++quad) {
+        add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
 #pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) __builtin_prefetch(prefetch + p * b.panel_stride, 0, 2);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const auto values = Lanes::repeat(x + r * ldx);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes::add_products(sums[r][v], values, weights[v]);
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(prefetch + p * b.panel_stride, 0, 2);
+        prefetch += b.prefetch_step;
+      }
+      x += kInt8Step;
+      w += kInt8Step * kInt8Panel;
     }
-    x += 4;
-    w += 4 * kInt8Panel;
-    prefetch += b.prefetch_step;
+    add_int8_group<Lanes, kRows, kVectors>(sums, offsets, x_scale, ldx, total);
+    offsets += b.offset_stride;
+    x_scale += sizeof(float);
   }
-  store_int8_sums<Lanes, kRows, kVectors>(b, sums);
+  store_int8_total<Lanes, kRows, kVectors>(b, total);
 }
 
 template <class Lanes, int kPanels, int kRows = Lanes::kMaxRows>
@@ -91,29 +126,28 @@ void run_int8_block(const Int8Block& b, int64_t num_rows, int64_t num_panels) {
 }
 
 // All rows of a tile visit a strip of kMaxPanels panels while its weights are near; the first ones fetch those of the
-// strip that follows. Groups of rows differ by one row at most.
+// strip that follows. Sets of rows differ by one row at most.
 template <class Lanes>
 void int8_tile_on(const Int8TileArgs& a) {
   constexpr int64_t kStrip = Lanes::kMaxPanels * kInt8Panel;
   const MatmulTile& t = a.tile;
-  const int64_t num_rows = t.row_end - t.row_begin, num_groups = ceil_div(num_rows, Lanes::kMaxRows);
-  const int64_t ldx = int8_row_stride(a.k), panel_stride = round_up(a.k, 4) * kInt8Panel;
+  const int64_t num_rows = t.row_end - t.row_begin, num_sets = ceil_div(num_rows, Lanes::kMaxRows);
+  const int64_t ldx = int8_row_stride(a.k), panel_stride = int8_padded(a.k) * kInt8Panel;
   for (int64_t col = t.col_begin; col < t.col_end; col += kStrip) {
     const int64_t num_columns = min64(kStrip, t.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
     const int8_t* w = a.w + col / kInt8Panel * panel_stride;
-    for (int64_t group = 0; group < num_groups; ++group) {
-      const int64_t row = t.row_begin + group * num_rows / num_groups;
-      const int64_t next_row = t.row_begin + (group + 1) * num_rows / num_groups;
-      const bool can_fetch = group == 0 && num_rows > 1 && col + 2 * kStrip <= t.col_end;
-      const uint8_t* x = a.x + row * ldx;
-      const Int8Block b{.x = x,
+    for (int64_t set = 0; set < num_sets; ++set) {
+      const int64_t row = t.row_begin + set * num_rows / num_sets;
+      const int64_t next_row = t.row_begin + (set + 1) * num_rows / num_sets;
+      const bool can_fetch = set == 0 && num_rows > 1 && col + 2 * kStrip <= t.col_end;
+      const Int8Block b{.x = a.x + row * ldx,
                         .ldx = ldx,
                         .w = w,
                         .panel_stride = panel_stride,
-                        .num_quads = ceil_div(a.k, 4),
-                        .x_scale = x + ldx - sizeof(float),
+                        .k = a.k,
                         .scales = a.scales + col,
                         .offsets = a.offsets + col,
+                        .offset_stride = a.offset_stride,
                         .y = a.y + row * a.ldy + col,
                         .ldy = a.ldy,
                         .is_loaded = a.accumulate,

@@ -6,9 +6,10 @@
 //
 // int8 weights: panels of kInt8Panel columns on every Isa, inside a panel [k / 4][columns][4], so that one 32-bit lane
 // holds four neighbours in k of one column. Activations are x = scale * (u - kInt8Zero) with u an unsigned byte, since
-// the instructions multiply unsigned by signed; sum u w - kInt8Zero sum w is then exact, the second sum packed with the
-// weights. vpmaddubsw saturates sums of two products at 16 bits: a column's scale is chosen such that of its neighbours
-// (2 i, 2 i + 1) neither their positive nor their negative part adds up to more than 128, and 255 * 128 < 2^15.
+// the instructions multiply unsigned by signed, and a scale for each group of k of each row. sum u w - kInt8Zero sum w
+// over a group is exact, the second sum packed with the weights; groups are added up in float32, in rising order.
+// vpmaddubsw saturates sums of two products at 16 bits: a column's scale is chosen such that of its neighbours (2 i, 2
+// i + 1) neither their positive nor their negative part adds up to more than 128, and 255 * 128 < 2^15.
 #pragma once
 
 #include <cstdint>
@@ -48,22 +49,31 @@ struct TileArgs {
 inline constexpr int64_t kInt8Panel = 16;  // two AVX registers or one AVX-512 register of 32-bit lanes
 inline constexpr int32_t kInt8Zero = 128;
 inline constexpr float kInt8Max = 127.0f;
-// Sums of k / 2 pairs of at most 255 * 128 stay below 2^31.
-inline constexpr int64_t kMaxInt8K = 131072;
+// Kernels take k by so many, zeros behind the last: a loop of 48 turns for a group of 192 would end with a branch that
+// nobody predicts, one of 12 turns does not.
+inline constexpr int64_t kInt8Step = 16;
+[[gnu::always_inline]] constexpr int64_t int8_padded(int64_t k) { return round_up(k, kInt8Step); }
+// Values of one row that share a scale, at most: outliers cost precision to their own group only. On the default model
+// one scale per row moves the likelihood of text twice as far.
+inline constexpr int64_t kMaxInt8Group = 256;
 
-// Bytes from one row of 8-bit activations to the next: k padded to whole quads with zeros of weights beside them, the
-// row's scale at the end, an odd number of cache lines.
+[[gnu::always_inline]] constexpr int64_t int8_group(int64_t k) {
+  return round_up(ceil_div(k, ceil_div(k, kMaxInt8Group)), kInt8Step);
+}
+[[gnu::always_inline]] constexpr int64_t num_int8_groups(int64_t k) { return ceil_div(k, int8_group(k)); }
+// Bytes from one row of 8-bit activations to the next: k padded to whole steps, then
+// the scales of its groups; an odd number of cache lines.
 [[gnu::always_inline]] constexpr int64_t int8_row_stride(int64_t k) {
-  return (ceil_div(round_up(k, 4) + int64_t{sizeof(float)}, 64) | 1) * 64;
+  return (ceil_div(int8_padded(k) + num_int8_groups(k) * int64_t{sizeof(float)}, 64) | 1) * 64;
 }
 
-// How one row becomes bytes. A row of (nearly) nothing has scale 0, one with an infinity or a NaN has a NaN for a
-// scale, which makes its products NaNs and nobody else's.
+// How one group becomes bytes. A group of (nearly) nothing has scale 0, one with an infinity or a NaN has a NaN for a
+// scale, which makes the products of its row NaNs and nobody else's.
 struct Int8Scale {
   float inverse, scale;
   bool is_finite;
 };
-// From the largest absolute value of the row, as bits.
+// From the largest absolute value of the group, as bits.
 [[gnu::always_inline]] inline Int8Scale int8_scale(uint32_t max_bits) {
   if (max_bits >= 0x7f800000u) return {0.0f, __builtin_nanf(""), false};
   float max;
@@ -71,23 +81,13 @@ struct Int8Scale {
   if (max < 0x1p-100f) return {0.0f, 0.0f, true};  // 127 / max might be infinite
   return {kInt8Max / max, max / kInt8Max, true};
 }
-[[gnu::always_inline]] inline float int8_row_scale(const uint8_t* row, int64_t k) {
-  float scale;
-  __builtin_memcpy(&scale, row + int8_row_stride(k) - sizeof(scale), sizeof(scale));
-  return scale;
-}
-// Writes what stands after a row's k bytes.
-[[gnu::always_inline]] inline void int8_finish_row(const Int8Scale& scale, int64_t k, uint8_t* row) {
-  for (int64_t i = k; i < round_up(k, 4); ++i) row[i] = kInt8Zero;
-  __builtin_memcpy(row + int8_row_stride(k) - sizeof(float), &scale.scale, sizeof(float));
-}
-
 // One call of matmul_tile on int8 weights.
 struct Int8TileArgs {
   const uint8_t* x;
   const int8_t* w;
   const float* scales;
-  const int32_t* offsets;
+  const int32_t* offsets;  // [groups][offset_stride]
+  int64_t offset_stride;
   int64_t k;
   MatmulTile tile;
   const float* bias;
@@ -104,9 +104,9 @@ void int8_tile_avx512vnni(const Int8TileArgs& args);
 void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate,
                float* y, int64_t ldy);
-// One row of k floats as bytes and scale; rows that are not finite get a scale that is not a number.
-void int8_row_portable(const float* x, int64_t k, uint8_t* row);
-void int8_row_avx2(const float* x, int64_t k, uint8_t* row);
+// Some floats of a row as bytes; returns their scale.
+float int8_group_portable(const float* x, int64_t count, uint8_t* bytes);
+float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes);
 
 void tile_portable(const TileArgs& args);
 void tile_avx2(const TileArgs& args);

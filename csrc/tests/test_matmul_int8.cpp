@@ -1,10 +1,12 @@
 // int8 products: the same bits from every kernel, those of a twin that adds up in 64 bits.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
 #include "matmul_cases.h"
+#include "ops/matmul_kernels.h"
 #include "ops/table.h"
 
 namespace blendserve {
@@ -14,15 +16,26 @@ using test::Operands, test::expect_same_bits, test::multiply, test::random_float
 
 // Written apart from the kernels' code: integers in 64 bits, then the same few float operations, hence the same bits.
 struct Int8Twin {
+  explicit Int8Twin(int64_t k) {
+    const int64_t num_groups = (k + kernels::kMaxInt8Group - 1) / kernels::kMaxInt8Group;
+    group = ((k + num_groups - 1) / num_groups + 15) / 16 * 16;
+  }
+
   struct Row {
     std::vector<int64_t> values;
-    float scale;
+    std::vector<float> scales;
   };
-  static Row activations(const float* x, int64_t k) {
-    float max = 0;
-    for (int64_t i = 0; i < k; ++i) max = std::max(max, std::abs(x[i]));
-    Row row{{}, max / 127};
-    for (int64_t i = 0; i < k; ++i) row.values.push_back(static_cast<int64_t>(std::nearbyint(x[i] * (127 / max))));
+  Row activations(const float* x, int64_t k) const {
+    Row row;
+    for (int64_t begin = 0; begin < k; begin += group) {
+      const int64_t end = std::min(begin + group, k);
+      float max = 0;
+      for (int64_t i = begin; i < end; ++i) max = std::max(max, std::abs(x[i]));
+      for (int64_t i = begin; i < end; ++i) {
+        row.values.push_back(static_cast<int64_t>(std::nearbyint(x[i] * (127 / max))));
+      }
+      row.scales.push_back(max / 127);
+    }
     return row;
   }
   static Row weights(const float* w, int64_t k) {
@@ -31,28 +44,37 @@ struct Int8Twin {
       max = std::max(max, std::abs(w[i]));
       if (i % 2 == 1) max = std::max(max, std::abs(w[i - 1] + w[i]));
     }
-    Row row{{}, max / 127};
+    Row row{{}, {max / 127}};
     for (int64_t i = 0; i < k; ++i) row.values.push_back(static_cast<int64_t>(std::nearbyint(w[i] * (127 / max))));
     return row;
   }
-  static float product(const Row& x, const Row& w, const Operands& o, size_t at, size_t col) {
-    int64_t sum = 0;
-    for (size_t i = 0; i < x.values.size(); ++i) sum += x.values[i] * w.values[i];
-    float y = static_cast<float>(sum) * (x.scale * w.scale);
-    if (o.c.accumulate) y = o.y[at] + y;
+  float product(const Row& x, const Row& w, const Operands& o, size_t at, size_t col) const {
+    float total = 0.0f;
+    for (size_t g = 0; g < x.scales.size(); ++g) {
+      int64_t sum = 0;
+      const size_t begin = g * static_cast<size_t>(group);
+      for (size_t i = begin; i < std::min(begin + static_cast<size_t>(group), x.values.size()); ++i) {
+        sum += x.values[i] * w.values[i];
+      }
+      total = total + static_cast<float>(sum) * x.scales[g];
+    }
+    const float y = o.c.accumulate ? o.y[at] + total * w.scales[0] : total * w.scales[0];
     return o.c.has_bias ? y + o.bias[col] : y;
   }
+
+  int64_t group;
 };
 
 void expect_int8_twin(const std::vector<float>& actual, const Operands& o) {
+  const Int8Twin twin(o.c.k);
   std::vector<Int8Twin::Row> columns;
   for (int64_t col = 0; col < o.c.n; ++col)
     columns.push_back(Int8Twin::weights(&o.weights[static_cast<size_t>(col * o.c.k)], o.c.k));
   std::vector<float> expected;
   for (int64_t row = 0; row < o.c.m; ++row) {
-    const Int8Twin::Row x = Int8Twin::activations(&o.x[static_cast<size_t>(row * o.c.k)], o.c.k);
+    const Int8Twin::Row x = twin.activations(&o.x[static_cast<size_t>(row * o.c.k)], o.c.k);
     for (size_t col = 0; col < columns.size(); ++col) {
-      expected.push_back(Int8Twin::product(x, columns[col], o, expected.size(), col));
+      expected.push_back(twin.product(x, columns[col], o, expected.size(), col));
     }
   }
   expect_same_bits(actual, expected, o, "int8 twin");
@@ -120,7 +142,7 @@ void weights_round_to_half_a_step_and_unpack() {
     std::vector<float> row(static_cast<size_t>(k));
     for (int64_t i = 0; i < n; ++i) {
       w.unpack_row(i, row.data());
-      const float step = Int8Twin::weights(&weights[static_cast<size_t>(i * k)], k).scale;
+      const float step = Int8Twin::weights(&weights[static_cast<size_t>(i * k)], k).scales[0];
       CHECK(step <= 2.0f / 127);
       for (int64_t j = 0; j < k; ++j) {
         CHECK(std::abs(row[static_cast<size_t>(j)] - weights[static_cast<size_t>(i * k + j)]) <= 0.5001f * step);
