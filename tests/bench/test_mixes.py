@@ -54,6 +54,17 @@ def test_a_batch_file_is_what_the_endpoint_takes(questions: Path, tmp_path: Path
     assert len({row["custom_id"] for row in rows}) == len(lines)
 
 
+@pytest.mark.model
+def test_a_whole_file_is_answered_and_told(questions: Path, tmp_path: Path) -> None:
+    lines = mixes.build(mixes.Mix("m", 4, 1, 4, 0, is_grouped=True), questions)
+    mixes.write_batch_file(lines, tmp_path / "m.jsonl")
+    summary = mixes.run_batch_file(tmp_path / "m.jsonl", ["--policy", "dfs", "--overlap", "on", "--kv-memory", "64MiB"])
+    outcome = policies.outcome_of("dfs", summary, common.CpuUse(1.0, 0.0))
+    assert summary["num_output_tokens"] == sum(line.output_tokens for line in lines)
+    assert outcome.elapsed_s > 0
+    assert 0 < outcome.sharing < 1
+
+
 def test_speedups_of_policies_are_over_the_first_entrant() -> None:
     def outcome(entrant: str, seconds: float) -> policies.Outcome:
         summary = {
