@@ -36,9 +36,15 @@ def table_of(prompts: Sequence[Prompt], outputs: Sequence[int], *, is_known: boo
 
 
 def plan_of(
-    prompts: Sequence[Prompt], outputs: Sequence[int], *, is_known: bool = True, cost: CostModel = COST
+    prompts: Sequence[Prompt],
+    outputs: Sequence[int],
+    *,
+    is_known: bool = True,
+    cost: CostModel = COST,
+    block_size: int = 1,
 ) -> Plan:
-    return make_plan(tree_of(prompts), table_of(prompts, outputs, is_known=is_known), cost)
+    """Prompts of a few tokens share every one of them unless there is a block size."""
+    return make_plan(tree_of(prompts), table_of(prompts, outputs, is_known=is_known), cost, block_size=block_size)
 
 
 def ranges(values: Sequence[int]) -> Int64s:

@@ -127,6 +127,27 @@ def test_golden_orders() -> None:
     assert served["blend"][3:] == [0, 5, 1, 2, 3, 4], "the compute end follows in the order of the plan"
 
 
+def test_a_prefix_shorter_than_a_block_keeps_nobody_together() -> None:
+    """No engine shares it: such requests are sorted by density, where a stem of a block holds its group together."""
+    stem = tuple(range(4))
+    prompts = [(*stem, 7, index) for index in range(6)] + [(*stem, 8, 8, 8, index) for index in range(6)]
+    outputs = (1, 40, 2, 30, 3, 20) * 2
+    sorted_outputs = [outputs[index] for index in plan_of(prompts, outputs, block_size=8).schedule.order]
+    assert sorted_outputs == sorted(outputs)
+    assert [outputs[index] for index in plan_of(prompts, outputs, block_size=2).schedule.order] != sorted(outputs)
+
+
+def test_blend_looks_past_a_dense_request_at_its_memory_end() -> None:
+    """A subtree may end with an answer shorter than those behind it; they must not wait for it."""
+    stem = (5,) * 4
+    prompts = [(*stem, index) for index in range(8)] + [(9, *range(40), index) for index in range(8)]
+    outputs = (60, 60, 60, 60, 60, 60, 60, 1) + (1,) * 8
+    engine = engine_for("blend", prompts, outputs, 2000)
+    engine.run()
+    first = engine.admissions[:7]
+    assert set(first) == set(range(7)), "all long answers start at once: there is memory for all"
+
+
 def test_blend_never_preempts_when_lengths_are_known() -> None:
     prompts, outputs = mixed_job()
     for capacity in (150, 250, 400):

@@ -76,8 +76,8 @@ def test_every_policy_serves_every_request_once(
         outputs = run_checked(loop, requests, policy, preempt_every=3 * is_disturbed)
     else:
         tree = PrefixTree.from_prompts(request.prompt_token_ids for request in requests)
-        plan = make_plan(tree, table_of(requests), COST)
-        outputs = run_checked(loop, keyed(requests, tree), make_policy(name, plan), preempt_every=3 * is_disturbed)
+        plan = make_plan(tree, table_of(requests), COST, block_size=BLOCK_SIZE)
+        outputs = run_checked(loop, keyed(requests, plan.tree), make_policy(name, plan), preempt_every=3 * is_disturbed)
     assert outputs.keys() == set(range(len(requests)))
     for request in requests:
         assert outputs[request.index].token_ids.tolist() == expected_tokens(request, VOCAB_SIZE, EOS)
@@ -91,8 +91,8 @@ def test_a_chain_of_nested_prompts_is_computed_once_by_every_policy(name: str) -
     tree = PrefixTree.from_prompts(request.prompt_token_ids for request in requests)
     executor = FakeExecutor(1000, BLOCK_SIZE, VOCAB_SIZE, EOS)
     loop = make_loop(executor, max_num_seqs=8, max_num_batched_tokens=64)
-    plan = make_plan(tree, table_of(requests), COST)
-    outputs = list(loop.run(keyed(requests, tree), make_policy(name, plan)))
+    plan = make_plan(tree, table_of(requests), COST, block_size=BLOCK_SIZE)
+    outputs = list(loop.run(keyed(requests, plan.tree), make_policy(name, plan)))
     assert sorted(output.index for output in outputs) == list(range(400))
     own = sum((i % BLOCK_SIZE) + 1 for i in range(400))  # the block of the last token is always computed
     assert loop.stats.num_prefill_tokens <= 400 + own

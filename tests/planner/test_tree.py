@@ -81,6 +81,21 @@ def test_block_keys_name_contents(prompts: list[Prompt], block_size: int) -> Non
     assert len(set(content_by_key.values())) == len(content_by_key), "one content, two keys"
 
 
+@given(prompts_strategy, st.integers(1, 4))
+def test_a_tree_in_blocks_shares_whole_blocks_and_keeps_the_leaves(prompts: list[Prompt], block_size: int) -> None:
+    tree = tree_of(prompts)
+    blocks = tree.in_blocks(block_size)
+    blocks.check()
+    for name in ("order", "leaf_start", "leaf_of", "leaf_len"):
+        assert (getattr(blocks, name) == getattr(tree, name)).all(), name
+    assert (blocks.leaf_lcp == tree.leaf_lcp // block_size * block_size).all()
+    assert (blocks.prefix_len[: blocks.num_inner] % block_size == 0).all()
+    for index in range(len(prompts)):
+        assert len(blocks.block_keys(index, block_size)) == len(tree.block_keys(index, block_size))
+    contents = {prompt[:end] for prompt in prompts for end in range(block_size, len(prompt) + 1, block_size)}
+    assert len({key for index in range(len(prompts)) for key in blocks.block_keys(index, block_size)}) == len(contents)
+
+
 @given(prompts_strategy, st.integers(0, 2**14 - 1))
 def test_restricting_is_building_from_fewer_prompts(prompts: list[Prompt], mask: int) -> None:
     kept = [index for index in range(len(prompts)) if mask >> index & 1]

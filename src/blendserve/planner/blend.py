@@ -17,6 +17,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blendserve.planner.base import SchedulerView
 from blendserve.planner.forecast import KvForecast
@@ -171,8 +172,8 @@ class BlendPolicy:
         Looks ever further from the end; what shares a prefix worth more than its own answer is not taken out of turn.
         """
         request, distance = self._scanner.peek_memory_end(), 1
-        while request != NO_REQUEST and self._is_memory_intensive(request):
-            if self._fits(self._memory_end, request, limit):
+        while request != NO_REQUEST:
+            if self._are_memory_intensive(request) and self._fits(self._memory_end, request, limit):
                 return request
             if distance > MAX_LOOKAHEAD or self._is_memory_end_full:
                 break
@@ -247,12 +248,12 @@ class BlendPolicy:
             self._longest_unknown = self._learner.lengths.longest_unknown(self._scanner.waiting())
         return max(self._longest_unknown, float(self._schedule.expected_output_tokens[self._scanner.peek_memory_end()]))
 
-    def _is_memory_intensive(self, request: int) -> bool:
-        """Does it have less compute to its memory time than all that remains? Others enter as prefill is wanted."""
+    def _are_memory_intensive(self, requests: NDArray[np.int64] | int) -> NDArray[np.bool_]:
+        """Do they have less compute to their memory time than all that remains? Others enter as prefill is wanted."""
         compute_s = self._waiting_compute_s + self._running_compute_s
         memory_s = self._waiting_memory_s + self._running_memory_s
         schedule = self._schedule
-        return float(schedule.compute_s[request]) * memory_s < compute_s * float(schedule.memory_s[request])
+        return schedule.compute_s[requests] * memory_s < compute_s * schedule.memory_s[requests]
 
     def _look_ahead(self, view: SchedulerView) -> None:
         """Forecast from scratch, and learn where there is enough to learn from."""
@@ -279,12 +280,18 @@ class BlendPolicy:
 
     def _next_prompt_tokens(self) -> float:
         """Room that whatever is next at the compute end needs to enter at all."""
-        upcoming = self._scanner.upcoming(self._settings.window)
+        upcoming = self._upcoming()
         return float(self._plan.table.num_prompt_tokens[upcoming].max()) if len(upcoming) else 0.0
+
+    def _upcoming(self) -> NDArray[np.int64]:
+        """What the compute end will deliver next, without what the memory end takes: the last requests of a job are
+        within reach of both."""
+        upcoming = self._scanner.upcoming(self._settings.window)
+        return upcoming[~self._are_memory_intensive(upcoming)]
 
     def _steady_compute_end(self) -> float:
         """KV tokens that the compute end holds when it delivers the budget in every step (Little's law)."""
-        upcoming = self._scanner.upcoming(self._settings.window)
+        upcoming = self._upcoming()
         if not len(upcoming):
             return 0.0
         cost, schedule = self._plan.cost, self._schedule

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from blendserve.config import BLOCK_SIZE
 from blendserve.cost import CostModel, Floats
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.lengths import DEFAULT_SAMPLE_RATE, LengthModel, Lengths
@@ -17,8 +18,8 @@ LengthsFactory = Callable[[PrefixTree, RequestTable], Lengths]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a policy starts from. `schedule` holds for the estimates before anything has run; a policy that learns makes
-    its own lengths with `new_lengths` and its own schedules from them.
+    """What a policy starts from. `tree` shares whole KV blocks, as engines do. `schedule` holds for the estimates before
+    anything has run; a policy that learns makes its own lengths with `new_lengths` and its own schedules from them.
     """
 
     tree: PrefixTree
@@ -41,7 +42,7 @@ class Plan:
 
     @property
     def optimal_sharing(self) -> float:
-        """Share of prompt tokens that a depth-first walk need not compute, whole tokens counted."""
+        """Share of prompt tokens that a depth-first walk finds in full blocks."""
         return self.tree.sharing
 
     @property
@@ -68,8 +69,10 @@ def make_plan(
     sample_rate: float = DEFAULT_SAMPLE_RATE,
     kept_sharing: float = DEFAULT_KEPT_SHARING,
     lengths: LengthsFactory | None = None,
+    block_size: int = BLOCK_SIZE,
 ) -> Plan:
-    """Plan a job. `lengths` makes a model of output lengths other than `LengthModel` (the paper's means, an oracle)."""
+    """Plan a job. `lengths` makes a model of output lengths other than `LengthModel` (the paper's means, an oracle); it
+    gets `tree` as it is: prompts that begin alike for less than a block have something in common all the same."""
 
     def new_lengths() -> Lengths:
         if lengths is not None:
@@ -77,11 +80,12 @@ def make_plan(
         return LengthModel(tree, table, sample_rate=sample_rate, seed=seed)
 
     model = new_lengths()
+    blocks = tree.in_blocks(block_size)
     return Plan(
-        tree=tree,
+        tree=blocks,
         table=table,
         cost=cost,
-        schedule=make_schedule(tree, table, cost, model, kept_sharing=kept_sharing),
+        schedule=make_schedule(blocks, table, cost, model, kept_sharing=kept_sharing),
         samples=model.samples,
         new_lengths=new_lengths,
         kept_sharing=kept_sharing,

@@ -93,6 +93,12 @@ class PrefixTree:
             SortedPrompts(np.asarray(order, np.int64), np.asarray(lcp, np.int64), np.asarray(lengths, np.int64))
         )
 
+    def in_blocks(self, block_size: int) -> PrefixTree:
+        """The same leaves, sharing only what fills KV blocks: a prefix that ends inside a block spares an engine nothing
+        of it, so it is no reason to keep leaves together."""
+        leaf_lcp = self.leaf_lcp // block_size * block_size
+        return _with_inner_nodes(self.order, self.leaf_start, self.leaf_of, leaf_lcp, self.leaf_len)
+
     def block_keys(self, request: int, block_size: int) -> Sequence[int]:
         """Keys of the full prompt blocks of a request: equal exactly where the prompts agree up to the block's end.
 
@@ -149,8 +155,13 @@ def _build(prompts: SortedPrompts) -> PrefixTree:
     leaf_lcp, leaf_len = prompts.lcp[is_new], prompts.lengths[is_new]
     leaf_of = np.empty(len(prompts.order), dtype=np.int64)
     leaf_of[prompts.order] = np.cumsum(is_new) - 1
-    num_leaves = len(leaf_lcp)
+    return _with_inner_nodes(prompts.order, leaf_start, leaf_of, leaf_lcp, leaf_len)
 
+
+def _with_inner_nodes(
+    order: Int64s, leaf_start: Int64s, leaf_of: Int64s, leaf_lcp: Int64s, leaf_len: Int64s
+) -> PrefixTree:
+    num_leaves = len(leaf_lcp)
     first, last, length, inner_parent, leaf_parent = _intervals(leaf_lcp)
     preorder = np.lexsort((length, first))
     rank = np.empty_like(preorder)
@@ -160,7 +171,7 @@ def _build(prompts: SortedPrompts) -> PrefixTree:
     parent = np.concatenate([inner_parent, rank[leaf_parent]])
     leaves = np.arange(num_leaves)
     return PrefixTree(
-        order=prompts.order,
+        order=order,
         leaf_start=leaf_start,
         leaf_lcp=leaf_lcp,
         leaf_of=leaf_of,
