@@ -39,6 +39,9 @@ KNOWLEDGE = {
     "exact": LengthKnowledge("exact"),
     "twice the truth": LengthKnowledge("scaled", factor=2.0),
     "half the truth": LengthKnowledge("scaled", factor=0.5),
+    "twice or half by lot": LengthKnowledge("scattered", factor=2.0),
+    "twice, never corrected": LengthKnowledge("scaled", factor=2.0, learns=False),
+    "half, never corrected": LengthKnowledge("scaled", factor=0.5, learns=False),
 }
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from oracles import unique_tokens
+from oracles import shared_prefix
 from report_pages import PageFacts
 from tiny_files import tiny_directory
 
 from blendserve.cli import main
+from blendserve.config import BLOCK_SIZE
 from blendserve.hardware import Calibration
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_tokenizer
@@ -71,7 +73,9 @@ def test_figures_are_those_of_a_walk(tiny: Path, tmp_path: Path, capsys: pytest.
     assert plan["num_known_outputs"] == 1
     assert plan["prompt_tokens"] == num_tokens
     assert plan["prompts"]["greatest"] == max(map(len, prompts))
-    assert plan["optimal_sharing"] == pytest.approx(1 - unique_tokens(prompts) / num_tokens)
+    num_shared = sum(shared_prefix(*pair) // BLOCK_SIZE * BLOCK_SIZE for pair in pairwise(sorted(set(prompts))))
+    num_shared += num_tokens - sum(map(len, set(prompts)))  # repeated prompts
+    assert plan["optimal_sharing"] == pytest.approx(num_shared / num_tokens)
     best = plan["prefixes"][0]
     assert best["text"].startswith("the answer to the question")
     assert best["num_requests"] == 12

@@ -15,7 +15,7 @@ from blendserve.planner.lengths import LengthModel, MeanLengthModel
 from blendserve.planner.policies import make_policy
 from blendserve.simulate import EngineKind, Machine, gpu_machine, plan_workload, simulate
 from blendserve.workloads.blend import blend
-from blendserve.workloads.knowledge import EXACT, LengthKnowledge, ScaledLengths
+from blendserve.workloads.knowledge import EXACT, GivenLengths, LengthKnowledge, wrong_estimates
 from blendserve.workloads.workload import Workload
 
 MACHINE = gpu_machine(A100_80G, LLAMA_3_8B)
@@ -120,7 +120,10 @@ def test_replicas_share_the_work(workload: Workload) -> None:
     assert two.sharing_kept > 0.9
 
 
-@pytest.mark.parametrize("knowledge", [EXACT, LengthKnowledge("scaled", 2.0), LengthKnowledge("scaled", 0.5)])
+@pytest.mark.parametrize(
+    "knowledge",
+    [EXACT, LengthKnowledge("scaled", 2.0), LengthKnowledge("scaled", 0.5), LengthKnowledge("scattered", 2.0)],
+)
 def test_every_kind_of_knowledge_serves_everything(workload: Workload, knowledge: LengthKnowledge) -> None:
     result = simulate(workload.subset(np.arange(300)), MACHINE, "blend", lengths=knowledge)
     assert result.share_of_bound > 0
@@ -152,12 +155,30 @@ def test_a_policy_may_be_given_instead_of_named(workload: Workload) -> None:
     assert given.time_s == simulate(part, MACHINE, "dfs").time_s
 
 
-def test_scaled_lengths_outlive_their_estimate() -> None:
-    lengths = ScaledLengths(np.array([100, 8]), 0.5)
+def test_given_lengths_outlive_their_estimate() -> None:
+    lengths = GivenLengths(np.array([50.0, 4.0]))
     indices = np.array([0, 1])
     assert lengths.estimate(indices).tolist() == [50, 4]
     assert lengths.remaining(indices, np.array([20, 8])).tolist() == [30, 2]
     assert lengths.quantiles(indices, np.array([20, 8])).shape == (2, 1)
+
+
+def test_given_lengths_are_corrected_by_what_finishes_if_they_may() -> None:
+    indices = np.array([0, 1])
+    learning, stubborn = (GivenLengths(np.array([50.0, 4.0]), learns=learns) for learns in (True, False))
+    for lengths in (learning, stubborn):
+        lengths.observe(0, 0)
+        lengths.observe(1, 8)
+        lengths.refresh()
+    assert learning.estimate(indices).tolist() == [100, 8]
+    assert learning.num_observed == 1
+    assert stubborn.estimate(indices).tolist() == [50, 4]
+
+
+def test_wrong_estimates_are_off_by_the_factor() -> None:
+    truth = np.full(50, 10)
+    assert set(wrong_estimates(truth, LengthKnowledge("scaled", 0.5), 0)) == {5.0}
+    assert set(wrong_estimates(truth, LengthKnowledge("scattered", 2.0), 0)) == {5.0, 20.0}
 
 
 def test_an_unknown_engine_kind_is_refused() -> None:

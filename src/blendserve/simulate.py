@@ -37,7 +37,7 @@ from blendserve.planner.lengths import MeanLengthModel
 from blendserve.planner.partition import partition
 from blendserve.planner.plan import LengthsFactory, Plan, make_plan
 from blendserve.planner.policies import make_policy
-from blendserve.workloads.knowledge import SAMPLED, LengthKnowledge, ScaledLengths
+from blendserve.workloads.knowledge import SAMPLED, GivenLengths, LengthKnowledge, wrong_estimates
 from blendserve.workloads.source import WorkloadSource, prefix_tree
 from blendserve.workloads.workload import Workload
 
@@ -221,8 +221,9 @@ def plan_workload(workload: Workload, machine: Machine, lengths: LengthKnowledge
 
 
 def _lengths_factory(workload: Workload, lengths: LengthKnowledge, seed: int) -> LengthsFactory | None:
-    if lengths.kind == "scaled":
-        return lambda _tree, _table: ScaledLengths(workload.num_output_tokens, lengths.factor)
+    if lengths.kind in ("scaled", "scattered"):
+        estimates = wrong_estimates(workload.num_output_tokens, lengths, seed)
+        return lambda _tree, _table: GivenLengths(estimates, learns=lengths.learns)
     if lengths.kind == "means":
         return lambda tree, table: MeanLengthModel(tree, table, sample_rate=lengths.sample_rate, seed=seed)
     return None

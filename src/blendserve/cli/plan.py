@@ -33,7 +33,7 @@ from blendserve.report.plan_page import plan_page
 from blendserve.report.plan_summary import summarize_plan
 from blendserve.report.plan_text import LENGTHS_NOTE, PlanReport, part_notes
 from blendserve.simulate import Machine
-from blendserve.workloads.knowledge import ScaledLengths
+from blendserve.workloads.knowledge import GivenLengths
 
 DEFAULT_POLICIES = ("fcfs", "random", "dfs", "lexical-buckets", "paper", "blend")
 DEFAULT_MAX_SIMULATED = 4000
@@ -106,7 +106,7 @@ def plan_batch(batch: BatchInput, machine: Machine, num_output_tokens: int | Non
 
     def assumed(_: PrefixTree, table: RequestTable) -> Lengths:
         most = np.minimum(np.maximum(table.max_output_tokens, 1), num_output_tokens or 1)
-        return ScaledLengths(np.where(table.known_output_tokens >= 0, table.known_output_tokens, most), 1.0)
+        return GivenLengths(np.where(table.known_output_tokens >= 0, table.known_output_tokens, most))
 
     tree = PrefixTree.from_flat(batch.prompts)
     lengths = assumed if num_output_tokens else None

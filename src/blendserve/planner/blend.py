@@ -55,6 +55,8 @@ MAX_LOOKAHEAD = 1 << 16
 """Places from the memory end that are looked at for a request that fits, in doubling strides."""
 TURN_SHARE = 0.1
 """A shared prefix longer than this share of the expected answer keeps a request in its turn."""
+PREFILL_SHARE = 0.5
+"""A request whose prefill is less than this share of its expected answer is no compute to ration."""
 
 
 class BlendPolicy:
@@ -173,7 +175,7 @@ class BlendPolicy:
         """
         request, distance = self._scanner.peek_memory_end(), 1
         while request != NO_REQUEST:
-            if self._are_memory_intensive(request) and self._fits(self._memory_end, request, limit):
+            if self._enters_as_it_fits(request) and self._fits(self._memory_end, request, limit):
                 return request
             if distance > MAX_LOOKAHEAD or self._is_memory_end_full:
                 break
@@ -184,6 +186,13 @@ class BlendPolicy:
                 distance = 2 * distance + 1
         self._is_memory_end_full = True
         return NO_REQUEST
+
+    def _enters_as_it_fits(self, request: int) -> bool:
+        """Is it nearly all decode, or has it less compute to its memory time than all that remains?"""
+        schedule = self._schedule
+        own = float(self._plan.table.num_prompt_tokens[request]) - float(schedule.num_shared_tokens[request])
+        is_decode = own < PREFILL_SHARE * float(schedule.expected_output_tokens[request])
+        return is_decode or bool(self._are_memory_intensive(request))
 
     def _is_bound_to_neighbours(self, request: int) -> bool:
         schedule = self._schedule

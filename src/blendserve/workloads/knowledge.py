@@ -13,37 +13,57 @@ from blendserve.workloads.traces import Floats, Int64s
 @dataclass(frozen=True, slots=True)
 class LengthKnowledge:
     """`sampled`: nothing beforehand but what the request fixes; `means`: the same, and of sampled requests only their
-    mean, as the paper has it; `exact`: all lengths; `scaled`: all, times `factor`."""
+    mean, as the paper has it; `exact`: all lengths; `scaled`: all, times `factor`; `scattered`: each times `factor` or
+    divided by it, by lot. `learns`: are scaled estimates corrected by what finishes?"""
 
-    kind: Literal["sampled", "means", "exact", "scaled"] = "sampled"
+    kind: Literal["sampled", "means", "exact", "scaled", "scattered"] = "sampled"
     factor: float = 1.0
     sample_rate: float = 0.01
+    learns: bool = True
 
 
 SAMPLED = LengthKnowledge()
 EXACT = LengthKnowledge("exact")
 
 
-class ScaledLengths:
-    """Estimates that are the true lengths times a factor and never learn: how robust a policy is to bad ones.
+def wrong_estimates(num_output_tokens: Int64s, lengths: LengthKnowledge, seed: int) -> Floats:
+    """The true lengths, off by `lengths.factor`. Shapes: float64[num_requests]."""
+    towards = np.ones(len(num_output_tokens))
+    if lengths.kind == "scattered":
+        towards = np.random.default_rng(seed).choice([-1.0, 1.0], len(num_output_tokens))
+    estimates: Floats = num_output_tokens * lengths.factor**towards
+    return estimates
 
-    A request that outlives its estimate is expected to go on for a quarter of what it has. Meets
-    `planner.lengths.Lengths`.
+
+class GivenLengths:
+    """One estimate per request, from wherever. Meets `planner.lengths.Lengths`.
+
+    With `learns`, one factor corrects them all: what finished requests had, over what was estimated of them. A request
+    that outlives its estimate is expected to go on for a quarter of what it has.
     """
 
-    def __init__(self, num_output_tokens: Int64s, factor: float) -> None:
+    def __init__(self, estimates: Floats, *, learns: bool = False) -> None:
         self.samples: Int64s = np.zeros(0, dtype=np.int64)
-        self._estimate = np.maximum(1.0, num_output_tokens * factor)
+        self._given = np.maximum(1.0, estimates)
+        self._estimate = self._given
+        self._learns = learns
+        self._num_observed, self._observed, self._expected = 0, 0.0, 0.0
 
     @property
     def num_observed(self) -> int:
-        return 0
+        return self._num_observed if self._learns else 0
 
     def observe(self, index: int, num_output_tokens: int) -> None:
-        pass
+        """A request has finished; one that was refused (0 tokens) tells nothing."""
+        if num_output_tokens:
+            self._num_observed += 1
+            self._observed += num_output_tokens
+            self._expected += float(self._given[index])
 
-    def refresh(self, running: Int64s | None = None, num_output_tokens: Int64s | None = None) -> None:
-        pass
+    def refresh(self, running: Int64s | None = None, num_output_tokens: Int64s | None = None) -> None:  # noqa: ARG002
+        """Correct the estimates by what has finished."""
+        if self._learns and self._num_observed:
+            self._estimate = np.maximum(1.0, self._given * (self._observed / self._expected))
 
     def estimate(self, indices: Int64s) -> Floats:
         """Expected output tokens of requests that have not started."""
