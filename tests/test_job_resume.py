@@ -25,6 +25,8 @@ from batch_fakes import (
     write_lines,
 )
 
+from blendserve import job
+from blendserve.batchfile.journal import Journal
 from blendserve.batchfile.schema import ServedModel
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job import JobInterrupted
@@ -208,3 +210,96 @@ def test_a_job_in_use_is_refused(tmp_path: Path, job_input: Path) -> None:
 
     report = run_fake(job_input, tmp_path / "out.jsonl", FakeEngine(on_answer=start_again))
     assert report.num_lines == NUM_JOB_LINES
+
+
+def stopped(job_input: Path, output: Path, **fields: Any) -> None:
+    """A job that has a journal, and no files yet."""
+    with pytest.raises(JobInterrupted):
+        run_fake(job_input, output, stop_after(3, KeyboardInterrupt()), **fields)
+
+
+@pytest.mark.parametrize("last", ["{", batch_line("good")], ids=["with error rows", "without"])
+def test_a_job_never_replaces_or_removes_an_error_file_that_is_not_its_own(tmp_path: Path, last: Any) -> None:
+    """Neither before the work of a resumed job nor at the end of one that had begun before the file came."""
+    shared, output = tmp_path / "errors.jsonl", tmp_path / "out.jsonl"
+    source = write_lines(tmp_path / "in.jsonl", [*(batch_line(f"id-{number}") for number in range(5)), last])
+    stopped(source, output, errors_path=shared)
+    shared.write_text("precious\n")
+    engine = FakeEngine()
+    with pytest.raises(ConfigError, match=r"errors\.jsonl exists \(9 bytes\) and is not of this job; move it away"):
+        run_fake(source, output, engine, errors_path=shared)
+    assert (shared.read_text(), engine.num_answers) == ("precious\n", 0)
+    shared.unlink()
+
+    def put_there(_: int) -> None:
+        shared.write_text("precious\n")
+
+    with pytest.raises(ConfigError, match="is not of this job"):
+        run_fake(source, output, FakeEngine(on_answer=put_there), errors_path=shared)
+    assert shared.read_text() == "precious\n"
+    assert not output.exists()
+    shared.unlink()
+    run_fake(source, output, errors_path=shared)
+    assert shared.exists() == (last == "{")
+
+
+def test_outputs_with_and_without_an_ending_do_not_share_an_error_file(tmp_path: Path, job_input: Path) -> None:
+    stopped(job_input, tmp_path / "a")
+    run_fake(job_input, tmp_path / "a.jsonl")
+    content = (tmp_path / "a.errors.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"a\.errors\.jsonl exists .* not of this job"):
+        run_fake(job_input, tmp_path / "a")
+    assert (tmp_path / "a.errors.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_another_error_file_is_refused(tmp_path: Path, job_input: Path, is_finished: bool) -> None:
+    output, mine = tmp_path / "out.jsonl", tmp_path / "mine.jsonl"
+    if is_finished:
+        run_fake(job_input, output, errors_path=mine)
+    else:
+        stopped(job_input, output, errors_path=mine)
+    with pytest.raises(ConfigError, match=r"error file is .*mine\.jsonl, .*--errors .*mine\.jsonl.*--fresh"):
+        run_fake(job_input, output)
+    run_fake(job_input, output, errors_path=mine)
+    assert mine.exists()
+    assert not errors_of(output).exists()
+
+
+def test_a_crash_between_the_files_and_the_seal_leaves_them_the_jobs_own(
+    tmp_path: Path, job_input: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def crash(*_: Any) -> None:
+        raise OSError("power cut")
+
+    for target, name in ((Journal, "write_seal"), (job, "replace_files")):
+        monkeypatch.setattr(target, name, crash)
+        with pytest.raises(OSError, match="power cut"):
+            run_fake(job_input, output)
+        monkeypatch.undo()
+    run_fake(job_input, output)
+    assert comparable(output) == comparable(whole)
+    assert comparable(errors_of(output)) == comparable(errors_of(whole))
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_journal_from_before_error_files_were_noted_is_read(
+    tmp_path: Path, job_input: Path, whole: Path, is_finished: bool
+) -> None:
+    output = tmp_path / "out.jsonl"
+    if is_finished:
+        run_fake(job_input, output)
+    else:
+        stopped(job_input, output)
+    path = tmp_path / "out.jsonl.journal" / ("complete.json" if is_finished else "header.json")
+    fields = json.loads(path.read_text())
+    fields = {name: value for name, value in fields.items() if name not in ("errors_name", "own_sizes")}
+    if is_finished:
+        fields["file_sizes"] = {str(tmp_path / name): size for name, size in fields["file_sizes"].items()}
+        output.unlink()
+    path.write_text(json.dumps(fields))
+    assert not run_fake(job_input, output).was_complete
+    assert comparable(output) == comparable(whole)
+    assert comparable(errors_of(output)) == comparable(errors_of(whole))

@@ -7,7 +7,6 @@ of a finished job loads no model. Killed at any moment, the same command goes on
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -26,7 +25,15 @@ from blendserve.batchfile.recordlog import RecordKind, RecordLog
 from blendserve.batchfile.responses import Codec, error_row
 from blendserve.batchfile.schema import ServedModel
 from blendserve.batchfile.store import PendingRequests, StoreWriter, TokenStore
-from blendserve.batchfile.writer import JobPaths, check_not_taken, resolve_paths, write_files
+from blendserve.batchfile.writer import (
+    JobPaths,
+    OwnSizes,
+    check_not_taken,
+    check_same_errors,
+    replace_files,
+    resolve_paths,
+    write_partials,
+)
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.request import SequenceOutput
 
@@ -121,7 +128,7 @@ def run_job(
     check_readable(job.input_path)
     paths = resolve_paths(job.input_path, job.output_path, job.errors_path)
     if not (job.is_fresh or paths.journal.exists()):
-        check_not_taken(paths)
+        check_not_taken(paths, {})
     with Journal(paths.journal) as journal:
         return _Run(job, codec, paths, journal, clock).run(generate, on_progress or (lambda _: None))
 
@@ -148,11 +155,14 @@ class _Run:
             raise JobInterrupted(self._how_to_go_on(), 143 if isinstance(interrupt, _Terminated) else 130) from None
 
     def _run(self, generate: Generate, on_progress: Callable[[JobProgress], None]) -> JobReport:
+        own_sizes: OwnSizes = {}
         if self._job.is_fresh:
             self._journal.discard()
+            own_sizes = self._paths.present_sizes()
         seal = self._journal.seal()
         if seal is not None:
-            check_same_job(seal.identity, self._identity(sha256_of(self._job.input_path)), self._journal.directory)
+            self._check_same_job(seal)
+            own_sizes = self._paths.own_sizes_of(seal.file_sizes)
             if self._is_still_complete(seal):
                 if not seal.num_retriable or seal.capacity == self._job.capacity:
                     return replace(_report_from(seal), was_complete=True)
@@ -161,14 +171,20 @@ class _Run:
                 self._journal.discard()
         header = self._journal.header()
         if header is None:
-            if not self._job.is_fresh and seal is None:
-                check_not_taken(self._paths)
             self._journal.discard()
         else:
-            check_same_job(header.identity, self._identity(sha256_of(self._job.input_path)), self._journal.directory)
+            self._check_same_job(header)
+            own_sizes = {**own_sizes, **header.own_sizes}
+            header = replace(header, own_sizes=own_sizes)
+        check_not_taken(self._paths, own_sizes)
         with closing(self._journal.open_records()) as log:
-            header = self._with_this_capacity(header, log) if header else self._ingest(log)
+            header = self._with_this_capacity(header, log) if header else self._ingest(log, own_sizes)
             return self._serve(header, log, generate, on_progress)
+
+    def _check_same_job(self, recorded: JournalHeader | JournalSeal) -> None:
+        identity = self._identity(sha256_of(self._job.input_path))
+        check_same_job(recorded.identity, identity, self._journal.directory)
+        check_same_errors(self._paths, recorded.errors_name)
 
     def _serve(
         self, header: JournalHeader, log: RecordLog, generate: Generate, on_progress: Callable[[JobProgress], None]
@@ -188,7 +204,7 @@ class _Run:
                 f"the engine ended with {header.num_lines - rows.num_rows} of {header.num_lines} lines unanswered; "
                 "finished ones are kept: run the same command again"
             )
-        sizes = write_files(log, self._paths, is_ordered=self._job.is_ordered)
+        sizes = self._write_files(header, log)
         report = self._report(header, rows, num_resumed, sizes)
         self._journal.write_seal(
             JournalSeal(
@@ -198,9 +214,20 @@ class _Run:
                 report=asdict(report),
                 capacity=header.capacity,
                 num_retriable=rows.num_retriable,
+                errors_name=header.errors_name,
             )
         )
         return report
+
+    def _write_files(self, header: JournalHeader, log: RecordLog) -> dict[str, int]:
+        """Returns: bytes by name. The journal knows a file for the job's own before that stands there."""
+        sizes = write_partials(log, self._paths, is_ordered=self._job.is_ordered)
+        own_sizes = {name: [*header.own_sizes.get(name, ()), size] for name, size in sizes.items()}
+        own_sizes = {**header.own_sizes, **own_sizes}
+        check_not_taken(self._paths, header.own_sizes)
+        self._journal.write_header(replace(header, own_sizes=own_sizes))
+        replace_files(self._paths, sizes)
+        return sizes
 
     def _with_this_capacity(self, header: JournalHeader, log: RecordLog) -> JournalHeader:
         """Take back the rows that came of another amount of memory, so that their lines are tried again."""
@@ -211,7 +238,7 @@ class _Run:
         self._journal.write_header(header)
         return header
 
-    def _ingest(self, log: RecordLog) -> JournalHeader:
+    def _ingest(self, log: RecordLog, own_sizes: OwnSizes) -> JournalHeader:
         reader = BatchReader(self._job.input_path, self._job.served, self._job.max_line_bytes)
         writer = StoreWriter(self._journal.store_directory)
 
@@ -234,6 +261,8 @@ class _Run:
             num_ingest_bytes=log.num_bytes,
             store_sizes=sizes,
             capacity=self._job.capacity,
+            errors_name=self._paths.name_of(self._paths.errors),
+            own_sizes=own_sizes,
         )
         self._journal.write_header(header)
         return header
@@ -285,9 +314,10 @@ class _Run:
         if not self._paths.output.exists():
             return False
         for name, size in seal.file_sizes.items():
-            if os.path.exists(name) and os.path.getsize(name) != size:
+            path = self._paths.path_of(name)
+            if path.exists() and path.stat().st_size != size:
                 raise ConfigError(
-                    f"this job is complete, but {name} was changed since; move it away, or run again with --fresh"
+                    f"this job is complete, but {path} was changed since; move it away, or run again with --fresh"
                 )
         if self._job.is_ordered and not seal.is_ordered:
             raise ConfigError(
@@ -299,7 +329,7 @@ class _Run:
     def _report(
         self, header: JournalHeader, rows: RowAssembler, num_resumed: int, sizes: Mapping[str, int]
     ) -> JobReport:
-        errors_path, served = str(self._paths.errors), self._job.served
+        errors, served = self._paths.errors, self._job.served
         is_chosen_by_line = served.is_remote and served.accepts_any_name
         if header.requested_model not in (None, *served.names) and not is_chosen_by_line:
             self._notes.append(f"The file asks for {header.requested_model}; it was answered by {served.name}.")
@@ -310,7 +340,7 @@ class _Run:
             )
         return JobReport(
             output_path=str(self._paths.output),
-            errors_path=errors_path if errors_path in sizes else None,
+            errors_path=str(errors) if self._paths.name_of(errors) in sizes else None,
             num_lines=header.num_lines,
             num_succeeded=rows.num_succeeded,
             errors_by_code=dict(rows.errors_by_code),

@@ -11,8 +11,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,7 +51,9 @@ class JobIdentity:
 class JournalHeader:
     """What is fixed once ingestion has ended. `created` is the Unix time that every response carries.
 
-    `capacity` alone may change: the memory setting under which the journal's rows for want of memory came about.
+    Two may change: `capacity`, the memory setting under which the journal's rows for want of memory came about, and
+    `own_sizes`, by which the job knows its files: noted before they appear. `errors_name` is its error file. The last
+    two are missing in journals of older versions.
     """
 
     identity: JobIdentity
@@ -61,6 +63,8 @@ class JournalHeader:
     num_ingest_bytes: int
     store_sizes: Mapping[str, int]
     capacity: int
+    errors_name: str | None = None
+    own_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class JournalSeal:
     report: Mapping[str, Any]
     capacity: int
     num_retriable: int
+    errors_name: str | None = None
 
 
 class Journal:
@@ -100,16 +105,16 @@ class Journal:
 
     def header(self) -> JournalHeader | None:
         """The header of a job whose ingestion has ended, else None."""
-        fields = self._read_json(_HEADER, JournalHeader)
-        return None if fields is None else JournalHeader(**fields)
+        values = self._read_json(_HEADER, JournalHeader)
+        return None if values is None else JournalHeader(**values)
 
     def write_header(self, header: JournalHeader) -> None:
         replace_durably(self.directory / _HEADER, _to_json(header))
 
     def seal(self) -> JournalSeal | None:
         """What a finished job left, else None."""
-        fields = self._read_json(_SEAL, JournalSeal)
-        return None if fields is None else JournalSeal(**fields)
+        values = self._read_json(_SEAL, JournalSeal)
+        return None if values is None else JournalSeal(**values)
 
     def write_seal(self, seal: JournalSeal) -> None:
         """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
@@ -177,7 +182,8 @@ class Journal:
             version = values.pop("format")
             if version == FORMAT_VERSION:
                 identity = JobIdentity(**values["identity"])
-                return {field.name: values[field.name] for field in fields(kind)} | {"identity": identity}
+                known = {entry.name: values[entry.name] for entry in fields(kind) if _is_kept(entry, values)}
+                return known | {"identity": identity}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, AttributeError, TypeError):
@@ -205,6 +211,11 @@ def _check_ours(directory: Path) -> None:
             f"{directory} is where the journal belongs, and holds other files; move them away, or write to another "
             "file (-o)"
         )
+
+
+def _is_kept(entry: Field[Any], values: Mapping[str, Any]) -> bool:
+    """Is it there, or must it be? What later versions added has a default."""
+    return entry.name in values or (entry.default is MISSING and entry.default_factory is MISSING)
 
 
 def _flat(identity: JobIdentity) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,10 @@ _OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
 _ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
 
 
+OwnSizes = Mapping[str, Sequence[int]]
+"""Sizes that files of a job have or may have had, by `JobPaths.name_of`: a file of another size is not its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobPaths:
     """The files of one job, symbolic links of `output` and `errors` resolved."""
@@ -29,6 +33,22 @@ class JobPaths:
     output: Path
     errors: Path
     journal: Path
+
+    def name_of(self, path: Path) -> str:
+        """A path as the journal has it: from the directory of the output, so that a job may move with its files."""
+        return os.path.relpath(path, self.output.parent)
+
+    def path_of(self, name: str) -> Path:
+        return self.output.parent / name
+
+    def own_sizes_of(self, file_sizes: Mapping[str, int]) -> dict[str, list[int]]:
+        """From a finished job's record, in which older versions have whole paths."""
+        return {self.name_of(self.path_of(name)): [size] for name, size in file_sizes.items()}
+
+    def present_sizes(self) -> dict[str, list[int]]:
+        """What stands there now, taken for this job's own."""
+        paths = (self.output, self.errors)
+        return {self.name_of(path): [path.stat().st_size] for path in paths if path.exists()}
 
 
 def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None = None) -> JobPaths:
@@ -39,10 +59,11 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
     output = Path(os.path.realpath(output_path))
     errors = Path(os.path.realpath(errors_path)) if errors_path else output.with_name(_errors_name(output.name))
     journal = output.with_name(output.name + ".journal")
+    partials = partial_of(output), partial_of(errors)
     for path, other, what in (
-        (output, input_path, "the input file"),
-        (errors, input_path, "the input file"),
-        (errors, output, "the output file"),
+        *((path, input_path, "the input file") for path in (output, errors, *partials)),
+        *((path, output, "the output file") for path in (errors, partials[1])),
+        (partials[0], errors, "the error file"),
     ):
         if _is_same_file(path, other):
             raise ConfigError(f"{path} is {what}; a job never writes over what it reads: choose another path")
@@ -53,36 +74,74 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
     return JobPaths(input_path, output, errors, journal)
 
 
-def check_not_taken(paths: JobPaths) -> None:
-    """Raises: ConfigError when a new job would replace rows of another one."""
+def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
+    """Raises: ConfigError when the job would replace or remove what it did not write."""
     for path in (paths.output, paths.errors):
-        if path.exists() and path.stat().st_size:
+        size = path.stat().st_size if path.exists() else 0
+        if size and size not in own_sizes.get(paths.name_of(path), ()):
             raise ConfigError(
-                f"{path} exists and is not of this job; move it away, write to another file, or replace it with --fresh"
+                f"{path} exists ({size} bytes) and is not of this job; move it away, write to another file, or replace "
+                "it with --fresh"
             )
 
 
-def write_files(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict[str, int]:
-    """Write both files from the rows of the journal: in input order, or in the order in which lines finished.
+def check_same_errors(paths: JobPaths, recorded: str | None) -> None:
+    """Raises: ConfigError when the job of a journal has another error file; None where an older version began it."""
+    if recorded is not None and recorded != paths.name_of(paths.errors):
+        raise ConfigError(
+            f"{paths.journal} belongs to a job whose error file is {paths.path_of(recorded)}, and this one's is "
+            f"{paths.errors}; run it with --errors {paths.path_of(recorded)}, write to another file (-o), or discard "
+            "that job with --fresh"
+        )
 
-    Returns: bytes of every file written, by path. Raises: CapacityError when the disk is full; then neither is new.
+
+def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:
+    """Raises: ConfigError when one of `others`, paths by option, is a file of the job, or another of them."""
+    taken = {
+        "the input file": paths.input,
+        "the output file": paths.output,
+        "the error file": paths.errors,
+        "the journal": paths.journal,
+        "where the output file is made": partial_of(paths.output),
+        "where the error file is made": partial_of(paths.errors),
+    }
+    for option, path in others.items():
+        for what, other in taken.items():
+            if _is_same_file(Path(os.path.realpath(path)), other):
+                raise ConfigError(f"{option} {path} is {what}; choose another path")
+        taken[f"also {option}"] = path
+
+
+def write_partials(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict[str, int]:
+    """Write the rows of the journal beside both files: in input order, or in the order in which lines finished.
+
+    Returns: bytes by `JobPaths.name_of`, of the error file only where it has any. Raises: CapacityError when the disk
+    is full.
     """
     sizes: dict[str, int] = {}
-    partials: list[tuple[Path, Path]] = []
     for kinds, path in ((_ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
-        partial = path.with_name(path.name + ".partial")
-        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), partial)
+        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), partial_of(path))
         if size or kinds is _OUTPUT_KINDS:
-            partials.append((partial, path))
-            sizes[str(path)] = size
+            sizes[paths.name_of(path)] = size
         else:
-            partial.unlink()
-            path.unlink(missing_ok=True)
-    for partial, path in partials:
-        with writing_to(path):
-            partial.replace(path)
-            sync_directory(path.parent)
+            partial_of(path).unlink()
     return sizes
+
+
+def replace_files(paths: JobPaths, sizes: Mapping[str, int]) -> None:
+    """Put what `write_partials` wrote in place of what the job may replace; without error rows no error file stays."""
+    for path in (paths.errors, paths.output):
+        with writing_to(path):
+            if paths.name_of(path) in sizes:
+                partial_of(path).replace(path)
+            else:
+                path.unlink(missing_ok=True)
+            sync_directory(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is made before it takes its place."""
+    return path.with_name(path.name + ".partial")
 
 
 def _rows(log: RecordLog, kinds: frozenset[RecordKind], *, is_ordered: bool) -> Iterable[bytes]:
