@@ -100,6 +100,10 @@ def test_a_run_writes_its_report_and_trace(tiny: Path, tmp_path: Path, capsys: p
     assert "there is no directory" in capsys.readouterr().err
     assert main(run_args(tiny, source, output, "--engine", "http", "--base-url", "http://localhost:1", *files)) == 1
     assert "native engine" in capsys.readouterr().err
+    for option in ("--report", "--trace"):
+        assert main(run_args(tiny, source, output, "--fresh", option, str(source))) == 1
+        assert f"{option} {source} is the input file" in capsys.readouterr().err
+    assert source.read_text() == line("a") + "\n" + line("b")
 
 
 def test_a_finished_run_is_not_repeated(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from batch_fakes import FakeEngine, batch_line, run_fake, write_lines
 
-from blendserve.batchfile.writer import resolve_paths
+from blendserve.batchfile.writer import check_apart, resolve_paths
 from blendserve.errors import BlendServeError, ConfigError
 
 
@@ -57,6 +57,38 @@ def test_output_that_is_the_input(tmp_path: Path, job_input: Path, link: str) ->
 
 def test_one_file_for_output_and_errors(tmp_path: Path, job_input: Path) -> None:
     assert_refused(job_input, tmp_path / "out.jsonl", "is the output file", errors=tmp_path / "out.jsonl")
+
+
+def test_files_are_made_beside_neither_the_input_nor_each_other(tmp_path: Path) -> None:
+    for name in ("out.jsonl.partial", "err.jsonl.partial"):
+        source = write_lines(tmp_path / name, [batch_line("a")])
+        assert_refused(source, tmp_path / "out.jsonl", "is the input file", errors=tmp_path / "err.jsonl")
+        source.unlink()
+    source = write_lines(tmp_path / "in.jsonl", [batch_line("a")])
+    out, made = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    assert_refused(source, out, "is the error file", errors=made)
+    assert_refused(source, made, "is the output file", errors=out)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("in.jsonl", "the input file"),
+        ("link", "the input file"),
+        ("out.jsonl", "the output file"),
+        ("out.errors.jsonl", "the error file"),
+        ("out.jsonl.journal", "the journal"),
+        ("out.jsonl.partial", "where the output file is made"),
+        ("out.errors.jsonl.partial", "where the error file is made"),
+        ("report.html", "also --report"),
+    ],
+)
+def test_what_else_a_run_writes_is_no_file_of_the_job(tmp_path: Path, job_input: Path, name: str, what: str) -> None:
+    (tmp_path / "link").symlink_to(job_input)
+    paths = resolve_paths(job_input, tmp_path / "out.jsonl")
+    check_apart(paths, {"--report": tmp_path / "report.html", "--trace": tmp_path / "trace.json"})
+    with pytest.raises(ConfigError, match=f"--trace .*{name} is {what}; choose another path"):
+        check_apart(paths, {"--report": tmp_path / "report.html", "--trace": tmp_path / name})
 
 
 def test_an_output_from_elsewhere_is_not_replaced_unasked(tmp_path: Path, job_input: Path) -> None:

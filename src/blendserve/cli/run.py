@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from blendserve.batchfile.writer import check_apart, resolve_paths
 from blendserve.cli.engines import add_engine_choice, open_run
 from blendserve.cli.options import add_engine, add_model, add_replicas, positive_integer, tell
 from blendserve.job import BatchJob, JobInterrupted, run_job
@@ -59,6 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the job. Returns 0 when every line has its row, answered or not; 130 or 143 when interrupted."""
     started_s = time.perf_counter()
+    _check_apart(args)
     engine = open_run(args)
     job = BatchJob(
         input_path=args.input,
@@ -88,3 +90,10 @@ def run(args: argparse.Namespace) -> int:
     )
     print(json.dumps(summary.to_json()) if args.json else summary.to_text())
     return 0
+
+
+def _check_apart(args: argparse.Namespace) -> None:
+    """Raises: ConfigError when --report or --trace would be written over a file of the job."""
+    others = {option: path for option, path in (("--report", args.report), ("--trace", args.trace)) if path is not None}
+    if others:
+        check_apart(resolve_paths(args.input, args.output, args.errors), others)
