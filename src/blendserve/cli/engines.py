@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from blendserve.batchfile.responses import Codec
 from blendserve.batchfile.schema import ServedModel
 from blendserve.batchfile.store import PendingRequests
-from blendserve.cli.options import positive_integer, positive_seconds
+from blendserve.cli.options import add_engine, add_model, add_watching, positive_integer, positive_seconds
 from blendserve.engine.stats import RunStats
 from blendserve.errors import ConfigError
 from blendserve.job import JobProgress
@@ -17,6 +17,20 @@ from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput
 
 ENGINE_NAMES = ("native", "http", "vllm")
+
+ENGINES_BY_OPTION = {
+    **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "isa"), ("native",)),
+    **dict.fromkeys(
+        ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
+        ("native", "vllm"),
+    ),
+    **dict.fromkeys(
+        ("base_url", "max_inflight", "kv_tokens", "request_timeout", "max_attempts", "max_outage", "tokenizer"),
+        ("http",),
+    ),
+    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg"), ("vllm",)),
+}
+"""Who looks at what; options that are not listed are for all."""
 
 
 class EngineRun(Protocol):
@@ -137,8 +151,23 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raises: ConfigError when an option is given that the engine would not look at."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in (add_model, add_engine, add_engine_choice, add_watching):
+        add(parser)
+    for name, engines in ENGINES_BY_OPTION.items():
+        if args.engine not in engines and getattr(args, name) != parser.get_default(name):
+            kind = f"the {' and '.join(engines)} engine{'s' if len(engines) > 1 else ''}"
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {kind}, and the {args.engine} engine does not look at it: leave it "
+                f"out, or add --engine {engines[0]}"
+            )
+
+
 def open_run(args: argparse.Namespace) -> EngineRun:
     """The engine that the arguments ask for, on replicas where they ask for those. Raises: ConfigError."""
+    check_options(args)
     if args.replicas is None:
         if args.ray_address is not None:
             raise ConfigError("--ray-address says where replicas run: add --replicas N")
@@ -154,16 +183,10 @@ def open_run(args: argparse.Namespace) -> EngineRun:
 
 def open_one(args: argparse.Namespace) -> EngineRun:
     """The engine of this process. Raises: ConfigError."""
-    if args.engine != "native" and (args.report or args.trace):
-        raise ConfigError("--report and --trace show what the native engine does: leave them out with another engine")
-    if args.engine != "native" and args.window:
-        raise ConfigError("--window is how the native engine plans: leave it out with another engine")
     if args.engine == "http":
         from blendserve.cli.http_run import open_http_run  # httpx2 takes a tenth of a second to import
 
         return open_http_run(args)
-    if args.base_url is not None:
-        raise ConfigError("--base-url is for a server: add --engine http")
     if args.engine == "vllm":
         from blendserve.cli.vllm_run import open_vllm_run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from blendserve.batchfile.schema import ServedModel
 from blendserve.config import DTYPES, OVERLAP_MODES, EngineConfig, cache_dir, parse_bytes
@@ -70,7 +71,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "default: SmolLM2-135M-Instruct",
     )
     parser.add_argument(
-        "--max-model-len", type=int, default=0, metavar="TOKENS", help="context length; default: the model's"
+        "--max-model-len", type=count, default=0, metavar="TOKENS", help="context length; default: the model's"
     )
 
 
@@ -103,6 +104,24 @@ def add_dtype(parser: argparse._ActionsContainer) -> None:
         choices=DTYPES,
         default="bf16",
         help="weights of matrix products: bf16 (default), or int8 with 8-bit activations: faster, with other answers",
+    )
+
+
+def add_watching(parser: argparse._ActionsContainer) -> None:
+    """How a run is planned piece by piece, and what it writes of itself."""
+    parser.add_argument(
+        "--window",
+        type=positive_integer,
+        default=0,
+        metavar="N",
+        help="plan N requests at a time, each window while others run, instead of the whole file before it; for files "
+        "whose plan would take too long or too much memory",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a page (HTML) of what compute and memory did, measured"
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a Chrome trace (JSON) of ops by worker; for ui.perfetto.dev"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blendserve.batchfile.writer import check_apart, resolve_paths
 from blendserve.cli.engines import add_engine_choice, open_run
-from blendserve.cli.options import add_engine, add_model, add_replicas, positive_integer, tell
+from blendserve.cli.options import add_engine, add_model, add_replicas, add_watching, tell
 from blendserve.job import BatchJob, JobInterrupted, run_job
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.report.summary import RunSummary
@@ -33,23 +33,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--policy", choices=POLICY_NAMES, default=DEFAULT_POLICY, help=f"order of requests (default: {DEFAULT_POLICY})"
     )
-    parser.add_argument(
-        "--window",
-        type=positive_integer,
-        default=0,
-        metavar="N",
-        help="plan N requests at a time, each window while others run, instead of the whole file before it; for files "
-        "whose plan would take too long or too much memory",
-    )
     parser.add_argument("--ordered", action="store_true", help="write answers in input order; default: as they finish")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run of this job has finished")
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a page (HTML) of what compute and memory did, measured"
-    )
-    parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write a Chrome trace (JSON) of ops by worker; for ui.perfetto.dev"
-    )
+    add_watching(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_engine_choice(parser)
     add_engine(parser)
