@@ -68,10 +68,17 @@ def test_a_job_from_the_command_line(
     assert arguments["max_num_seqs"] == 5
     assert arguments["dtype"] == "float32"
     assert "scheduler_cls" not in arguments
+    assert "max_model_len" not in arguments
     assert api.engines[0].is_closed
     assert main(command) == 0
     assert summary(capsys)["was_complete"]
     assert len(api.opened) == 1  # a finished job opens nothing
+
+
+def test_a_context_length_reaches_vllm_where_one_is_given(tmp_path: Path, model: Path, api: FakeVllm) -> None:
+    command = [*job(tmp_path, chat("a", "hello", max_tokens=2)), "--model", str(model), "--max-model-len", "64"]
+    assert main(command) == 0
+    assert api.opened[0]["max_model_len"] == 64
 
 
 def test_a_death_is_told_and_survived(

@@ -167,8 +167,8 @@ class VllmRun:
             "disable_log_stats": False,
             "enable_mfu_metrics": True,
         }
-        if self.served.max_model_len:
-            arguments["max_model_len"] = self.served.max_model_len
+        if args.max_model_len:  # else vLLM knows better than one field of the configuration, as of scaled positions
+            arguments["max_model_len"] = args.max_model_len
         if self._is_cpu:
             most_bytes = int(available_memory_bytes() * MAX_KV_SHARE * args.memory_share)
             memory = args.kv_memory or default_kv_memory(
