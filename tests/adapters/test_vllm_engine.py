@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,29 @@ def test_embeddings_are_rows_of_vectors(tmp_path: Path) -> None:
     assert len(by_id["one"]["data"][0]["embedding"]) == 4
     (row,) = read_rows(target.with_suffix(".errors.jsonl"))
     assert row["error"]["code"] == "invalid_url"
+
+
+def test_an_embedding_is_made_with_the_adapter_that_its_line_names(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(line(name, "/v1/embeddings", input="hello", model=name) for name in ("poet", "tiny")))
+    engine = vllm_engine(FakeVllm(), embeds=True)
+    engine.open()
+    inside = engine.engine
+    assert inside is not None
+    add, adapters = inside.add_request, []
+
+    def seen(request_id: str, prompt: Any, params: Any, lora_request: Any = None) -> Any:
+        adapters.append(lora_request.path if lora_request else None)
+        return add(request_id, prompt, params, lora_request)
+
+    inside.add_request = seen
+    able = replace(EMBEDDER, accepts_any_name=True, abilities=Abilities(adapters=("poet",), embeds=True))
+    run_vllm(engine, source, target, served=able)
+    assert sorted(adapters, key=str) == ["/adapters/poet", None]
+    assert {row["custom_id"]: row["response"]["body"]["model"] for row in read_rows(target)} == {
+        "poet": "poet",
+        "tiny": "tiny",
+    }
 
 
 def test_a_model_without_the_ability_refuses(tmp_path: Path) -> None:

@@ -30,11 +30,10 @@ def arguments_of(
     """Translate a request. Raises: RequestError where vLLM cannot make a prompt of its messages, or ValueError where it
     refuses a parameter.
     """
-    if embeds:
-        return VllmArguments(
-            api.tokens_prompt(request.prompt_token_ids.tolist()), api.embedding_params(extras.dimensions), None
-        )
     lora = adapters[extras.adapter] if extras.adapter is not None else None
+    if embeds:
+        prompt = api.tokens_prompt(request.prompt_token_ids.tolist())
+        return VllmArguments(prompt, api.embedding_params(extras.dimensions), lora)
     if not extras.messages:
         prompt = api.tokens_prompt(request.prompt_token_ids.tolist())
         return VllmArguments(prompt, _sampling_params(request, extras, api, request.max_output_tokens), lora)

@@ -7,7 +7,7 @@ url, model) and what a server would answer with an HTTP status (everything about
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from blendserve.batchfile.extras import (
@@ -100,7 +100,7 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     custom_id, url, body = read_envelope(value, served.urls)
     model = _read_model(body, served)
     if url == EMBEDDINGS_URL:
-        line = _parse_embedding(line_number, custom_id, model, body)
+        line = _parse_embedding(line_number, custom_id, model, body, served.abilities)
     else:
         line = _parse_text(line_number, custom_id, url, model, body, served.abilities)
     if served.vocab_size:
@@ -126,17 +126,22 @@ def _parse_text(
     else:
         prompts = _read_prompts("prompt", body)
         sampling = read_completion_parameters(body)
-    adapter = model if model in abilities.adapters else None
-    extras = Extras(adapter=adapter, structure=structure, messages=conversation)
+    extras = Extras(adapter=_adapter_of(model, abilities), structure=structure, messages=conversation)
     return BatchLine(line_number, custom_id, url, model, prompts, sampling, extras.to_bytes())
 
 
-def _parse_embedding(line_number: int, custom_id: str, model: str | None, body: Mapping[str, Any]) -> BatchLine:
+def _parse_embedding(
+    line_number: int, custom_id: str, model: str | None, body: Mapping[str, Any], abilities: Abilities
+) -> BatchLine:
     """One request for each input; it generates nothing, which planning sees as one token."""
-    extras = read_embedding_extras(body)
+    extras = replace(read_embedding_extras(body), adapter=_adapter_of(model, abilities))
     sampling = SamplingParams(max_tokens=1, ignore_eos=True)
     prompts = _read_prompts("input", body)
     return BatchLine(line_number, custom_id, EMBEDDINGS_URL, model, prompts, sampling, extras.to_bytes())
+
+
+def _adapter_of(model: str | None, abilities: Abilities) -> str | None:
+    return model if model in abilities.adapters else None
 
 
 def read_envelope(value: object, urls: tuple[Url, ...] = TEXT_URLS) -> tuple[str, Url, dict[str, Any]]:
