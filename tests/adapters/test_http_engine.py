@@ -113,6 +113,14 @@ def test_a_storm_of_429_costs_no_request_its_tries(tmp_path: Path, source: Path)
     assert_all_answered(tmp_path / "out.jsonl", NUM_LINES)
 
 
+def test_a_window_of_one_does_not_make_a_request_the_last(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.jsonl", 3)
+    with serving(FakeSettings(num_storm=20, retry_after="1")) as server:
+        limits = {"settings": {"max_inflight": 1}, "retry": {"max_attempts": 2, "max_outage_s": 1e6}}
+        run_http(engine_for(server, **limits), source, tmp_path / "out.jsonl")
+    assert_all_answered(tmp_path / "out.jsonl", 3)
+
+
 def test_what_the_server_refuses_is_an_error_row_at_once(tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join([chat_line("id-0"), chat_line("id-1", messages=[])]))

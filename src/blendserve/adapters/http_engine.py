@@ -192,9 +192,8 @@ class _Run:
                 if isinstance(verdict, Answer):
                     self._pacer.answered(now_s)
                 else:
-                    num_charged += self._pacer.failed(
-                        index, verdict, sent_s, now_s, is_alone=self._window.num_running == 1
-                    )
+                    is_alone = self._window.num_running == 1 and not self._window.num_waiting
+                    num_charged += self._pacer.failed(index, verdict, sent_s, now_s, is_alone=is_alone)
                 self._tell(verdict, now_s)
             if isinstance(verdict, Answer):
                 self._finish(self._output_of(index, verdict))

@@ -91,7 +91,7 @@ class Pacer:
         self._limit = min(self._max_sending, self._limit + 1 / self._limit)
 
     def failed(self, request: int, failure: Failure, sent_s: float, now_s: float, *, is_alone: bool) -> bool:
-        """Count a failure, before its `end`. `is_alone`: no other request is left. Returns: is it charged?"""
+        """Count a failure, before its `end`. `is_alone`: no other request runs or waits. Returns: is it charged?"""
         if self._silent_since_s is None:
             self._silent_since_s = now_s
         if self._answered_at_s < sent_s:  # else others get through: only this one waits
