@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from batch_fakes import read_rows
+from http_cases import assert_nowhere
 from tiny_files import tiny_directory
 from vllm_cases import chat
 
@@ -128,6 +129,23 @@ def test_an_adapter_is_part_of_the_job(
     assert main([*command, "--task", "embed"]) == 1
     assert "task was generate, is embed" in capsys.readouterr().err
     assert len(api.opened) == 1
+
+
+def test_secrets_given_to_vllm_are_in_no_journal_and_no_message(
+    tmp_path: Path, model: Path, api: FakeVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*job(tmp_path, chat("a", "hello", max_tokens=2)), "--model", str(model)]
+    secret = ["--vllm-arg", "hf_token=hf_0123456789", "--vllm-arg", "max_num_batched_tokens=77"]
+    assert main([*command, *secret]) == 0
+    assert api.opened[0]["hf_token"] == "hf_0123456789"
+    assert_nowhere("hf_0123456789", tmp_path / "out.jsonl.journal")
+    assert main([*command, "--vllm-arg", "hf_token=hf_another"]) == 1, "the other argument is part of the job"
+    assert main([*command, "--vllm-arg", "hf-token=hf_0123456789"]) == 1
+    said = str(capsys.readouterr())
+    assert "max_num_batched_tokens=77" in said
+    assert "hf-token is not understood" in said
+    assert "hf_0123456789" not in said
+    assert vllm_api.without_secrets("bad hf_0", {"hf_token": "hf_0", "key": "", "seed": 0}) == "bad [hf_token]"
 
 
 def test_without_vllm_the_error_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

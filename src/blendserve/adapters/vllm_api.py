@@ -19,6 +19,9 @@ TESTED_RELEASES = ("0.32",)
 """Releases of vLLM whose scheduler `BlendScheduler` was tested on; others are driven through their front door."""
 
 
+_SECRET_WORDS = frozenset(("token", "key", "secret", "password", "credential", "credentials", "auth"))
+
+
 @dataclass(frozen=True, slots=True)
 class VllmLimits:
     """What an engine turned out to hold once it stood. `num_blocks` leaves out the one that vLLM keeps empty."""
@@ -93,7 +96,7 @@ class InstalledVllm:
         try:
             return LLMEngine.from_engine_args(EngineArgs(**arguments), stat_loggers=[Recorder])
         except (TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
-            raise ConfigError(f"vLLM refuses these settings: {error}") from error
+            raise ConfigError(f"vLLM refuses these settings: {without_secrets(str(error), arguments)}") from None
 
     def close_engine(self, engine: Any) -> None:
         """Stop the engine and free what it holds, so that another may be opened."""
@@ -150,6 +153,19 @@ class InstalledVllm:
         if isinstance(error, getattr(vllm.exceptions, "VLLMClientError", ())):
             return False
         return not isinstance(error, ValueError | TypeError | NotImplementedError | OverflowError)
+
+
+def is_secret(name: str) -> bool:
+    """Is this an argument whose value nobody should read: hf_token, but not max_num_batched_tokens?"""
+    return not _SECRET_WORDS.isdisjoint(name.lower().split("_"))
+
+
+def without_secrets(text: str, arguments: Mapping[str, Any]) -> str:
+    """What vLLM says, without the values of such arguments."""
+    for name, value in arguments.items():
+        if is_secret(name) and isinstance(value, str) and value:
+            text = text.replace(value, f"[{name}]")
+    return text
 
 
 def installed_version() -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from blendserve.adapters.vllm_api import InstalledVllm, VllmApi, is_cpu_build, is_tested
+from blendserve.adapters.vllm_api import InstalledVllm, VllmApi, is_cpu_build, is_secret, is_tested
 from blendserve.adapters.vllm_codec import VllmCodec
 from blendserve.adapters.vllm_cost import CPU, LoadTotals, cost_model_of, model_cost_of, text_config_of
 from blendserve.adapters.vllm_engine import VllmEngine
@@ -94,7 +94,9 @@ class VllmRun:
             "vllm": api.version,
             "task": args.task,
             "adapters": ", ".join(f"{name} {fingerprint(ModelFiles(name, Path(at)))}" for name, at in adapters.items()),
-            "vllm arguments": ", ".join(sorted(args.vllm_arg)),
+            "vllm arguments": ", ".join(
+                sorted(text for text in args.vllm_arg if not is_secret(text.partition("=")[0]))
+            ),
         }
         self.load_s = self.plan_s = self.run_s = 0.0
         self.stats: RunStats | None = None
@@ -245,7 +247,7 @@ def parse_argument(text: str) -> tuple[str, Any]:
     """NAME=VALUE of --vllm-arg; the value is JSON, or else taken as text. Raises: ConfigError."""
     name, separator, value = text.partition("=")
     if not separator or not name.isidentifier():
-        raise ConfigError(f"--vllm-arg {text} is not understood: write NAME=VALUE, such as tensor_parallel_size=2")
+        raise ConfigError(f"--vllm-arg {name} is not understood: write NAME=VALUE, such as tensor_parallel_size=2")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
