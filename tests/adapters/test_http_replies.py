@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from blendserve.adapters.http_client import NoReplyError, Reply
+from blendserve.adapters.http_client import ApiKey, NoReplyError, Reply
 from blendserve.adapters.replies import Answer, Failure, Stop, judge, judge_silence, parse_retry_after
 
 WALL_S = 1_700_000_000.0
@@ -95,6 +95,17 @@ def test_an_error_body_is_kept_or_quoted(text: str) -> None:
     else:
         assert body["error"]["message"] == text[:2000]
     assert isinstance(judge(reply(500, text), WALL_S), Failure)
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_key_in_escapes_is_taken_out_too(status: int) -> None:
+    secret = "sk-very/secret-0123456789"
+    written = secret.replace("/", r"\/").replace("k", r"\u006b")
+    text = f'{{"choices": [{{"{written}": ["heard {written}"]}}], "error": {{"message": "not {written}"}}}}'
+    assert secret in str(json.loads(text))
+    verdict = judge(Reply(status, JSON, text, ApiKey(secret)), WALL_S)
+    assert "[api key]" in str(verdict)
+    assert secret not in str(verdict)
 
 
 @pytest.mark.parametrize(

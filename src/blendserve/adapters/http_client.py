@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import ssl
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, NoReturn, Self
 from urllib.parse import urlsplit
 
 import httpx2
@@ -107,6 +108,15 @@ class Reply:
     status_code: int
     headers: Mapping[str, str]
     text: str
+    key: ApiKey = field(default_factory=ApiKey)
+
+    def json(self) -> Any:
+        """The text decoded, and cleared of the key again: JSON may have held it in escapes. Raises: ValueError when it
+        is no JSON or holds what no row can, RecursionError when it is nested too deeply.
+        """
+        value = json.loads(self.text, parse_constant=_reject)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity, which no row can hold
+        return _redacted(value, self.key)
 
 
 class NoReplyError(Exception):
@@ -195,7 +205,7 @@ class HttpClient:
             except UnicodeDecodeError as error:
                 raise NoReplyError(f"HTTP 200 with no UTF-8: {error}", code="invalid_server_response") from None
             clean = {name.lower(): self._key.redact(value) for name, value in response.headers.items()}
-            return Reply(response.status_code, clean, self._key.redact(text))
+            return Reply(response.status_code, clean, self._key.redact(text), self._key)
 
     async def __aenter__(self) -> Self:
         await self._stack.__aenter__()
@@ -207,6 +217,21 @@ class HttpClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.__aexit__(kind, error, trace)
+
+
+def _redacted(value: Any, key: ApiKey) -> Any:
+    """A JSON value without the key, names included."""
+    if isinstance(value, str):
+        return key.redact(value)
+    if isinstance(value, list):
+        return [_redacted(item, key) for item in value]
+    if isinstance(value, dict):
+        return {key.redact(name): _redacted(item, key) for name, item in value.items()}
+    return value
+
+
+def _reject(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _reason(error: Exception) -> str:

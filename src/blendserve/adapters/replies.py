@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, NoReturn
+from typing import Any
 
 from blendserve.adapters.http_client import NoReplyError, Reply
 from blendserve.request import ServerResponse
@@ -106,8 +105,7 @@ def _judge_success(reply: Reply) -> Answer | Failure:
     if content_type != "application/json" and not content_type.endswith("+json"):
         return _invalid(f"HTTP 200 of type {content_type or 'unknown'}; it must be application/json")
     try:
-        body = json.loads(reply.text, parse_constant=_reject)
-        json.dumps(body, allow_nan=False)  # 1e999 is read as infinity, which no row can hold
+        body = reply.json()
     except (ValueError, RecursionError) as error:
         return _invalid(f"HTTP 200 with no valid JSON: {error}")
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or not body["choices"]:
@@ -128,8 +126,7 @@ def _invalid(message: str) -> Failure:
 def _error_response(reply: Reply) -> ServerResponse:
     """The server's own error body, or its words in OpenAI's shape where they are no JSON object."""
     try:
-        body = json.loads(reply.text, parse_constant=_reject)
-        json.dumps(body, allow_nan=False)
+        body = reply.json()
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
@@ -148,7 +145,3 @@ def _error_message(reply: Reply) -> str:
 def _count(fields: Mapping[str, Any], name: str) -> int | None:
     value = fields.get(name)
     return value if type(value) is int and 0 <= value < 2**53 else None
-
-
-def _reject(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
