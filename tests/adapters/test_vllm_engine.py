@@ -11,7 +11,7 @@ import pytest
 from batch_fakes import read_rows
 from vllm_cases import ABLE, BY_SCHEDULER, EMBEDDER, StopError, chat, check_rows, line, mixed_job, run_vllm, vllm_engine
 
-from blendserve.adapters.fake_vllm import FakeVllm
+from blendserve.adapters.fake_vllm import FakeEngine, FakeEngineDeadError, FakeVllm
 from blendserve.adapters.vllm_engine import MAX_DEATHS
 from blendserve.batchfile.extras import Abilities
 from blendserve.batchfile.schema import ServedModel
@@ -129,6 +129,51 @@ def test_the_request_that_kills_engines_is_found(tmp_path: Path, arguments: dict
     assert row["custom_id"] == "id-17"
 
 
+@WAYS
+@pytest.mark.parametrize("error", [ValueError("bad sample"), NotImplementedError(), RuntimeError("no kernel")])
+def test_whatever_a_step_raises_is_a_death(
+    tmp_path: Path, arguments: dict[str, Any], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what would be the fault of a request where one is handed in."""
+    step = FakeEngine.step
+
+    def breaking_step(engine: FakeEngine) -> Any:
+        if any(request.external_id == "17" for request in engine.scheduler.running):
+            raise error
+        return step(engine)
+
+    monkeypatch.setattr(FakeEngine, "step", breaking_step)
+    source, target = mixed_job(tmp_path / "in.jsonl", NUM_LINES), tmp_path / "out.jsonl"
+    run_vllm(vllm_engine(FakeVllm(), arguments), source, target)
+    assert check_rows(target, NUM_LINES) == {"answer": NUM_LINES - 1, "engine_failure": 1}
+
+
+def test_what_ends_an_engine_before_a_request_is_inside_is_a_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise FakeEngineDeadError("no such module")
+
+    monkeypatch.setattr(FakeVllm, "sampling_params", fail)
+    source = mixed_job(tmp_path / "in.jsonl", 3)
+    with pytest.raises(ExecutorError, match=f"died 9 times.*limit is {MAX_DEATHS}; last: no such module"):
+        run_vllm(vllm_engine(FakeVllm()), source, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory, hf_0"), KeyError("layers"), ImportError()])
+def test_an_engine_that_cannot_be_opened_is_an_error_of_ours(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(FakeVllm, "open_engine", fail)
+    source, engine = mixed_job(tmp_path / "in.jsonl", 3), vllm_engine(FakeVllm(), {"hf_token": "hf_0"})
+    with pytest.raises(ExecutorError, match=f"cannot open .*({str(error)[:7]}|ImportError).*--vllm-arg") as caught:
+        run_vllm(engine, source, tmp_path / "out.jsonl")
+    assert "hf_0" not in str(caught.value)
+
+
 def test_an_engine_that_only_dies_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) -> None:
     source, target = mixed_job(tmp_path / "in.jsonl", NUM_LINES), tmp_path / "out.jsonl"
     broken = FakeVllm(dies_at=frozenset(range(20, 10**4)))
@@ -151,7 +196,7 @@ def test_an_engine_that_cannot_be_opened_again_ends_the_run(tmp_path: Path, monk
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(FakeVllm, "open_engine", fail)
-    with pytest.raises(ExecutorError, match="cannot be opened again: out of memory"):
+    with pytest.raises(ExecutorError, match=r"cannot be opened again: .*out of memory"):
         run_vllm(engine, source, tmp_path / "out.jsonl")
 
 

@@ -51,7 +51,7 @@ class VllmApi(Protocol):
     """What we ask of vLLM beside an engine's `add_request`, `step` and `abort_request`.
 
     `open_engine` returns an `LLMEngine` whose statistics go to `counters`, `scheduler_of` its scheduler where it runs
-    in this process, `is_death` tells the end of an engine from the fault of a request.
+    in this process, `is_death` tells the end of an engine from the fault of the request that was handed to it.
     """
 
     @property

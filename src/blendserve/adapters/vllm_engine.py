@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blendserve.adapters.vllm_api import VllmApi, VllmLimits
+from blendserve.adapters.vllm_api import VllmApi, VllmLimits, without_secrets
 from blendserve.adapters.vllm_cost import LoadTotals
 from blendserve.adapters.vllm_counters import VllmCounters
 from blendserve.adapters.vllm_queue import PolicyQueue, SchedulerState
@@ -22,7 +22,7 @@ from blendserve.adapters.vllm_window import StepLoad, VllmWindow
 from blendserve.batchfile.extras import Extras
 from blendserve.batchfile.store import PendingRequests
 from blendserve.engine.stats import RunStats
-from blendserve.errors import ExecutorError, RequestError
+from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.planner.base import Policy
 from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput
@@ -59,10 +59,19 @@ class VllmEngine:
     engine: Any | None = None
 
     def open(self) -> VllmLimits:
-        """Load the model. Raises: ConfigError, or whatever vLLM raises."""
-        if self.engine is None:
-            self.engine = self.api.open_engine(self.arguments, self.counters)
-        return VllmLimits.of(self.engine)
+        """Load the model. Raises: ConfigError where vLLM takes the arguments for wrong, else ExecutorError."""
+        try:
+            if self.engine is None:
+                self.engine = self.api.open_engine(self.arguments, self.counters)
+            return VllmLimits.of(self.engine)
+        except BlendServeError:
+            raise
+        except Exception as error:
+            reason = without_secrets(str(error) or type(error).__name__, self.arguments)
+            raise ExecutorError(
+                f"vLLM cannot open this model: {reason}; what it wrote above may tell more: lower --kv-memory or "
+                "--max-model-len, or change its settings with --vllm-arg"
+            ) from error
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -140,7 +149,7 @@ class _Run:
         if not (self._inside or (self._queue is not None and self._window.num_waiting)):
             return
         before = self._engine.clock()
-        finished = self._guarded(lambda engine: engine.step())
+        finished = self._step()
         after = self._engine.clock()
         self._record(after - before)
         for output in finished:
@@ -166,26 +175,28 @@ class _Run:
             prompt, params, lora = arguments_of(
                 request, self._extras(index), self._api, self._engine.engine, self._loras, embeds=self._engine.embeds
             )
-            self._guarded(lambda engine: engine.add_request(str(index), prompt, params, lora_request=lora))
+            self._engine.engine.add_request(str(index), prompt, params, lora_request=lora)
         except RequestError as error:
             self._refuse(index, error)
             return False
+        except _EngineDiedError:
+            raise
         except Exception as error:
-            if isinstance(error, _EngineDiedError) or self._api.is_death(error):
-                raise
+            if self._api.is_death(error):
+                raise _EngineDiedError(str(error) or type(error).__name__) from error
             self._refuse(index, RequestError(f"vLLM refuses the request: {error}", code="invalid_value"))
             return False
         self._inside.add(index)
         self._stats.num_admissions += 1
         return True
 
-    def _guarded(self, call: Callable[[Any], Any]) -> Any:
-        """Call the engine; an error of its own, not of a request, is its death."""
+    def _step(self) -> Any:
+        """Run one step. Whatever comes out of it but outputs is the engine's death: no request can be told apart."""
         try:
-            return call(self._engine.engine)
+            return self._engine.engine.step()
+        except (BlendServeError, _EngineDiedError):
+            raise
         except Exception as error:
-            if not self._api.is_death(error):
-                raise
             raise _EngineDiedError(str(error) or type(error).__name__) from error
 
     def _finish(self, index: int, output: Any) -> None:
@@ -242,6 +253,7 @@ class _Run:
         """Open another engine; from here on everything goes through the front door. Raises: ExecutorError."""
         self._num_deaths_in_row += 1
         if self._num_deaths_in_row > MAX_DEATHS:
+            self._inside.clear()  # nothing can be taken out of what is dead
             raise ExecutorError(
                 f"vLLM's engine died {self._num_deaths_in_row} times without an answer between, the limit is "
                 f"{MAX_DEATHS}; last: {death}; {KEPT}"
