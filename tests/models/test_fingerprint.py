@@ -48,6 +48,16 @@ def test_a_directory_counts_its_configuration_and_template(tmp_path: Path) -> No
     assert fingerprint(files) != before
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "adapter_model.pt", "consolidated.pth"])
+def test_weights_of_every_format_count(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    names = set()
+    for content in (b"some weights", b"same weights"):
+        (tmp_path / name).write_bytes(content)
+        names.add(fingerprint(ModelFiles("m", tmp_path)))
+    assert len(names) == 2
+
+
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.gguf"):
         fingerprint(ModelFiles("m", tmp_path / "missing.gguf"))

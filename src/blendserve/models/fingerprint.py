@@ -11,7 +11,8 @@ from blendserve.models.hub import ModelFiles
 _HEAD_BYTES = 1 << 20
 _NUM_SAMPLES = 256
 _SAMPLE_BYTES = 1 << 12
-_SUFFIXES = (".gguf", ".safetensors", ".json", ".jinja")
+_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja")
+"""Weights in every format that an engine may read, and what says how to read them."""
 
 
 def fingerprint(files: ModelFiles) -> str:
