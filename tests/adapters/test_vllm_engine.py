@@ -72,6 +72,19 @@ def test_the_scheduler_gives_preempted_requests_back(tmp_path: Path) -> None:
     assert check_rows(target, 24) == {"answer": 24}
 
 
+def test_preemptions_are_those_of_a_run_though_engines_outlive_it(tmp_path: Path) -> None:
+    lines = [chat(f"id-{n}", "x" * (40 + n), max_tokens=120 + 40 * (n % 4), ignore_eos=True) for n in range(24)]
+    many, one = tmp_path / "many.jsonl", tmp_path / "one.jsonl"
+    many.write_text("\n".join(lines))
+    one.write_text(lines[0])
+    engine = vllm_engine(FakeVllm(num_blocks=17, max_num_seqs=16), BY_SCHEDULER)
+    run_vllm(engine, many, tmp_path / "many-out.jsonl", policy="fcfs")
+    assert engine.stats is not None
+    assert engine.stats.num_preemptions == engine.counters.num_preemptions > 0
+    run_vllm(engine, one, tmp_path / "one-out.jsonl", policy="fcfs")
+    assert engine.stats.num_preemptions == 0
+
+
 def test_the_window_is_wider_where_the_engine_is_far(tmp_path: Path) -> None:
     source = mixed_job(tmp_path / "in.jsonl", NUM_LINES)
     for is_far, most in ((False, 4), (True, 6)):

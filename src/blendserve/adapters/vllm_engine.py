@@ -105,6 +105,7 @@ class _Run:
         numbered = enumerate(sorted(engine.adapters.items()), start=1)
         self._loras = {name: self._api.lora_request(name, number, path) for number, (name, path) in numbered}
         self._stats = engine.stats = RunStats(limits.capacity_tokens)
+        self._num_preemptions_before = engine.counters.num_preemptions  # an engine may serve several runs
         self._inside: set[int] = set()
         self._again: deque[int] = deque()
         self._suspects: deque[int] = deque()
@@ -235,8 +236,9 @@ class _Run:
         load = self._window.advance() if self._queue is None and not self._suspects else StepLoad(0, 0, 0.0, 0.0)
         if self._engine.totals is not None and load.num_prefill_tokens + load.num_decode_tokens:
             self._engine.totals.add(load)
-        self._window.preempt(counters.num_preemptions - self._stats.num_preemptions)
-        self._stats.num_preemptions = counters.num_preemptions
+        num_preemptions = counters.num_preemptions - self._num_preemptions_before
+        self._window.preempt(num_preemptions - self._stats.num_preemptions)
+        self._stats.num_preemptions = num_preemptions
         self._stats.add_step(
             elapsed_s=elapsed_s,
             compute_s=cost.token_s * (load.num_prefill_tokens + load.num_decode_tokens),
