@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -281,12 +281,20 @@ class _Run:
         if not len(pending):
             return
         outputs = generate(pending)
+
+        def apply(output: SequenceOutput) -> None:
+            if output.finish_reason != "cancelled":
+                rows.apply(int(pending.numbers[output.index]), output)
+                self._count(output)
+                on_progress(self._progress)
+
         try:
             for output in outputs:
-                if output.finish_reason != "cancelled":
-                    rows.apply(int(pending.numbers[output.index]), output)
-                    self._count(output)
-                    on_progress(self._progress)
+                apply(output)
+        except KeyboardInterrupt as interrupt:
+            for output in _left_of(outputs, interrupt):
+                apply(output)
+            raise
         finally:
             if isinstance(outputs, Generator):
                 outputs.close()  # the engine gives its memory back now, not at the next collection
@@ -365,6 +373,17 @@ class _Run:
 
 def _report_from(seal: JournalSeal) -> JobReport:
     return JobReport(**{**seal.report, "notes": tuple(seal.report["notes"])})
+
+
+def _left_of(outputs: Iterator[SequenceOutput], interrupt: KeyboardInterrupt) -> Iterator[SequenceOutput]:
+    """What an engine has at hand when it is told of an interrupt that struck elsewhere."""
+    if not isinstance(outputs, Generator):
+        return
+    with suppress(KeyboardInterrupt, StopIteration):
+        output: SequenceOutput = outputs.throw(interrupt)
+        while True:
+            yield output
+            output = next(outputs)
 
 
 @contextmanager
