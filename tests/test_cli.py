@@ -309,7 +309,7 @@ def test_limits_that_cannot_work_are_refused_before_a_line_is_read(
 
 def shell(command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run `blendserve "$@"` as `command` has it: with streams closed, full or piped."""
-    script = command.replace("blendserve", f"{sys.executable} -m blendserve")
+    script = "exec 3>&1; " + command.replace("blendserve", f"{sys.executable} -m blendserve")
     environ = {**os.environ, **environment}
     return subprocess.run(["bash", "-c", script, "bash", *arguments], capture_output=True, env=environ, timeout=120)
 
@@ -321,8 +321,10 @@ def shell(command: str, *arguments: str, **environment: str) -> subprocess.Compl
         ('blendserve "$@" >&- 2>&- <&-', 0),
         ('blendserve "$@" 2>&1 >/dev/full', 1),
         ('blendserve "$@" | true; exit ${PIPESTATUS[0]}', 1),
+        ('blendserve "$@" 2>&1 >&3 3>&- | true; exit ${PIPESTATUS[0]}', 0),
+        ('blendserve "$@" 2>/dev/full', 0),
     ],
-    ids=["no output", "no streams at all", "a full device", "a reader that left"],
+    ids=["no output", "no streams at all", "a full device", "a reader that left", "of errors", "a full one for errors"],
 )
 def test_whatever_becomes_of_the_streams_the_answers_are_written(
     command: str, code: int, tiny: Path, tmp_path: Path

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import TextIO
 
 from blendserve.errors import BlendServeError
 
@@ -37,19 +38,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _deaf():
             return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go(sys.stdout)
         return EXIT_ERROR
     except OSError as error:  # what no module foresaw, such as a directory that may not be looked into
         place = f"cannot use {os.fspath(error.filename)}" if error.filename else "the system refused"
         return _fail(f"{place}: {error.strerror or error}")
     except MemoryError:
         return _fail(_OUT_OF_MEMORY)
+    finally:
+        _flush_errors()
     return code
 
 
 def _fail(message: str, code: int = EXIT_ERROR) -> int:
-    print(f"blendserve: {message}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"blendserve: {message}", file=sys.stderr)
     return code
+
+
+def _flush_errors() -> None:
+    """What nobody reads shall not become an error when the interpreter ends."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _let_go(sys.stderr)
+
+
+def _let_go(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from blendserve.batchfile.schema import ServedModel
@@ -198,5 +199,6 @@ def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
 
 
 def tell(text: str) -> None:
-    """A line for the person at the terminal, kept out of standard output."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person at the terminal, kept out of standard output; lost where nobody reads it any more."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Progress of a run while it runs: one live line on a terminal, a plain line now and then elsewhere.
 
-A thread of its own reads the engine's counters, so that a step that takes long or ends nothing still shows life.
+A thread of its own reads the engine's counters, so that a step that takes long or ends nothing still shows life. Where
+nobody can be shown anything any more (a pipe that was closed), a run goes on unseen.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TextIO
@@ -53,13 +55,14 @@ class Progress:
     def __enter__(self) -> Self:
         if not self._is_quiet:
             if self._is_terminal:
-                self._bar = tqdm(
-                    total=self._read().num_requests,
-                    file=self._file,
-                    dynamic_ncols=True,
-                    unit="req",
-                    bar_format="{percentage:3.0f}%|{bar}| {n}/{total} requests, {postfix}",
-                )
+                with suppress(OSError):
+                    self._bar = tqdm(
+                        total=self._read().num_requests,
+                        file=self._file,
+                        dynamic_ncols=True,
+                        unit="req",
+                        bar_format="{percentage:3.0f}%|{bar}| {n}/{total} requests, {postfix}",
+                    )
             self._thread.start()
         return self
 
@@ -72,7 +75,8 @@ class Progress:
         self._thread.join()
         self._show()
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
     def _watch(self) -> None:
         interval_s = TERMINAL_INTERVAL_S if self._is_terminal else PLAIN_INTERVAL_S
@@ -82,11 +86,12 @@ class Progress:
     def _show(self) -> None:
         snapshot = self._read()
         text = self._describe(snapshot)
-        if self._bar is None:
-            print(f"{snapshot.num_done}/{snapshot.num_requests} requests, {text}", file=self._file, flush=True)
-            return
-        self._bar.n = snapshot.num_done
-        self._bar.set_postfix_str(text, refresh=True)
+        with suppress(OSError):
+            if self._bar is None:
+                print(f"{snapshot.num_done}/{snapshot.num_requests} requests, {text}", file=self._file, flush=True)
+                return
+            self._bar.n = snapshot.num_done
+            self._bar.set_postfix_str(text, refresh=True)
 
     def _describe(self, snapshot: Snapshot) -> str:
         now = time.monotonic()
