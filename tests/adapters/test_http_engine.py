@@ -26,6 +26,7 @@ from http_cases import (
 
 from blendserve.adapters import fake_server
 from blendserve.adapters.fake_server import FAULTS, FakeSettings, answer, serving
+from blendserve.adapters.http_engine import MAX_DOUBTS
 from blendserve.batchfile.schema import ServedModel
 from blendserve.errors import ExecutorError
 from blendserve.job import JobInterrupted
@@ -214,6 +215,46 @@ def test_what_no_request_survives_ends_the_run(tmp_path: Path, status: int) -> N
         server.settings = FakeSettings(refused_status=400)
         run_http(engine_for(server), source, tmp_path / "out.jsonl")
     assert_each_line_once(tmp_path / "out.jsonl", 1)
+
+
+@pytest.mark.parametrize(("num_lines", "num_refused"), [(2, 2), (NUM_LINES, MAX_DOUBTS)])
+def test_a_wrong_address_ends_the_run_before_any_line_is_an_error(
+    tmp_path: Path, num_lines: int, num_refused: int
+) -> None:
+    source, output = write_input(tmp_path / "in.jsonl", num_lines), tmp_path / "out.jsonl"
+    with serving() as server:
+        message = rf"HTTP 404 \(no endpoint .*\) to all of the first {num_refused} .*check --base-url"
+        with pytest.raises(ExecutorError, match=message):
+            run_http(engine_for(f"{server.base_url}/nowhere"), source, output)
+        assert not output.exists()
+        assert not errors_of(output)
+        run_http(engine_for(server), source, output, is_fresh=True)
+    assert_all_answered(output, num_lines)
+
+
+@pytest.mark.parametrize("max_inflight", [1, 8])
+def test_a_line_that_is_refused_as_by_a_wrong_address_is_a_row_where_others_are_answered(
+    tmp_path: Path, max_inflight: int
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bad = {0, 1, 2}
+    source.write_text("\n".join(chat_line(f"id-{n}", **({"messages": []} if n in bad else {})) for n in range(12)))
+    with serving(FakeSettings(refused_status=404)) as server:
+        run_http(engine_for(server, settings={"max_inflight": max_inflight}), source, output, policy="fcfs")
+    assert_each_line_once(output, 12)
+    assert {row["custom_id"] for row in errors_of(output)} == {f"id-{n}" for n in bad}
+
+
+def test_where_the_address_was_right_once_refusals_are_rows(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(chat_line(f"id-{n}", **({"messages": []} if n else {})) for n in range(20)))
+    one = {"settings": {"max_inflight": 1}}
+    with serving(FakeSettings(refused_status=404)) as server:
+        with pytest.raises(JobInterrupted):
+            run_http(engine_for(server, **one), source, output, policy="fcfs", on_progress=_interrupt_at(1))
+        report = run_http(engine_for(server), source, output)
+    assert report.num_resumed >= 1
+    assert_each_line_once(output, 20)
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, source: Path) -> None:

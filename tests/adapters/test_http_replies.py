@@ -85,6 +85,23 @@ def test_every_status_has_its_meaning(status: int, kind: type) -> None:
         assert "because" in verdict.message
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "is_doubtful"),
+    [
+        (404, {"message": "Not Found"}, True),
+        (403, "forbidden", True),
+        (405, {"message": "POST?", "param": None}, True),
+        (404, {"message": "no model m", "param": "model", "code": 404}, False),
+        (403, {"message": "not yours", "code": "model_not_found"}, False),
+        (400, {"message": "bad"}, False),
+    ],
+)
+def test_a_wrong_address_is_told_from_a_missing_model(status: int, error: Any, is_doubtful: bool) -> None:
+    verdict = judge(reply(status, {"error": error}), WALL_S)
+    assert isinstance(verdict, Answer)
+    assert verdict.is_doubtful == is_doubtful
+
+
 @pytest.mark.parametrize("text", ["", "Bad Gateway", '"words"', '{"detail": "no"}', '{"error": "flat"}', "x" * 9999])
 def test_an_error_body_is_kept_or_quoted(text: str) -> None:
     verdict = judge(reply(400, text), WALL_S)

@@ -20,7 +20,7 @@ import numpy as np
 from blendserve.adapters.clock import Clock, SystemClock
 from blendserve.adapters.http_client import MAX_RESPONSE_BYTES, ApiKey, HttpClient, NoReplyError, ServerAddress
 from blendserve.adapters.pacing import Pacer, RetrySettings
-from blendserve.adapters.replies import Answer, Failure, Stop, judge, judge_silence
+from blendserve.adapters.replies import Answer, Failure, Stop, judge, judge_silence, words_of
 from blendserve.adapters.window import InflightWindow
 from blendserve.batchfile.schema import Url
 from blendserve.batchfile.store import PendingRequests
@@ -30,6 +30,8 @@ from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput, ServerResponse
 
 KEPT = "finished work is kept: run the same command again to go on"
+MAX_DOUBTS = 8
+"""So many requests that are refused as a wrong address refuses them, with no other answer, mean that it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class _Run:
         self._is_ready = threading.Event()
         self._is_held = False
         self._is_told = False
+        is_first = len(pending) == pending.store.num_requests  # else the address was right once
+        self._doubtful: list[SequenceOutput] | None = [] if is_first else None
 
     # The consumer's side
 
@@ -159,6 +163,8 @@ class _Run:
         )
         async with client, asyncio.TaskGroup() as tasks:
             await self._dispatch(client, tasks)
+        if self._doubtful:
+            raise self._wrong_address(self._doubtful)
 
     async def _dispatch(self, client: HttpClient, tasks: asyncio.TaskGroup) -> None:
         """Keep the window full until every request is on its way."""
@@ -196,7 +202,7 @@ class _Run:
                     num_charged += self._pacer.failed(index, verdict, sent_s, now_s, is_alone=is_alone)
                 self._tell(verdict, now_s)
             if isinstance(verdict, Answer):
-                self._finish(self._output_of(index, verdict))
+                self._take(self._output_of(index, verdict), verdict)
                 return
             if num_charged >= self._settings.retry.max_attempts:
                 self._finish(self._failed_output(index, verdict, num_charged))
@@ -245,10 +251,40 @@ class _Run:
             self._engine.notify(f"{where} answers again")
         self._is_told = pacer.is_down
 
+    def _take(self, output: SequenceOutput, answer: Answer) -> None:
+        """Finish a request. Refusals that a wrong address would give are held back until another answer shows that it
+        is right: then they are rows. Raises: ExecutorError when too many say nothing else.
+        """
+        doubtful = self._doubtful
+        if doubtful is None:
+            self._finish(output)
+        elif answer.is_doubtful:
+            self._leave(output)
+            doubtful.append(output)
+            if len(doubtful) >= MAX_DOUBTS:
+                raise self._wrong_address(doubtful)
+        else:
+            self._doubtful = None
+            for held in doubtful:
+                self._finished.put(held)
+            self._finish(output)
+
+    def _wrong_address(self, doubtful: list[SequenceOutput]) -> ExecutorError:
+        response, where = doubtful[-1].response, self._engine.address.base_url
+        assert response is not None
+        return ExecutorError(
+            f"{where} answered HTTP {response.status_code} ({words_of(response.body)}) to all of the first "
+            f"{len(doubtful)} requests, as a wrong address does: check --base-url; no line is marked as failed"
+        )
+
     def _finish(self, output: SequenceOutput) -> None:
+        self._leave(output)
+        self._finished.put(output)
+
+    def _leave(self, output: SequenceOutput) -> None:
+        """Make room for another request."""
         self._engine.stats.num_answered += 1
         self._window.finish(output.index, output.num_output_tokens, self._clock.monotonic())
-        self._finished.put(output)
         self._freed.set()
 
     def _output_of(self, index: int, answer: Answer) -> SequenceOutput:

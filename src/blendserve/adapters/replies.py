@@ -18,15 +18,20 @@ THROTTLED = 429
 _TRANSIENT = frozenset((408, 409, 425))
 _UNAVAILABLE = frozenset((502, 503, 504))
 _REFUSES_CALLER = frozenset((401, 402, 407))
+_MAY_BE_NO_ENDPOINT = frozenset((403, 404, 405))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The end of a request: a row of the output file, or of the error file where the server refused it."""
+    """The end of a request: a row of the output file, or of the error file where the server refused it.
+
+    `is_doubtful`: a wrong address would have been answered so too.
+    """
 
     response: ServerResponse
     num_prompt_tokens: int | None = None
     num_cached_tokens: int = 0
+    is_doubtful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ def judge(reply: Reply, wall_s: float) -> Answer | Failure | Stop:
             retry_after_s=parse_retry_after(reply.headers.get("retry-after"), wall_s),
         )
     if 400 <= status < 500:
-        return Answer(response)
+        return Answer(response, is_doubtful=status in _MAY_BE_NO_ENDPOINT and not _is_about_model(response.body))
     return Failure("invalid_server_response", f"HTTP {status}, which says nothing")
 
 
@@ -136,10 +141,20 @@ def _error_response(reply: Reply) -> ServerResponse:
 
 
 def _error_message(reply: Reply) -> str:
-    body = _error_response(reply).body
+    return words_of(_error_response(reply).body)
+
+
+def words_of(body: Mapping[str, Any]) -> str:
+    """What an error body says, in short."""
     error = body.get("error", body)
     message = error.get("message", error) if isinstance(error, dict) else error
     return str(message)[:300] or "no message"
+
+
+def _is_about_model(body: Mapping[str, Any]) -> bool:
+    """Only an endpoint that is there misses a model."""
+    error = body.get("error")
+    return isinstance(error, dict) and (error.get("param") == "model" or error.get("code") == "model_not_found")
 
 
 def _count(fields: Mapping[str, Any], name: str) -> int | None:
