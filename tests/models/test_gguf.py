@@ -184,6 +184,15 @@ def test_files_that_are_something_else(content: bytes, message: str, tmp_path: P
         GgufFile(tmp_path / "m.gguf")
 
 
+def test_an_alignment_of_nothing(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_uint32("general.alignment", 0)
+    writer.add_tensor("x", np.ones(3, np.float32))
+    finish(writer)
+    with pytest.raises(ConfigError, match=r"m\.gguf: general.alignment is 0; it must be from 1 up"):
+        GgufFile(tmp_path / "m.gguf")
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         GgufFile(tmp_path / "none.gguf")

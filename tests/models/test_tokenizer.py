@@ -244,6 +244,10 @@ def test_pieces_of_every_pre_tokenizer(pre: str, pieces: list[str], tmp_path: Pa
         ({"model": "bert"}, "'bert' is not supported"),
         ({"pre": "viking"}, "'viking' is not known"),
         ({"tokens": []}, "gpt2"),
+        ({"token_type": [1, 1]}, "token_type has 2 entries for 320 tokens"),
+        ({"model": "llama", "scores": [0.0]}, "scores has 1 entries for 320 tokens"),
+        ({"bos_token_id": 320}, "bos_token_id is 320, and there are 320 tokens"),
+        ({"eos_token_id": 999, "add_eos_token": True}, "eos_token_id is 999"),
     ],
 )
 def test_tokenizers_that_we_cannot_rebuild(changes: Any, message: str, tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def _read(path: Path, reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTe
         key = reader.string()
         metadata[key] = reader.value(reader.scalar("<I"))
     headers = [_tensor_header(path, reader) for _ in range(num_tensors)]
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ConfigError(f"{path}: general.alignment is {alignment!r}; it must be from 1 up: download the file again")
     data_start = -(-reader.at // alignment) * alignment
     tensors = [_placed(path, header, data_start, len(reader.source)) for header in headers]
     return metadata, {tensor.name: tensor for tensor in tensors}

@@ -50,6 +50,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
             f"{file.path}: GGUF tokenizer {kind!r} is not supported (known: gpt2, llama); use the model's safetensors "
             "directory, which has a tokenizer.json"
         )
+    _check_consistent(file, len(vocabulary))
     is_byte_level = kind == "gpt2"
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     backend = _byte_level(file, pre, vocabulary) if is_byte_level else _sentencepiece(metadata, vocabulary)
@@ -72,6 +73,24 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         if token_id is not None and token_id < len(vocabulary)
     }
     return Tokenizer(backend, tuple(dict.fromkeys(ends)), special_tokens, metadata.get("tokenizer.chat_template"))
+
+
+def _check_consistent(file: GgufFile, num_tokens: int) -> None:
+    """Raises: ConfigError when what the file says of its tokens cannot be of its tokens."""
+    for name in ("token_type", "scores"):
+        values = file.metadata.get(f"tokenizer.ggml.{name}")
+        if values and len(values) != num_tokens:
+            raise ConfigError(
+                f"{file.path} is damaged: tokenizer.ggml.{name} has {len(values)} entries for {num_tokens} tokens; "
+                "download it again"
+            )
+    for name in ("bos_token_id", "eos_token_id"):
+        token_id = file.metadata.get(f"tokenizer.ggml.{name}")
+        if token_id is not None and not 0 <= token_id < num_tokens:
+            raise ConfigError(
+                f"{file.path} is damaged: tokenizer.ggml.{name} is {token_id}, and there are {num_tokens} tokens; "
+                "download it again"
+            )
 
 
 def _byte_level(file: GgufFile, pre: str, vocabulary: Sequence[str]) -> tokenizers.Tokenizer:

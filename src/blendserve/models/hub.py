@@ -158,6 +158,8 @@ def _from_hub(name: str, notify: Notify, patterns: tuple[str, ...]) -> ModelFile
     import huggingface_hub  # slow to import, and only needed here
 
     repository, _, revision = name.partition("@")
+    if "/" not in repository:
+        raise ConfigError(f"{name!r} is no hub id: it is written owner/name, or owner/name@revision")
     owner, model, *inner = repository.split("/")
     repository, file_name = f"{owner}/{model}", "/".join(inner)
     notify(f"looking for {name} on the Hugging Face hub")
