@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ def test_a_long_run_makes_a_short_trace_that_says_so(tmp_path: Path, monkeypatch
     assert len([event for event in events if event["ph"] == "C"]) == 4 * 51
     assert len([event for event in events if event["name"].startswith("step ")]) <= 60
     assert len([event for event in events if event["ph"] == "X"]) <= 60 + 200
+
+
+def test_the_name_of_a_file_may_be_no_text(tmp_path: Path) -> None:
+    run = replace(measured([(1.0, 1.0)]), source="in \udcff.jsonl")
+    write_page(tmp_path / "page.html", run)
+    write_trace(tmp_path / "trace.json", run)
+    assert "Run of in ?.jsonl" in (tmp_path / "page.html").read_text()
+    assert json.loads((tmp_path / "trace.json").read_text())["otherData"]["source"] == run.source
 
 
 def test_files_that_cannot_be_written_say_so(tmp_path: Path) -> None:

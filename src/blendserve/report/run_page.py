@@ -36,7 +36,7 @@ _NUM_LAYERS_SHOWN = 3
 def write_page(path: Path, run: MeasuredRun) -> None:
     """Write the page. Raises: ConfigError when it cannot be written."""
     try:
-        path.write_text(run_page(run), encoding="utf-8")
+        path.write_text(run_page(run), encoding="utf-8", errors="replace")  # names of files may be no text
     except OSError as error:
         raise ConfigError(f"cannot write the report {path}: {error.strerror}; choose another --report") from error
 
