@@ -109,6 +109,16 @@ def test_a_tokenizer_counts_what_planning_needs(
     assert_all_answered(tmp_path / "1.jsonl", NUM_LINES)
 
 
+def test_a_directory_that_has_the_models_name_by_chance_is_no_obstacle(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "big").mkdir()
+    with serving() as server:
+        assert main(arguments(server, source, tmp_path / "out.jsonl", "--model", "big", "--quiet")) == 0
+    assert_all_answered(tmp_path / "out.jsonl", NUM_LINES)
+
+
 def test_another_server_does_not_finish_the_job_of_the_first(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,6 +141,23 @@ def test_tls_is_verified_and_an_untrusted_certificate_is_fatal(monkeypatch: pyte
     assert caught.value.is_fatal
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ALL_PROXY", "socks5://me:pw@localhost:1", "a proxy of the environment cannot be used"),
+        ("HTTPS_PROXY", "socks://me:pw@localhost:1", "a proxy of the environment cannot be used"),
+        ("SSL_CERT_FILE", "/nowhere.pem", "certificates cannot be read.*SSL_CERT_FILE"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_named(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words) as caught:
+        HttpClient(ServerAddress.parse("https://example.com"), ApiKey(), timeout_s=1, max_connections=4)
+    assert "pw" not in str(caught.value)
+
+
 def test_many_requests_share_connections_and_no_more_are_opened() -> None:
     async def post_many(base_url: str) -> list[Reply]:
         address = ServerAddress.parse(base_url)

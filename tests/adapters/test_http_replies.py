@@ -139,6 +139,8 @@ def test_a_key_in_escapes_is_taken_out_too(status: int) -> None:
         (formatdate(WALL_S + 90, usegmt=True), 90.0),
         (formatdate(WALL_S - 90, usegmt=True), 0.0),
         ("Tue, 14 Nov 2023 22:13:30 -0000", 10.0),
+        ("Tue, 14 Nov 2023 22:13:30 +99999999999999", None),
+        ("Tue, 14 Nov 99999999999999999999 22:13:30 GMT", None),
     ],
 )
 def test_retry_after_is_a_number_or_a_date(value: str | None, seconds: float | None) -> None:

@@ -133,7 +133,7 @@ class NoReplyError(Exception):
 
 class HttpClient:
     """Connections to one server, kept alive between requests. `timeout_s` is for one whole exchange, however slowly its
-    bytes trickle.
+    bytes trickle. Raises: ConfigError when the environment names a proxy or certificates that cannot be used.
     """
 
     def __init__(
@@ -151,18 +151,29 @@ class HttpClient:
         self._max_response_bytes = max_response_bytes
         self._stack = AsyncExitStack()
         self._num_open = [0] * -(-max_connections // POOL_CONNECTIONS)
-        self.ssl_context = httpx2.create_ssl_context()
-        self._clients = [
-            httpx2.AsyncClient(
-                headers={**key.headers, "Accept": "application/json", "Accept-Encoding": "identity"},
-                verify=self.ssl_context,
-                timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_CONNECTIONS),
-                follow_redirects=False,
-                trust_env=not address.is_loopback,  # no proxy stands between this machine and itself
-            )
-            for _ in self._num_open
-        ]
+        try:
+            self.ssl_context = httpx2.create_ssl_context()
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"certificates cannot be read: {error}; correct SSL_CERT_FILE and SSL_CERT_DIR, or unset them"
+            ) from error
+        try:
+            self._clients = [self._open_pool() for _ in self._num_open]
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"a proxy of the environment cannot be used: {error}; give an http:// one in ALL_PROXY, HTTP_PROXY and "
+                "HTTPS_PROXY, or unset them"
+            ) from error
+
+    def _open_pool(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            headers={**self._key.headers, "Accept": "application/json", "Accept-Encoding": "identity"},
+            verify=self.ssl_context,
+            timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=POOL_CONNECTIONS),
+            follow_redirects=False,
+            trust_env=not self._address.is_loopback,  # no proxy stands between this machine and itself
+        )
 
     async def post(self, endpoint: str, body: bytes) -> Reply:
         """Send one body of JSON. Raises: NoReplyError."""

@@ -99,9 +99,9 @@ def parse_retry_after(value: str | None, wall_s: float) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-        except ValueError:
+            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - wall_s
+        except (ValueError, OverflowError):
             return None
-        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - wall_s
     return max(seconds, 0.0) if seconds < float("inf") else None
 
 

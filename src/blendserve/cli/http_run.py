@@ -47,8 +47,8 @@ def _find_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     """The one that --tokenizer names; else that of --model, where nothing need be fetched for it."""
     if args.tokenizer is not None:
         return load_tokenizer(resolve(args.tokenizer, cache_dir(), notify=tell))
-    files = find_local(args.model, cache_dir()) if args.model is not None else None
     try:
+        files = find_local(args.model, cache_dir()) if args.model is not None else None
         return load_tokenizer(files) if files is not None else None
     except BlendServeError:
         return None  # planning does with less
