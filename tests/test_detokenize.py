@@ -12,7 +12,7 @@ from tiny_files import byte_level_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
-from blendserve.detokenize import IncrementalDetokenizer, StopChecker, text_of
+from blendserve.detokenize import StopChecker, text_of
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.request import Request, SamplingParams
 
@@ -57,23 +57,6 @@ def first_stop(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> tuple[i
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=150, deadline=None)
 @given(text=texts, stop=stops)
-def test_streamed_text_is_the_text_up_to_the_stop(kind: str, text: str, stop: list[str]) -> None:
-    tokenizer = TOKENIZERS[kind]()
-    ids = ids_of(tokenizer, text)
-    whole = tokenizer.decode(ids)
-    detokenizer = IncrementalDetokenizer(tokenizer, stop)
-    streamed = [detokenizer.add(token) for token in ids] + [detokenizer.finish()]
-    assert "".join(streamed) == detokenizer.text
-    expected = first_stop(tokenizer, ids, stop)
-    if expected is None:
-        assert (detokenizer.text, detokenizer.stopped_by) == (whole, None)
-    else:
-        assert (detokenizer.text, detokenizer.stopped_by) == (whole[: expected[1]], expected[2])
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
-@given(text=texts, stop=stops)
 def test_the_engines_checker_stops_at_the_same_token_and_text(kind: str, text: str, stop: list[str]) -> None:
     tokenizer = TOKENIZERS[kind]()
     ids = ids_of(tokenizer, text)
@@ -89,39 +72,6 @@ def test_the_engines_checker_stops_at_the_same_token_and_text(kind: str, text: s
     if found is not None and expected is not None:
         cut = text_of(tokenizer, np.array(ids[: found[0]], np.int32), "stop", found[1])
         assert cut == tokenizer.decode(ids)[: expected[1]]
-
-
-@settings(max_examples=100, deadline=None)
-@given(ids=st.lists(st.integers(3, 258), max_size=12))
-def test_any_bytes_stream_to_what_they_decode_to(ids: list[int]) -> None:
-    """Also those that are no UTF-8."""
-    detokenizer = IncrementalDetokenizer(byte_level())
-    streamed = [detokenizer.add(token) for token in ids] + [detokenizer.finish()]
-    assert "".join(streamed) == byte_level().decode(ids)
-
-
-def test_a_character_is_given_only_when_whole() -> None:
-    tokenizer = byte_level()
-    detokenizer = IncrementalDetokenizer(tokenizer)
-    parts = [detokenizer.add(token) for token in ids_of(tokenizer, "🚂")]
-    assert [part for part in parts if part] == ["🚂"]
-    assert parts[-1] == "🚂"
-
-
-def test_what_may_be_a_stop_string_is_held_back() -> None:
-    tokenizer = byte_level()
-    detokenizer = IncrementalDetokenizer(tokenizer, ["abX"])
-    (a,), (b,) = ids_of(tokenizer, "a"), ids_of(tokenizer, "b")
-    assert [detokenizer.add(token) for token in (a, b, a, b)] == ["", "", "ab", ""]
-    assert detokenizer.finish() == "ab"
-
-
-def test_nothing_is_added_after_a_stop() -> None:
-    tokenizer = byte_level()
-    detokenizer = IncrementalDetokenizer(tokenizer, ["a"])
-    (a,) = ids_of(tokenizer, "a")
-    assert [detokenizer.add(token) for token in (a, a)] == ["", ""]
-    assert (detokenizer.finish(), detokenizer.text, detokenizer.stopped_by) == ("", "", "a")
 
 
 def test_a_stop_string_of_before_min_tokens_does_not_count_later() -> None:

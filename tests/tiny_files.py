@@ -17,6 +17,7 @@ from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+BOS_TOKEN_ID = 1
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ bos_token + message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -77,7 +78,7 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_scaling": None,
         "tie_word_embeddings": spec.has_tied_embeddings,
-        "bos_token_id": spec.bos_token_id,
+        "bos_token_id": BOS_TOKEN_ID,
         "eos_token_id": spec.eos_token_ids[0],
         "hidden_act": "silu",
     }
@@ -200,7 +201,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in vocabulary])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in described["merges"]])
-    writer.add_bos_token_id(spec.bos_token_id or 1)
+    writer.add_bos_token_id(BOS_TOKEN_ID)
     writer.add_eos_token_id(spec.eos_token_ids[0])
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)

@@ -22,7 +22,6 @@ _LLAMA: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-5,
     "eos_token_ids": (2,),
-    "bos_token_id": 1,
 }
 
 CHANGES_BY_NAME: dict[str, dict[str, Any]] = {

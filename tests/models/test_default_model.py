@@ -30,7 +30,7 @@ def test_chat_template() -> None:
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     )
-    ids = tokenizer.encode_chat(FRANCE)
+    ids = tokenizer.encode(tokenizer.apply_chat_template(FRANCE), add_special_tokens=False)
     assert ids[:3].tolist() == [1, 9690, 198]
     assert tokenizer.eos_token_ids == (2,)
     assert tokenizer.special_tokens["bos_token"] == "<|im_start|>"
@@ -55,7 +55,7 @@ def test_spec() -> None:
 def test_the_capital_of_france() -> None:
     loaded = default_model()
     model = ReferenceModel(loaded.spec, loaded.weights)
-    tokens = loaded.tokenizer.encode_chat(FRANCE)
+    tokens = loaded.tokenizer.encode(loaded.tokenizer.apply_chat_template(FRANCE), add_special_tokens=False)
     cache, blocks = KvCache(loaded.spec, 8, 16, model.precision), np.arange(8, dtype=np.int32)
     answer: list[int] = []
     position = 0

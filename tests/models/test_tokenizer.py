@@ -142,7 +142,7 @@ def test_chat(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "what is it?"}]
     assert tokenizer.apply_chat_template(messages) == "<s>user: what is it?\nassistant: "
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=False) == "<s>user: what is it?\n"
-    assert tokenizer.encode_chat(messages)[0] == 1
+    assert tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)[0] == 1
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:

@@ -16,9 +16,6 @@ from blendserve.adapters.vllm_api import TESTED_RELEASES, is_tested
 from blendserve.adapters.vllm_queue import PolicyQueue
 from blendserve.errors import ConfigError
 
-SYNC_NAME = "blendserve.adapters.vllm_scheduler.BlendScheduler"
-ASYNC_NAME = "blendserve.adapters.vllm_scheduler.BlendAsyncScheduler"
-
 
 class WaitsByPolicy:
     """Puts a `PolicyQueue` where vLLM has its queue of waiting requests."""

@@ -57,7 +57,6 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
             has_qkv_bias=architecture == "qwen2",
             has_qk_norm=architecture == "qwen3",
             eos_token_ids=() if eos_token_id is None else (eos_token_id,),
-            bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
         )
     )
 

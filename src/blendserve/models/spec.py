@@ -47,7 +47,6 @@ class ModelSpec:
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
 
     @property
     def kv_width(self) -> int:
@@ -115,7 +114,6 @@ def spec_from_hf_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
             has_qkv_bias=model_type == "qwen2",
             has_qk_norm=model_type == "qwen3",
             eos_token_ids=token_ids(config.get("eos_token_id")),
-            bos_token_id=next(iter(token_ids(config.get("bos_token_id"))), None),
         )
     )
 

@@ -106,10 +106,6 @@ class Tokenizer:
         """
         return self._chat_template.render(messages, add_generation_prompt)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> TokenIds:
-        """Token ids of a conversation, ready for the assistant's answer. Raises: as `apply_chat_template`."""
-        return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
-
 
 def tokenizer_from_directory(directory: Path) -> Tokenizer:
     """Read tokenizer.json and what lies beside it: tokenizer_config.json, chat_template.jinja, generation_config.json.

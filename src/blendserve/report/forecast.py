@@ -102,10 +102,6 @@ class Forecasts:
     def best(self) -> Forecast:
         return min(self.runs, key=lambda run: run.time_s)
 
-    @property
-    def slowest_s(self) -> float:
-        return max(run.time_s for run in self.runs)
-
 
 def forecast(
     workload: Workload,
