@@ -87,9 +87,13 @@ class ApiKey:
     def headers(self) -> Mapping[str, str]:
         return {"Authorization": f"Bearer {self.value}"} if self.value else {}
 
+    @property
+    def is_secret(self) -> bool:
+        return len(self.value) >= MIN_SECRET_CHARACTERS
+
     def redact(self, text: str) -> str:
         """The text without the key."""
-        return text.replace(self.value, _REDACTED) if len(self.value) >= MIN_SECRET_CHARACTERS else text
+        return text.replace(self.value, _REDACTED) if self.is_secret else text
 
 
 def find_api_key(environment: Mapping[str, str], address: ServerAddress) -> ApiKey:
@@ -116,7 +120,7 @@ class Reply:
         """
         value = json.loads(self.text, parse_constant=_reject)
         json.dumps(value, allow_nan=False)  # 1e999 is read as infinity, which no row can hold
-        return _redacted(value, self.key)
+        return _redacted(value, self.key) if self.key.is_secret else value
 
 
 class NoReplyError(Exception):
