@@ -237,7 +237,7 @@ def test_a_job_never_replaces_or_removes_an_error_file_that_is_not_its_own(tmp_p
     with pytest.raises(ConfigError, match="is not of this job"):
         run_fake(source, output, FakeEngine(on_answer=put_there), errors_path=shared)
     assert shared.read_text() == "precious\n"
-    assert not output.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.jsonl", "in.jsonl", "out.jsonl.journal"]
     shared.unlink()
     run_fake(source, output, errors_path=shared)
     assert shared.exists() == (last == "{")

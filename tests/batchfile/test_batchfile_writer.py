@@ -60,14 +60,15 @@ def test_one_file_for_output_and_errors(tmp_path: Path, job_input: Path) -> None
 
 
 def test_files_are_made_beside_neither_the_input_nor_each_other(tmp_path: Path) -> None:
-    for name in ("out.jsonl.partial", "err.jsonl.partial"):
-        source = write_lines(tmp_path / name, [batch_line("a")])
-        assert_refused(source, tmp_path / "out.jsonl", "is the input file", errors=tmp_path / "err.jsonl")
+    out, err = tmp_path / "out.jsonl", tmp_path / "err.jsonl"
+    paths = resolve_paths(tmp_path / "in.jsonl", out, err)
+    for made in (paths.partial_of(out), paths.partial_of(err)):
+        source = write_lines(made, [batch_line("a")])
+        assert_refused(source, out, "is the input file", errors=err)
         source.unlink()
     source = write_lines(tmp_path / "in.jsonl", [batch_line("a")])
-    out, made = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    assert_refused(source, out, "is the error file", errors=made)
-    assert_refused(source, made, "is the output file", errors=out)
+    assert_refused(source, out, "is the error file", errors=paths.partial_of(out))
+    assert resolve_paths(source, tmp_path / "out2.jsonl", err).partial_of(err) != paths.partial_of(err)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,6 @@ def test_files_are_made_beside_neither_the_input_nor_each_other(tmp_path: Path) 
         ("out.errors.jsonl", "the error file"),
         ("out.jsonl.journal", "the journal"),
         ("out.jsonl.partial", "where the output file is made"),
-        ("out.errors.jsonl.partial", "where the error file is made"),
         ("report.html", "also --report"),
     ],
 )
@@ -89,6 +89,8 @@ def test_what_else_a_run_writes_is_no_file_of_the_job(tmp_path: Path, job_input:
     check_apart(paths, {"--report": tmp_path / "report.html", "--trace": tmp_path / "trace.json"})
     with pytest.raises(ConfigError, match=f"--trace .*{name} is {what}; choose another path"):
         check_apart(paths, {"--report": tmp_path / "report.html", "--trace": tmp_path / name})
+    with pytest.raises(ConfigError, match="is where the error file is made"):
+        check_apart(paths, {"--report": paths.partial_of(paths.errors)})
 
 
 def test_an_output_from_elsewhere_is_not_replaced_unasked(tmp_path: Path, job_input: Path) -> None:

@@ -5,6 +5,7 @@ The rows are the journal's own bytes. Without error rows there is no error file.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from blendserve.errors import ConfigError
 
 _OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
 _ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
-
 
 OwnSizes = Mapping[str, Sequence[int]]
 """Sizes that files of a job have or may have had, by `JobPaths.name_of`: a file of another size is not its own."""
@@ -41,6 +41,15 @@ class JobPaths:
     def path_of(self, name: str) -> Path:
         return self.output.parent / name
 
+    def partial_of(self, path: Path) -> Path:
+        """Where one of the two files is made before it takes its place. Jobs that share an error file, each of which
+        will refuse to replace the other's, make it under names of their own.
+        """
+        if path == self.output:
+            return path.with_name(path.name + ".partial")
+        key = hashlib.blake2b(os.fsencode(self.output), digest_size=4).hexdigest()
+        return path.with_name(f"{path.name}.{key}.partial")
+
     def own_sizes_of(self, file_sizes: Mapping[str, int]) -> dict[str, list[int]]:
         """From a finished job's record, in which older versions have whole paths."""
         return {self.name_of(self.path_of(name)): [size] for name, size in file_sizes.items()}
@@ -59,7 +68,8 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
     output = Path(os.path.realpath(output_path))
     errors = Path(os.path.realpath(errors_path)) if errors_path else output.with_name(_errors_name(output.name))
     journal = output.with_name(output.name + ".journal")
-    partials = partial_of(output), partial_of(errors)
+    paths = JobPaths(input_path, output, errors, journal)
+    partials = paths.partial_of(output), paths.partial_of(errors)
     for path, other, what in (
         *((path, input_path, "the input file") for path in (output, errors, *partials)),
         *((path, output, "the output file") for path in (errors, partials[1])),
@@ -71,7 +81,7 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
         _check_writable(path)
     if journal.exists() and not journal.is_dir():
         raise ConfigError(f"{journal} must be a directory, the journal of this job; move that file away")
-    return JobPaths(input_path, output, errors, journal)
+    return paths
 
 
 def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
@@ -102,8 +112,8 @@ def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:
         "the output file": paths.output,
         "the error file": paths.errors,
         "the journal": paths.journal,
-        "where the output file is made": partial_of(paths.output),
-        "where the error file is made": partial_of(paths.errors),
+        "where the output file is made": paths.partial_of(paths.output),
+        "where the error file is made": paths.partial_of(paths.errors),
     }
     for option, path in others.items():
         for what, other in taken.items():
@@ -120,11 +130,11 @@ def write_partials(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict
     """
     sizes: dict[str, int] = {}
     for kinds, path in ((_ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
-        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), partial_of(path))
+        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), paths.partial_of(path))
         if size or kinds is _OUTPUT_KINDS:
             sizes[paths.name_of(path)] = size
         else:
-            partial_of(path).unlink()
+            paths.partial_of(path).unlink()
     return sizes
 
 
@@ -133,15 +143,10 @@ def replace_files(paths: JobPaths, sizes: Mapping[str, int]) -> None:
     for path in (paths.errors, paths.output):
         with writing_to(path):
             if paths.name_of(path) in sizes:
-                partial_of(path).replace(path)
+                paths.partial_of(path).replace(path)
             else:
                 path.unlink(missing_ok=True)
             sync_directory(path.parent)
-
-
-def partial_of(path: Path) -> Path:
-    """Where a file is made before it takes its place."""
-    return path.with_name(path.name + ".partial")
 
 
 def _rows(log: RecordLog, kinds: frozenset[RecordKind], *, is_ordered: bool) -> Iterable[bytes]:
