@@ -12,7 +12,7 @@ from blendserve.cli import main
 from blendserve.cli.engines import ENGINE_NAMES, ENGINES_BY_OPTION, add_engine_choice
 from blendserve.cli.options import add_engine
 
-OPTIONS = {
+OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("native",): ("--window=5", "--report=r.html", "--trace=t.json", "--dtype=int8", "--isa=portable", "--overlap=off"),
     ("native", "vllm"): (
         "--max-model-len=64",

@@ -166,6 +166,7 @@ class _Run:
             if self._is_still_complete(seal):
                 if not seal.num_retriable or seal.capacity == self._job.capacity:
                     return replace(_report_from(seal), was_complete=True)
+                check_not_taken(self._paths, own_sizes)
                 self._journal.unseal()
             else:
                 self._journal.discard()

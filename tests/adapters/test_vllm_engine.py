@@ -302,7 +302,8 @@ def test_an_embedding_is_made_with_the_adapter_that_its_line_names(tmp_path: Pat
     engine.open()
     inside = engine.engine
     assert inside is not None
-    add, adapters = inside.add_request, []
+    add = inside.add_request
+    adapters: list[str | None] = []
 
     def seen(request_id: str, prompt: Any, params: Any, lora_request: Any = None) -> Any:
         adapters.append(lora_request.path if lora_request else None)

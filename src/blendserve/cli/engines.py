@@ -18,7 +18,7 @@ from blendserve.request import SequenceOutput
 
 ENGINE_NAMES = ("native", "http", "vllm")
 
-ENGINES_BY_OPTION = {
+ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "isa"), ("native",)),
     **dict.fromkeys(
         ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
