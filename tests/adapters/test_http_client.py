@@ -8,6 +8,7 @@ import ssl
 import httpx2
 import pytest
 
+from blendserve.adapters import fake_server
 from blendserve.adapters.fake_server import FakeSettings, serving
 from blendserve.adapters.http_client import ApiKey, HttpClient, NoReplyError, Reply, ServerAddress, find_api_key
 from blendserve.errors import ConfigError
@@ -89,6 +90,14 @@ async def post(base_url: str, **fields: float) -> Reply:
         max_response_bytes=int(fields.pop("max_response_bytes", 1 << 20)),
     ) as client:
         return await client.post(CHAT, BODY)
+
+
+def test_a_key_that_comes_back_in_escapes_is_taken_out_of_what_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b'{"heard": ["' + SECRET.replace("s", r"\u0073").encode() + b'"]}'
+    monkeypatch.setattr(fake_server, "answer", lambda *_: (200, content))
+    with serving() as server:
+        reply = asyncio.run(post(server.base_url))
+    assert reply.json() == {"heard": ["[api key]"]}
 
 
 def test_a_redirect_is_not_followed() -> None:
