@@ -224,8 +224,8 @@ class _Run:
         """Returns: bytes by name. The journal knows a file for the job's own before that stands there."""
         check_not_taken(self._paths, header.own_sizes)
         sizes = write_partials(log, self._paths, is_ordered=self._job.is_ordered)
-        own_sizes = {name: [*header.own_sizes.get(name, ()), size] for name, size in sizes.items()}
-        own_sizes = {**header.own_sizes, **own_sizes}
+        grown = {name: [*header.own_sizes.get(name, ()), size] for name, size in sizes.items()}
+        own_sizes: OwnSizes = {**header.own_sizes, **grown}
         check_not_taken(self._paths, header.own_sizes)  # again: that took a while
         self._journal.write_header(replace(header, own_sizes=own_sizes))
         replace_files(self._paths, sizes)

@@ -176,7 +176,7 @@ class _Run:
             prompt, params, lora = arguments_of(
                 request, self._extras(index), self._api, self._engine.engine, self._loras, embeds=self._engine.embeds
             )
-            self._engine.engine.add_request(str(index), prompt, params, lora_request=lora)
+            self._opened.add_request(str(index), prompt, params, lora_request=lora)
         except RequestError as error:
             self._refuse(index, error)
             return False
@@ -191,10 +191,16 @@ class _Run:
         self._stats.num_admissions += 1
         return True
 
+    @property
+    def _opened(self) -> Any:
+        engine = self._engine.engine
+        assert engine is not None, "a run without an engine"
+        return engine
+
     def _step(self) -> Any:
         """Run one step. Whatever comes out of it but outputs is the engine's death: no request can be told apart."""
         try:
-            return self._engine.engine.step()
+            return self._opened.step()
         except (BlendServeError, _EngineDiedError):
             raise
         except Exception as error:
