@@ -165,7 +165,7 @@ class _Run:
             own_sizes = self._paths.own_sizes_of(seal.file_sizes)
             if self._is_still_complete(seal):
                 if not seal.num_retriable or seal.capacity == self._job.capacity:
-                    return replace(_report_from(seal), was_complete=True)
+                    return JobReport(**{**seal.report, "notes": tuple(seal.report["notes"]), "was_complete": True})
                 check_not_taken(self._paths, own_sizes)
                 self._journal.unseal()
             else:
@@ -224,10 +224,8 @@ class _Run:
         """Returns: bytes by name. The journal knows a file for the job's own before that stands there."""
         check_not_taken(self._paths, header.own_sizes)
         sizes = write_partials(log, self._paths, is_ordered=self._job.is_ordered)
-        grown = {name: [*header.own_sizes.get(name, ()), size] for name, size in sizes.items()}
-        own_sizes: OwnSizes = {**header.own_sizes, **grown}
         check_not_taken(self._paths, header.own_sizes)  # again: that took a while
-        self._journal.write_header(replace(header, own_sizes=own_sizes))
+        self._journal.write_header(header.owning(sizes))
         replace_files(self._paths, sizes)
         return sizes
 
@@ -371,10 +369,6 @@ class _Run:
             f"interrupted: {progress.num_done} of {progress.num_requests} requests are finished and kept in "
             f"{self._journal.directory}; run the same command again to go on"
         )
-
-
-def _report_from(seal: JournalSeal) -> JobReport:
-    return JobReport(**{**seal.report, "notes": tuple(seal.report["notes"])})
 
 
 def _left_of(outputs: Iterator[SequenceOutput], interrupt: KeyboardInterrupt) -> Iterator[SequenceOutput]:

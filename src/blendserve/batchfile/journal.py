@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,6 +65,11 @@ class JournalHeader:
     capacity: int
     errors_name: str | None = None
     own_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def owning(self, sizes: Mapping[str, int]) -> JournalHeader:
+        """The same job, which knows files of these sizes for its own too."""
+        grown = {name: [*self.own_sizes.get(name, ()), size] for name, size in sizes.items()}
+        return replace(self, own_sizes={**self.own_sizes, **grown})
 
 
 @dataclass(frozen=True, slots=True)
