@@ -14,6 +14,9 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.schedule import Schedule
 
 
+DENSE_SHARE = 0.99
+
+
 class WithoutBalance(BlendPolicy):
     """Every step is filled up, whatever it reads."""
 
@@ -64,9 +67,9 @@ class ShortestFirst(BlendPolicy):
 
 
 def turned(schedule: Schedule) -> Int64s:
-    """The order with its memory-intensive tail turned round."""
-    is_memory = (schedule.density < schedule.root_density)[schedule.order]
-    begin = len(is_memory) - int(np.argmin(is_memory[::-1])) if not is_memory.all() else 0
+    """The order with its memory-intensive tail turned round: what comes after nearly all dense requests."""
+    is_dense = (schedule.density >= schedule.root_density)[schedule.order]
+    begin = int(np.searchsorted(np.cumsum(is_dense), DENSE_SHARE * is_dense.sum()))
     return np.concatenate([schedule.order[:begin], schedule.order[begin:][::-1]])
 
 
@@ -78,11 +81,13 @@ class LeastRecentlyUsed(BlendPolicy):
 
 
 class PlannedOnce(BlendPolicy):
-    """Plans again once, when the first lengths are known, and never after."""
+    """Orders anew once, when the first lengths are known, and never after; estimates go on learning."""
 
     def _replan(self, view: SchedulerView) -> None:
         if not self.num_replans:
             super()._replan(view)
+        else:
+            self._learner.refresh(view, self._scanner.waiting())
 
 
 ABLATIONS: dict[str, Callable[[Plan], Policy]] = {

@@ -15,12 +15,9 @@ TABLE_4 = {  # prefix sharing, compute density
 TRACES_OVER_DFS = "1.193 to 1.227, mean 1.208"
 TRACES_OVER_DFS_70B = "mean 1.186"
 OVER_VLLM_DFS = "up to 1.44"
-OVER_BALANCE = "1.36 on trace-1 and trace-2"
 BALANCE_OVER_DFS = {"trace-1": "loses", "trace-2": "loses", "trace-3": "wins", "trace-4": "wins"}
 OPTIMUM_BLEND = {"llama-3-8b": 0.8655, "llama-3-70b": 0.908}
 OPTIMUM_DFS = 0.717
-SHARING_KEPT = {"blend": "over 0.97", "NanoFlow-Balance": "under 0.30"}
-GRID_MEAN = 1.2253
 GRID_BY_DENSITY = {
     0.80: 1.156,
     0.85: 1.148,

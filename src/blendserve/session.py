@@ -160,9 +160,11 @@ def plan_requests(prompts: FlatPrompts, table: RequestTable, cost: CostModel, *,
     return make_plan(PrefixTree.from_flat(prompts), table, cost, seed=seed)
 
 
-def plan_pending(pending: PendingRequests, table: RequestTable, cost: CostModel) -> Plan:
+def plan_pending(
+    pending: PendingRequests, table: RequestTable, cost: CostModel, *, block_size: int = BLOCK_SIZE
+) -> Plan:
     """Plan what a job has yet to answer. Shapes: row i of `table` is row i of `pending`."""
-    return make_plan(pending.prefix_tree(), table, cost)
+    return make_plan(pending.prefix_tree(), table, cost, block_size=block_size)
 
 
 def run_planned(engine: EngineLoop, source: RequestSource, plan: Plan, policy: str) -> Iterator[SequenceOutput]:

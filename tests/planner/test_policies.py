@@ -13,11 +13,13 @@ from oracles import Prompt
 from planner_cases import COST, TinyEngine, outputs_strategy, plan_of, prompts_strategy, ranges
 
 from blendserve.errors import ConfigError
+from blendserve.planner import blend
 from blendserve.planner.base import RequestTable
 from blendserve.planner.blend import BlendPolicy
 from blendserve.planner.lengths import MeanLengthModel
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES, make_policy
+from blendserve.planner.scanner import NO_REQUEST
 from blendserve.planner.static import StaticPolicy
 from blendserve.planner.tree import PrefixTree
 
@@ -87,8 +89,9 @@ def test_ten_thousand_requests_of_one_shape_are_each_admitted_once(name: str, ki
     shared = {"nested chain": lengths - 1, "all identical": lengths, "all distinct": 0 * lengths}[kind]
     tree = PrefixTree.from_sorted(np.arange(count), np.append(0, shared[1:]), lengths)
     outputs = np.arange(count) % 5  # zero-length ones among them
-    policy = make_policy(name, make_plan(tree, RequestTable(lengths, outputs, outputs), COST))
-    keys = tree.block_keys(count - 1, 16)
+    plan = make_plan(tree, RequestTable(lengths, outputs, outputs), COST)
+    policy = make_policy(name, plan)
+    keys = plan.tree.block_keys(count - 1, 16)
     idle = TinyEngine(policy, lengths.tolist(), outputs.tolist(), 1_000_000)
     admitted = np.zeros(count, dtype=np.int64)
     while policy.num_waiting:
@@ -138,14 +141,35 @@ def test_a_prefix_shorter_than_a_block_keeps_nobody_together() -> None:
 
 
 def test_blend_looks_past_a_dense_request_at_its_memory_end() -> None:
-    """A subtree may end with an answer shorter than those behind it; they must not wait for it."""
-    stem = (5,) * 4
-    prompts = [(*stem, index) for index in range(8)] + [(9, *range(40), index) for index in range(8)]
-    outputs = (60, 60, 60, 60, 60, 60, 60, 1) + (1,) * 8
+    """The least dense subtree may hold a short answer as well; those behind it must not wait for it."""
+    stem = (5,) * 20
+    prompts = [(*stem, 0), (*stem, 1)] + [(9, index) for index in range(6)] + [(8, *range(40), i) for i in range(8)]
+    outputs = (400, 1) + (60,) * 6 + (1,) * 8
+    plan = plan_of(prompts, outputs)
+    assert plan.schedule.order[-2:].tolist() == [1, 0]
     engine = engine_for("blend", prompts, outputs, 2000)
     engine.run()
-    first = engine.admissions[:7]
-    assert set(first) == set(range(7)), "all long answers start at once: there is memory for all"
+    assert set(engine.admissions[:7]) == {0, *range(2, 8)}, "there is memory for all long answers at once"
+
+
+def test_samples_go_before_decodes_that_would_fill_every_slot() -> None:
+    prompts = [(index,) for index in range(400)]
+    engine = engine_for("blend", prompts, (20,) * 400, 100_000, is_known=False, max_num_seqs=32)
+    samples = set(plan_of(prompts, (20,) * 400, is_known=False).samples.tolist())
+    engine.run()
+    assert samples
+    assert set(engine.admissions[: len(samples)]) == samples
+
+
+def test_what_shares_a_prefix_is_not_taken_out_of_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of the memory end does not fit, nor may anything behind it leave its group, however far one looks."""
+    monkeypatch.setattr(blend, "MAX_LOOKAHEAD", 8)
+    stem = (5,) * 40
+    prompts = [(*stem, index) for index in range(200)]
+    outputs = (50,) * 199 + (500,)
+    policy = BlendPolicy(plan_of(prompts, outputs))
+    policy.prefill_tokens(TinyEngine(policy, [41] * 200, outputs, 300))
+    assert policy._next_at_memory_end(280.0) == NO_REQUEST
 
 
 def test_blend_never_preempts_when_lengths_are_known() -> None:

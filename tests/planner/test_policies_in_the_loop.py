@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from planner_cases import COST
 
 from blendserve.engine.fake import FakeExecutor, expected_tokens
+from blendserve.errors import CapacityError
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES, make_policy
@@ -82,6 +83,29 @@ def test_every_policy_serves_every_request_once(
     for request in requests:
         assert outputs[request.index].token_ids.tolist() == expected_tokens(request, VOCAB_SIZE, EOS)
     assert loop.stats.max_kv_tokens <= num_blocks * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_requests_that_can_never_run_stop_nobody(name: str) -> None:
+    """All are refused by an idle engine, one after the other, and together they are more than a step holds."""
+    requests = [make_request(i, [i] * 50, 1, SamplingParams(ignore_eos=True)) for i in range(6)]
+    tree = PrefixTree.from_prompts(request.prompt_token_ids for request in requests)
+    loop = make_loop(FakeExecutor(10, BLOCK_SIZE, VOCAB_SIZE, EOS), max_num_seqs=4, max_num_batched_tokens=64)
+    plan = make_plan(tree, table_of(requests), COST, block_size=BLOCK_SIZE)
+    outputs = list(loop.run(keyed(requests, plan.tree), make_policy(name, plan)))
+    assert sorted(output.index for output in outputs) == list(range(6))
+    assert all(isinstance(output.error, CapacityError) for output in outputs)
+
+
+def test_a_prefix_that_all_share_is_held_once() -> None:
+    """Questions on one document that fills half of the memory: they run together all the same."""
+    requests = [make_request(i, [*range(60), 60 + i], 4, SamplingParams(ignore_eos=True)) for i in range(20)]
+    tree = PrefixTree.from_prompts(request.prompt_token_ids for request in requests)
+    loop = make_loop(FakeExecutor(31, BLOCK_SIZE, VOCAB_SIZE, EOS), max_num_seqs=16, max_num_batched_tokens=64)
+    plan = make_plan(tree, table_of(requests), COST, block_size=BLOCK_SIZE)
+    outputs = list(loop.run(keyed(requests, plan.tree), make_policy("blend", plan)))
+    assert len(outputs) == 20
+    assert loop.stats.steps.columns()["num_running"].max() > 4
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)

@@ -87,7 +87,8 @@ def remote_cost() -> CostModel:
 
 
 def planned_cached_tokens(tree: PrefixTree) -> Int64s:
-    """Tokens of every prompt that the one before it in depth-first order also has. Shape: int64[num_requests]."""
+    """Tokens of every prompt that the one before it in depth-first order also has, by full blocks where `tree` is a
+    plan's; all but one of a repeated prompt. Shape: int64[num_requests]."""
     cached = np.empty(tree.num_requests, np.int64)
     is_first = np.zeros(tree.num_requests, np.bool_)
     is_first[np.cumsum(tree.leaf_count) - tree.leaf_count] = True

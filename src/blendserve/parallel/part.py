@@ -43,7 +43,7 @@ class SharedJob:
     @classmethod
     def of(cls, pending: PendingRequests, plan: Plan) -> SharedJob:
         store = pending.store
-        return cls(store.arrays, store.max_model_len, pending.numbers, plan.tree, rank_of(plan))
+        return cls(store.arrays, store.max_model_len, pending.numbers, plan.prompt_tree, rank_of(plan))
 
     @property
     def num_bytes(self) -> int:

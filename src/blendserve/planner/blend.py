@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.planner.base import SchedulerView
+from blendserve.cost import Floats
+from blendserve.planner.base import Int64s, SchedulerView
 from blendserve.planner.forecast import KvForecast
 from blendserve.planner.learner import Learner
 from blendserve.planner.plan import Plan
@@ -51,6 +52,8 @@ TRUST_TOKENS = 256
 
 LOOK_AGAIN = 0.9
 """Share of the waiting requests that may be left before their longest output is estimated anew."""
+NEXT_REQUESTS = 8
+"""Requests at an end that count as next."""
 MAX_LOOKAHEAD = 1 << 16
 """Places from the memory end that are looked at for a request that fits, in doubling strides."""
 TURN_SHARE = 0.1
@@ -88,7 +91,8 @@ class BlendPolicy:
         self._waiting_memory_s = float(self._schedule.memory_s.sum())
         self._end = 0.0
         self._longest_unknown, self._num_weighed = 0.0, math.inf
-        self._planned_s = self._actual_s = TRUST_TOKENS * plan.cost.token_s
+        self._waiting_prefill_s = float(self._prefill_s().sum())
+        self._planned_tokens = self._actual_tokens = float(TRUST_TOKENS)
 
     @property
     def num_waiting(self) -> int:
@@ -104,23 +108,24 @@ class BlendPolicy:
             return None
         if self._is_new_step:
             self._begin_step(view)
-        num_running = len(view.request_index)
-        if num_running >= view.max_num_seqs or self._pending >= view.max_num_batched_tokens:
+        is_idle = not len(view.request_index)
+        if len(view.request_index) >= view.max_num_seqs:
+            return None
+        if self._pending >= view.max_num_batched_tokens and not is_idle:
             return None
         limit = self._settings.kv_share * view.capacity_tokens
-        request = self._next_at_memory_end(limit - self._reserve)
+        self._proposed_at_memory_end = False
+        request = self._scanner.peek_first()
+        if request != NO_REQUEST and self._fits(self._all, request, limit):
+            return request
+        request = self._next_at_memory_end(limit)
         if request != NO_REQUEST:
             self._proposed_at_memory_end = True
             return request
-        self._proposed_at_memory_end = False
-        if self._pending >= self._budget and num_running:
+        if self._pending >= self._budget and not is_idle:
             return None
-        request = self._scanner.peek_first()
-        if request == NO_REQUEST:
-            request = self._scanner.peek_compute_end()
-        if self._fits(self._all, request, limit) or not num_running:
-            return request
-        return None
+        request = self._scanner.peek_compute_end()
+        return request if self._fits(self._all, request, limit) or is_idle else None
 
     def prefill_tokens(self, view: SchedulerView) -> int:
         if self._is_new_step:
@@ -134,15 +139,15 @@ class BlendPolicy:
         self._scanner.take(index)
         self._waiting_compute_s -= float(schedule.compute_s[index])
         self._waiting_memory_s -= float(schedule.memory_s[index])
+        self._waiting_prefill_s -= float(self._prefill_s(index))
         self._running_compute_s += float(schedule.compute_s[index])
         self._running_memory_s += float(schedule.memory_s[index])
         self._is_at_memory_end[index] = self._proposed_at_memory_end
         self._num_cached[index] = num_cached_tokens
         own = int(self._plan.table.num_prompt_tokens[index]) - num_cached_tokens
         self._pending += own
-        decode_s = self._plan.cost.decode_s * float(schedule.expected_output_tokens[index])
-        self._planned_s += max(float(schedule.compute_s[index]) - decode_s, 0.0)
-        self._actual_s += self._plan.cost.token_s * own
+        self._planned_tokens += self._own_tokens(index)
+        self._actual_tokens += own
         self._end = max(self._end, self._step + float(schedule.expected_output_tokens[index]))
         self._all.add(self._step, own, self._proposed_remaining)
         if self._proposed_at_memory_end:
@@ -156,6 +161,7 @@ class BlendPolicy:
         self._scanner.put_back(index, at_memory_end=bool(self._is_at_memory_end[index]))
         self._waiting_compute_s += float(self._schedule.compute_s[index])
         self._waiting_memory_s += float(self._schedule.memory_s[index])
+        self._waiting_prefill_s += float(self._prefill_s(index))
         self._is_stale = True
 
     def next_use(self, key: Hashable) -> float:
@@ -175,24 +181,42 @@ class BlendPolicy:
         """
         request, distance = self._scanner.peek_memory_end(), 1
         while request != NO_REQUEST:
-            if self._enters_as_it_fits(request) and self._fits(self._memory_end, request, limit):
+            is_in_turn = distance == 1 or not self._is_bound_to_neighbours(request)
+            if is_in_turn and bool(self._enter_as_they_fit(request)) and self._fits_at_memory_end(request, limit):
                 return request
             if distance > MAX_LOOKAHEAD or self._is_memory_end_full:
                 break
             request = self._scanner.look_past_memory_end(distance)
             distance = 2 * distance + 1
-            while request != NO_REQUEST and self._is_bound_to_neighbours(request) and distance <= MAX_LOOKAHEAD:
-                request = self._scanner.look_past_memory_end(distance)
-                distance = 2 * distance + 1
         self._is_memory_end_full = True
         return NO_REQUEST
 
-    def _enters_as_it_fits(self, request: int) -> bool:
-        """Is it nearly all decode, or has it less compute to its memory time than all that remains?"""
+    def _fits_at_memory_end(self, request: int, limit: float) -> bool:
+        reserved = limit - self._reserve
+        return self._fits(self._memory_end, request, reserved) and self._fits(self._all, request, limit)
+
+    def _enter_as_they_fit(self, requests: Int64s | int) -> NDArray[np.bool_]:
+        """Are they nearly all decode, or have they less compute to their memory time than all that remains? Others
+        enter as prefill is wanted."""
         schedule = self._schedule
-        own = float(self._plan.table.num_prompt_tokens[request]) - float(schedule.num_shared_tokens[request])
-        is_decode = own < PREFILL_SHARE * float(schedule.expected_output_tokens[request])
-        return is_decode or bool(self._are_memory_intensive(request))
+        compute_s = self._waiting_compute_s + self._running_compute_s
+        memory_s = self._waiting_memory_s + self._running_memory_s
+        is_decode = self._own_tokens(requests) < PREFILL_SHARE * schedule.expected_output_tokens[requests]
+        is_memory_intensive = schedule.compute_s[requests] * memory_s < compute_s * schedule.memory_s[requests]
+        either: NDArray[np.bool_] = is_decode | is_memory_intensive
+        return either
+
+    def _own_tokens(self, requests: Int64s | int) -> Int64s:
+        """Prompt tokens that are planned to be computed, those before them having been."""
+        own: Int64s = self._plan.table.num_prompt_tokens[requests] - self._schedule.num_shared_tokens[requests]
+        return own
+
+    def _prefill_s(self, requests: Int64s | int | slice = slice(None)) -> Floats:
+        """Compute of requests before their decodes."""
+        schedule = self._schedule
+        decode_s = self._plan.cost.decode_s * schedule.expected_output_tokens[requests]
+        prefill_s: Floats = np.maximum(schedule.compute_s[requests] - decode_s, 0.0)
+        return prefill_s
 
     def _is_bound_to_neighbours(self, request: int) -> bool:
         schedule = self._schedule
@@ -200,8 +224,8 @@ class BlendPolicy:
 
     def _fits(self, forecast: KvForecast, request: int, limit: float) -> bool:
         self._proposed_remaining = self._learner.lengths.outset(request)
-        kv_tokens = float(self._plan.table.num_prompt_tokens[request])
-        return forecast.fits(request, self._step, kv_tokens, self._proposed_remaining, limit)
+        own = float(self._own_tokens(request))
+        return forecast.fits(request, self._step, own, self._proposed_remaining, limit)
 
     def _begin_step(self, view: SchedulerView) -> None:
         """Look at what runs: the budget of the coming step follows from the KV that its decodes read."""
@@ -213,8 +237,9 @@ class BlendPolicy:
         self._pending_memory_end = int(left[self._is_at_memory_end[view.request_index]].sum())
         if self._is_stale or self._step % self._settings.refresh_steps == 0:
             self._look_ahead(view)
-        sharing_error = self._actual_s / self._planned_s
-        compute_s = max(self._waiting_compute_s * sharing_error + self._running_compute_s, 0.0)
+        sharing_lost = self._actual_tokens / self._planned_tokens - 1.0
+        waiting_s = self._waiting_compute_s + sharing_lost * self._waiting_prefill_s
+        compute_s = max(waiting_s + self._running_compute_s, 0.0)
         num_kv_tokens = float(computed[is_decoding].sum())
         cost = self._plan.cost
         tokens = compute_s / cost.token_s * self._step_share(view, num_kv_tokens)
@@ -247,22 +272,17 @@ class BlendPolicy:
         return self._end - self._step - self._longest_waiting()
 
     def _longest_waiting(self) -> float:
-        """Output tokens that the longest waiting request is expected to have: the next known one at the memory end, or
-        the longest of many that nothing is known of."""
+        """Output tokens that the longest waiting request is expected to have: one of the next at the memory end, or the
+        longest of many that nothing is known of."""
         num_waiting = self._scanner.num_waiting
         if not num_waiting:
             return 0.0
         if num_waiting < LOOK_AGAIN * self._num_weighed:
             self._num_weighed = num_waiting
             self._longest_unknown = self._learner.lengths.longest_unknown(self._scanner.waiting())
-        return max(self._longest_unknown, float(self._schedule.expected_output_tokens[self._scanner.peek_memory_end()]))
-
-    def _are_memory_intensive(self, requests: NDArray[np.int64] | int) -> NDArray[np.bool_]:
-        """Do they have less compute to their memory time than all that remains? Others enter as prefill is wanted."""
-        compute_s = self._waiting_compute_s + self._running_compute_s
-        memory_s = self._waiting_memory_s + self._running_memory_s
-        schedule = self._schedule
-        return schedule.compute_s[requests] * memory_s < compute_s * schedule.memory_s[requests]
+        self._scanner.peek_memory_end()
+        known = self._schedule.expected_output_tokens[self._scanner.first_at_memory_end(NEXT_REQUESTS)]
+        return max(self._longest_unknown, float(known.max(initial=0.0)))
 
     def _look_ahead(self, view: SchedulerView) -> None:
         """Forecast from scratch, and learn where there is enough to learn from."""
@@ -289,14 +309,13 @@ class BlendPolicy:
 
     def _next_prompt_tokens(self) -> float:
         """Room that whatever is next at the compute end needs to enter at all."""
-        upcoming = self._upcoming()
-        return float(self._plan.table.num_prompt_tokens[upcoming].max()) if len(upcoming) else 0.0
+        return float(self._own_tokens(self._upcoming()[:NEXT_REQUESTS]).max(initial=0))
 
-    def _upcoming(self) -> NDArray[np.int64]:
+    def _upcoming(self) -> Int64s:
         """What the compute end will deliver next, without what the memory end takes: the last requests of a job are
         within reach of both."""
         upcoming = self._scanner.upcoming(self._settings.window)
-        return upcoming[~self._are_memory_intensive(upcoming)]
+        return upcoming[~self._enter_as_they_fit(upcoming)]
 
     def _steady_compute_end(self) -> float:
         """KV tokens that the compute end holds when it delivers the budget in every step (Little's law)."""
@@ -318,3 +337,4 @@ class BlendPolicy:
             self._scanner.reorder(schedule.order)
             self._waiting_compute_s = float(schedule.compute_s[waiting].sum())
             self._waiting_memory_s = float(schedule.memory_s[waiting].sum())
+            self._waiting_prefill_s = float(self._prefill_s(waiting).sum())

@@ -70,11 +70,6 @@ class KvForecast:
         """Highest load to come, in tokens."""
         return float(self._load.max()) if len(self._load) else 0.0
 
-    @property
-    def end(self) -> float:
-        """Step at which the last sequence ends."""
-        return float(self._end[-1]) if len(self._end) else 0.0
-
     def fits(self, request: int, step: int, kv_tokens: float, remaining: Floats, limit: float) -> bool:
         """Does the load stay within `limit` for as long as one more sequence runs? Its remaining lengths are equally
         likely, ascending.

@@ -18,11 +18,13 @@ LengthsFactory = Callable[[PrefixTree, RequestTable], Lengths]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a policy starts from. `tree` shares whole KV blocks, as engines do. `schedule` holds for the estimates before
-    anything has run; a policy that learns makes its own lengths with `new_lengths` and its own schedules from them.
+    """What a policy starts from. `tree` shares whole KV blocks, as engines do (a repeated prompt counts as shared to its
+    end), `prompt_tree` every token. `schedule` holds for the estimates before anything has run; a policy that learns
+    makes its own lengths with `new_lengths` and its own schedules from them.
     """
 
     tree: PrefixTree
+    prompt_tree: PrefixTree
     table: RequestTable
     cost: CostModel
     schedule: Schedule
@@ -42,7 +44,7 @@ class Plan:
 
     @property
     def optimal_sharing(self) -> float:
-        """Share of prompt tokens that a depth-first walk finds in full blocks."""
+        """Share of prompt tokens that a depth-first walk finds, in full blocks or as a whole prompt."""
         return self.tree.sharing
 
     @property
@@ -83,6 +85,7 @@ def make_plan(
     blocks = tree.in_blocks(block_size)
     return Plan(
         tree=blocks,
+        prompt_tree=tree,
         table=table,
         cost=cost,
         schedule=make_schedule(blocks, table, cost, model, kept_sharing=kept_sharing),

@@ -16,7 +16,7 @@ _ORDER_BY_NAME: dict[str, Callable[[Plan], Int64s]] = {
     "random": lambda plan: random_order(plan.num_requests, plan.seed),
     "dfs": lambda plan: plan.tree.order,
     "longest-first": lambda plan: longest_first_order(plan.expected_output_tokens),
-    "lexical-buckets": lambda plan: bucket_order(plan.tree),
+    "lexical-buckets": lambda plan: bucket_order(plan.prompt_tree),
 }
 _POLICY_BY_NAME: dict[str, Callable[[Plan], Policy]] = {
     "blend": BlendPolicy,

@@ -31,6 +31,9 @@ class DualScanner:
         """Go on with another order of the same requests: those that have left stay out."""
         self._order = order
         self._low, self._high = 0, len(order)
+        self._position = np.empty(len(order), dtype=np.int64)
+        self._position[order] = np.arange(len(order))
+        self._before = np.arange(-1, len(order) - 1)  # a place before each, with nobody waiting between the two
 
     @property
     def num_waiting(self) -> int:
@@ -44,14 +47,16 @@ class DualScanner:
         return np.flatnonzero(self._is_waiting)
 
     def upcoming(self, count: int) -> Int64s:
-        """The next `count` requests at the compute end, about: some may have left out of turn."""
+        """Who waits of the next `count` places at the compute end."""
         self.peek_compute_end()
-        return self._order[self._low : min(self._low + count, self._high)]
+        places = self._order[self._low : min(self._low + count, self._high)]
+        return places[self._is_waiting[places]]
 
     def upcoming_memory_end(self, count: int) -> Int64s:
-        """The next `count` requests at the memory end, about."""
+        """Who waits of the next `count` places at the memory end."""
         self.peek_memory_end()
-        return self._order[max(self._high - count, self._low) : self._high]
+        places = self._order[max(self._high - count, self._low) : self._high]
+        return places[self._is_waiting[places]]
 
     def peek_first(self) -> int:
         """The next request of those to be served before others, or NO_REQUEST."""
@@ -82,10 +87,27 @@ class DualScanner:
     def look_past_memory_end(self, distance: int) -> int:
         """A waiting request that many places before the memory end, or the next one before it; NO_REQUEST past the
         other end."""
-        position = self._high - 1 - distance
-        while position >= self._low and not self._is_waiting[self._order[position]]:
-            position -= 1
+        position = self._waiting_at_or_before(self._high - 1 - distance)
         return int(self._order[position]) if position >= self._low else NO_REQUEST
+
+    def first_at_memory_end(self, count: int) -> list[int]:
+        """The next `count` requests at the memory end, or as many as there are."""
+        requests: list[int] = []
+        position = self._high
+        while len(requests) < count and (position := self._waiting_at_or_before(position - 1)) >= self._low:
+            requests.append(int(self._order[position]))
+        return requests
+
+    def _waiting_at_or_before(self, position: int) -> int:
+        """The last place up to `position` where somebody waits, or one before the compute end. Mutates: the links that
+        lead over places that are empty for good, so that no walk is long twice."""
+        passed: list[int] = []
+        while position >= self._low and not self._is_waiting[self._order[position]]:
+            passed.append(position)
+            position = int(self._before[position])
+        if len(passed) > 1:
+            self._before[passed] = position
+        return position
 
     def take(self, request: int) -> None:
         """A request leaves."""
@@ -101,7 +123,11 @@ class DualScanner:
         self._returned[at_memory_end].append(request)
 
     def distance(self, first: int, last: int) -> float:
-        """Requests to pass at the nearer end before one of order[first:last] is next; infinite where none is left."""
+        """Requests to pass at the nearer end before one of order[first:last] is next; infinite where none is left.
+
+        Who came back is next."""
+        if any(first <= self._position[request] < last for returned in self._returned for request in returned):
+            return 0.0
         begin, end = max(first, self._low), min(last, self._high)
         if begin >= end or not self._num_waiting:
             return math.inf

@@ -187,7 +187,7 @@ def estimate_steps(workload: Workload, machine: Machine) -> float:
 
 def planned_workload(name: str, plan: Plan, *, seed: int = 0) -> Workload:
     """The job without its tokens. Output lengths that are not known are drawn from the planner's own distributions."""
-    tree, table = plan.tree, plan.table
+    tree, table = plan.prompt_tree, plan.table
     return Workload(
         name=name,
         num_prompt_tokens=table.num_prompt_tokens,
