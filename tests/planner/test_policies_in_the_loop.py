@@ -105,7 +105,7 @@ def test_a_prefix_that_all_share_is_held_once() -> None:
     plan = make_plan(tree, table_of(requests), COST, block_size=BLOCK_SIZE)
     outputs = list(loop.run(keyed(requests, plan.tree), make_policy("blend", plan)))
     assert len(outputs) == 20
-    assert loop.stats.steps.columns()["num_running"].max() > 4
+    assert loop.stats.num_steps < 30, "80 tokens, one by one"
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
