@@ -115,16 +115,14 @@ class BlendPolicy:
             return None
         limit = self._settings.kv_share * view.capacity_tokens
         self._proposed_at_memory_end = False
-        request = self._scanner.peek_first()
-        if request != NO_REQUEST and self._fits(self._all, request, limit):
-            return request
+        sample = self._scanner.peek_first()
         request = self._next_at_memory_end(limit)
-        if request != NO_REQUEST:
+        if request != NO_REQUEST and (sample == NO_REQUEST or self._plan.table.known_output_tokens[request] >= 0):
             self._proposed_at_memory_end = True
             return request
-        if self._pending >= self._budget and not is_idle:
+        if request == NO_REQUEST and self._pending >= self._budget and not is_idle:
             return None
-        request = self._scanner.peek_compute_end()
+        request = self._scanner.peek_compute_end() if sample == NO_REQUEST else sample
         return request if self._fits(self._all, request, limit) or is_idle else None
 
     def prefill_tokens(self, view: SchedulerView) -> int:
@@ -182,7 +180,7 @@ class BlendPolicy:
         request, distance = self._scanner.peek_memory_end(), 1
         while request != NO_REQUEST:
             is_in_turn = distance == 1 or not self._is_bound_to_neighbours(request)
-            if is_in_turn and bool(self._enter_as_they_fit(request)) and self._fits_at_memory_end(request, limit):
+            if is_in_turn and self._enters_as_it_fits(request) and self._fits_at_memory_end(request, limit):
                 return request
             if distance > MAX_LOOKAHEAD or self._is_memory_end_full:
                 break
@@ -195,16 +193,17 @@ class BlendPolicy:
         reserved = limit - self._reserve
         return self._fits(self._memory_end, request, reserved) and self._fits(self._all, request, limit)
 
-    def _enter_as_they_fit(self, requests: Int64s | int) -> NDArray[np.bool_]:
-        """Are they nearly all decode, or have they less compute to their memory time than all that remains? Others
-        enter as prefill is wanted."""
-        schedule = self._schedule
+    def _enters_as_it_fits(self, request: int) -> bool:
+        """Is it nearly all decode, or memory-intensive? Others enter as prefill is wanted."""
+        is_decode = self._own_tokens(request) < PREFILL_SHARE * self._schedule.expected_output_tokens[request]
+        return bool(is_decode) or bool(self._are_memory_intensive(request))
+
+    def _are_memory_intensive(self, requests: Int64s | int) -> NDArray[np.bool_]:
+        """Have they less compute to their memory time than all that remains?"""
         compute_s = self._waiting_compute_s + self._running_compute_s
         memory_s = self._waiting_memory_s + self._running_memory_s
-        is_decode = self._own_tokens(requests) < PREFILL_SHARE * schedule.expected_output_tokens[requests]
-        is_memory_intensive = schedule.compute_s[requests] * memory_s < compute_s * schedule.memory_s[requests]
-        either: NDArray[np.bool_] = is_decode | is_memory_intensive
-        return either
+        schedule = self._schedule
+        return schedule.compute_s[requests] * memory_s < compute_s * schedule.memory_s[requests]
 
     def _own_tokens(self, requests: Int64s | int) -> Int64s:
         """Prompt tokens that are planned to be computed, those before them having been."""
@@ -308,14 +307,14 @@ class BlendPolicy:
         self._reserve = min(reserve, self._settings.max_reserve * view.capacity_tokens)
 
     def _next_prompt_tokens(self) -> float:
-        """Room that whatever is next at the compute end needs to enter at all."""
-        return float(self._own_tokens(self._upcoming()[:NEXT_REQUESTS]).max(initial=0))
+        """Room that the largest of the next requests at the compute end needs to enter at all."""
+        return float(self._plan.table.num_prompt_tokens[self._upcoming()].max(initial=0))
 
     def _upcoming(self) -> Int64s:
-        """What the compute end will deliver next, without what the memory end takes: the last requests of a job are
-        within reach of both."""
+        """What the compute end will deliver next: the last requests of a job are within reach of both ends, and most of
+        them are not its own."""
         upcoming = self._scanner.upcoming(self._settings.window)
-        return upcoming[~self._enter_as_they_fit(upcoming)]
+        return upcoming[~self._are_memory_intensive(upcoming)]
 
     def _steady_compute_end(self) -> float:
         """KV tokens that the compute end holds when it delivers the budget in every step (Little's law)."""
