@@ -13,7 +13,6 @@ from blendserve.planner.forecast import KvForecast
 from blendserve.planner.plan import Plan
 from blendserve.planner.schedule import Schedule
 
-
 DENSE_SHARE = 0.99
 
 

@@ -153,7 +153,7 @@ def test_blend_looks_past_a_dense_request_at_its_memory_end() -> None:
 
 
 def test_samples_go_before_decodes_that_would_fill_every_slot() -> None:
-    prompts = [(index,) for index in range(400)]
+    prompts: list[Prompt] = [(index,) for index in range(400)]
     engine = engine_for("blend", prompts, (20,) * 400, 100_000, is_known=False, max_num_seqs=32)
     samples = set(plan_of(prompts, (20,) * 400, is_known=False).samples.tolist())
     engine.run()

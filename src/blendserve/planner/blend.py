@@ -144,7 +144,7 @@ class BlendPolicy:
         self._num_cached[index] = num_cached_tokens
         own = int(self._plan.table.num_prompt_tokens[index]) - num_cached_tokens
         self._pending += own
-        self._planned_tokens += self._own_tokens(index)
+        self._planned_tokens += float(self._own_tokens(index))
         self._actual_tokens += own
         self._end = max(self._end, self._step + float(schedule.expected_output_tokens[index]))
         self._all.add(self._step, own, self._proposed_remaining)

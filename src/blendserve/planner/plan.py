@@ -18,8 +18,8 @@ LengthsFactory = Callable[[PrefixTree, RequestTable], Lengths]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a policy starts from. `tree` shares whole KV blocks, as engines do (a repeated prompt counts as shared to its
-    end), `prompt_tree` every token. `schedule` holds for the estimates before anything has run; a policy that learns
+    """What a policy starts from. `tree` shares whole KV blocks, as engines do (of a repeated prompt, all of it),
+    `prompt_tree` every token. `schedule` holds for the estimates before anything has run; a policy that learns
     makes its own lengths with `new_lengths` and its own schedules from them.
     """
 

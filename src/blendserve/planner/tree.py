@@ -94,8 +94,8 @@ class PrefixTree:
         )
 
     def in_blocks(self, block_size: int) -> PrefixTree:
-        """The same leaves, sharing only what fills KV blocks: a prefix that ends inside a block spares an engine nothing
-        of it, so it is no reason to keep leaves together."""
+        """The same leaves, sharing only what fills KV blocks: no engine shares less, so that a prefix shorter than
+        a block is no reason to keep leaves together."""
         leaf_lcp = self.leaf_lcp // block_size * block_size
         return _with_inner_nodes(self.order, self.leaf_start, self.leaf_of, leaf_lcp, self.leaf_len)
 
