@@ -18,7 +18,7 @@ from blendserve.batchfile.extras import Abilities
 from blendserve.batchfile.schema import ServedModel
 from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.options import find_model, tell
-from blendserve.config import available_memory_bytes, usable_cores
+from blendserve.config import BLOCK_SIZE, available_memory_bytes, usable_cores
 from blendserve.cost import ModelCost
 from blendserve.engine.stats import RunStats
 from blendserve.errors import ConfigError
@@ -137,7 +137,8 @@ class VllmRun:
         """The order of `pending` on this device; on an A100 where nothing is open, as in front of replicas."""
         name = "unknown" if self._engine.engine is None else self._engine.api.device_name()
         cost = cost_model_of(self._model, CPU.name if self._is_cpu else name)
-        return plan_pending(pending, pending.table(), cost)
+        block_size = CPU_BLOCK_SIZE if self._is_cpu else BLOCK_SIZE
+        return plan_pending(pending, pending.table(), cost, block_size=block_size)
 
     def close(self) -> None:
         """Free what vLLM holds."""
