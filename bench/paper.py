@@ -162,7 +162,7 @@ def grid_section(outcomes: list[Outcome], out: Path) -> list[str]:
     path.write_text(heat_map(f"blend over NanoFlow-DFS, {experiment} (simulated)", columns, rows_of, cells))
     rows = []
     for density in densities:
-        keys = [(density, sharing) for sharing in sharings]
+        keys = [(density, sharing) for sharing in sharings if (density, sharing) in ours]
         published = paper.GRID_BY_DENSITY.get(density, "") if experiment == "grid BurstGPT" else ""
         means = [mean(values[key] for key in keys) for values in (ours, theirs, bounds)]
         rows.append((f"{density:.2f}", *means, published))
@@ -309,11 +309,15 @@ def write_csv(path: Path, outcomes: Iterable[Outcome]) -> list[Outcome]:
 
 
 def run_all(cells: list[Cell], scale: float, num_jobs: int) -> Iterator[Outcome]:
-    """All cells, in parallel, in their order."""
+    """All cells that can be, in parallel, in their order."""
     with multiprocessing.get_context("spawn").Pool(num_jobs) as pool:
-        for done, outcome in enumerate(pool.imap(partial(run_cell, scale=scale), cells), start=1):
+        done = zip(cells, pool.imap(partial(run_cell, scale=scale), cells), strict=True)
+        for count, (cell, outcome) in enumerate(done, start=1):
+            if isinstance(outcome, str):
+                print(f"\nleft out: {outcome}", file=sys.stderr)
+                continue
             yield outcome
-            print(f"\r{done}/{len(cells)} {outcome.cell.experiment} {outcome.cell.system:<20}", end="", file=sys.stderr)
+            print(f"\r{count}/{len(cells)} {cell.experiment} {cell.system:<20}", end="", file=sys.stderr)
     print(file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from paper_ablation import ABLATIONS
 
 from blendserve.disaggregated import simulate_disaggregated
+from blendserve.errors import ConfigError
 from blendserve.hardware import A100_80G
 from blendserve.models.known import known_model
 from blendserve.simulate import EngineKind, Machine, gpu_machine, simulate
@@ -100,15 +101,25 @@ def make_machine(cell: Cell, scale: float, engine: EngineKind) -> Machine:
     return gpu_machine(A100_80G, known_model(cell.model), engine=engine, tensor_parallel=degree).shrunk(scale)
 
 
-def run_cell(cell: Cell, scale: float) -> Outcome:
-    """Simulate one cell."""
-    workload = make_workload(cell, scale)
+def run_cell(cell: Cell, scale: float) -> Outcome | str:
+    """Simulate one cell; what is wrong with it where so few requests do not come to its density and sharing.
+
+    Requests that the KV memory of the model cannot hold at all are left out: the longest videos on Llama-2-7B.
+    """
+    try:
+        workload = make_workload(cell, scale)
+    except ConfigError as error:
+        return str(error)
     if cell.system not in SYSTEMS:
         return _run_disaggregated(cell, workload, scale)
     policy, engine = SYSTEMS[cell.system]
+    machine = make_machine(cell, scale, engine)
+    workload = workload.subset(
+        np.flatnonzero(workload.num_prompt_tokens + workload.num_output_tokens <= machine.capacity_tokens)
+    )
     result = simulate(
         workload,
-        make_machine(cell, scale, engine),
+        machine,
         policy,
         engine=engine,
         num_replicas=cell.num_replicas,

@@ -54,13 +54,15 @@ def lines(
 
 
 def heat_map(title: str, columns: Sequence[str], rows: Sequence[str], values: Mapping[tuple[str, str], float]) -> str:
-    """Cells by (row, column), from pale (least) to dark (most)."""
+    """Cells by (row, column), from pale (least) to dark (most); those without a value stay empty."""
     least, most = min(values.values()), max(values.values())
     parts = [_text(_LEFT, 20, title, size=14)]
     width, height = _PLOT_WIDTH / len(columns), _PLOT_HEIGHT / len(rows)
     for down, row in enumerate(rows):
         parts.append(_text(_LEFT - 6, _TOP + (down + 0.6) * height, row, anchor="end"))
         for across, column in enumerate(columns):
+            if (row, column) not in values:
+                continue
             value = values[row, column]
             weight = (value - least) / ((most - least) or 1)
             x, y = _LEFT + across * width, _TOP + down * height

@@ -145,7 +145,7 @@ def test_means_know_less_than_distributions(workload: Workload) -> None:
     means, distributions = (plan_workload(workload, MACHINE, kind).new_lengths() for kind in kinds)
     assert isinstance(means, MeanLengthModel)
     assert isinstance(distributions, LengthModel)
-    assert means.samples.tolist() == distributions.samples.tolist()
+    assert len(means.samples) <= len(distributions.samples) <= 2 * len(means.samples)
 
 
 def test_a_policy_may_be_given_instead_of_named(workload: Workload) -> None:

@@ -17,7 +17,9 @@ SCALE = 0.03
 
 def small(cell: Cell) -> Outcome:
     """The cell at a scale where it takes a second: videos are then so short that no blend is less dense than this."""
-    return run_cell(replace(cell, density=6.0, sharing=0.1), SCALE)
+    outcome = run_cell(replace(cell, density=6.0, sharing=0.1), SCALE)
+    assert isinstance(outcome, Outcome)
+    return outcome
 
 
 def test_every_table_of_the_evaluation_has_cells() -> None:
@@ -40,6 +42,13 @@ def test_every_table_of_the_evaluation_has_cells() -> None:
 def test_blend_serves_everything_with_any_ingredient_out(ablation: str) -> None:
     outcome = small(Cell("ablation", "blend", 0, 0, ablation=ablation))
     assert 0 < outcome.share_of_bound <= 1
+
+
+def test_a_blend_that_cannot_be_is_told_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [Cell("grid BurstGPT", "blend", 0.0001, 0.4)]
+    assert "density" in str(run_cell(cells[0], SCALE))
+    assert list(paper.run_all(cells, SCALE, 1)) == []
+    assert "left out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.lengths import LengthModel, MeanLengthModel
-from blendserve.planner.strata import choose_samples, find_strata
+from blendserve.planner.strata import choose_samples, find_strata, split_by_prompt
 from blendserve.planner.survival import SurvivalTable, hazards, make_edges
 from blendserve.planner.tree import PrefixTree
 
@@ -205,3 +205,26 @@ def test_known_lengths_are_not_among_the_unknown_ones() -> None:
     for model in (LengthModel(tree, table), MeanLengthModel(tree, table)):
         assert model.longest_unknown(rows_of(0)) == 0
         assert model.longest_unknown(rows_of(1)) > 0
+
+
+def test_long_prompts_that_finish_first_do_not_speak_for_short_ones() -> None:
+    """One prefix for all; prompts of 1000 tokens get long answers and are served first, those of 100 get short ones."""
+    prompts = np.repeat([100, 1000], 400)
+    tree = PrefixTree.from_sorted(np.arange(800), np.append(0, np.full(799, 50)), prompts)
+    table = RequestTable(prompts, np.full(800, 4096), np.full(800, -1))
+    lengths = np.where(prompts == 1000, 500, 5)
+    model = LengthModel(tree, table)
+    observed(model, lengths, np.union1d(model.samples, np.arange(400, 800)))
+    assert model.estimate(np.array([0]))[0] < 150
+    assert model.estimate(np.array([799]))[0] > 300
+
+
+def test_strata_are_split_by_prompts_where_parts_are_large() -> None:
+    prompts = np.concatenate([np.full(300, 100), np.full(300, 900), np.full(20, 5000)])
+    tree = PrefixTree.from_sorted(np.arange(620), np.append(0, np.full(619, 50)), prompts)
+    strata = split_by_prompt(find_strata(tree), prompts)
+    assert strata.parent.tolist() == [-1, 0, 0]
+    assert strata.level.tolist() == [0, 1, 1]
+    assert np.unique(strata.stratum_of[:300]).tolist() == [1]
+    assert np.unique(strata.stratum_of[300:600]).tolist() == [2]
+    assert np.unique(strata.stratum_of[600:]).tolist() == [0], "too few to say anything of their own"

@@ -12,7 +12,7 @@ import numpy as np
 
 from blendserve.cost import Floats
 from blendserve.planner.base import Int64s, RequestTable
-from blendserve.planner.strata import choose_samples, find_strata
+from blendserve.planner.strata import choose_samples, find_strata, split_by_prompt
 from blendserve.planner.survival import SurvivalTable, hazards, make_edges
 from blendserve.planner.tree import PrefixTree
 
@@ -40,7 +40,8 @@ class Lengths(Protocol):
 
 
 class LengthModel:
-    """A survival table per large subtree, shrunk towards its parent's, from finished and running requests.
+    """A survival table per large subtree, and in it per order of magnitude of prompts, from finished and running
+    requests, each shrunk towards its parent's.
 
     Estimates change in `refresh` only, so values read between two refreshes agree with each other.
     """
@@ -48,7 +49,7 @@ class LengthModel:
     def __init__(
         self, tree: PrefixTree, table: RequestTable, *, sample_rate: float = DEFAULT_SAMPLE_RATE, seed: int = 0
     ) -> None:
-        self.strata = find_strata(tree)
+        self.strata = split_by_prompt(find_strata(tree), table.num_prompt_tokens)
         self._known = table.known_output_tokens
         self._cap = np.where(self._known >= 0, self._known, np.maximum(table.max_output_tokens, 1))
         self.samples = choose_samples(tree, self.strata, self._known < 0, rate=sample_rate, seed=seed)

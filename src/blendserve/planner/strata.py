@@ -54,6 +54,27 @@ def find_strata(tree: PrefixTree, *, min_requests: int = MIN_STRATUM_REQUESTS) -
     return Strata(np.array(parent), np.array(level), stratum_of_leaf[tree.leaf_of])
 
 
+def split_by_prompt(strata: Strata, num_prompt_tokens: Int64s, *, min_requests: int = MIN_STRATUM_REQUESTS) -> Strata:
+    """Divide each stratum by the order of magnitude of its prompts (powers of two), where a part is large enough.
+
+    Requests are not served at random: long prompts come first, and where they have long answers, all that follow would
+    be taken for long ones too. Shapes: `num_prompt_tokens` int64[num_requests], by request index.
+    """
+    magnitude = np.log2(np.maximum(num_prompt_tokens, 1)).astype(np.int64)
+    parts, part_of, counts = np.unique(
+        np.stack([strata.stratum_of, magnitude], axis=1), axis=0, return_inverse=True, return_counts=True
+    )
+    above = parts[:, 0]
+    size = np.bincount(strata.stratum_of, minlength=len(strata))
+    is_own = (counts >= min_requests) & (counts <= MAX_CHILD_SHARE * size[above])
+    number = np.where(is_own, len(strata) + np.cumsum(is_own) - 1, above)
+    return Strata(
+        parent=np.concatenate([strata.parent, above[is_own]]),
+        level=np.concatenate([strata.level, strata.level[above[is_own]] + 1]),
+        stratum_of=number[part_of.ravel()],
+    )
+
+
 def choose_samples(
     tree: PrefixTree, strata: Strata, is_unknown: NDArray[np.bool_], *, rate: float, seed: int
 ) -> Int64s:
