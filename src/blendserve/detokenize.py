@@ -8,6 +8,7 @@ from __future__ import annotations
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.request import FinishReason, Request, TokenIds
 
+_MAX_CHARACTER_BYTES = 4
 _REPLACEMENT = "\ufffd"  # what `decode` gives for bytes that are not (yet) a character
 
 
@@ -22,25 +23,36 @@ class StopChecker:
         stops = request.sampling.stop
         if not stops or not len(output_token_ids):
             return None
-        tail = self._tail(output_token_ids, max(len(stop.encode("utf-8", "replace")) for stop in stops))
-        text = self._tokenizer.decode(tail)
+        tail, text = self._tail(output_token_ids, max(len(stop.encode("utf-8", "replace")) for stop in stops))
         if not any(stop in text for stop in stops):
             return None
         before = self._tokenizer.decode(tail[:-1])
         found = [(at, stop) for stop in stops if (at := find_new(text, before, stop)) >= 0]
         return min(found)[1] if found else None
 
-    def _tail(self, token_ids: TokenIds, num_bytes: int) -> list[int]:
-        """The last tokens, enough to hold `num_bytes` of text before the last of them.
+    def _tail(self, token_ids: TokenIds, num_bytes: int) -> tuple[list[int], str]:
+        """The last tokens, enough to hold `num_bytes` of text before the last of them, and their text.
 
         Every token that is not special holds at least one byte; one more keeps the first from losing its leading space.
+        Where the first begins inside a character, some decoders lose those after it too: it gets the bytes before it.
         """
+        tail: list[int] = []
+        text = ""
+        for num_tokens in range(num_bytes + 2, num_bytes + 2 + _MAX_CHARACTER_BYTES):
+            tail = self._last(token_ids, num_tokens)
+            text = self._tokenizer.decode(tail)
+            if not text.startswith(_REPLACEMENT):
+                break
+        return tail, text
+
+    def _last(self, token_ids: TokenIds, num_tokens: int) -> list[int]:
+        """The last tokens that are not special, and the latest whatever it is."""
         special = self._tokenizer.special_token_ids
         tail: list[int] = []
         for token_id in token_ids[::-1].tolist():
             if token_id not in special or not tail:
                 tail.append(token_id)
-            if len(tail) > num_bytes + 1:
+            if len(tail) == num_tokens:
                 break
         return tail[::-1]
 
