@@ -14,6 +14,7 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.schedule import Schedule
 
 DENSE_SHARE = 0.99
+"""Of the dense requests, who comes before the tail: the last subtrees may hold a few."""
 
 
 class WithoutBalance(BlendPolicy):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def native(tiny: Path, source: Path, output: Path, *extra: str) -> list[str]:
 
 
 def ray_sessions() -> set[str]:
-    return {str(path) for path in Path("/tmp/ray").glob("session_2*")}
+    return {str(path) for path in (Path(tempfile.gettempdir()) / "ray").glob("session_2*")}
 
 
 @pytest.fixture

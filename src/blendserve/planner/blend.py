@@ -279,7 +279,6 @@ class BlendPolicy:
         if num_waiting < LOOK_AGAIN * self._num_weighed:
             self._num_weighed = num_waiting
             self._longest_unknown = self._learner.lengths.longest_unknown(self._scanner.waiting())
-        self._scanner.peek_memory_end()
         known = self._schedule.expected_output_tokens[self._scanner.first_at_memory_end(NEXT_REQUESTS)]
         return max(self._longest_unknown, float(known.max(initial=0.0)))
 

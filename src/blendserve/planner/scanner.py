@@ -92,6 +92,7 @@ class DualScanner:
 
     def first_at_memory_end(self, count: int) -> list[int]:
         """The next `count` requests at the memory end, or as many as there are."""
+        self.peek_memory_end()
         requests: list[int] = []
         position = self._high
         while len(requests) < count and (position := self._waiting_at_or_before(position - 1)) >= self._low:
