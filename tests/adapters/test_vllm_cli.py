@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import queue
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,3 +213,32 @@ def test_releases_are_told_apart() -> None:
         False,
         False,
     ]
+
+
+class CoreElsewhere:
+    """The client of an engine in a process of its own, as far as a death concerns it."""
+
+    def __init__(self) -> None:
+        self.outputs_queue: queue.Queue[object] = queue.Queue()
+        self.resources = SimpleNamespace(engine_dead=False)
+
+
+def test_a_step_that_waits_for_a_dead_process_is_woken() -> None:
+    core = CoreElsewhere()
+    vllm_api.wake_on_death(core, interval_s=0.001)
+    with pytest.raises(queue.Empty):
+        core.outputs_queue.get(timeout=0.05)
+    core.resources.engine_dead = True
+    assert isinstance(core.outputs_queue.get(timeout=10.0), ConnectionError)
+
+
+def test_an_engine_that_is_dropped_is_watched_no_more() -> None:
+    core = CoreElsewhere()
+    before = set(threading.enumerate())
+    vllm_api.wake_on_death(core, interval_s=0.001)
+    (watch,) = set(threading.enumerate()) - before
+    del core
+    watch.join(timeout=10.0)
+    assert not watch.is_alive()
+    vllm_api.wake_on_death(object())
+    assert set(threading.enumerate()) == before

@@ -6,6 +6,8 @@ vLLM is imported when an engine is opened, never before: it takes seconds, and r
 from __future__ import annotations
 
 import gc
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -94,9 +96,11 @@ class InstalledVllm:
                 pass
 
         try:
-            return LLMEngine.from_engine_args(EngineArgs(**arguments), stat_loggers=[Recorder])
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments), stat_loggers=[Recorder])
         except (TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
             raise ConfigError(f"vLLM refuses these settings: {without_secrets(str(error), arguments)}") from None
+        wake_on_death(engine.engine_core)
+        return engine
 
     def close_engine(self, engine: Any) -> None:
         """Stop the engine and free what it holds, so that another may be opened."""
@@ -153,6 +157,28 @@ class InstalledVllm:
         if isinstance(error, getattr(vllm.exceptions, "VLLMClientError", ())):
             return False
         return not isinstance(error, ValueError | TypeError | NotImplementedError | OverflowError)
+
+
+def wake_on_death(core: Any, interval_s: float = 0.5) -> None:
+    """Have a step that waits for an engine in a process of its own raise once that process is gone.
+
+    vLLM notices the death and takes its sockets down, but leaves who waits for outputs waiting for good (0.32). So a
+    thread looks at its flag every `interval_s` seconds and puts an error where the outputs come from. It ends with the
+    engine; where the engine runs in this process there is none.
+    """
+    outputs, resources = getattr(core, "outputs_queue", None), getattr(core, "resources", None)
+    if outputs is None or resources is None:
+        return
+    is_dropped = threading.Event()
+    weakref.finalize(core, is_dropped.set)
+
+    def watch() -> None:
+        while not is_dropped.wait(interval_s):
+            if resources.engine_dead:
+                outputs.put(ConnectionError("the process of vLLM's engine is gone"))
+                return
+
+    threading.Thread(target=watch, daemon=True, name="vllm-death-watch").start()
 
 
 def is_secret(name: str) -> bool:
