@@ -299,6 +299,13 @@ void overlap_is_for_steps_where_it_pays() {
   CHECK(overlap_pays(balanced, rates, options));
   CHECK(!overlap_pays(prefill, rates, options));
   CHECK(!overlap_pays(decode, rates, options));  // reading the weights again costs more
+  options.weight_bytes_per_s = 1e15;
+  CHECK(overlap_pays(decode, rates, options));
+  // 2 x 10 ms for the weights; from 20 ms of arithmetic on, which is 17 rows, they are hidden twice.
+  options.weight_bytes_per_s = 20e9;
+  const StepWork few = {8, 20'000, 0}, many = {20, 20'000, 0};
+  CHECK(!overlap_pays(few, rates, options));
+  CHECK(overlap_pays(many, rates, options));
   options.compute_delay = options.memory_delay = 1.0;
   CHECK(!overlap_pays(balanced, rates, options));
   options.mode = OverlapMode::kOn;

@@ -76,9 +76,9 @@ def _off_and_on(probe: Probe, num_prompt_tokens: int, cost: OverlapCost) -> tupl
     return off, probe.mixed(num_prompt_tokens)
 
 
-def best_overlap(trials: Sequence[OverlapTrial], weights_again_s: float) -> OverlapCost:
+def best_overlap(trials: Sequence[OverlapTrial], weights_s: float) -> OverlapCost:
     """The setting of the least time over all mixes, with its interference: the delays that explain its steps best, what
-    reading the weights twice costs apart. SEQUENTIAL where no mix gains."""
+    reading the weights twice costs apart. SEQUENTIAL where no mix gains. `weights_s`: reading them once."""
     by_cost: dict[OverlapCost, list[OverlapTrial]] = {}
     for trial in trials:
         by_cost.setdefault(trial.cost, []).append(trial)
@@ -87,7 +87,9 @@ def best_overlap(trials: Sequence[OverlapTrial], weights_again_s: float) -> Over
         return replace(cost, interference=SEQUENTIAL)
 
     def delay(trial: OverlapTrial, hidden_s: float) -> float:
-        saved_s = max(0.0, trial.off_s - trial.on_s + weights_again_s)
+        compute_s = trial.off_s - trial.memory_s
+        again_s = 2 * max(compute_s / 2, weights_s) - max(compute_s, weights_s)
+        saved_s = max(0.0, trial.off_s - trial.on_s + again_s)
         return min(1.0, max(0.0, 1 - saved_s / hidden_s))
 
     delays = [
