@@ -10,11 +10,12 @@ import pytest
 from tiny_models import tiny_spec
 
 from blendserve.calibrate import Spread, calibrate, thread_counts
+from blendserve.calibration import Calibration, load_calibration
 from blendserve.cli import main
 from blendserve.cli.calibrate import describe
 from blendserve.config import available_memory_bytes
 from blendserve.cost import ModelCost
-from blendserve.hardware import SEQUENTIAL, Calibration, Interference, load_calibration
+from blendserve.hardware import SEQUENTIAL, Interference
 from blendserve.probe import Effort, Probe, rounds_within
 from blendserve.session import cost_of
 

@@ -13,9 +13,9 @@ from oracles import shared_prefix
 from report_pages import PageFacts
 from tiny_files import tiny_directory
 
+from blendserve.calibration import Calibration
 from blendserve.cli import main
 from blendserve.config import BLOCK_SIZE
-from blendserve.hardware import Calibration
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_tokenizer
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from blendserve.calibrate_overlap import CONTEXT, OverlapTrial, best_overlap, measure_overlap
+from blendserve.calibration import Calibration, machine_name
 from blendserve.config import BYTES_PER_WEIGHT, Dtype, available_memory_bytes
 from blendserve.cost import ModelCost
-from blendserve.hardware import Calibration, machine_name
 from blendserve.models.known import SMOLLM2_135M
 from blendserve.models.spec import ModelSpec
 from blendserve.probe import Clock, Effort, Probe, Work, median, rounds_within

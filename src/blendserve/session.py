@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 from blendserve.batchfile.store import PendingRequests
+from blendserve.calibration import matching_calibration
 from blendserve.config import (
     BLOCK_SIZE,
     BYTES_PER_WEIGHT,
@@ -25,7 +26,7 @@ from blendserve.engine.loop import EngineLoop
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import StepTrace
-from blendserve.hardware import OverlapCost, Peaks, matching_calibration
+from blendserve.hardware import OverlapCost, Peaks
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
 from blendserve.planner.base import RequestTable

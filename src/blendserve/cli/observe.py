@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from blendserve._native import op_names
+from blendserve.calibration import machine_name
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.errors import ConfigError
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import MAX_SPANS, StepTrace
-from blendserve.hardware import machine_name
 from blendserve.planner.plan import Plan
 from blendserve.process import peak_rss_bytes, process_age_s
 from blendserve.report.measured import MeasuredRun

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from blendserve.calibration import load_calibration
 from blendserve.cli.options import positive_integer, tell
 from blendserve.config import cache_dir
 from blendserve.cost import ModelCost
 from blendserve.errors import CapacityError, ConfigError
-from blendserve.hardware import HARDWARE_BY_NAME, SEQUENTIAL, known_hardware, load_calibration
+from blendserve.hardware import HARDWARE_BY_NAME, SEQUENTIAL, known_hardware
 from blendserve.models.hub import DEFAULT_MODEL, DESCRIPTION_PATTERNS, ModelFiles, resolve
 from blendserve.models.known import MODEL_BY_NAME
 from blendserve.models.load import load_tokenizer
