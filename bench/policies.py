@@ -1,7 +1,8 @@
 """Policies side by side on the native engine: `blendserve run` on whole blended files, the entrants in turn.
 
 An entrant is a policy with operators overlapping or not, as in `blend`, `dfs` or `fcfs/off`. Reports the run (parsing,
-planning, running and writing; loading the model apart), prefix sharing against the most possible, scheduling share.
+planning, running and writing; loading the model apart), prefix sharing against the most possible, scheduling share, and
+balance: 1 where every step mixes compute and memory as the whole run does.
 
     python bench/policies.py --questions PATH/mmlu_questions.jsonl --repeats 2
 """
@@ -23,12 +24,13 @@ from blendserve.planner.tree import PrefixTree
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One whole run. `sharing` is the share of prompt tokens that needed no computation; `neighbours` the share of the
-    machine that other processes took meanwhile."""
+    machine that other processes took meanwhile. `balance` is that of `RunStats`."""
 
     entrant: str
     elapsed_s: float
     sharing: float
     scheduling_share: float
+    balance: float
     num_preemptions: int
     num_steps: int
     neighbours: float
@@ -98,6 +100,7 @@ def outcome_of(entrant: str, summary: dict[str, Any], used: common.CpuUse) -> Ou
         elapsed_s=summary["makespan_s"] - summary["load_s"],
         sharing=summary["num_cached_tokens"] / summary["num_prompt_tokens"],
         scheduling_share=summary["scheduling_share"],
+        balance=summary["balance"],
         num_preemptions=summary["num_preemptions"],
         num_steps=summary["num_steps"],
         neighbours=used.stolen_s / max(used.busy_s + used.stolen_s, 1e-9),
@@ -120,13 +123,14 @@ def table(entrants: list[str], outcomes: list[Outcome], most_sharing: float) -> 
                 f"{last.sharing:.3f}",
                 f"{last.sharing / most_sharing:.1%}" if most_sharing else "-",
                 f"{last.scheduling_share:.2%}",
+                f"{last.balance:.2f}",
                 str(last.num_preemptions),
                 str(last.num_steps),
                 f"{max(run.neighbours for run in runs):.0%}",
             ]
         )
-    header = ["", "seconds", f"against {entrants[0]}", "sharing", "of the most", "scheduling", "preempted", "steps"]
-    return common.table([*header, "stolen"], rows)
+    measured = ["seconds", f"against {entrants[0]}", "sharing", "of the most", "scheduling", "balance"]
+    return common.table(["", *measured, "preempted", "steps", "stolen"], rows)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def test_the_summary_as_json(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert summary["num_succeeded"] == 2
     assert summary["num_prompt_tokens"] > 0
     assert 0 <= summary["scheduling_share"] <= 1
+    assert 0 < summary["balance"] <= 1
     assert captured.err == ""
 
 

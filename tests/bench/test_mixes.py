@@ -73,6 +73,7 @@ def test_speedups_of_policies_are_over_the_first_entrant() -> None:
             "num_cached_tokens": 30,
             "num_prompt_tokens": 100,
             "scheduling_share": 0.01,
+            "balance": 0.87,
             "num_preemptions": 0,
             "num_steps": 7,
         }
@@ -81,6 +82,7 @@ def test_speedups_of_policies_are_over_the_first_entrant() -> None:
     table = policies.table(["fcfs/off", "blend"], [outcome("fcfs/off", 9.0), outcome("blend", 6.0)], 0.4)
     assert "1.50 (1.50..1.50)x" in table
     assert "75.0%" in table
+    assert "0.87" in table
     assert "10%" in table
 
 

@@ -64,10 +64,10 @@ def test_shares_and_balance_by_hand() -> None:
     assert apart.elapsed_s == pytest.approx(2.1)
     assert apart.compute_share == pytest.approx(1.0 / 2.1)
     assert apart.memory_share == pytest.approx(0.5 / 2.1)
-    assert apart.balance == 0.0
-    assert measured([(0.6, 0.2), (0.3, 0.1)]).balance == pytest.approx(1.0)
-    assert measured([(0.6, 0.2), (0.2, 0.2)]).balance == pytest.approx(0.25 + 0.5)
-    assert measured([]).balance == measured([]).compute_share == measured([(0.0, 0.0)]).balance == 0.0
+    assert apart.stats.balance == 0.0
+    assert measured([(0.6, 0.2), (0.3, 0.1)]).stats.balance == pytest.approx(1.0)
+    assert measured([(0.6, 0.2), (0.2, 0.2)]).stats.balance == pytest.approx(0.25 + 0.5)
+    assert measured([]).stats.balance == measured([]).compute_share == measured([(0.0, 0.0)]).stats.balance == 0.0
 
 
 def test_the_page_shows_the_run_and_loads_nothing() -> None:

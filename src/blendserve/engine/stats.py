@@ -109,6 +109,19 @@ class RunStats:
         """Part of the tokens brought in by admissions that the prefix cache already had (or was about to have)."""
         return self.num_cached_tokens / self.num_admitted_tokens if self.num_admitted_tokens else 0.0
 
+    @property
+    def balance(self) -> float:
+        """How far every step mixes the two resources as the whole run does: 1 where all do, 0 where none uses both.
+
+        The sum over steps of the lesser of the step's parts of all compute and of all memory work; 0 where the executor
+        does not tell them apart.
+        """
+        steps = self.steps.columns()
+        compute, memory = steps["compute_s"], steps["memory_s"]
+        if not compute.sum() or not memory.sum():
+            return 0.0
+        return float(np.minimum(compute / compute.sum(), memory / memory.sum()).sum())
+
     def add_scheduling(self, seconds: float, *, has_step: bool) -> None:
         """Count what the loop did around one step, or what it did without one."""
         self.scheduling_s += seconds

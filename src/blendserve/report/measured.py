@@ -59,18 +59,6 @@ class MeasuredRun:
         """Mean share of the peak rate of memory."""
         return float(self.steps()["memory_s"].sum()) / self.elapsed_s if self.num_steps else 0.0
 
-    @property
-    def balance(self) -> float:
-        """How far every step mixes the two resources as the whole run does: 1 where all do, 0 where none uses both.
-
-        The sum over steps of the lesser of the step's parts of all compute and of all memory work.
-        """
-        steps = self.steps()
-        compute, memory = steps["compute_s"], steps["memory_s"]
-        if not compute.sum() or not memory.sum():
-            return 0.0
-        return float(np.minimum(compute / compute.sum(), memory / memory.sum()).sum())
-
     def steps(self) -> dict[str, Floats]:
         """The step log on the wall clock: a step lasts from the end of the one before it to its own."""
         columns = {name: values[: self.num_steps] for name, values in self.stats.steps.columns().items()}

@@ -66,7 +66,7 @@ def _tiles(run: MeasuredRun) -> Html:
         ),
         ("Compute", format_share(run.compute_share), f"of peak: {flop_per_s / 1e9:.0f} GFLOP/s"),
         ("Memory", format_share(run.memory_share), f"of peak: {bytes_per_s / 1e9:.1f} GB/s"),
-        ("Balance", f"{run.balance:.2f}", "1: every step mixes both as the whole run does"),
+        ("Balance", f"{stats.balance:.2f}", "1: every step mixes both as the whole run does"),
         ("Prefix sharing", format_share(_sharing(run)), _best_sharing(run)),
         ("KV memory", format_share(stats.max_kv_tokens / max(1, stats.capacity_tokens)), "used at the peak"),
     ]

@@ -89,6 +89,7 @@ def _stats_fields(stats: RunStats) -> dict[str, Any]:
         "scheduling_share": stats.scheduling_share,
         "scheduling_mean_s": stats.mean_scheduling_s,
         "scheduling_p99_s": stats.p99_scheduling_s,
+        "balance": stats.balance,
         "num_preemptions": stats.num_preemptions,
         "max_running": stats.max_running,
         "kv_peak": _kv_peak(stats),
