@@ -49,7 +49,9 @@ void NanoBatchSplit::find_reader(const StepInput& input, int32_t index) {
     const uint64_t writer = writer_by_block_[static_cast<size_t>(blocks[b])];
     if (writer >> 32 != step_ || (writer & 0xffffffffu) == at) continue;
     is_reader = true;
-    if ((writer & 0xffffffffu) > at) is_out_of_order_ = true;
+    const auto writer_index = static_cast<size_t>(writer & 0xffffffffu);
+    // A writer of one token is among those that may go to the second part, its reader in the first.
+    if (writer_index > at || input.num_scheduled_tokens[writer_index] == 1) is_out_of_order_ = true;
   }
   has_reader_ = has_reader_ || is_reader;
   work_.num_rows += num_tokens;

@@ -28,7 +28,7 @@ class NanoBatchSplit {
   // The whole step as one part.
   void keep_whole(const StepInput& input);
   // Two parts: half of what decodes read and half of the rows each. False where the step cannot be split: an entry
-  // reads what a later one writes.
+  // reads what a later one writes, or one that computes a single token.
   bool split(const StepInput& input);
 
   std::span<const BatchPart> parts(int nano_batch) const { return parts_[static_cast<size_t>(nano_batch)]; }
@@ -48,7 +48,7 @@ class NanoBatchSplit {
   uint64_t step_ = 0;
   StepWork work_;
   bool has_reader_ = false;       // an entry reads what an earlier one writes
-  bool is_out_of_order_ = false;  // or a later one
+  bool is_out_of_order_ = false;  // or a later one, or one that goes anywhere
   bool is_second_after_first_ = false;
 };
 

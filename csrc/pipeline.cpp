@@ -1,27 +1,10 @@
 #include "pipeline.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
 
 #include "waiting.h"
+
 namespace blendserve {
-double g_t[8][8];
-long g_n[8][8];
-static double tick() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-void dump_pipeline(int threads, int steps) {
-  for (int w = 0; w < threads; w++) {
-    if (steps < 1000) std::printf("\n  w%d:", w);
-    const char* n[] = {"comp+pf", "comp", "mem held", "mem alone", "idle", "left", "runs"};
-    for (int i = 0; i < 7; i++) {
-      if (steps < 1000) std::printf(" %s %.2fms/%ld", n[i], g_t[w][i] * 1e3 / steps, g_n[w][i] / steps);
-      g_t[w][i] = 0;
-      g_n[w][i] = 0;
-    }
-  }
-}
 namespace {
 
 // The word of a chain: number of the op << 33 | is it of class memory << 32 | unclaimed tiles.
@@ -51,7 +34,7 @@ void Pipeline::run(Chains& chains, int num_chains) noexcept {
   chains_ = &chains;
   num_chains_ = num_chains;
   num_running_.store(num_chains, std::memory_order_relaxed);
-  num_memory_workers_.store(0, std::memory_order_relaxed);
+  num_lanes_taken_.store(0, std::memory_order_relaxed);
   for (int chain = 0; chain < num_chains; ++chain) {
     Chain& state = state_[static_cast<size_t>(chain)];
     state.num_done.store(0, std::memory_order_relaxed);
@@ -68,16 +51,10 @@ void Pipeline::work(int worker) {
     if (claim_compute(claim)) {
       run_compute_tile(claim, worker);
     } else if (claim_memory(claim)) {
-      double t0 = tick();
       run_tile(claim, worker, nullptr);
-      g_t[worker][3] += tick() - t0;
-      g_n[worker][3]++;
     } else {
       if (num_running_.load(std::memory_order_acquire) == 0) return;
-      double t0 = tick();
       wait_until(events_, team_.spins(), [seen](uint32_t now) { return now != seen; });
-      g_t[worker][4] += tick() - t0;
-      g_n[worker][4]++;
     }
   }
 }
@@ -89,13 +66,22 @@ void Pipeline::run_compute_tile(const Claim& compute, int worker) {
   Worker& mine = workers_[static_cast<size_t>(worker)];
   const int64_t max_runs = std::min(capacity, static_cast<int64_t>(mine.runs.size()));
   int64_t num_runs = chains_->list_next_runs(compute.chain, compute.op, compute.tile, mine.runs.data(), max_runs);
-  const bool has_lane = num_memory_workers_.fetch_add(1, std::memory_order_relaxed) < options_.memory_lanes;
+  const bool has_lane = take_lane();
   if (has_lane) num_runs = take_memory_tiles(mine, num_runs, max_runs);
   PrefetchRuns runs = {mine.runs.data(), mine.runs.data() + num_runs, options_.step_bytes};
   run_tile(compute, worker, num_runs > 0 ? &runs : nullptr);
   for (const Claim& held : mine.memory_tiles) run_tile(held, worker, nullptr);
   mine.memory_tiles.clear();
-  num_memory_workers_.fetch_sub(1, std::memory_order_relaxed);
+  if (has_lane) num_lanes_taken_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+// False where so many workers hold memory tiles that more would only wait for memory.
+bool Pipeline::take_lane() {
+  int taken = num_lanes_taken_.load(std::memory_order_relaxed);
+  while (taken < options_.memory_lanes) {
+    if (num_lanes_taken_.compare_exchange_weak(taken, taken + 1, std::memory_order_relaxed)) return true;
+  }
+  return false;
 }
 
 // Takes memory tiles as long as another one like the last fits into what can be fetched. Returns the number of runs.

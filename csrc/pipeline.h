@@ -89,6 +89,7 @@ class Pipeline {
   bool claim(int chain, TileClass tile_class, Claim& claim);
   bool claim_compute(Claim& claim);
   bool claim_memory(Claim& claim);
+  bool take_lane();
   int64_t take_memory_tiles(Worker& mine, int64_t num_runs, int64_t max_runs);
   void run_compute_tile(const Claim& compute, int worker);
   void run_tile(const Claim& claim, int worker, PrefetchRuns* runs);
@@ -104,7 +105,7 @@ class Pipeline {
   std::array<Chain, kNumChains> state_;
   alignas(64) std::atomic<uint32_t> events_{0};  // ops published and chains ended
   alignas(64) std::atomic<int> num_running_{0};  // chains that have not ended
-  alignas(64) std::atomic<int> num_memory_workers_{0};
+  alignas(64) std::atomic<int> num_lanes_taken_{0};
   std::vector<Worker> workers_;
 };
 

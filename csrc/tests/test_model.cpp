@@ -1,6 +1,7 @@
 // Whole steps of a tiny random model: the same bits whatever is computed beside a sequence, in whatever chunks, on any
 // number of threads. That the arithmetic is the model's is tests/executors' business, against the NumPy reference.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -268,6 +269,41 @@ void run_all_kinds_of_steps(Run& run) {
   run.step({{3, 1}});
 }
 
+// One token completes blocks that a prompt in the same step reads, beside a longer decode.
+void complete_blocks_for_a_reader(Run& run) {
+  for (int64_t b = 0; b < 4; ++b) run.block(2, b) = run.block(1, b);
+  for (int64_t i = 0; i < 64; ++i) run.token(2, i) = run.token(1, i);
+  run.skip(2, 64);
+  run.step({{0, 200}, {1, 63}});
+  run.step({{0, 1}, {1, 1}, {2, 80}});
+}
+
+void overlap_that_cannot_be_is_refused() {
+  Run run({Isa::kPortable}, kPlain, 1);
+  for (const auto& [chunk, flop, step] : {std::array<int64_t, 3>{0, 1, 1}, {1, 0, 1}, {1, 1, 0}, {1, 1, 65}}) {
+    OverlapOptions overlap;
+    overlap.chunk_bytes = chunk;
+    overlap.tile_flop = flop;
+    overlap.step_bytes = step;
+    CHECK(test::throws<std::invalid_argument>([&] { run.model().set_overlap(overlap); }));
+  }
+}
+
+void overlap_reads_only_what_is_written() {
+  OverlapOptions overlap;
+  overlap.mode = OverlapMode::kOn;
+  on_each_format([&](MatmulFormat format) {
+    Run apart(format, kPlain, 1);
+    complete_blocks_for_a_reader(apart);
+    for (const int num_threads : {1, 2, 5}) {
+      Run run(format, kPlain, num_threads);
+      run.model().set_overlap(overlap);
+      complete_blocks_for_a_reader(run);
+      CHECK(run.results() == apart.results(), name_of(format), " on ", num_threads, " threads");
+    }
+  });
+}
+
 void overlap_changes_no_bit() {
   OverlapOptions overlap;
   overlap.mode = OverlapMode::kOn;
@@ -430,6 +466,8 @@ int main() {
   RUN(shared_blocks_of_one_step_are_read_after_they_are_written);
   RUN(shared_prefixes_are_read_once_without_a_difference);
   RUN(overlap_changes_no_bit);
+  RUN(overlap_reads_only_what_is_written);
+  RUN(overlap_that_cannot_be_is_refused);
   RUN(overlap_is_for_steps_where_it_pays);
   RUN(logits_agree_with_steps);
   RUN(one_poisoned_sequence_spares_the_others);

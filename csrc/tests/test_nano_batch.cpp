@@ -133,6 +133,19 @@ void readers_do_not_go_before_writers() {
   for (const BatchPart& part : split.parts(0)) CHECK(part.index != 2);
 }
 
+// The last token of a prompt looks like a decode, which may go to the second part; who reads what it writes must not
+// be in the first.
+void a_reader_of_what_a_single_token_completes_keeps_the_step_whole() {
+  NanoBatchSplit split(kLimits);
+  Plan plan;
+  plan.add(1, 200);  // a decode
+  plan.add(1, 63);   // completes four blocks
+  plan.add(80, 64);  // reads them
+  for (int64_t b = 0; b < 4; ++b) plan.block(2, b) = plan.block(1, b);
+  split.look_at(plan.input());
+  CHECK(!split.split(plan.input()));
+}
+
 void a_reader_before_its_writer_keeps_the_step_whole() {
   NanoBatchSplit split(kLimits);
   Plan plan;
@@ -159,5 +172,6 @@ int main() {
   RUN(decodes_alone_need_no_order);
   RUN(one_row_cannot_be_split);
   RUN(readers_do_not_go_before_writers);
+  RUN(a_reader_of_what_a_single_token_completes_keeps_the_step_whole);
   RUN(a_reader_before_its_writer_keeps_the_step_whole);
 }

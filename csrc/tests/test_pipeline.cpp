@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -61,6 +62,13 @@ class FakeChains final : public Chains {
     CHECK(num_ended_[at(chain)].load() == op);
     CHECK(worker >= 0);
     if (ops_[at(chain)][at(op)].tile_class == TileClass::kMemory) CHECK(runs == nullptr);
+    if (spins_ > 0 && runs != nullptr && runs->left() > 1) {  // more than the next tile's: memory tiles are held
+      const int holders = ++num_holders_;
+      for (int most = most_holders_; holders > most && !most_holders_.compare_exchange_weak(most, holders);) {
+      }
+    }
+    for (int i = 0; i < spins_ && ops_[at(chain)][at(op)].num_fetched > 0; ++i) std::this_thread::yield();
+    if (spins_ > 0 && runs != nullptr && runs->left() > 1) --num_holders_;
     if (runs != nullptr) {
       CHECK(runs->left() <= ops_[at(chain)][at(op)].num_fetched);
       num_fetched_ += runs->left();
@@ -74,18 +82,26 @@ class FakeChains final : public Chains {
     num_ended_[at(chain)].store(op + 1);
   }
   int64_t list_runs(int, int64_t, int64_t, const uint16_t** runs, int64_t max_runs) const override {
+    ++num_held_;
     const int64_t count = max_runs < 3 ? max_runs : 3;
     for (int64_t i = 0; i < count; ++i) runs[i] = nullptr;
     return count;
   }
 
+  // Compute tiles then last for so many turns of other threads.
+  void slow_down(int spins) { spins_ = spins; }
   bool is_done(int chain) const { return num_ended_[at(chain)].load() == num_ops(chain); }
   int64_t num_fetched() const { return num_fetched_.load(); }
+  int num_held() const { return num_held_.load(); }
+  int most_holders() const { return most_holders_.load(); }
 
  private:
   static size_t at(int64_t i) { return static_cast<size_t>(i); }
 
   std::vector<FakeOp> ops_[2];
+  int spins_ = 0;
+  mutable std::atomic<int> num_held_{0};
+  std::atomic<int> num_holders_{0}, most_holders_{0};
   std::vector<std::unique_ptr<std::atomic<int>[]>> runs_[2];
   std::atomic<int64_t> num_ended_[2] = {0, 0};
   std::atomic<int64_t> num_fetched_{0};
@@ -155,6 +171,22 @@ void memory_tiles_are_fetched_beside_compute_tiles() {
   CHECK(chains.num_fetched() == 20 + 4 * 3, chains.num_fetched());
 }
 
+// Workers that get no lane do not keep those that would from getting one.
+void lanes_limit_who_holds_memory_tiles() {
+  for (const int num_threads : {2, 4, 12}) {
+    for (const int lanes : {1, num_threads / 2, num_threads}) {
+      ThreadTeam team(num_threads);
+      Pipeline pipeline(team, {4096, 48, lanes});
+      FakeChains chains({{1}, {400, TileClass::kMemory}}, {{400, TileClass::kCompute, 1, 8}});
+      chains.slow_down(50);
+      pipeline.run(chains, 2);
+      CHECK(chains.most_holders() <= lanes, num_threads, " threads, ", lanes, " lanes: ", chains.most_holders());
+      CHECK(chains.num_held() >= 400 / num_threads / 2, num_threads, " threads, ", lanes,
+            " lanes: ", chains.num_held());
+    }
+  }
+}
+
 void a_run_never_allocates() {
   ThreadTeam team(3);
   Pipeline pipeline(team, {4096, 48, 0});
@@ -173,5 +205,6 @@ int main() {
   RUN(chains_may_have_nothing_to_do);
   RUN(one_chain_runs_op_by_op);
   RUN(memory_tiles_are_fetched_beside_compute_tiles);
+  RUN(lanes_limit_who_holds_memory_tiles);
   RUN(a_run_never_allocates);
 }
