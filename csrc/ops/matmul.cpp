@@ -215,8 +215,22 @@ void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t 
 int64_t num_prefetch_runs([[maybe_unused]] MatmulFormat format, [[maybe_unused]] const MatmulTile& tile,
                           [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t step_bytes) {
 #if defined(__x86_64__)
-  if (format.dtype == Dtype::kBf16 && format.isa != Isa::kPortable && format.isa != Isa::kAvx512Bf16) {
-    return kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
+  const bool is_int8 = format.dtype == Dtype::kInt8;
+  switch (format.isa) {
+    case Isa::kAvx2:
+      return is_int8 ? kernels::num_prefetch_runs_int8_avx2(tile, k, step_bytes)
+                     : kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
+    case Isa::kAvxVnni:
+      return is_int8 ? kernels::num_prefetch_runs_int8_avxvnni(tile, k, step_bytes)
+                     : kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
+    case Isa::kAvx512Vnni:
+      return is_int8 ? kernels::num_prefetch_runs_int8_avx512vnni(tile, k, step_bytes)
+                     : kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
+    case Isa::kAvx512Bf16:
+      return is_int8 ? kernels::num_prefetch_runs_int8_avx512vnni(tile, k, step_bytes)
+                     : kernels::num_prefetch_runs_avx512bf16(tile, k, step_bytes);
+    default:
+      break;
   }
 #endif
   return 0;
@@ -224,7 +238,7 @@ int64_t num_prefetch_runs([[maybe_unused]] MatmulFormat format, [[maybe_unused]]
 
 void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias,
                  bool accumulate, float* y, int64_t ldy, PrefetchRuns* runs) {
-  if (w.dtype() == Dtype::kInt8) return kernels::int8_tile(packed_x, w, tile, bias, accumulate, y, ldy);
+  if (w.dtype() == Dtype::kInt8) return kernels::int8_tile(packed_x, w, tile, bias, accumulate, y, ldy, runs);
   const kernels::TileArgs args{packed_x, w.data(), w.k(), tile, bias, accumulate, y, ldy, runs};
   switch (w.isa()) {
 #if defined(__x86_64__)

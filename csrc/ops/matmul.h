@@ -101,7 +101,8 @@ struct MatmulTile {
   int64_t row_begin, row_end, col_begin, col_end;
 };
 // Memory that a matmul fetches into L2 beside its own work: runs of kPrefetchRunBytes, taken from the front as far as
-// the tile has steps of two k for them, each of which asks for the next `step_bytes` (up to a line).
+// the tile has steps (of two k in bf16, of four in int8) for them, each of which asks for the next `step_bytes` (up to
+// a line).
 inline constexpr int64_t kPrefetchRunBytes = 1024;
 struct PrefetchRuns {
   const uint16_t* const* begin = nullptr;

@@ -37,9 +37,6 @@ struct Block {
   int64_t run_steps = 0;
 };
 
-// Steps of two k that one run of prefetches takes.
-int64_t run_steps(int64_t step_bytes) { return ceil_div(kPrefetchRunBytes, step_bytes); }
-
 template <int kRows, int kVectors>
 [[gnu::always_inline]] inline void load_sums(const Block& b, __m256 (&sums)[kRows][kVectors]) {
 #pragma GCC unroll 6

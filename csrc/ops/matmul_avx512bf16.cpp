@@ -20,8 +20,11 @@ struct Block {
   int64_t num_pairs;
   float* y;
   int64_t ldy;
-  bool is_loaded;     // start from y instead of 0
-  const float* bias;  // added last; may be null
+  bool is_loaded;               // start from y instead of 0
+  const float* bias;            // added last; may be null
+  const uint16_t* const* runs;  // to be fetched, the next one every `run_steps` pairs; null for none
+  int64_t run_steps;
+  int64_t prefetch_step;  // elements, per pair
 };
 
 template <int kRows, int kPanels>
@@ -37,7 +40,16 @@ void kernel(const Block& b) {
   }
   const uint16_t* x = b.x;
   const uint16_t* w = b.w;
+  const uint16_t* const* runs = b.runs;
+  const uint16_t* prefetch = w;
+  int64_t pairs_to_run = 0;
   for (int64_t pair = 0; pair < b.num_pairs; ++pair) {
+    if (runs != nullptr && pairs_to_run-- == 0) {
+      prefetch = *runs++;
+      pairs_to_run = b.run_steps - 1;
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(prefetch), _MM_HINT_T1);
+    prefetch += b.prefetch_step;
     __m512bh weights[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -114,12 +126,22 @@ void run(const Block& b, int64_t num_rows, int64_t num_panels) {
 
 }  // namespace
 
+// Every panel of rows but the first, on every panel of columns; none of three rows or fewer.
+int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+  const int64_t num_rows = tile.row_end - tile.row_begin;
+  const int64_t last = (num_rows - 1) % kRowPanel + 1;
+  const int64_t num_others = ceil_div(num_rows, kRowPanel) - (panels_at_once(last) > 1 ? 2 : 1);
+  const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kPanel);
+  return num_others < 1 ? 0 : num_others * num_panels * ceil_div(round_up(k, 2) / 2, run_steps(step_bytes));
+}
+
 void tile_avx512bf16(const TileArgs& a) {
   const int64_t num_k = round_up(a.k, 2);
   const int64_t panel_stride = num_k * kPanel;
   const MatmulTile& t = a.tile;
   // Strips as wide as the kernel of the last, shortest row panel; all row panels visit a strip while its weights are
   // near.
+  const int64_t num_runs = a.runs != nullptr ? ceil_div(num_k / 2, run_steps(a.runs->step_bytes)) : 0;
   const int64_t strip = panels_at_once((t.row_end - t.row_begin - 1) % kRowPanel + 1) * kPanel;
   for (int64_t begin = t.col_begin; begin < t.col_end; begin += strip) {
     const int64_t end = min64(begin + strip, t.col_end);
@@ -128,6 +150,9 @@ void tile_avx512bf16(const TileArgs& a) {
       const int64_t step = min64(panels_at_once(num_rows) * kPanel, strip);
       for (int64_t col = begin; col < end; col += step) {
         const int64_t num_columns = min64(step, end - col);
+        // The first rows wait for their weights.
+        const bool can_fetch =
+            num_runs > 0 && row > t.row_begin && panels_at_once(num_rows) == 1 && a.runs->left() >= num_runs;
         const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
                       .w = a.w + col / kPanel * panel_stride,
                       .panel_stride = panel_stride,
@@ -135,7 +160,10 @@ void tile_avx512bf16(const TileArgs& a) {
                       .y = a.y + row * a.ldy + col,
                       .ldy = a.ldy,
                       .is_loaded = a.accumulate,
-                      .bias = a.bias != nullptr ? a.bias + col : nullptr};
+                      .bias = a.bias != nullptr ? a.bias + col : nullptr,
+                      .runs = can_fetch ? a.runs->take(num_runs) : nullptr,
+                      .run_steps = can_fetch ? run_steps(a.runs->step_bytes) : 0,
+                      .prefetch_step = can_fetch ? a.runs->step_bytes / 2 : 0};
         const int64_t num_panels = ceil_div(num_columns, kPanel);
         if (num_columns == num_panels * kPanel) {
           run(b, num_rows, num_panels);

@@ -131,7 +131,7 @@ void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t 
 }
 
 void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate,
-               float* y, int64_t ldy) {
+               float* y, int64_t ldy, PrefetchRuns* runs) {
   const Int8TileArgs args{static_cast<const uint8_t*>(packed_x),
                           w.int8_data(),
                           w.scales(),
@@ -142,7 +142,8 @@ void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& ti
                           bias,
                           accumulate,
                           y,
-                          ldy};
+                          ldy,
+                          runs};
   switch (w.isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx2:

@@ -26,6 +26,9 @@ struct Lanes : Avx2Vectors {
 }  // namespace
 
 void int8_tile_avx2(const Int8TileArgs& args) { int8_tile_on<Lanes>(args); }
+int64_t num_prefetch_runs_int8_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+  return num_int8_prefetch_runs<Lanes>(tile, k, step_bytes);
+}
 
 float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);

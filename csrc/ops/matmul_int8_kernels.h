@@ -19,10 +19,13 @@ struct Int8Block {
   int64_t offset_stride;
   float* y;
   int64_t ldy;
-  bool is_loaded;          // add to y
-  const float* bias;       // added last; may be null
-  const int8_t* prefetch;  // one line per panel and quad is fetched into L2 from here ...
-  int64_t prefetch_step;   // ... moving on by so many bytes: 64, or 0 where there is nothing to fetch
+  bool is_loaded;                         // add to y
+  const float* bias;                      // added last; may be null
+  const int8_t* prefetch;                 // one line per panel and quad is fetched into L2 from here ...
+  int64_t prefetch_stride;                // ... from one panel to the next ...
+  int64_t prefetch_step;                  // ... moving on by so many bytes: 64, or 0 where there is nothing to fetch
+  const uint16_t* const* runs = nullptr;  // instead, where not null: the next run every `run_steps` steps
+  int64_t run_steps = 0;                  // of kInt8Step values of k
 };
 
 // sums += four values of each row by four weights of each column.
@@ -90,14 +93,20 @@ void int8_kernel(const Int8Block& b) {
   const int8_t* prefetch = b.prefetch;
   const int32_t* offsets = b.offsets;
   const int64_t group = int8_group(b.k);
+  const uint16_t* const* runs = b.runs;
+  int64_t steps_to_run = 0;
   for (int64_t k = b.k; k > 0; k -= group) {
     typename Lanes::Ints sums[kRows][kVectors] = {};
     for (int64_t step = ceil_div(min64(k, group), kInt8Step); step > 0; --step) {
+      if (runs != nullptr && steps_to_run-- == 0) {
+        prefetch = reinterpret_cast<const int8_t*>(*runs++);
+        steps_to_run = b.run_steps - 1;
+      }
 #pragma GCC unroll 4
       for (int quad = 0; quad < static_cast<int>(kInt8Step) / 4; ++quad) {
         add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
 #pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(prefetch + p * b.panel_stride, 0, 2);
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(prefetch + p * b.prefetch_stride, 0, 2);
         prefetch += b.prefetch_step;
       }
       x += kInt8Step;
@@ -125,6 +134,22 @@ void run_int8_block(const Int8Block& b, int64_t num_rows, int64_t num_panels) {
   return run_int8_rows<Lanes, 1>(b, num_rows);
 }
 
+// Steps of kInt8Step values of k that one run of prefetches takes.
+inline int64_t int8_run_steps(int64_t step_bytes) { return ceil_div(run_steps(step_bytes), kInt8Step / 4); }
+// Runs that one block of kInt8Panel columns or more takes.
+inline int64_t num_int8_block_runs(int64_t k, int64_t step_bytes) {
+  return ceil_div(ceil_div(k, kInt8Step), int8_run_steps(step_bytes));
+}
+
+// Every set of rows but the first, which fetches weights, on every strip; none of one or two rows.
+template <class Lanes>
+int64_t num_int8_prefetch_runs(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+  const int64_t num_rows = tile.row_end - tile.row_begin, num_sets = ceil_div(num_rows, Lanes::kMaxRows);
+  if (num_rows <= 2 * num_sets) return 0;
+  const int64_t num_strips = ceil_div(tile.col_end - tile.col_begin, Lanes::kMaxPanels * kInt8Panel);
+  return (num_sets - 1) * num_strips * num_int8_block_runs(k, step_bytes);
+}
+
 // All rows of a tile visit a strip of kMaxPanels panels while its weights are near; the first ones fetch those of the
 // strip that follows. Sets of rows differ by one row at most.
 template <class Lanes>
@@ -140,6 +165,8 @@ void int8_tile_on(const Int8TileArgs& a) {
       const int64_t row = t.row_begin + set * num_rows / num_sets;
       const int64_t next_row = t.row_begin + (set + 1) * num_rows / num_sets;
       const bool can_fetch = set == 0 && num_rows > 1 && col + 2 * kStrip <= t.col_end;
+      const int64_t num_runs = a.runs != nullptr ? num_int8_block_runs(a.k, a.runs->step_bytes) : 0;
+      const bool can_fetch_runs = num_runs > 0 && set > 0 && next_row - row > 2 && a.runs->left() >= num_runs;
       const Int8Block b{.x = a.x + row * ldx,
                         .ldx = ldx,
                         .w = w,
@@ -153,7 +180,12 @@ void int8_tile_on(const Int8TileArgs& a) {
                         .is_loaded = a.accumulate,
                         .bias = a.bias != nullptr ? a.bias + col : nullptr,
                         .prefetch = can_fetch ? w + Lanes::kMaxPanels * panel_stride : w,
-                        .prefetch_step = can_fetch ? 4 * kInt8Panel : 0};
+                        .prefetch_stride = can_fetch_runs ? 0 : panel_stride,
+                        .prefetch_step = can_fetch_runs ? a.runs->step_bytes
+                                         : can_fetch    ? 4 * kInt8Panel
+                                                        : 0,
+                        .runs = can_fetch_runs ? a.runs->take(num_runs) : nullptr,
+                        .run_steps = can_fetch_runs ? int8_run_steps(a.runs->step_bytes) : 0};
       const auto run = [num_rows = next_row - row, num_panels](const Int8Block& block) {
         run_int8_block<Lanes>(block, num_rows, num_panels);
       };

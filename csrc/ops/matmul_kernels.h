@@ -33,6 +33,9 @@ inline constexpr int64_t kWeightPanelAvx512Bf16 = 32;  // two AVX-512 registers 
 // go on from y, which is exact), so that the rows of a tile stay in L2 and 16 columns of weights (24 KiB) in L1.
 inline constexpr int64_t kMaxResidentK = 768;
 
+// Steps of a kernel's inner loop that one run of prefetches takes.
+inline int64_t run_steps(int64_t step_bytes) { return ceil_div(kPrefetchRunBytes, step_bytes); }
+
 // One call of matmul_tile, with the weights unwrapped.
 struct TileArgs {
   const void* x;
@@ -94,6 +97,7 @@ struct Int8TileArgs {
   bool accumulate;
   float* y;
   int64_t ldy;
+  PrefetchRuns* runs;  // may be null
 };
 
 void int8_tile_portable(const Int8TileArgs& args);
@@ -103,14 +107,19 @@ void int8_tile_avx512vnni(const Int8TileArgs& args);
 // Dispatch of the int8 halves of pack_activations and matmul_tile.
 void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate,
-               float* y, int64_t ldy);
+               float* y, int64_t ldy, PrefetchRuns* runs);
 // Some floats of a row as bytes; returns their scale.
 float int8_group_portable(const float* x, int64_t count, uint8_t* bytes);
 float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes);
 
 void tile_portable(const TileArgs& args);
 void tile_avx2(const TileArgs& args);
+// How many runs a tile of a kernel takes.
 int64_t num_prefetch_runs_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes);
+int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t step_bytes);
+int64_t num_prefetch_runs_int8_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes);
+int64_t num_prefetch_runs_int8_avxvnni(const MatmulTile& tile, int64_t k, int64_t step_bytes);
+int64_t num_prefetch_runs_int8_avx512vnni(const MatmulTile& tile, int64_t k, int64_t step_bytes);
 void tile_avx512bf16(const TileArgs& args);
 void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 

@@ -261,6 +261,38 @@ void names_and_limits() {
   CHECK(test::throws<std::invalid_argument>([&] { PackedMatrix(Isa::kPortable, std::vector<float>(), 0, 4); }));
 }
 
+// A tile takes as many runs as its kernel says, none where there are fewer than a block takes, and computes the same.
+void fetching_beside_it_changes_nothing() {
+  const std::vector<uint16_t> memory(kPrefetchRunBytes / sizeof(uint16_t));
+  const std::vector<const uint16_t*> list(5000, memory.data());
+  for_each_format([&](MatmulFormat format) {
+    for (const int64_t m : {2, 12, 25, 27, 64}) {
+      const int64_t n = 70, k = 577;
+      const Operands o(format, {m, n, k, true, true});
+      const MatmulTile tile = {0, m, 0, n};
+      const Activations packed(format, o.x, m, k);
+      const auto run = [&](PrefetchRuns* runs) {
+        std::vector<float> y = o.y;
+        matmul_tile(packed.data, o.w, tile, o.bias_or_null(), true, y.data(), n, runs);
+        return y;
+      };
+      const std::vector<float> alone = run(nullptr);
+      for (const int64_t step_bytes : {16, 48, 64}) {
+        const int64_t num_taken = num_prefetch_runs(format, tile, k, step_bytes);
+        if (m == 2 || format.isa == Isa::kPortable) CHECK(num_taken == 0, name_of(format), " m ", m);
+        if (m == 64 && format.isa != Isa::kPortable) CHECK(num_taken > 0, name_of(format), " m ", m);
+        PrefetchRuns many = {list.data(), list.data() + list.size(), step_bytes};
+        expect_same_bits(run(&many), alone, o, "beside many runs");
+        CHECK(many.begin - list.data() == num_taken, name_of(format), " m ", m, " takes ", many.begin - list.data(),
+              " of ", num_taken);
+        PrefetchRuns few = {list.data(), list.data() + num_taken / 2, step_bytes};
+        expect_same_bits(run(&few), alone, o, "beside few runs");
+        CHECK(few.left() >= 0);
+      }
+    }
+  });
+}
+
 }  // namespace
 }  // namespace blendserve
 
@@ -278,5 +310,6 @@ int main() {
   RUN(any_number_of_threads_gives_the_same_bits);
   RUN(writes_only_its_tile);
   RUN(long_sums_give_the_same_bits);
+  RUN(fetching_beside_it_changes_nothing);
   return 0;
 }
