@@ -22,6 +22,7 @@ from blendserve.hardware import SEQUENTIAL, HardwareSpec, Interference, OverlapC
 # Decode attention of the native engine over 1,024 shared of 1,124 tokens, and over copies of them, 3 query heads of 64
 # per KV head, one Zen 3 thread (build/dev/bench_attention): 0.84 and 1.40 ms, 0.125 of both for the 100 of its own.
 _NATIVE_SHARED_KV_SHARE = 0.56
+_MOST_STEP_BYTES = 64  # a cache line
 _CALIBRATE_AGAIN = "run `blendserve calibrate` again"
 
 
@@ -72,6 +73,12 @@ class Calibration:
         others = (self.constant_s, self.gemm_share, self.attention_share)
         if not (all(0 < rate < math.inf for rate in rates) and all(0 <= value < math.inf for value in others)):
             raise ConfigError(f"a calibration needs positive rates; got {self}; {_CALIBRATE_AGAIN}")
+        settings = (self.chunk_bytes, self.tile_flop, self.step_bytes)
+        if min(settings) < 1 or self.step_bytes > _MOST_STEP_BYTES or self.memory_lanes < 0:
+            raise ConfigError(
+                f"a calibration needs chunk_bytes, tile_flop and step_bytes (at most {_MOST_STEP_BYTES}) of 1 or more; "
+                f"got {settings} and {self.memory_lanes} memory_lanes; {_CALIBRATE_AGAIN}"
+            )
         Interference(self.compute_delay, self.memory_delay)
 
     def separate_cores(self) -> Interference:

@@ -18,9 +18,6 @@ from blendserve.report.run_page import write_page
 from blendserve.report.trace_file import write_trace
 from blendserve.session import peaks_of
 
-_REPORT_SPANS = 8_000
-"""Where only a report is asked for: it shows one step."""
-
 
 class RunObserver:
     """Watches one run through `steps`, and writes what was asked for when it ends, interrupted or not.
@@ -35,7 +32,7 @@ class RunObserver:
         for option, path in (("--trace", trace_path), ("--report", report_path)):
             if path is not None and not path.parent.is_dir():
                 raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
-        self.steps = StepTrace(MAX_SPANS if trace_path else _REPORT_SPANS if report_path else 0)
+        self.steps = StepTrace(MAX_SPANS if trace_path or report_path else 0)
 
     def resources(self, executor: NativeExecutor) -> Resources:
         """Memory so far, and how long the first step was in coming."""
