@@ -20,6 +20,7 @@ from blendserve.adapters import vllm_api
 from blendserve.adapters.fake_vllm import FakeVllm
 from blendserve.cli import main, vllm_run
 from blendserve.cli.vllm_run import (
+    context_length_of,
     default_kv_memory,
     largest_rank,
     lora_slots,
@@ -149,6 +150,11 @@ def test_secrets_given_to_vllm_are_in_no_journal_and_no_message(
     assert "hf-token is not understood" in said
     assert "hf_0123456789" not in said
     assert vllm_api.without_secrets("bad hf_0", {"hf_token": "hf_0", "key": "", "seed": 0}) == "bad [hf_token]"
+    nested = {"model_loader_extra_config": {"s3_secret_access_key": "abc", "s3_region": "x"}}
+    assert vllm_api.without_secrets("bad abc", nested) == "bad [s3_secret_access_key]"
+    assert vllm_api.hide_secrets(nested) == {
+        "model_loader_extra_config": {"s3_secret_access_key": "hidden", "s3_region": "x"}
+    }
 
 
 def test_without_vllm_the_error_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +203,16 @@ def test_options_are_read_or_refused(tmp_path: Path) -> None:
     for options in (["a"], [f"={tmp_path}"], [f"a={tmp_path}", f"a={tmp_path}"], [f"a={tmp_path / 'none'}"]):
         with pytest.raises(ConfigError, match="NAME=PATH"):
             read_adapters(options)
+
+
+def test_scaled_positions_make_the_context_longer() -> None:
+    assert context_length_of({}) == 0
+    assert context_length_of({"max_position_embeddings": 100, "rope_scaling": None}) == 100
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
+    assert context_length_of({"max_position_embeddings": 120, "rope_scaling": scaling}) == 400
+    assert context_length_of({"max_position_embeddings": 100, "rope_scaling": {"type": "linear", "factor": 2}}) == 200
+    llama = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    assert context_length_of({"max_position_embeddings": 131072, "rope_parameters": llama}) == 131072
 
 
 def test_kv_memory_is_no_more_than_requests_could_fill() -> None:

@@ -89,12 +89,13 @@ def test_totals_are_sums_by_hand() -> None:
         attention_width=3,
         kv_bytes_per_token=8,
         weight_bytes=200,
+        num_head_parameters=20,
     )
     totals = LoadTotals(model)
-    totals.add(StepLoad(num_prefill_tokens=4, num_decode_tokens=1, num_pairs=8.0, num_kv_tokens=10.0))
-    totals.add(StepLoad(num_prefill_tokens=0, num_decode_tokens=2, num_pairs=0.0, num_kv_tokens=20.0))
+    totals.add(StepLoad(4, 1, num_pairs=8.0, num_kv_tokens=10.0, num_sampled_tokens=2))
+    totals.add(StepLoad(0, 2, num_pairs=0.0, num_kv_tokens=20.0, num_sampled_tokens=2))
     assert totals.num_steps == 2
-    assert totals.num_flop == 2 * 50 * 7 + 4 * 3 * 2 * (8 + 30)
+    assert totals.num_flop == 2 * 50 * 7 + 2 * 20 * 4 + 4 * 3 * 2 * (8 + 30)
     assert totals.num_bytes == 2 * 200 + 8 * (7 + 30)
 
 

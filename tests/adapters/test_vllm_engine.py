@@ -161,6 +161,16 @@ def test_whatever_a_step_raises_is_a_death(
     assert check_rows(target, NUM_LINES) == {"answer": NUM_LINES - 1, "engine_failure": 1}
 
 
+@WAYS
+def test_an_engine_that_takes_its_requests_down_runs_them_again(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """A signal makes vLLM's own process abort what runs before it goes."""
+    source, target = mixed_job(tmp_path / "in.jsonl", NUM_LINES), tmp_path / "out.jsonl"
+    engine = vllm_engine(FakeVllm(ends_at=frozenset({4})), arguments)
+    run_vllm(engine, source, target)
+    assert check_rows(target, NUM_LINES) == {"answer": NUM_LINES}
+    assert engine.num_restarts == 1
+
+
 def test_what_ends_an_engine_before_a_request_is_inside_is_a_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +303,25 @@ def test_embeddings_are_rows_of_vectors(tmp_path: Path) -> None:
     assert len(by_id["one"]["data"][0]["embedding"]) == 4
     (row,) = read_rows(target.with_suffix(".errors.jsonl"))
     assert row["error"]["code"] == "invalid_url"
+
+
+def test_an_embedding_that_is_no_number_is_an_error_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = FakeEngine.step
+
+    def overflowing(engine: FakeEngine) -> Any:
+        ended = step(engine)
+        for output in ended:
+            if len(output.prompt_token_ids) == 3:
+                output.outputs.data = [1.0, float("nan")]
+        return ended
+
+    monkeypatch.setattr(FakeEngine, "step", overflowing)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(line(str(n), "/v1/embeddings", input=[5] * n) for n in (1, 3)))
+    run_vllm(vllm_engine(FakeVllm(), embeds=True), source, target, served=EMBEDDER)
+    assert [row["custom_id"] for row in read_rows(target)] == ["1"]
+    (row,) = read_rows(target.with_suffix(".errors.jsonl"))
+    assert "NaN" in row["response"]["body"]["error"]["message"]
 
 
 def test_an_embedding_is_made_with_the_adapter_that_its_line_names(tmp_path: Path) -> None:

@@ -78,13 +78,16 @@ def test_the_estimated_progress_is_that_of_the_engine(seed: int) -> None:
     api, counters = FakeVllm(num_blocks=400, max_num_seqs=6, max_num_batched_tokens=64), VllmCounters()
     engine = api.open_engine({}, counters)
     window = VllmWindow(plan, make_policy("fcfs", plan), VllmLimits.of(engine), 6)
+    num_sampled = num_output = 0
     while window.num_left:
         for index in window.admit(counters.kv_use):
             add(engine, api, plan, prompts, index)
         before = sum(request.num_computed_tokens for request in engine.scheduler.running)
         ended = engine.step()
         load = window.advance()
+        num_sampled += load.num_sampled_tokens
         for output in ended:
+            num_output += len(output.outputs[0].token_ids)
             window.finish(int(output.request_id), len(output.outputs[0].token_ids))
         running = engine.scheduler.running
         by_index = {index_of(request): request for request in running}
@@ -99,6 +102,7 @@ def test_the_estimated_progress_is_that_of_the_engine(seed: int) -> None:
         after = sum(request.num_computed_tokens for request in running)
         if not ended:
             assert after - before == load.num_prefill_tokens + load.num_decode_tokens
+    assert num_sampled == num_output
 
 
 def test_a_preempted_request_computes_everything_again() -> None:

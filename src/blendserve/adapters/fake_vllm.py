@@ -29,7 +29,8 @@ class FakeEngineDeadError(Exception):
 
 @dataclass(slots=True)
 class FakeVllm:
-    """A `VllmApi`. `dies_at` counts the steps of all engines together; `dies_of` and `refuses` are request ids.
+    """A `VllmApi`. `dies_at` counts the steps of all engines together, as does `ends_at`, where an engine takes its
+    requests down before it dies, as vLLM's own process does on a signal; `dies_of` and `refuses` are request ids.
 
     `has_own_process`: its scheduler is out of reach. `opened` lists the arguments of every engine.
     """
@@ -39,6 +40,7 @@ class FakeVllm:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 512
     dies_at: frozenset[int] = frozenset()
+    ends_at: frozenset[int] = frozenset()
     dies_of: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
     has_own_process: bool = False
@@ -274,6 +276,9 @@ class FakeEngine:
         if self._api.num_steps in self._api.dies_at or ids & self._api.dies_of:
             self.is_closed = True
             raise FakeEngineDeadError("the device fell off the bus")
+        if self._api.num_steps in self._api.ends_at:
+            self.is_closed = True
+            return [_output(request, finish_reason="abort") for request in scheduler.running]
         ended = scheduler.apply(scheduled)
         self._record()
         for request in ended:
@@ -312,7 +317,7 @@ def answer_to(prompt: Sequence[int], count: int) -> list[int]:
     return [(first + 7 * position) % VOCABULARY for position in range(count)]
 
 
-def _output(request: FakeRequest) -> Any:
+def _output(request: FakeRequest, finish_reason: str | None = None) -> Any:
     common = {
         "request_id": request.external_id,
         "finished": True,
@@ -324,7 +329,7 @@ def _output(request: FakeRequest) -> Any:
         return SimpleNamespace(outputs=SimpleNamespace(data=vector[: request.params.dimensions]), **common)
     choice = SimpleNamespace(
         token_ids=answer_to(request.prompt, request.num_output_tokens),
-        finish_reason="length" if request.num_output_tokens >= request.params.max_tokens else "stop",
+        finish_reason=finish_reason or ("length" if request.num_output_tokens >= request.params.max_tokens else "stop"),
         stop_reason=None,
         logprobs=None,
     )

@@ -80,7 +80,7 @@ class InstalledVllm:
         self.version = found
 
     def open_engine(self, arguments: Mapping[str, Any], counters: VllmCounters) -> Any:
-        """Raises: ConfigError when vLLM takes these arguments for wrong."""
+        """Raises: ConfigError when vLLM takes these arguments for wrong; whatever loading the model with them does."""
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -96,9 +96,12 @@ class InstalledVllm:
                 pass
 
         try:
-            engine = LLMEngine.from_engine_args(EngineArgs(**arguments), stat_loggers=[Recorder])
+            config = EngineArgs(**arguments).create_engine_config()
         except (TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
             raise ConfigError(f"vLLM refuses these settings: {without_secrets(str(error), arguments)}") from None
+        engine = LLMEngine.from_vllm_config(
+            config, stat_loggers=[Recorder], disable_log_stats=bool(arguments.get("disable_log_stats"))
+        )
         wake_on_death(engine.engine_core)
         return engine
 
@@ -187,11 +190,20 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str, arguments: Mapping[str, Any]) -> str:
-    """What vLLM says, without the values of such arguments."""
+    """What vLLM says, without the values of such arguments, nor of such keys within arguments."""
     for name, value in arguments.items():
-        if is_secret(name) and isinstance(value, str) and value:
+        if isinstance(value, Mapping):
+            text = without_secrets(text, value)
+        elif is_secret(name) and isinstance(value, str) and value:
             text = text.replace(value, f"[{name}]")
     return text
+
+
+def hide_secrets(value: Any) -> Any:
+    """An argument's value without what stands under such keys."""
+    if isinstance(value, Mapping):
+        return {key: "hidden" if is_secret(key) else hide_secrets(part) for key, part in value.items()}
+    return value
 
 
 def installed_version() -> str | None:

@@ -117,14 +117,15 @@ class LoadTotals:
     num_bytes: float = 0.0
 
     def add(self, load: StepLoad) -> None:
-        """Every token passes all layers; a step reads all weights once, and each decode its KV."""
+        """Every token passes all layers, those that are sampled after the output layer too; a step reads all weights
+        once, and each decode its KV."""
         model = self.model
         num_tokens = load.num_prefill_tokens + load.num_decode_tokens
         self.num_steps += 1
         pair_flop = 4 * model.attention_width * model.num_layers
-        self.num_flop += 2 * model.num_matmul_parameters * num_tokens + pair_flop * (
-            load.num_pairs + load.num_kv_tokens
-        )
+        self.num_flop += 2 * model.num_matmul_parameters * num_tokens
+        self.num_flop += 2 * model.num_head_parameters * load.num_sampled_tokens
+        self.num_flop += pair_flop * (load.num_pairs + load.num_kv_tokens)
         self.num_bytes += model.weight_bytes + model.kv_bytes_per_token * (num_tokens + load.num_kv_tokens)
 
 

@@ -17,7 +17,7 @@ from blendserve.adapters.vllm_api import VllmApi, VllmLimits, without_secrets
 from blendserve.adapters.vllm_cost import LoadTotals
 from blendserve.adapters.vllm_counters import VllmCounters
 from blendserve.adapters.vllm_queue import PolicyQueue, SchedulerState
-from blendserve.adapters.vllm_requests import arguments_of, failed_output, output_of
+from blendserve.adapters.vllm_requests import arguments_of, failed_output, output_of, was_aborted
 from blendserve.adapters.vllm_window import StepLoad, VllmWindow
 from blendserve.batchfile.extras import Extras
 from blendserve.batchfile.store import PendingRequests
@@ -153,9 +153,15 @@ class _Run:
         finished = self._step()
         after = self._engine.clock()
         self._record(after - before)
-        for output in finished:
-            if output.finished and int(output.request_id) in self._inside:
+        ended = [output for output in finished if output.finished and int(output.request_id) in self._inside]
+        is_taken_down = False
+        for output in ended:
+            if was_aborted(output):
+                is_taken_down = True
+            else:
                 self._finish(int(output.request_id), output)
+        if is_taken_down:  # by a signal, say: nobody here aborts what runs
+            raise _EngineDiedError("it took its requests down before they had ended")
         self._stats.scheduling_s += self._engine.clock() - after + before - started
 
     def _fill(self) -> None:
@@ -239,7 +245,7 @@ class _Run:
 
     def _record(self, elapsed_s: float) -> None:
         counters, cost = self._engine.counters, self._plan.cost
-        load = self._window.advance() if self._queue is None and not self._suspects else StepLoad(0, 0, 0.0, 0.0)
+        load = self._window.advance() if self._queue is None and not self._suspects else StepLoad(0, 0, 0.0, 0.0, 0)
         if self._engine.totals is not None and load.num_prefill_tokens + load.num_decode_tokens:
             self._engine.totals.add(load)
         num_preemptions = counters.num_preemptions - self._num_preemptions_before

@@ -76,11 +76,19 @@ def _sampling_params(request: Request, extras: Extras, api: VllmApi, max_tokens:
     )
 
 
+def was_aborted(output: Any) -> bool:
+    """Did vLLM end this request without an end of its own?"""
+    return not hasattr(output.outputs, "data") and any(choice.finish_reason == "abort" for choice in output.outputs)
+
+
 def output_of(index: int, output: Any, request: Request, extras: Extras) -> SequenceOutput:
     """The end of row `index`, from vLLM's `RequestOutput` or `PoolingRequestOutput`."""
     num_prompt_tokens, num_cached_tokens = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
     if hasattr(output.outputs, "data"):
         vector = np.asarray(output.outputs.data, dtype=np.float32)
+        if not np.isfinite(vector).all():
+            message = "vLLM's embedding holds infinities or NaNs; a wider --vllm-arg dtype may help"
+            return failed_output(index, RequestError(message, code="engine_error", status_code=500))
         return SequenceOutput(
             index=index,
             token_ids=NO_TOKENS,

@@ -23,13 +23,14 @@ MIN_NEW_OBSERVATIONS = 16
 
 class StepLoad(NamedTuple):
     """What a step was made of, as far as it can be seen from outside. `num_pairs`: prefill tokens times the tokens that
-    they attend to; `num_kv_tokens`: KV that decodes read.
+    they attend to; `num_kv_tokens`: KV that decodes read; `num_sampled_tokens`: after which a next one is chosen.
     """
 
     num_prefill_tokens: int
     num_decode_tokens: int
     num_pairs: float
     num_kv_tokens: float
+    num_sampled_tokens: int
 
 
 class VllmWindow:
@@ -125,6 +126,7 @@ class VllmWindow:
             num_decode_tokens=num_decodes,
             num_pairs=float((chunk * (computed + chunk / 2)).sum()),
             num_kv_tokens=float(computed[is_decoding].sum()),
+            num_sampled_tokens=num_decodes + int(np.count_nonzero((chunk > 0) & (chunk == left))),
         )
         can_grow = output < np.maximum(self._table.max_output_tokens[self.request_index] - 1, 1)
         chunk += is_decoding & can_grow

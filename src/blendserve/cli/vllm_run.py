@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from blendserve.adapters.vllm_api import InstalledVllm, VllmApi, is_cpu_build, is_secret, is_tested
+from blendserve.adapters.vllm_api import InstalledVllm, VllmApi, hide_secrets, is_cpu_build, is_secret, is_tested
 from blendserve.adapters.vllm_codec import VllmCodec
 from blendserve.adapters.vllm_cost import CPU, LoadTotals, cost_model_of, model_cost_of, text_config_of
 from blendserve.adapters.vllm_engine import VllmEngine
@@ -73,7 +73,7 @@ class VllmRun:
         text = text_config_of(config)
         adapters = read_adapters(args.lora)
         self._model = model_cost_of(files.name, config)
-        max_model_len = args.max_model_len or int(text.get("max_position_embeddings") or 0)
+        max_model_len = args.max_model_len or context_length_of(text)
         embeds = args.task == "embed"
         self.served = ServedModel(
             names=(files.name,),
@@ -95,7 +95,7 @@ class VllmRun:
             "task": args.task,
             "adapters": ", ".join(f"{name} {fingerprint(ModelFiles(name, Path(at)))}" for name, at in adapters.items()),
             "vllm arguments": ", ".join(
-                sorted(text for text in args.vllm_arg if not is_secret(text.partition("=")[0]))
+                sorted(_shown(text) for text in args.vllm_arg if not is_secret(text.partition("=")[0]))
             ),
         }
         self.load_s = self.plan_s = self.run_s = 0.0
@@ -205,6 +205,24 @@ class VllmRun:
         else:
             is_async = not self._is_cpu and "async_scheduling=false" not in args.vllm_arg
             arguments["scheduler_cls"] = ASYNC_SCHEDULER if is_async else SCHEDULER
+
+
+def context_length_of(text_config: Mapping[str, Any]) -> int:
+    """Tokens that a model takes; its positions may be scaled. 0 where the config does not say. vLLM's own limit, which
+    may be lower, holds besides."""
+    length = int(text_config.get("max_position_embeddings") or 0)
+    scaling = text_config.get("rope_scaling") or text_config.get("rope_parameters")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) in ("yarn", "linear", "dynamic"):
+        original = int(scaling.get("original_max_position_embeddings") or length)
+        length = max(length, int(original * float(scaling.get("factor") or 1.0)))
+    return length
+
+
+def _shown(argument: str) -> str:
+    """An argument as a journal may hold it: without keys and tokens inside."""
+    name, value = parse_argument(argument)
+    hidden = hide_secrets(value)
+    return argument if hidden == value else f"{name}={json.dumps(hidden, sort_keys=True)}"
 
 
 SCHEDULER = "blendserve.adapters.vllm_scheduler.BlendScheduler"
