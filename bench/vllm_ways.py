@@ -74,7 +74,7 @@ def main() -> None:
         outcomes = [bench.run(way, source) for _ in range(arguments.repeats) for way in ways]
         print(summary_table(ways, outcomes), flush=True)
         if not arguments.no_faults:
-            print(f"\nkilled half way, then the same command again: {bench.killed(source)}", flush=True)
+            print(f"\nkilled after three quarters of the time, then the same command again: {bench.killed(source)}", flush=True)
             print(f"one line of the file is no JSON: {bench.bad_line(source)}", flush=True)
 
 
@@ -166,7 +166,8 @@ class Bench:
         ]
 
     def killed(self, source: Path) -> str:
-        """kill -9 when half of the answers are kept (ours), or after half of the time of a whole run (run-batch)."""
+        """kill -9 after three quarters of the time of a whole run, then the same command again: ours. run-batch writes
+        its file at the end."""
         whole = self.run("ours", source)
         target = self._new_target()
         command = self.command("ours", source, target)
