@@ -135,6 +135,7 @@ def test_another_server_does_not_finish_the_job_of_the_first(
         (["--engine", "http"], "--base-url"),
         (["--base-url", "http://localhost:1"], "add --engine http"),
         (["--engine", "http", "--base-url", "localhost:1"], "must look like"),
+        (["--engine", "http", "--base-url", "http://192.168.1.300:8000"], "'http://192.168.1.300:8000'"),
         (["--engine", "http", "--base-url", "http://me:pw@localhost:1"], "BLENDSERVE_API_KEY"),
     ],
 )
@@ -145,6 +146,7 @@ def test_mistakes_are_told_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"], "before anything is written"
 
 
 @pytest.mark.parametrize("option", ["--max-inflight=0", "--request-timeout=0", "--max-attempts=x", "--max-outage=inf"])

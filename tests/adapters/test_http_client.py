@@ -27,6 +27,7 @@ BODY = b'{"messages": [{"role": "user", "content": "hi"}]}'
         ("https://api.example.com/openai/v1", "https://api.example.com/openai/v1/chat/completions"),
         ("https://example.com/v1beta/openai", "https://example.com/v1beta/openai/chat/completions"),
         ("http://[::1]:80/v1", "http://[::1]:80/v1/chat/completions"),
+        ("http://münchen.example./v1", "http://münchen.example./v1/chat/completions"),
     ],
 )
 def test_base_urls_are_those_of_openais_clients(text: str, url: str) -> None:
@@ -51,6 +52,24 @@ def test_other_addresses_are_refused_and_secrets_in_them_not_repeated(text: str)
         ServerAddress.parse(text)
     assert "pw" not in str(caught.value)
     assert "key=s" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://192.168.1.300:8000",
+        "http://☃:8000/v1",
+        "http://gpu..example/v1",
+        f"https://{'a' * 64}.example/v1",
+        "http://localhost:0/v1",
+        "http://localhost:80000/v1",
+        "http://[fe80::zz]/v1",
+        f"http://x/{'a/' * 40_000}",
+    ],
+)
+def test_an_address_to_which_nothing_can_be_sent_is_refused_and_a_good_one_shown(text: str) -> None:
+    with pytest.raises(ConfigError, match="must look like http://localhost:8000/v1"):
+        ServerAddress.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +174,7 @@ def test_tls_is_verified_and_an_untrusted_certificate_is_fatal(monkeypatch: pyte
     [
         ("ALL_PROXY", "socks5://me:pw@localhost:1", "a proxy of the environment cannot be used"),
         ("HTTPS_PROXY", "socks://me:pw@localhost:1", "a proxy of the environment cannot be used"),
+        ("HTTPS_PROXY", "http://me:pw@192.168.1.300:1", "a proxy of the environment cannot be used"),
         ("SSL_CERT_FILE", "/nowhere.pem", "certificates cannot be read.*SSL_CERT_FILE"),
     ],
 )

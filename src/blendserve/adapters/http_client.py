@@ -28,6 +28,7 @@ POOL_CONNECTIONS = 32
 MIN_SECRET_CHARACTERS = 12
 """Shorter keys are placeholders ("EMPTY", "x"): taking them out of texts would only damage the texts."""
 _REDACTED = "[api key]"
+_GOOD_URL = "it must look like http://localhost:8000/v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +44,24 @@ class ServerAddress:
             parts = urlsplit(text.strip())
             port = parts.port
         except ValueError as error:
-            raise ConfigError(f"--base-url is not a URL: {error}") from None
+            raise ConfigError(f"--base-url is not a URL: {error}; {_GOOD_URL}") from None
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ConfigError(
                 "--base-url must hold no user, password, query or fragment: it is written to the journal; give the key "
                 "in BLENDSERVE_API_KEY"
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--base-url is {text!r}; it must look like http://localhost:8000/v1")
+            raise ConfigError(f"--base-url is {text!r}; {_GOOD_URL}")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         path = parts.path.rstrip("/") or "/v1"
-        return cls(f"{parts.scheme}://{host}{f':{port}' if port else ''}{path}")
+        address = cls(f"{parts.scheme}://{host}{'' if port is None else f':{port}'}{path}")
+        try:
+            httpx2.URL(address.base_url).host.encode("idna")  # as a connection would
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise ConfigError(f"--base-url is {text!r}, to which nothing can be sent: {error}; {_GOOD_URL}") from None
+        if port == 0:
+            raise ConfigError(f"--base-url is {text!r}, and nothing listens on port 0; {_GOOD_URL}")
+        return address
 
     def url_of(self, endpoint: str) -> str:
         """The address of an endpoint as batch lines name it (/v1/chat/completions)."""
@@ -163,7 +171,7 @@ class HttpClient:
             ) from error
         try:
             self._clients = [self._open_pool() for _ in self._num_open]
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
             raise ConfigError(
                 f"a proxy of the environment cannot be used: {error}; give an http:// one in ALL_PROXY, HTTP_PROXY and "
                 "HTTPS_PROXY, or unset them"
