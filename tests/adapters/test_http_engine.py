@@ -106,6 +106,42 @@ def test_retry_after_is_honoured(tmp_path: Path, retry_after: str, least_s: floa
     assert_all_answered(tmp_path / "out.jsonl", 1)
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "blend"])
+@pytest.mark.parametrize("is_throttled_first", [True, False])
+def test_a_model_over_its_daily_quota_holds_up_no_other_and_ends_the_run(
+    tmp_path: Path, is_throttled_first: bool, policy: str
+) -> None:
+    source, output, clock, told = tmp_path / "in.jsonl", tmp_path / "out.jsonl", FakeClock(), list[str]()
+    lines = [chat_line(f"id-{n}", model="a" if (n < 20) == is_throttled_first else "b") for n in range(40)]
+    source.write_text("\n".join(lines))
+    with serving(FakeSettings(throttled_model="a", retry_after="86400")) as server:
+        engine = engine_for(server, clock=clock, notify=told.append, settings={"max_inflight": 4})
+        with pytest.raises(ExecutorError, match=r"left alone for 86400 s, the limit is 600 s .*: 20 requests are left"):
+            run_http(engine, source, output, policy=policy)
+        assert sum(server.num_answers_by_key.values()) == 20, "all of the other model"
+        assert len(server.exchanges) <= 24, "those on their way together"
+        assert clock.now_s < 1000.0 + 600.0
+        assert len(told) == 1
+        assert "wants no requests for model 'a' for 86400 s" in told[0]
+        assert not output.exists()
+        server.settings = FakeSettings()
+        report = run_http(engine_for(server), source, output)
+        assert set(server.num_answers_by_key.values()) == {1}
+    assert report.num_resumed == 20
+    assert_all_answered(output, 40)
+
+
+def test_a_model_that_answers_what_was_on_its_way_is_asked_again(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(chat_line(f"id-{n}", model="b" if n == 2 else "a") for n in range(10)))
+    with serving(FakeSettings(num_storm=1, retry_after="86400", latency_s=0.1)) as server:
+        engine = engine_for(server, settings={"max_inflight": 2})
+        with pytest.raises(ExecutorError, match=": 1 requests are left"):
+            run_http(engine, source, output, policy="fcfs")
+        assert run_http(engine_for(server), source, output).num_resumed == 9
+    assert_all_answered(output, 10)
+
+
 def test_a_storm_of_429_costs_no_request_its_tries(tmp_path: Path, source: Path) -> None:
     with serving(FakeSettings(num_storm=200, retry_after="1")) as server:
         engine = engine_for(server, retry={"max_attempts": 2, "max_outage_s": 1e6})

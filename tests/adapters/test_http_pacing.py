@@ -115,10 +115,18 @@ def test_a_server_is_given_up_after_the_longest_outage(failure: Failure) -> None
     assert not pacer.is_given_up(9999.0)
 
 
-def test_a_pause_longer_than_the_longest_outage_is_not_waited_for() -> None:
+@pytest.mark.parametrize("is_throttle", [True, False])
+def test_a_pause_longer_than_the_longest_outage_holds_nobody_else_up(is_throttle: bool) -> None:
     pacer = pacer_of()
-    fail(pacer, 1, Failure("http_429", "tomorrow", is_throttle=True, retry_after_s=86_400.0), 0.0)
-    assert pacer.is_given_up(0.0)
+    tomorrow = Failure("late", "tomorrow", is_throttle=is_throttle, is_outage=not is_throttle, retry_after_s=86_400.0)
+    assert pacer.is_too_long(tomorrow)
+    assert not pacer.is_too_long(THROTTLED)
+    assert not any(fail(pacer, request, tomorrow, 0.0, is_alone=True) for request in range(2 * DOWN_AFTER))
+    assert pacer.wait_s(0.0) == 0.0
+    assert pacer.limit == 64
+    assert not pacer.is_down
+    assert not pacer.is_given_up(10_000.0)
+    assert (pacer.num_throttled, pacer.num_failures) == ((16, 0) if is_throttle else (0, 16))
 
 
 def test_no_more_than_the_limit_are_on_their_way() -> None:

@@ -48,7 +48,8 @@ _DEFAULT_MAX_TOKENS = 32
 class FakeSettings:
     """`faults`: the chance of each on any try. The first `num_storm` tries of all get 429 whatever the chances.
     `retry_after` is sent as it is; "date" stands for the date one second ahead. `refused_status`: given to bodies
-    without messages or prompt. `redirect_to`: every request is sent there.
+    without messages or prompt. `redirect_to`: every request is sent there. `throttled_model`: requests for it get 429,
+    always.
     """
 
     faults: Mapping[str, float] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class FakeSettings:
     huge_bytes: int = 1 << 20
     refused_status: int = 400
     redirect_to: str = ""
+    throttled_model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,8 @@ class FakeServer:
 
     def _next_fault(self, body: bytes) -> str | None:
         if len(self.exchanges) < self.settings.num_storm:
+            return "throttle"
+        if self.settings.throttled_model and json.loads(body).get("model") == self.settings.throttled_model:
             return "throttle"
         key = _digest(body)
         if self._num_faults[key] >= self.settings.max_faults:

@@ -7,6 +7,7 @@ requests come out of a queue. Which reply means what is in `replies`, when to se
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import random
 import threading
@@ -74,7 +75,8 @@ class HttpEngine:
     def run(self, pending: PendingRequests, plan: Plan, policy: Policy) -> Iterator[SequenceOutput]:
         """Yield the end of every request as it comes; each ends once, whatever the server does.
 
-        Raises: ExecutorError when the server stays down, or takes nothing that comes from us.
+        Raises: ExecutorError when the server stays down, takes nothing that comes from us, or wants some requests later
+        than is worth waiting: they have no end then, all others have.
         """
         self.window = InflightWindow(
             plan, policy, max_inflight=self.settings.max_inflight, kv_tokens=self.settings.kv_tokens
@@ -99,6 +101,9 @@ class _Run:
         self._is_told = False
         is_first = len(pending) == pending.store.num_requests  # else the address was right once
         self._doubtful: list[SequenceOutput] | None = [] if is_first else None
+        self._is_postponed: dict[str | None, bool] = {}  # by model; empty in most runs
+        self._num_postponed = 0
+        self._last_postponed: Failure | None = None
 
     # The consumer's side
 
@@ -163,6 +168,8 @@ class _Run:
         )
         async with client, asyncio.TaskGroup() as tasks:
             await self._dispatch(client, tasks)
+        if self._last_postponed is not None:
+            raise self._too_early(self._last_postponed)
         if self._doubtful:
             raise self._wrong_address(self._doubtful)
 
@@ -178,7 +185,7 @@ class _Run:
                 self._freed.clear()
 
     async def _serve(self, client: HttpClient, index: int) -> None:
-        """Ask until there is an end."""
+        """Ask until there is an end, or the server wants to be asked too late for this run."""
         try:
             self._pending[index]
         except RequestError as error:
@@ -190,6 +197,8 @@ class _Run:
         num_tries = num_charged = 0
         while True:
             async with self._permit(index):
+                if self._is_postponed and self._is_postponed.get(_model_of(body)):
+                    break
                 sent_s = self._clock.monotonic()
                 verdict = await self._ask(client, url, body)
                 now_s = self._clock.monotonic()
@@ -202,13 +211,20 @@ class _Run:
                     num_charged += self._pacer.failed(index, verdict, sent_s, now_s, is_alone=is_alone)
                 self._tell(verdict, now_s)
             if isinstance(verdict, Answer):
+                if self._is_postponed:
+                    self._is_postponed[_model_of(body)] = False
                 self._take(self._output_of(index, verdict), verdict)
                 return
+            if self._pacer.is_too_long(verdict):
+                self._postpone(_model_of(body), verdict)
+                break
             if num_charged >= self._settings.retry.max_attempts:
                 self._finish(self._failed_output(index, verdict, num_charged))
                 return
             await self._clock.sleep(self._pacer.delay_s(num_tries, verdict))
             num_tries += 1
+        self._num_postponed += 1
+        self._make_room(index, 0)
 
     async def _ask(self, client: HttpClient, url: Url, body: bytes) -> Answer | Failure | Stop:
         self._engine.stats.num_sent += 1
@@ -251,6 +267,24 @@ class _Run:
             self._engine.notify(f"{where} answers again")
         self._is_told = pacer.is_down
 
+    def _postpone(self, model: str | None, failure: Failure) -> None:
+        """Send no more requests for a model, whose quota it will be, until one that is on its way is answered."""
+        self._last_postponed = failure
+        if model not in self._is_postponed:
+            where, whose = self._engine.address.base_url, "its model" if model is None else f"model {model!r}"
+            self._engine.notify(
+                f"{where} wants no requests for {whose} for {failure.retry_after_s:.0f} s ({failure.message}); they "
+                "are left to a later run"
+            )
+        self._is_postponed[model] = True
+
+    def _too_early(self, last: Failure) -> ExecutorError:
+        return ExecutorError(
+            f"{self._engine.address.base_url} wants to be left alone for {last.retry_after_s:.0f} s, the limit is "
+            f"{self._settings.retry.max_outage_s:.0f} s (--max-outage): {self._num_postponed} requests are left to a "
+            f"later run; last: {last.message}; {KEPT}"
+        )
+
     def _take(self, output: SequenceOutput, answer: Answer) -> None:
         """Finish a request. Refusals that a wrong address would give are held back until another answer shows that it
         is right: then they are rows. Raises: ExecutorError when too many say nothing else.
@@ -282,9 +316,12 @@ class _Run:
         self._finished.put(output)
 
     def _leave(self, output: SequenceOutput) -> None:
-        """Make room for another request."""
         self._engine.stats.num_answered += 1
-        self._window.finish(output.index, output.num_output_tokens, self._clock.monotonic())
+        self._make_room(output.index, output.num_output_tokens)
+
+    def _make_room(self, index: int, num_output_tokens: int) -> None:
+        """Let another request take the place of one."""
+        self._window.finish(index, num_output_tokens, self._clock.monotonic())
         self._freed.set()
 
     def _output_of(self, index: int, answer: Answer) -> SequenceOutput:
@@ -316,6 +353,12 @@ class _Run:
             error=error,
             response=response,
         )
+
+
+def _model_of(body: bytes) -> str | None:
+    """The model that a request names, if any."""
+    model: str | None = json.loads(body).get("model")
+    return model
 
 
 def _first_of(error: BaseException) -> BaseException:

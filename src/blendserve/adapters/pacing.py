@@ -19,7 +19,8 @@ DOWN_AFTER = 8
 @dataclass(frozen=True, slots=True)
 class RetrySettings:
     """`max_attempts`: tries of one request that count against it. `max_outage_s`: how long the server may give no good
-    answer before the run ends. Backoff before try k is uniform in [0, min(`max_backoff_s`, `backoff_s` 2^k)].
+    answer before the run ends, and the longest Retry-After that is waited for. Backoff before try k is uniform in
+    [0, min(`max_backoff_s`, `backoff_s` 2^k)].
     """
 
     max_attempts: int = 6
@@ -33,7 +34,8 @@ class Pacer:
 
     A failure is not charged to its request where the server is to blame: while it is down, where the request never
     got there, or where it was throttled among others. Errors of the server that concern the request (HTTP 500, a
-    response that is no JSON) always are, so that a request which breaks the server ends as a row.
+    response that is no JSON) always are, so that a request which breaks the server ends as a row. A failure that is too
+    long to wait for says nothing of the other requests: it is counted, and nothing else.
     """
 
     def __init__(self, max_sending: int, settings: RetrySettings, random_source: random.Random) -> None:
@@ -92,6 +94,10 @@ class Pacer:
 
     def failed(self, request: int, failure: Failure, sent_s: float, now_s: float, *, is_alone: bool) -> bool:
         """Count a failure, before its `end`. `is_alone`: no other request runs or waits. Returns: is it charged?"""
+        if self.is_too_long(failure):
+            self.num_throttled += failure.is_throttle
+            self.num_failures += not failure.is_throttle
+            return False
         if self._silent_since_s is None:
             self._silent_since_s = now_s
         if self._answered_at_s < sent_s:  # else others get through: only this one waits
@@ -112,6 +118,10 @@ class Pacer:
         if failure.is_outage:
             return not (self.is_down or failure.is_unreachable)
         return True
+
+    def is_too_long(self, failure: Failure) -> bool:
+        """Does the server want to be left alone for longer than is worth waiting?"""
+        return (failure.retry_after_s or 0.0) > self._settings.max_outage_s
 
     def outage_s(self, now_s: float) -> float:
         """How long the server has given no answer although it was asked; 0 while it is well."""
