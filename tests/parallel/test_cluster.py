@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from batch_fakes import batch_line, write_lines
@@ -17,7 +19,8 @@ from blendserve.config import EngineConfig
 from blendserve.errors import ConfigError
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
-from blendserve.parallel.cluster import NodeShape, ReplicaSettings, ReplicaShape, replica_shape
+from blendserve.parallel import cluster
+from blendserve.parallel.cluster import NodeShape, ReplicaSettings, ReplicaShape, open_cluster, replica_shape
 from blendserve.session import resolve_limits
 
 
@@ -108,3 +111,25 @@ def test_without_ray_replicas_name_the_command_that_adds_it(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        (None, Exception("The current node timed out during startup. This could happen"), "timed out during startup"),
+        (None, RuntimeError(""), "Ray does not start on this machine: RuntimeError; its logs are below"),
+        ("auto", ConnectionError("Nobody is there.\nTry again."), "no Ray cluster at auto: Nobody is there; see `ray"),
+    ],
+    ids=str,
+)
+def test_whatever_ray_raises_at_its_start_is_an_error_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, error: Exception, message: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    monkeypatch.setattr(cluster, "_connect", refuse)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught, open_cluster(address, 0):
+        pytest.fail("there is no cluster")
+    assert "\n" not in str(caught.value)

@@ -77,14 +77,21 @@ def open_cluster(address: str | None, store_bytes: int) -> Iterator[Any]:
     before = _sigterm_handler()
     try:
         _connect(ray, address, store_bytes)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises what it likes, a bare Exception too
         where = f"no Ray cluster at {address}" if address else "Ray does not start on this machine"
-        raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+        remedy = "see `ray status`" if address else "its logs are below /tmp/ray/session_latest"
+        raise ConfigError(f"{where}: {first_line(error)}; {remedy}") from error
     try:
         _restore_sigterm(before)
         yield ray
     finally:
         ray.shutdown()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def node_shapes(ray: Any) -> list[NodeShape]:
