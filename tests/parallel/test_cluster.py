@@ -13,6 +13,7 @@ import pytest
 from batch_fakes import batch_line, write_lines
 from tiny_files import tiny_directory
 
+from blendserve.adapters import vllm_api
 from blendserve.cli import _parser, main
 from blendserve.cli.replicas import open_replica, replica_arguments, replica_settings
 from blendserve.config import EngineConfig
@@ -64,6 +65,31 @@ def test_threads_are_the_cpus_of_a_replica() -> None:
     assert replica_settings(arguments("--replicas", "2")).num_cpus is None
     assert replica_settings(arguments("--replicas", "2", "--replica-cpus", "0.5")).num_cpus == 0.5
     assert replica_settings(arguments("--replicas", "2", "--engine", "http")).num_cpus == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "see all GPUs of its machine, and all would open the first: add --replica-gpus 1"),
+        (["--vllm-arg", "tensor_parallel_size=4"], "--replica-gpus 0 is too few for tensor_parallel_size=4"),
+        (["--vllm-arg", "tensor_parallel_size=4", "--replica-gpus", "2"], "add --replica-gpus 4"),
+        (["--vllm-arg", "tensor_parallel_size=4", "--replica-gpus", "4"], None),
+        (["--replica-gpus", "0.5"], None),
+    ],
+    ids=str,
+)
+def test_replicas_of_vllm_on_gpus_are_told_how_many(
+    monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str | None
+) -> None:
+    args = arguments("--replicas", "2", "--engine", "vllm", *extra)
+    monkeypatch.setattr(vllm_api, "is_cpu_build", lambda: True)
+    assert replica_settings(args).num_gpus == args.replica_gpus
+    monkeypatch.setattr(vllm_api, "is_cpu_build", lambda: False)
+    if message is None:
+        assert replica_settings(args).num_gpus == args.replica_gpus
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replica_settings(args)
 
 
 def test_a_replica_opens_with_the_drivers_kernels_and_its_share(

@@ -14,6 +14,7 @@ from blendserve.batchfile.schema import ServedModel
 from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.engines import EngineRun, open_one
 from blendserve.cli.options import tell
+from blendserve.errors import ConfigError
 from blendserve.job import JobProgress
 from blendserve.parallel.cluster import ReplicaSettings, ReplicaShape, import_ray
 from blendserve.parallel.ledger import Phase
@@ -25,7 +26,9 @@ from blendserve.request import SequenceOutput
 
 
 def replica_settings(args: argparse.Namespace) -> ReplicaSettings:
-    """What the arguments say of replicas."""
+    """What the arguments say of replicas. Raises: ConfigError when copies of vLLM would take each other's GPU."""
+    if args.engine == "vllm":
+        _check_gpus(args)
     num_cpus: float | None = args.replica_cpus
     if num_cpus is None:
         num_cpus = 1.0 if args.engine == "http" else args.threads or None
@@ -37,6 +40,26 @@ def replica_settings(args: argparse.Namespace) -> ReplicaSettings:
         placement=args.placement,
         max_restarts=args.max_restarts,
     )
+
+
+def _check_gpus(args: argparse.Namespace) -> None:
+    """Raises: ConfigError. Where Ray hands out no GPUs, every process sees all of them, and vLLM takes the first."""
+    from blendserve.adapters.vllm_api import is_cpu_build
+    from blendserve.cli.vllm_run import parse_argument
+
+    if is_cpu_build():
+        return
+    num_ranks = dict(parse_argument(text) for text in args.vllm_arg).get("tensor_parallel_size", 1)
+    if isinstance(num_ranks, int) and args.replica_gpus < num_ranks > 1:
+        raise ConfigError(
+            f"--replica-gpus {args.replica_gpus:g} is too few for tensor_parallel_size={num_ranks} in each replica: "
+            f"add --replica-gpus {num_ranks}"
+        )
+    if not args.replica_gpus:
+        raise ConfigError(
+            "--replica-gpus 0 lets each replica of vLLM see all GPUs of its machine, and all would open the first: add "
+            "--replica-gpus 1, or as many as tensor_parallel_size"
+        )
 
 
 def replica_arguments(args: argparse.Namespace, settings: Mapping[str, Any]) -> argparse.Namespace:
