@@ -74,12 +74,14 @@ def plan_of_pending(pending: PendingRequests) -> Plan:
 @dataclass
 class FakeReplicaEngine:
     """Answers as `batch_fakes.answer` does, in the order of rows, `ahead` of them being looked up at a time. `fail` may
-    raise before each answer, or end the process; it is told how many answers this process has given.
+    raise before each answer, or end the process; it is told how many answers this process has given. `fail_to_open` may
+    raise before there is an engine.
     """
 
     answer_s: float = 0.0
     ahead: int = 4
     fail: Callable[[int], None] = lambda _: None
+    fail_to_open: Callable[[int], None] = lambda _: None
     identity: str = "tiny@1"
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 0
@@ -115,6 +117,7 @@ def _looked_up(pending: PendingRequests, row: int) -> Request | RequestError:
 
 def open_fake(engine: FakeReplicaEngine, shape: ReplicaShape) -> FakeReplicaEngine:  # noqa: ARG001
     """Opens an engine where a pool wants one."""
+    engine.fail_to_open(0)
     return engine
 
 

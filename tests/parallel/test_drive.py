@@ -64,6 +64,9 @@ class LocalFleet:
         reply = replica.take(poll.lease, poll.share, 0.01)
         return [Batch(index, poll.lease, reply.outputs, reply.returned, reply.is_drained)]
 
+    def collect(self) -> Sequence[Batch]:
+        return ()
+
     def _die(self, index: int) -> list[Event]:
         self.num_deaths += 1
         self._replicas[index] = None

@@ -89,6 +89,26 @@ def test_a_lost_process_is_started_anew(
     assert sum("is lost (" in text for text in replicas.told) == 1
 
 
+def test_an_engine_that_does_not_open_is_started_anew(
+    address: str, tmp_path: Path, job_input: Path, whole: Path
+) -> None:
+    fail = FailOnce(tmp_path / "failed", at=0, is_kill=False)
+    replicas = Replicas(address, FakeReplicaEngine(answer_s=0.01, fail_to_open=fail))
+    run(job_input, tmp_path / "out.jsonl", replicas)
+    assert_same_files(tmp_path / "out.jsonl", whole)
+    assert sum("is lost (the device is gone)" in text for text in replicas.told) == 1
+
+
+def test_an_engine_that_never_opens_ends_the_run_after_all_restarts(
+    address: str, tmp_path: Path, job_input: Path
+) -> None:
+    engine = FakeReplicaEngine(fail_to_open=FailAlways(ExecutorError("the device is gone")))
+    replicas = Replicas(address, engine, max_restarts=1)
+    with pytest.raises(ExecutorError, match=r"all 2 replicas are lost \(the device is gone\)"):
+        run(job_input, tmp_path / "out.jsonl", replicas)
+    assert sum("is lost (" in text for text in replicas.told) == 2 * NUM_REPLICAS
+
+
 def test_without_restarts_the_others_take_over(address: str, tmp_path: Path, job_input: Path, whole: Path) -> None:
     fail = FailOnce(tmp_path / "failed", at=2, is_kill=True)
     replicas = Replicas(address, FakeReplicaEngine(answer_s=0.01, fail=fail), max_restarts=0)

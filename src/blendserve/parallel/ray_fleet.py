@@ -7,12 +7,15 @@ After any failure of a call a replica counts as lost, and is greeted until it an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from blendserve.errors import BlendServeError, ConfigError, ExecutorError
-from blendserve.parallel.cluster import ReplicaSettings, ReplicaShape
+from blendserve.parallel.cluster import ReplicaSettings, ReplicaShape, first_line
 from blendserve.parallel.events import Batch, Begin, Command, Event, Lost, Poll, Ready
 from blendserve.parallel.part import SharedJob
 from blendserve.parallel.replica import Hello, OpenEngine, Replica, Reply
@@ -23,6 +26,7 @@ _WAIT_S = 1.0
 _GREETING_PAUSE_S = 0.5
 _PATIENCE_S = 20.0  # before a replica that does not come up is mentioned
 _CLOSE_S = 10.0
+_MAX_CAUSE = 200  # characters: Ray's guesses at why a process died are a paragraph
 
 
 class Expected(NamedTuple):
@@ -79,6 +83,7 @@ class RayFleet:
         self.first_up_s: float | None = None  # when a replica first had nothing to do, by time.perf_counter
         self._call_by_ref: dict[Any, tuple[int, int | None]] = {}  # replica and lease; None is a greeting
         self._greet_at_s: dict[int, float] = dict.fromkeys(range(settings.num_replicas), now_s)
+        self._failure: BlendServeError | None = None  # ends the run once what came with it is applied
 
     def execute(self, command: Command) -> None:
         """Send one call."""
@@ -91,7 +96,9 @@ class RayFleet:
                 self._call_by_ref[ref] = (command.replica, command.lease)
 
     def wait(self) -> Sequence[Event]:
-        """What has come, after a second at most. Raises: BlendServeError that ends the run."""
+        """What has come, after a second at most. Raises: BlendServeError that ends the run, one call after it came."""
+        if self._failure is not None:
+            raise self._failure
         self._greet()
         refs = list(self._call_by_ref)
         if not refs:
@@ -101,9 +108,25 @@ class RayFleet:
         done, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
         events: list[Event] = []
         for ref in done:
-            replica, lease = self._call_by_ref.pop(ref)
-            events += self._welcome(replica, ref) if lease is None else self._receive(replica, lease, ref)
+            try:
+                for event in self._hear(ref):
+                    events.append(event)  # noqa: PERF402  (what comes before an error counts)
+            except BlendServeError as error:
+                self._failure = self._failure or error
         return events
+
+    def collect(self) -> Sequence[Batch]:
+        """Answers to polls, after a second at most; what ails replicas does not matter any more."""
+        polls = {ref: (replica, lease) for ref, (replica, lease) in self._call_by_ref.items() if lease is not None}
+        if not polls:
+            return ()
+        done, _ = self._ray.wait(list(polls), num_returns=len(polls), timeout=_WAIT_S)
+        batches: list[Batch] = []
+        for ref in done:
+            with suppress(self._ray.exceptions.RayError):
+                reply: Reply = self._ray.get(ref)
+                batches.append(Batch(*polls[ref], reply.outputs, reply.returned, is_drained=False))
+        return batches
 
     def close(self, *, is_at_ease: bool) -> None:
         """End all processes; let engines close first where there is time."""
@@ -113,6 +136,10 @@ class RayFleet:
                 self._ray.wait(ups, num_returns=len(ups), timeout=_CLOSE_S)
         for member in self._members:
             self._ray.kill(member.actor, no_restart=True)
+
+    def _hear(self, ref: Any) -> Iterator[Event]:
+        replica, lease = self._call_by_ref.pop(ref)
+        return self._welcome(replica, ref) if lease is None else self._receive(replica, lease, ref)
 
     # Greetings
 
@@ -130,34 +157,37 @@ class RayFleet:
     def _greet_again(self, replica: int, pause_s: float) -> None:
         self._greet_at_s[replica] = time.monotonic() + pause_s
 
-    def _welcome(self, replica: int, ref: Any) -> list[Event]:
+    def _welcome(self, replica: int, ref: Any) -> Iterator[Event]:
         member = self._members[replica]
         errors = self._ray.exceptions
         try:
             hello: Hello = self._ray.get(ref)
         except errors.ActorDiedError as error:
-            reason = member.lost_because or _first_line(error)
+            reason = member.lost_because or _cause(error)
             self._notify(f"replica {replica} is lost for good ({reason}); the others take over")
-            return [Lost(replica, True, reason)]
+            yield Lost(replica, True, reason)
+            return
         except errors.RayTaskError as error:
             raise ExecutorError(f"replica {replica} failed: {_last_line(error)}") from error
         except errors.RayError:
             self._greet_again(replica, _GREETING_PAUSE_S)
-            return []
+            return
         if member.is_doomed and hello.incarnation == member.incarnation:
             self._greet_again(replica, _GREETING_PAUSE_S)
-            return []
+            return
+        member.incarnation, member.is_doomed = hello.incarnation, False
+        if hello.error is not None:
+            yield self._engine_failed(replica, hello.error)
+            return
         self._check(replica, hello)
         if member.lost_because:
             self._notify(f"replica {replica} is back")
-        member.incarnation, member.is_doomed, member.is_up = hello.incarnation, False, True
+        member.is_up = True
         self.first_up_s = self.first_up_s or time.perf_counter()
-        return [Ready(replica)]
+        yield Ready(replica)
 
     def _check(self, replica: int, hello: Hello) -> None:
         """Raises: ConfigError when answers of this replica could differ from those of the others."""
-        if hello.error is not None:
-            raise hello.error
         found = {"model": hello.identity, **(hello.settings or {})}
         wanted = {"model": self._expected.identity, **self._expected.settings}
         if found != wanted:
@@ -167,7 +197,7 @@ class RayFleet:
 
     # Answers
 
-    def _receive(self, replica: int, lease: int, ref: Any) -> list[Event]:
+    def _receive(self, replica: int, lease: int, ref: Any) -> Iterator[Event]:
         errors = self._ray.exceptions
         try:
             reply: Reply = self._ray.get(ref)
@@ -175,13 +205,14 @@ class RayFleet:
             raise ExecutorError(f"replica {replica} failed: {_last_line(error)}") from error
         except errors.RayError as error:
             is_gone = isinstance(error, errors.ActorUnavailableError)  # whose text is that of a network library
-            return [self._lose(replica, "its process does not answer" if is_gone else _first_line(error))]
+            yield self._lose(replica, "its process does not answer" if is_gone else _cause(error))
+            return
         if not reply.is_known:
-            return [self._lose(replica, "its process was started anew")]
-        batch = Batch(replica, lease, reply.outputs, reply.returned, reply.is_drained)
-        if reply.error is None:
-            return [batch]
-        return [batch, self._engine_failed(replica, reply.error)]
+            yield self._lose(replica, "its process was started anew")
+            return
+        yield Batch(replica, lease, reply.outputs, reply.returned, reply.is_drained)
+        if reply.error is not None:
+            yield self._engine_failed(replica, reply.error)
 
     def _engine_failed(self, replica: int, error: BlendServeError) -> Lost:
         """Let Ray start the process anew. Raises: the error, where that is of no use."""
@@ -200,8 +231,15 @@ class RayFleet:
         return Lost(replica, False, reason)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """The line of Ray's error that says most: of an actor that could not be made, the end of its traceback; else what
+    stands behind the list of its ids; else the first.
+    """
+    if getattr(error, "actor_init_failed", False):
+        return _last_line(error)
+    lines = str(error).strip().splitlines()
+    behind = (line for before, line in pairwise(lines) if before.startswith("\t") and not line.startswith("\t"))
+    return shorten(next(behind, first_line(error)), _MAX_CAUSE, placeholder=" ...").rstrip(".")
 
 
 def _last_line(error: BaseException) -> str:
