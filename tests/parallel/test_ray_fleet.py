@@ -164,7 +164,8 @@ def test_answers_that_come_with_an_error_count(failing: int) -> None:
     ledger = ledger_of([4, 4], ready=False)
     takes = [[reply(0, 1)], [reply(4, 5, 6)]]
     takes[failing] = [takes[failing][0]._replace(error=REFUSED)]
-    fake = FakeRay(*({"hello": [up()], "take": [*take, reply()]} for take in takes))
+    scripts: list[dict[str, Any]] = [{"hello": [up()], "take": [*take, reply()]} for take in takes]
+    fake = FakeRay(*scripts)
     fleet = fleet_of(fake, is_restartable=False)
     assert answered(ledger, fleet, ExecutorError, "answered 401") == [0, 1, 4, 5, 6]
     ledger.check()
