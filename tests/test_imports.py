@@ -17,6 +17,7 @@ LAYERS = (
     ("models",),
     ("cost",),
     ("hardware",),
+    ("calibration",),
     ("planner", "detokenize"),
     ("workloads",),
     ("engine",),

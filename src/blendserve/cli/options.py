@@ -147,7 +147,7 @@ def add_replicas(parser: argparse.ArgumentParser) -> None:
         "--placement",
         choices=PLACEMENTS,
         default="spread",
-        help="over as many machines as there are (spread, the default), or over few (pack)",
+        help="over as many machines as there are (spread, the default), or on few (pack, Ray's own way)",
     )
     group.add_argument(
         "--max-restarts",
