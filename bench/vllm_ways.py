@@ -74,7 +74,7 @@ def main() -> None:
         outcomes = [bench.run(way, source) for _ in range(arguments.repeats) for way in ways]
         print(summary_table(ways, outcomes), flush=True)
         if not arguments.no_faults:
-            print(f"\nkilled after three quarters of the time, then the same command again: {bench.killed(source)}", flush=True)
+            print(f"\nkilled at three quarters of the time, and started again: {bench.killed(source)}", flush=True)
             print(f"one line of the file is no JSON: {bench.bad_line(source)}", flush=True)
 
 
