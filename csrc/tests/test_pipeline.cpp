@@ -62,13 +62,7 @@ class FakeChains final : public Chains {
     CHECK(num_ended_[at(chain)].load() == op);
     CHECK(worker >= 0);
     if (ops_[at(chain)][at(op)].tile_class == TileClass::kMemory) CHECK(runs == nullptr);
-    if (spins_ > 0 && runs != nullptr && runs->left() > 1) {  // more than the next tile's: memory tiles are held
-      const int holders = ++num_holders_;
-      for (int most = most_holders_; holders > most && !most_holders_.compare_exchange_weak(most, holders);) {
-      }
-    }
-    for (int i = 0; i < spins_ && ops_[at(chain)][at(op)].num_fetched > 0; ++i) std::this_thread::yield();
-    if (spins_ > 0 && runs != nullptr && runs->left() > 1) --num_holders_;
+    if (meets_in_pairs_ && ops_[at(chain)][at(op)].num_fetched > 0) meet(runs != nullptr && runs->left() > 1);
     if (runs != nullptr) {
       CHECK(runs->left() <= ops_[at(chain)][at(op)].num_fetched);
       num_fetched_ += runs->left();
@@ -88,8 +82,8 @@ class FakeChains final : public Chains {
     return count;
   }
 
-  // Compute tiles then last for so many turns of other threads.
-  void slow_down(int spins) { spins_ = spins; }
+  // Tiles that could fetch then end two by two, each on a thread of its own.
+  void meet_in_pairs() { meets_in_pairs_ = true; }
   bool is_done(int chain) const { return num_ended_[at(chain)].load() == num_ops(chain); }
   int64_t num_fetched() const { return num_fetched_.load(); }
   int num_held() const { return num_held_.load(); }
@@ -98,8 +92,19 @@ class FakeChains final : public Chains {
  private:
   static size_t at(int64_t i) { return static_cast<size_t>(i); }
 
+  // `holds`: more than the next tile's weights is fetched, so memory tiles are held.
+  void meet(bool holds) {
+    const int holders = num_holders_ += holds;
+    for (int most = most_holders_; holders > most && !most_holders_.compare_exchange_weak(most, holders);) {
+    }
+    const int place = ++num_met_;
+    while (num_met_ < (place + 1) / 2 * 2) std::this_thread::yield();
+    num_holders_ -= holds;
+  }
+
   std::vector<FakeOp> ops_[2];
-  int spins_ = 0;
+  bool meets_in_pairs_ = false;
+  std::atomic<int> num_met_{0};
   mutable std::atomic<int> num_held_{0};
   std::atomic<int> num_holders_{0}, most_holders_{0};
   std::vector<std::unique_ptr<std::atomic<int>[]>> runs_[2];
@@ -171,18 +176,18 @@ void memory_tiles_are_fetched_beside_compute_tiles() {
   CHECK(chains.num_fetched() == 20 + 4 * 3, chains.num_fetched());
 }
 
-// Workers that get no lane do not keep those that would from getting one.
+// Who gets no lane does not keep another from getting one: of two workers that always run matmul tiles at the same
+// time, one holds memory tiles as long as there are some.
 void lanes_limit_who_holds_memory_tiles() {
   for (const int num_threads : {2, 4, 12}) {
     for (const int lanes : {1, num_threads / 2, num_threads}) {
       ThreadTeam team(num_threads);
       Pipeline pipeline(team, {4096, 48, lanes});
-      FakeChains chains({{1}, {400, TileClass::kMemory}}, {{400, TileClass::kCompute, 1, 8}});
-      chains.slow_down(50);
+      FakeChains chains({{1}, {100, TileClass::kMemory}}, {{400, TileClass::kCompute, 1, 8}});
+      chains.meet_in_pairs();
       pipeline.run(chains, 2);
       CHECK(chains.most_holders() <= lanes, num_threads, " threads, ", lanes, " lanes: ", chains.most_holders());
-      CHECK(chains.num_held() >= 400 / num_threads / 2, num_threads, " threads, ", lanes,
-            " lanes: ", chains.num_held());
+      if (num_threads == 2) CHECK(chains.num_held() >= 80, lanes, " lanes: ", chains.num_held());
     }
   }
 }
