@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from batch_fakes import read_rows
 from test_vllm_real import model, pytestmark
 from vllm_cases import chat
@@ -106,3 +107,12 @@ def test_the_death_of_its_own_process_is_survived(model: Path, tmp_path: Path) -
     assert report["num_succeeded"] == NUM_LINES
     assert "1 restarts" in str(report["notes"])
     assert "opening another one" in (tmp_path / "log").read_text()
+
+
+def test_replicas_answer_every_line_once(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>=2.50'")
+    report = finish(start(command(model, tmp_path, "--replicas", "2"), tmp_path))
+    assert report["num_succeeded"] == NUM_LINES
+    assert sorted(row["custom_id"] for row in read_rows(tmp_path / "out.jsonl")) == sorted(
+        f"id-{n}" for n in range(NUM_LINES)
+    )
