@@ -39,6 +39,7 @@ def test_every_line_is_answered_under_every_policy(tmp_path: Path, policy: str, 
     assert sorted(api.engines[0].order, key=int) == [str(index) for index in range(NUM_LINES)]
     assert engine.stats is not None
     assert engine.stats.num_finished == NUM_LINES
+    assert len(engine.stats.scheduling_s_by_step) == engine.stats.num_steps
     assert engine.counters.max_running <= api.max_num_seqs
     assert api.engines[0].scheduler.num_free == api.num_blocks - 1
 

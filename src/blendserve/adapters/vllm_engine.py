@@ -162,7 +162,7 @@ class _Run:
                 self._finish(int(output.request_id), output)
         if is_taken_down:  # by a signal, say: nobody here aborts what runs
             raise _EngineDiedError("it took its requests down before they had ended")
-        self._stats.scheduling_s += self._engine.clock() - after + before - started
+        self._stats.add_scheduling(self._engine.clock() - after + before - started, has_step=True)
 
     def _fill(self) -> None:
         """Suspects run alone; then those that an engine took along; then whom the policy proposes."""
