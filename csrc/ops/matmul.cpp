@@ -215,23 +215,9 @@ void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t 
 int64_t num_prefetch_runs([[maybe_unused]] MatmulFormat format, [[maybe_unused]] const MatmulTile& tile,
                           [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t step_bytes) {
 #if defined(__x86_64__)
-  const bool is_int8 = format.dtype == Dtype::kInt8;
-  switch (format.isa) {
-    case Isa::kAvx2:
-      return is_int8 ? kernels::num_prefetch_runs_int8_avx2(tile, k, step_bytes)
-                     : kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
-    case Isa::kAvxVnni:
-      return is_int8 ? kernels::num_prefetch_runs_int8_avxvnni(tile, k, step_bytes)
-                     : kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
-    case Isa::kAvx512Vnni:
-      return is_int8 ? kernels::num_prefetch_runs_int8_avx512vnni(tile, k, step_bytes)
-                     : kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
-    case Isa::kAvx512Bf16:
-      return is_int8 ? kernels::num_prefetch_runs_int8_avx512vnni(tile, k, step_bytes)
-                     : kernels::num_prefetch_runs_avx512bf16(tile, k, step_bytes);
-    default:
-      break;
-  }
+  if (format.dtype == Dtype::kInt8) return kernels::num_prefetch_runs_int8(format.isa, tile, k, step_bytes);
+  if (format.isa == Isa::kAvx512Bf16) return kernels::num_prefetch_runs_avx512bf16(tile, k, step_bytes);
+  if (format.isa != Isa::kPortable) return kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
 #endif
   return 0;
 }

@@ -159,5 +159,22 @@ void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& ti
   }
 }
 
+int64_t num_prefetch_runs_int8([[maybe_unused]] Isa isa, [[maybe_unused]] const MatmulTile& tile,
+                               [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t step_bytes) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+      return num_prefetch_runs_int8_avx2(tile, k, step_bytes);
+    case Isa::kAvxVnni:
+      return num_prefetch_runs_int8_avxvnni(tile, k, step_bytes);
+    case Isa::kAvx512Vnni:
+    case Isa::kAvx512Bf16:
+      return num_prefetch_runs_int8_avx512vnni(tile, k, step_bytes);
+#endif
+    default:
+      return 0;
+  }
+}
+
 }  // namespace kernels
 }  // namespace blendserve

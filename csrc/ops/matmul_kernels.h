@@ -104,10 +104,11 @@ void int8_tile_portable(const Int8TileArgs& args);
 void int8_tile_avx2(const Int8TileArgs& args);
 void int8_tile_avxvnni(const Int8TileArgs& args);
 void int8_tile_avx512vnni(const Int8TileArgs& args);
-// Dispatch of the int8 halves of pack_activations and matmul_tile.
+// Dispatch of the int8 halves of pack_activations, matmul_tile and num_prefetch_runs.
 void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate,
                float* y, int64_t ldy, PrefetchRuns* runs);
+int64_t num_prefetch_runs_int8(Isa isa, const MatmulTile& tile, int64_t k, int64_t step_bytes);
 // Some floats of a row as bytes; returns their scale.
 float int8_group_portable(const float* x, int64_t count, uint8_t* bytes);
 float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes);
