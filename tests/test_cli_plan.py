@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from oracles import shared_prefix
 from report_pages import PageFacts
+from test_calibration import CALIBRATION
 from tiny_files import tiny_directory
 
-from blendserve.calibration import Calibration
 from blendserve.cli import main
 from blendserve.config import BLOCK_SIZE
 from blendserve.models.hub import ModelFiles
@@ -153,20 +154,7 @@ def test_outputs_that_never_come_are_null_in_json(
 def test_a_calibrated_machine_is_the_default(
     tiny: Path, tmp_path: Path, empty_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calibration = Calibration(
-        machine="two cores",
-        dtype="bf16",
-        num_threads=2,
-        gemm_flop_per_s=2e11,
-        weight_bytes_per_s=3e10,
-        kv_bytes_per_s=3e10,
-        prefill_attention_flop_per_s=5e10,
-        constant_s=1e-4,
-        compute_delay=0.5,
-        memory_delay=0.5,
-        memory_bytes=8e9,
-    )
-    calibration.save(empty_cache)
+    replace(CALIBRATION, machine="two cores").save(empty_cache)
     source = tmp_path / "in.jsonl"
     write_job(source)
     assert main(["plan", str(source), "--model", str(tiny), "--policy", "dfs", "--json"]) == 0

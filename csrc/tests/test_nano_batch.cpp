@@ -31,6 +31,10 @@ struct Plan {
     computed.push_back(num_computed);
   }
   int32_t& block(int64_t slot, int64_t index) { return blocks[static_cast<size_t>(slot * kBlocksEach + index)]; }
+  // The first blocks of a slot are another's.
+  void share(int64_t slot, int64_t other, int64_t num_blocks) {
+    for (int64_t b = 0; b < num_blocks; ++b) block(slot, b) = block(other, b);
+  }
   StepInput input() const {
     return {slots, scheduled, computed, is_sampled.get(), tokens.data(), kLength, blocks.data(), kBlocksEach, kMaxSeqs};
   }
@@ -125,7 +129,7 @@ void readers_do_not_go_before_writers() {
   plan.add(1, 200);  // a decode
   plan.add(64, 0);   // writes four blocks
   plan.add(1, 64);   // reads them
-  for (int64_t b = 0; b < 4; ++b) plan.block(2, b) = plan.block(1, b);
+  plan.share(2, 1, 4);
   split.look_at(plan.input());
   CHECK(split.split(plan.input()));
   CHECK(split.is_second_after_first());
@@ -141,7 +145,7 @@ void a_reader_of_what_a_single_token_completes_keeps_the_step_whole() {
   plan.add(1, 200);  // a decode
   plan.add(1, 63);   // completes four blocks
   plan.add(80, 64);  // reads them
-  for (int64_t b = 0; b < 4; ++b) plan.block(2, b) = plan.block(1, b);
+  plan.share(2, 1, 4);
   split.look_at(plan.input());
   CHECK(!split.split(plan.input()));
 }
@@ -151,7 +155,7 @@ void a_reader_before_its_writer_keeps_the_step_whole() {
   Plan plan;
   plan.add(1, 64);
   plan.add(64, 0);
-  for (int64_t b = 0; b < 4; ++b) plan.block(0, b) = plan.block(1, b);
+  plan.share(0, 1, 4);
   split.look_at(plan.input());
   CHECK(!split.split(plan.input()));
   // The next step has forgotten who wrote what.
