@@ -16,7 +16,7 @@
 
 #include "ops/matmul.h"
 #include "ops/matmul_kernels.h"
-#include "ops/table.h"
+#include "ops/matmul_shapes.h"
 #include "tensor.h"
 #include "threads.h"
 

@@ -1,6 +1,7 @@
 // The layers of a step: the ops of each nano-batch and their tiles. One row of a batch is one token.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "model.h"
 #include "ops/pointwise.h"
@@ -29,6 +30,7 @@ Op counted_op(Stage stage) {
   constexpr Op kOps[] = {Op::kEmbed,     Op::kNorm,      Op::kQkv,           Op::kRotate, Op::kAttention,
                          Op::kAttention, Op::kAttention, Op::kPackAttention, Op::kOutput, Op::kNorm,
                          Op::kGateUp,    Op::kActivate,  Op::kDown};
+  static_assert(std::size(kOps) == 1 + kStagesPerLayer);
   return kOps[static_cast<int>(stage)];
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -84,9 +85,9 @@ WorkRates work_rates(const ModelShape& shape) {
 }  // namespace
 
 std::string_view op_name(Op op) {
-  constexpr std::string_view kNames[kNumOps] = {"embed",     "norm",   "qkv",     "rotate",   "attention",
-                                                "pack",      "output", "gate_up", "activate", "down",
-                                                "head_norm", "head",   "sample"};
+  constexpr std::string_view kNames[] = {"embed",   "norm",     "qkv",  "rotate",    "attention", "pack",  "output",
+                                         "gate_up", "activate", "down", "head_norm", "head",      "sample"};
+  static_assert(std::size(kNames) == kNumOps);
   return kNames[static_cast<int>(op)];
 }
 

@@ -73,7 +73,7 @@ enum class Op {
   kHead,
   kSample
 };
-inline constexpr int kNumOps = 13;
+inline constexpr int kNumOps = static_cast<int>(Op::kSample) + 1;
 std::string_view op_name(Op op);
 
 // Ops of a chain: one kEmbed, then the others once per layer.
@@ -92,7 +92,7 @@ enum class Stage {
   kActivate,
   kDown
 };
-inline constexpr int64_t kStagesPerLayer = 12;
+inline constexpr int64_t kStagesPerLayer = static_cast<int64_t>(Stage::kDown);  // all but kEmbed
 
 // Work since the model was made. `*_bytes` count what must come from memory: weights once per step, KV once per
 // sequence, that of a prefix that sequences read together once for all of them. `op_s` is the time from an op's

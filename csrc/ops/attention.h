@@ -9,7 +9,7 @@
 #include <span>
 
 #include "kv_cache.h"
-#include "ops/matmul.h"
+#include "ops/isa.h"
 
 namespace blendserve {
 

@@ -2,7 +2,7 @@
 // what attention and the pointwise ops wait for is memory, not lanes.
 #pragma once
 
-#include "ops/matmul.h"
+#include "ops/isa.h"
 
 // Declares RESULT name PARAMETERS in the namespace of each instruction set.
 #if defined(__x86_64__)

@@ -8,20 +8,12 @@
 #include <memory>
 #include <span>
 #include <string_view>
-#include <utility>
 #include <vector>
 
+#include "ops/isa.h"
+#include "ops/prefetch.h"
+
 namespace blendserve {
-
-// Instruction sets with their own kernels, in rising order of preference.
-// The two with VNNI differ from kAvx2 in int8 products only.
-enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16 };
-inline constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
-
-Isa best_isa();                       // the best one this processor (and operating system) runs
-bool is_supported(Isa isa);           // may its kernels run here?
-Isa isa_from_name(std::string_view);  // "portable", "avx2", ...; throws std::invalid_argument
-std::string_view isa_name(Isa isa);
 
 // How weights are kept and what they are multiplied by. kBf16: bfloat16 by float32 (kAvx512Bf16: by bfloat16). kInt8:
 // one scale per output column, by 8-bit activations with a scale per row and group of k, made of float32 rows as they
@@ -99,18 +91,6 @@ inline constexpr int64_t kColumnPanel = 32;
 // kColumnPanel. The sum starts from y where it accumulates; bias is added last and counts columns from 0, as y does.
 struct MatmulTile {
   int64_t row_begin, row_end, col_begin, col_end;
-};
-// Memory that a matmul fetches into L2 beside its own work: runs of kPrefetchRunBytes, taken from the front as far as
-// the tile has steps (of two k in bf16, of four in int8) for them, each of which asks for the next `step_bytes` (up to
-// a line).
-inline constexpr int64_t kPrefetchRunBytes = 1024;
-struct PrefetchRuns {
-  const uint16_t* const* begin = nullptr;
-  const uint16_t* const* end = nullptr;
-  int64_t step_bytes = 64;
-
-  int64_t left() const { return end - begin; }
-  const uint16_t* const* take(int64_t count) { return std::exchange(begin, begin + count); }
 };
 // How many runs a tile takes at most; 0 where its kernel takes none.
 int64_t num_prefetch_runs(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t step_bytes);

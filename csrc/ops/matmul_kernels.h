@@ -33,9 +33,6 @@ inline constexpr int64_t kWeightPanelAvx512Bf16 = 32;  // two AVX-512 registers 
 // go on from y, which is exact), so that the rows of a tile stay in L2 and 16 columns of weights (24 KiB) in L1.
 inline constexpr int64_t kMaxResidentK = 768;
 
-// Steps of a kernel's inner loop that one run of prefetches takes.
-inline int64_t run_steps(int64_t step_bytes) { return ceil_div(kPrefetchRunBytes, step_bytes); }
-
 // One call of matmul_tile, with the weights unwrapped.
 struct TileArgs {
   const void* x;

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "ops/matmul.h"
+#include "ops/isa.h"
 
 namespace blendserve {
 

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "ops/matmul.h"
+#include "ops/isa.h"
 
 namespace blendserve {
 

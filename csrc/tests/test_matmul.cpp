@@ -11,7 +11,7 @@
 #include "ops/bf16.h"
 #include "ops/matmul.h"
 #include "ops/matmul_kernels.h"
-#include "ops/table.h"
+#include "ops/matmul_shapes.h"
 #include "threads.h"
 
 namespace blendserve {

@@ -7,7 +7,7 @@
 
 #include "matmul_cases.h"
 #include "ops/matmul_kernels.h"
-#include "ops/table.h"
+#include "ops/matmul_shapes.h"
 
 namespace blendserve {
 namespace {

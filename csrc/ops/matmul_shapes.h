@@ -1,4 +1,4 @@
-// The op table: shapes of real models with their flop, bytes and error bounds. Tests, benchmarks and calibration read
+// Matrix products of real models with their flop, bytes and error bounds. Tests, benchmarks and calibration read
 // it.
 #pragma once
 
