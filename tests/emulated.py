@@ -1,7 +1,7 @@
 """A pytest plugin that runs tests on emulated AVX-512: `PYTHONPATH=tests pytest -p emulated tests/executors`.
 
-It puts the module that scripts/build makes of SIMDe's intrinsics in the place of `blendserve._native`. Every instruction
-set is then supported, on any x86-64 processor with AVX2, and slow.
+It puts the module that scripts/build makes of SIMDe's intrinsics in the place of `blendserve._native`. Every
+instruction set is then supported, on any x86-64 processor with AVX2, and slow.
 """
 
 from __future__ import annotations
