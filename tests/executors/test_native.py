@@ -12,11 +12,11 @@ from tiny_models import CHANGES_BY_NAME, random_tokens, random_weights, tiny_spe
 
 from blendserve import _native
 from blendserve.config import Dtype, EngineConfig
+from blendserve.costs.step_cost import Interference, OverlapCost
 from blendserve.engine.step import Executor, StepPlan
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.reference import Precision, ReferenceExecutor, ReferenceModel, prompt_logits
-from blendserve.hardware import Interference, OverlapCost
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import MemoryWeights
 from blendserve.request import Request, SamplingParams, TokenIds, TokenLogprob
