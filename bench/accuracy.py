@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve import _native
-from blendserve.config import Dtype, EngineConfig, cache_dir
+from blendserve.config import Dtype, EngineConfig
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.reference import ReferenceModel, prompt_logits
+from blendserve.host import cache_dir
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.request import TokenIds
