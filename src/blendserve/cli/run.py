@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the job. Returns 0 when every line has its row, answered or not; 130 or 143 when interrupted."""
     from blendserve.engines.opening import open_engine
-    from blendserve.job.job import JobInterrupted
+    from blendserve.job.interrupts import JobInterrupted
     from blendserve.offline.batch import run_batch
     from blendserve.report.run_display import RunDisplay
     from blendserve.report.summary import RunSummary
