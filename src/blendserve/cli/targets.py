@@ -40,32 +40,34 @@ class Target:
 
 def add_target(parser: argparse.ArgumentParser, default_hardware: str, default_model: str) -> None:
     """Options that say for what to plan or simulate."""
-    group = parser.add_argument_group("target", "what to plan or simulate for; no weights are read")
+    group = parser.add_argument_group(
+        "target", "the hardware and the model to plan or simulate for; no weights are read"
+    )
     group.add_argument(
         "--hardware",
         choices=HARDWARE_NAMES,
         metavar="NAME",
-        help=f"{', '.join(HARDWARE_BY_NAME)}, or {THIS_MACHINE} (after `blendserve calibrate`); default: "
-        f"{default_hardware}",
+        help=f"{', '.join(HARDWARE_BY_NAME)}, or {THIS_MACHINE} (after `blendserve calibrate`) (default: "
+        f"{default_hardware})",
     )
     group.add_argument(
         "--model",
         metavar="SPEC",
-        help=f"{', '.join(MODEL_BY_NAME)}, a path to a config.json, or what `blendserve run --model` takes; default: "
-        f"{default_model}",
+        help=f"{', '.join(MODEL_BY_NAME)}, a path to a config.json, or what `blendserve run --model` takes (default: "
+        f"{default_model})",
     )
     group.add_argument(
         "--tensor-parallel",
         type=positive_integer,
         default=1,
         metavar="N",
-        help="GPUs that hold one copy of the model (1)",
+        help="GPUs that hold one copy of the model (default: 1)",
     )
     group.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="the model whose tokenizer counts the tokens of the file; default: that of --model, or where that is only "
-        f"a shape, of {DEFAULT_MODEL.name}",
+        help="a model whose tokenizer counts the tokens of the file (default: that of --model, or of "
+        f"{DEFAULT_MODEL.name} if --model is only a shape)",
     )
 
 

@@ -44,10 +44,10 @@ class EstimatingCodec:
             return [self._encode_one(self._codec, prompt) for prompt in prompts]
 
     def text_of(self, output: SequenceOutput) -> NoReturn:
-        raise ExecutorError(f"request {output.index} has no response; this is a bug of the engine")
+        raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
 
     def token_bytes(self, token_id: int) -> NoReturn:
-        raise ExecutorError(f"token {token_id} has no response; this is a bug of the engine")
+        raise ExecutorError(f"token {token_id} has no response; this is a bug, please report it")
 
     def _encode_one(self, codec: ModelCodec, prompt: str | tuple[Message, ...]) -> TokenIds:
         try:
