@@ -18,6 +18,7 @@ import doc_errors
 import doc_pages
 import pytest
 from batch_fakes import batch_line, write_lines
+from test_imports import FLOORS
 from tiny_files import tiny_directory
 
 import blendserve
@@ -266,6 +267,25 @@ def test_commands_exit_with_codes_that_the_help_tells(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as wrong:
         main(["run"])
     assert wrong.value.code == 2
+
+
+# Design
+
+
+def test_the_floors_of_the_design_are_those_of_the_imports() -> None:
+    text = (ROOT / "docs" / "design.md").read_text().split("| floor | parts |", 1)[1].split("\n\n", 1)[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    floors = {floor: tuple(re.findall(r"`(\w+)`", parts)) for floor, parts in rows}
+    assert floors == FLOORS
+    assert list(floors) == [*reversed(FLOORS)]
+
+
+def test_files_that_the_design_names_exist() -> None:
+    named = set(re.findall(r"`([a-z_]+/[\w/]*\.(?:py|cpp|h))`", (ROOT / "docs" / "design.md").read_text()))
+    assert len(named) > 30
+    assert not [
+        name for name in named if not ((ROOT if name.startswith(("csrc", "tests")) else SOURCE) / name).exists()
+    ]
 
 
 # Links and examples
