@@ -12,6 +12,7 @@
 
 #include "ops/isa.h"
 #include "ops/prefetch.h"
+#include "ops/weight_memory.h"
 
 namespace blendserve {
 
@@ -34,8 +35,10 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
   // Row-major [n, k]; float32 is rounded to bf16, to nearest even. Throws std::invalid_argument where sizes disagree.
-  // int8 rounds to the nearest multiple of the row's scale.
-  PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k);
+  // int8 rounds to the nearest multiple of the row's scale. The matrices of a model share `memory`; without it a matrix
+  // allocates for itself.
+  PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k,
+               WeightMemory* memory = nullptr);
   PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k);
 
   Isa isa() const { return format_.isa; }
@@ -55,21 +58,18 @@ class PackedMatrix {
   void unpack_row(int64_t row, float* out) const;
 
  private:
-  struct Free {
-    void operator()(void* data) const noexcept;
-  };
   template <class T>
-  void pack(std::span<const T> weights);
+  void pack(std::span<const T> weights, WeightMemory* memory);
   void check_size(size_t num_weights) const;
-  void allocate(int64_t num_bytes);
-  void pack_int8(std::span<const float> weights);
+  void allocate(int64_t num_bytes, WeightMemory* memory);
+  void pack_int8(std::span<const float> weights, WeightMemory* memory);
   void unpack_int8_row(int64_t row, float* out) const;
 
   MatmulFormat format_ = Isa::kPortable;
   int64_t n_ = 0;
   int64_t k_ = 0;
   int64_t num_bytes_ = 0;
-  std::unique_ptr<void, Free> data_;
+  std::shared_ptr<void> data_;  // never written once it is packed
   std::vector<float> scales_;
   std::vector<int32_t> offsets_;
 };

@@ -127,7 +127,6 @@ void kernel(const Block& b) {
     }
   }
   for (; pairs > 0; --pairs) {
-    if constexpr (can_ask(kRows)) prefetcher.ask_for_share();
     add_pair<kRows, kPanels, kSource>(b, at, sums);
   }
   store_sums<kRows, 2 * kPanels>(b, sums);
@@ -195,11 +194,11 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t row = a.tile.row_begin + groups.begin(group);
     const int64_t next_row = a.tile.row_begin + groups.begin(group + 1);
-    PrefetchSchedule schedule = {.share = w};
+    PrefetchSchedule schedule;
     if (col_end < a.tile.col_end) {
       schedule =
           ask_for_strip(w + num_panels * panel_stride, num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)},
-                        group, groups.count, block_num_k / 2, w);
+                        group, groups.count, block_num_k / 2);
     }
     if (groups.count > 1) schedule.runs = a.runs;
     float* y = a.y + row * a.ldy + col;

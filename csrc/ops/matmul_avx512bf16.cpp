@@ -180,10 +180,10 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
   for (int64_t col = begin; col < end; col += step) {
     const int64_t num_columns = min64(step, end - col), num_panels = ceil_div(num_columns, kPanel);
     const uint16_t* w = a.w + col / kPanel * panel_stride;
-    PrefetchSchedule schedule = {.share = w};
+    PrefetchSchedule schedule;
     if (set < sets.num_asking && col + sets.strip < a.tile.col_end) {
       schedule = ask_for_strip(w + sets.strip / kPanel * panel_stride, panel_stride * int64_t{sizeof(*w)}, set,
-                               sets.num_asking, num_pairs, w);
+                               sets.num_asking, num_pairs);
     }
     if (sets.count > 1) schedule.runs = a.runs;
     const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
