@@ -222,7 +222,8 @@ int64_t Model::list_runs(int chain, int64_t op, int64_t tile, const uint16_t** r
 int64_t Model::list_block_runs(const uint16_t* head, const int32_t* blocks, int64_t begin, int64_t end,
                                const uint16_t** runs, int64_t max_runs) const {
   constexpr int64_t kRunElements = kPrefetchRunBytes / static_cast<int64_t>(sizeof(uint16_t));
-  const int64_t per_block = 2 * kBlockSize * shape_.head_stride() / kRunElements;  // whole, since heads are padded
+  // Whole in bf16, since heads are padded; in int8 the line of scales is left out.
+  const int64_t per_block = std::max<int64_t>(step_cache_->head_stride() / kRunElements, 1);
   int64_t count = 0;
   for (int64_t block = begin / kBlockSize; block < div_up(end, kBlockSize); ++block) {
     const uint16_t* start = head + blocks[block] * step_cache_->block_stride();
@@ -315,7 +316,8 @@ AttentionTile Model::attention_of(const NanoBatch& nano, const AttentionTask& ta
           .head_dim = shape_.head_stride(),
           .cache = step_cache_->head(layer, task.kv_head),
           .block_stride = step_cache_->block_stride(),
-          .block_table = entry.block_table};
+          .block_table = entry.block_table,
+          .kv_dtype = step_cache_->dtype()};
 }
 
 void Model::attend(NanoBatch& nano, int64_t layer, const AttentionTask& task, int worker) {

@@ -217,6 +217,9 @@ struct Kernel {
     return {reinterpret_cast<uint16_t*>(take(memory, num_rows * head_dim / 2)), num_rows};
   }
 
+  static int64_t chunk_floats(int64_t) { return 0; }
+  static void read_chunk(const Chunk&, int64_t, float*) {}
+
   static void pack(const AttentionTile& tile, int64_t first_row, Query query) {
     const int64_t stride = 2 * query.num_rows;
     const __m512 scale = _mm512_set1_ps(kLog2E);
