@@ -10,7 +10,7 @@ KvCache::KvCache(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, i
     : num_blocks_(num_blocks),
       num_kv_heads_(num_kv_heads),
       head_dim_(head_dim),
-      data_(num_layers * num_blocks * num_kv_heads * 2 * kBlockSize * head_dim) {}
+      data_(checked_product({num_layers, num_blocks, num_kv_heads, 2, kBlockSize, head_dim})) {}
 
 // Rounding takes vectors. What it leaves is stored word by word: the neighbours belong to other tokens, which another
 // thread may be writing.
