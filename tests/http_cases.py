@@ -15,16 +15,16 @@ from typing import Any
 
 from batch_fakes import read_rows
 
-from blendserve.adapters.estimates import EstimatingCodec, remote_cost, remote_table
-from blendserve.adapters.fake_server import FakeServer
-from blendserve.adapters.http_client import ApiKey, ServerAddress
-from blendserve.adapters.http_engine import HttpEngine, HttpSettings
-from blendserve.adapters.pacing import RetrySettings
-from blendserve.batchfile.schema import ServedModel
-from blendserve.batchfile.store import PendingRequests
-from blendserve.job import BatchJob, JobReport, run_job
+from blendserve.dialect.schema import ServedModel
+from blendserve.engine.planned import plan_requests
+from blendserve.engines.estimates import EstimatingCodec, remote_cost, remote_table
+from blendserve.engines.http.client import ApiKey, ServerAddress
+from blendserve.engines.http.dispatch import HttpEngine, HttpSettings
+from blendserve.engines.http.fake_server import FakeServer
+from blendserve.engines.http.pacing import RetrySettings
+from blendserve.job.job import BatchJob, JobReport, run_job
+from blendserve.job.pending import PendingRequests
 from blendserve.planner.policies import make_policy
-from blendserve.session import plan_requests
 
 KEY = "sk-very-secret-0123456789"
 SERVED = ServedModel(("remote",), accepts_any_name=True, is_remote=True)

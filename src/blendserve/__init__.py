@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blendserve.llm import LLM
-    from blendserve.outputs import CompletionOutput, RequestOutput
+    from blendserve.offline.llm import LLM
+    from blendserve.offline.outputs import CompletionOutput, RequestOutput
     from blendserve.request import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
 
 _MODULE_BY_NAME = {
-    "LLM": "blendserve.llm",
-    "CompletionOutput": "blendserve.outputs",
-    "RequestOutput": "blendserve.outputs",
+    "LLM": "blendserve.offline.llm",
+    "CompletionOutput": "blendserve.offline.outputs",
+    "RequestOutput": "blendserve.offline.outputs",
     "SamplingParams": "blendserve.request",
 }
 

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from blendserve.batchfile.responses import Codec
-from blendserve.batchfile.schema import ServedModel
-from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.options import add_engine, add_model, add_watching, positive_integer, positive_seconds
+from blendserve.dialect.responses import Codec
+from blendserve.dialect.schema import ServedModel
 from blendserve.engine.stats import RunStats
 from blendserve.errors import ConfigError
-from blendserve.job import JobProgress
+from blendserve.job.job import JobProgress
+from blendserve.job.pending import PendingRequests
 from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput
 

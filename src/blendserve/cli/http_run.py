@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from blendserve.adapters.estimates import EstimatingCodec, remote_cost, remote_table
-from blendserve.adapters.http_client import ServerAddress, find_api_key
-from blendserve.adapters.http_engine import HttpEngine, HttpSettings
-from blendserve.adapters.pacing import RetrySettings
-from blendserve.batchfile.schema import ServedModel
-from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.options import tell
-from blendserve.config import cache_dir
+from blendserve.dialect.schema import ServedModel
+from blendserve.engines.estimates import EstimatingCodec, remote_cost, remote_table
+from blendserve.engines.http.client import ServerAddress, find_api_key
+from blendserve.engines.http.dispatch import HttpEngine, HttpSettings
+from blendserve.engines.http.pacing import RetrySettings
 from blendserve.errors import BlendServeError, ConfigError
-from blendserve.job import JobProgress
+from blendserve.host import cache_dir
+from blendserve.job.job import JobProgress
+from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.hub import find_local, resolve
 from blendserve.models.load import load_tokenizer
 from blendserve.models.tokenizer import Tokenizer
@@ -25,7 +25,6 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.policies import make_policy
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import plan_pending
 
 
 def open_http_run(args: argparse.Namespace) -> HttpRun:

@@ -6,25 +6,27 @@ import argparse
 import time
 from collections.abc import Iterator
 
-from blendserve._native import best_isa
-from blendserve.batchfile.codec import ModelCodec
-from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.observe import RunObserver
 from blendserve.cli.options import engine_config, find_model, served_model, tell
 from blendserve.config import EngineConfig
-from blendserve.cost import CostModel
-from blendserve.detokenize import StopChecker
+from blendserve.costs.model_cost import CostModel
+from blendserve.costs.this_machine import cost_of
+from blendserve.dialect.codec import ModelCodec
+from blendserve.engine.limits import resolve_limits
 from blendserve.engine.loop import EngineLoop
+from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
-from blendserve.executors.native import KERNEL_REVISION, NativeExecutor
-from blendserve.job import JobProgress
+from blendserve.engines.native.loop import open_executor
+from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_isa
+from blendserve.job.job import JobProgress
+from blendserve.job.pending import PendingRequests, plan_pending
+from blendserve.models.detokenize import StopChecker
 from blendserve.models.fingerprint import fingerprint
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.planner.plan import Plan
 from blendserve.planner.windows import Window
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import cost_of, open_executor, plan_pending, resolve_limits, run_planned, run_windowed
 
 
 def open_native_run(args: argparse.Namespace) -> NativeRun:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from blendserve._native import op_names
-from blendserve.calibration import machine_name
+from blendserve.costs.stored_calibration import machine_name
+from blendserve.costs.this_machine import peaks_of
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.errors import ConfigError
-from blendserve.executors.native import NativeExecutor
+from blendserve.executors.native import NativeExecutor, op_names
 from blendserve.executors.trace import MAX_SPANS, StepTrace
+from blendserve.host import peak_rss_bytes, process_age_s
 from blendserve.planner.plan import Plan
-from blendserve.process import peak_rss_bytes, process_age_s
 from blendserve.report.measured import MeasuredRun
 from blendserve.report.run_page import write_page
 from blendserve.report.trace_file import write_trace
-from blendserve.session import peaks_of
 
 
 class RunObserver:
@@ -59,7 +58,7 @@ class RunObserver:
             stats=stats,
             counters=executor.counters(),
             trace=self.steps,
-            op_names=tuple(op_names()),
+            op_names=op_names(),
             optimal_sharing=None if plan is None else plan.optimal_sharing,
         )
         try:

@@ -7,13 +7,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from blendserve.batchfile.schema import ServedModel
-from blendserve.config import DTYPES, OVERLAP_MODES, EngineConfig, cache_dir, parse_bytes
+from blendserve.config import DTYPES, OVERLAP_MODES, EngineConfig, parse_bytes
+from blendserve.dialect.schema import ServedModel
+from blendserve.engines.replicas.cluster import MAX_RESTARTS, PLACEMENTS
 from blendserve.errors import ConfigError
+from blendserve.host import cache_dir
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
-from blendserve.parallel.cluster import MAX_RESTARTS, PLACEMENTS
 
 ISA_NAMES = ("auto", "portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16")
 
@@ -175,7 +176,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 def context_length(args: argparse.Namespace, spec: ModelSpec) -> int:
     """Tokens that a prompt and its answer may have. Raises: ConfigError when the model was not made for so many."""
-    from blendserve.session import resolve_limits  # loads the native core, which --help does not need
+    from blendserve.engine.limits import resolve_limits  # loads the native core, which --help does not need
 
     return resolve_limits(EngineConfig(max_model_len=args.max_model_len), spec).max_model_len
 

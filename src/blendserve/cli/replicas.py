@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blendserve.batchfile.responses import Codec
-from blendserve.batchfile.schema import ServedModel
-from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.engines import EngineRun, open_one
 from blendserve.cli.options import tell
+from blendserve.dialect.responses import Codec
+from blendserve.dialect.schema import ServedModel
+from blendserve.engines.replicas.cluster import ReplicaSettings, ReplicaShape, import_ray
+from blendserve.engines.replicas.ledger import Phase
+from blendserve.engines.replicas.pool import ReplicaPool
+from blendserve.engines.replicas.ray_fleet import Expected
 from blendserve.errors import ConfigError
-from blendserve.job import JobProgress
-from blendserve.parallel.cluster import ReplicaSettings, ReplicaShape, import_ray
-from blendserve.parallel.ledger import Phase
-from blendserve.parallel.pool import ReplicaPool
-from blendserve.parallel.ray_fleet import Expected
+from blendserve.job.job import JobProgress
+from blendserve.job.pending import PendingRequests
 from blendserve.planner.plan import Plan
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
@@ -44,8 +44,8 @@ def replica_settings(args: argparse.Namespace) -> ReplicaSettings:
 
 def _check_gpus(args: argparse.Namespace) -> None:
     """Raises: ConfigError. Where Ray hands out no GPUs, every process sees all of them, and vLLM takes the first."""
-    from blendserve.adapters.vllm_api import is_cpu_build
     from blendserve.cli.vllm_run import parse_argument
+    from blendserve.engines.vllm.api import is_cpu_build
 
     if is_cpu_build():
         return

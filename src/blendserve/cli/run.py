@@ -9,10 +9,10 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from blendserve.batchfile.writer import check_apart, resolve_paths
 from blendserve.cli.engines import add_engine_choice, open_run
 from blendserve.cli.options import add_engine, add_model, add_replicas, add_watching, tell
-from blendserve.job import BatchJob, JobInterrupted, run_job
+from blendserve.job.job import BatchJob, JobInterrupted, run_job
+from blendserve.job.writer import check_apart, resolve_paths
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.report.summary import RunSummary
 

@@ -10,19 +10,21 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from blendserve.adapters.vllm_api import InstalledVllm, VllmApi, hide_secrets, is_cpu_build, is_secret, is_tested
-from blendserve.adapters.vllm_codec import VllmCodec
-from blendserve.adapters.vllm_cost import CPU, LoadTotals, cost_model_of, model_cost_of, text_config_of
-from blendserve.adapters.vllm_engine import VllmEngine
-from blendserve.batchfile.extras import Abilities
-from blendserve.batchfile.schema import ServedModel
-from blendserve.batchfile.store import PendingRequests
 from blendserve.cli.options import find_model, tell
-from blendserve.config import BLOCK_SIZE, available_memory_bytes, usable_cores
-from blendserve.cost import ModelCost
+from blendserve.config import BLOCK_SIZE
+from blendserve.costs.model_cost import ModelCost
+from blendserve.dialect.extras import Abilities
+from blendserve.dialect.schema import ServedModel
+from blendserve.engine.limits import MAX_KV_SHARE
 from blendserve.engine.stats import RunStats
+from blendserve.engines.vllm.api import InstalledVllm, VllmApi, hide_secrets, is_cpu_build, is_secret, is_tested
+from blendserve.engines.vllm.codec import VllmCodec
+from blendserve.engines.vllm.cost import CPU, LoadTotals, cost_model_of, model_cost_of, text_config_of
+from blendserve.engines.vllm.driver import VllmEngine
 from blendserve.errors import ConfigError
-from blendserve.job import JobProgress
+from blendserve.host import available_memory_bytes, usable_cores
+from blendserve.job.job import JobProgress
+from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.fingerprint import fingerprint
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_tokenizer
@@ -31,7 +33,6 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.policies import make_policy
 from blendserve.report.progress import Progress, Snapshot
 from blendserve.request import SequenceOutput
-from blendserve.session import MAX_KV_SHARE, plan_pending
 
 CPU_BLOCK_SIZE = 32
 """What vLLM's CPU kernels want: multiples of it."""
@@ -225,8 +226,8 @@ def _shown(argument: str) -> str:
     return argument if hidden == value else f"{name}={json.dumps(hidden, sort_keys=True)}"
 
 
-SCHEDULER = "blendserve.adapters.vllm_scheduler.BlendScheduler"
-ASYNC_SCHEDULER = "blendserve.adapters.vllm_scheduler.BlendAsyncScheduler"
+SCHEDULER = "blendserve.engines.vllm.scheduler.BlendScheduler"
+ASYNC_SCHEDULER = "blendserve.engines.vllm.scheduler.BlendAsyncScheduler"
 
 
 def default_kv_memory(model: ModelCost, max_num_seqs: int, max_model_len: int, most_bytes: int) -> int:

@@ -35,12 +35,14 @@ _BF16_KV: tuple[Precision, ...] = ("bf16", "int8")
 class ReferenceModel:
     """Weights in memory and the forward pass over them.
 
-    Mutates: the KV arrays that it is given, nothing of its own.
+    `has_bf16_products` rounds the inputs of bfloat16 matrix products to bfloat16 too, as the native core's kernels for
+    AVX512-BF16 do. Mutates: the KV arrays that it is given, nothing of its own.
     """
 
     spec: ModelSpec
     weights: Weights
     precision: Precision = "float32"
+    has_bf16_products: bool = False
     _tensor_by_name: dict[str, Array] = field(init=False, repr=False)
     _int8_by_name: dict[str, Int8Rows] = field(init=False, repr=False)
     _inverse_frequencies: NDArray[np.float64] = field(init=False, repr=False)
@@ -112,7 +114,8 @@ class ReferenceModel:
         if self.precision == "int8":
             product: Array = int8_product(int8_activations(x.astype(np.float32)), self._int8_by_name[name])
         else:
-            product = x @ self._tensor_by_name[name].T
+            inputs = round_to_bf16(x.astype(np.float32)) if self.has_bf16_products else x
+            product = inputs @ self._tensor_by_name[name].T
         bias = self._tensor_by_name.get(f"{name}.bias")
         return product if bias is None else product + bias
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.costs.hardware import Peaks
 from blendserve.engine.stats import RunStats
 from blendserve.executors.native import NativeCounters
 from blendserve.executors.trace import StepTrace
-from blendserve.hardware import Peaks
 
 Floats = NDArray[np.float64]
 

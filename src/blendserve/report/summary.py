@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from blendserve.engine.stats import Resources, RunStats
-from blendserve.job import JobReport
+from blendserve.job.job import JobReport
 from blendserve.report.format import format_bytes
 from blendserve.report.progress import format_seconds
 
