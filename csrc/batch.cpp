@@ -31,6 +31,13 @@ void require(bool condition, const char* what, int64_t actual, int64_t limit) {
                               "; the executor was made for " + std::to_string(limit));
 }
 
+void check_tokens(const StepInput& input, int64_t slot, int64_t begin, int64_t end, int64_t vocab_size) {
+  const int32_t* tokens = input.token_ids + slot * input.token_stride;
+  for (int64_t i = begin; i < end; ++i) {
+    require(tokens[i] >= 0 && tokens[i] < vocab_size, "token id", tokens[i], vocab_size);
+  }
+}
+
 void check_entry(const StepInput& input, const BatchLimits& limits, size_t at) {
   const int64_t slot = input.slots[at];
   const int64_t num_tokens = input.num_scheduled_tokens[at];
@@ -47,16 +54,14 @@ void check_entry(const StepInput& input, const BatchLimits& limits, size_t at) {
   for (int64_t b = 0; b < num_blocks; ++b) {
     require(blocks[b] >= 0 && blocks[b] < limits.num_blocks, "block number", blocks[b], limits.num_blocks);
   }
-  const int32_t* tokens = input.token_ids + slot * input.token_stride;
-  for (int64_t i = first; i < end; ++i) {
-    require(tokens[i] >= 0 && tokens[i] < limits.vocab_size, "token id", tokens[i], limits.vocab_size);
-  }
+  check_tokens(input, slot, first, end, limits.vocab_size);
 }
 
 }  // namespace
 
 void check_plan(const StepInput& input, const BatchLimits& limits) {
   const auto num_entries = static_cast<int64_t>(input.slots.size());
+  if (num_entries == 0) throw std::invalid_argument("a step has 0 sequences; it needs 1 or more");
   require(num_entries <= limits.max_num_seqs, "number of sequences", num_entries, limits.max_num_seqs);
   int64_t num_rows = 0;
   for (size_t at = 0; at < input.slots.size(); ++at) {
@@ -64,6 +69,10 @@ void check_plan(const StepInput& input, const BatchLimits& limits) {
     num_rows += input.num_scheduled_tokens[at];
     require(num_rows <= limits.max_num_batched_tokens, "number of tokens", num_rows, limits.max_num_batched_tokens);
   }
+}
+
+void check_computed_tokens(const StepInput& input, size_t at, int64_t vocab_size) {
+  check_tokens(input, input.slots[at], 0, input.num_computed_tokens[at], vocab_size);
 }
 
 Batch::Batch(const BatchLimits& limits, const AttentionCut& cut)

@@ -70,7 +70,7 @@ KvCache::KvCache(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, i
       num_blocks_(num_blocks),
       num_kv_heads_(num_kv_heads),
       head_dim_(head_dim),
-      data_(num_layers * num_blocks * num_kv_heads * kv_block_words(dtype, head_dim)) {
+      data_(checked_product({num_layers, num_blocks, num_kv_heads, kv_block_words(dtype, head_dim)})) {
   if (dtype == KvDtype::kInt8 && head_dim > kMaxRotatedHead) {
     throw std::invalid_argument("KV memory in int8 takes heads of at most " + std::to_string(kMaxRotatedHead) +
                                 " elements, this model has " + std::to_string(head_dim) + "; use bf16");

@@ -438,7 +438,7 @@ void cache_rounds_to_int8() {
       for (auto* values : {&key, &value})
         for (float& x : *values) x = size * random.unit();
       value[5] *= 8.0f;
-      cache.write(0, 0, 0, offset, key.data(), value.data());
+      cache.write(best_isa(), 0, 0, 0, offset, key.data(), value.data());
       const Token token = stored_token(cache.head(0, 0), KvDtype::kInt8, d, offset);
       const auto check = [&](const std::vector<float>& written, const std::vector<double>& stored, double slack) {
         const std::vector<double> exact = rotated({written.begin(), written.end()});
