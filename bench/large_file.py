@@ -30,8 +30,9 @@ from blendserve.engine.planned import plan_requests, run_planned, run_windowed
 from blendserve.engines.native.engine import windows_of
 from blendserve.host import cache_dir
 from blendserve.job.check import check_file
-from blendserve.job.job import BatchJob, run_job
+from blendserve.job.job import BatchJob
 from blendserve.job.pending import PendingRequests
+from blendserve.job.run import run_job
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.request import SequenceOutput

@@ -12,8 +12,9 @@ import numpy as np
 
 from blendserve.dialect.schema import Message, ServedModel
 from blendserve.errors import RequestError
-from blendserve.job.job import BatchJob, Generate, JobReport, run_job
+from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests
+from blendserve.job.run import Generate, run_job
 from blendserve.request import Request, SequenceOutput, TokenLogprob
 
 EOS = 0

@@ -22,8 +22,9 @@ from blendserve.engines.http.client import ApiKey, ServerAddress
 from blendserve.engines.http.dispatch import HttpDispatcher, HttpLimits
 from blendserve.engines.http.fake_server import FakeServer
 from blendserve.engines.http.pacing import RetrySettings
-from blendserve.job.job import BatchJob, JobReport, run_job
+from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests
+from blendserve.job.run import run_job
 from blendserve.planner.policies import make_policy
 
 KEY = "sk-very-secret-0123456789"

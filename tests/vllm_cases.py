@@ -16,8 +16,9 @@ from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import remote_cost
 from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.engines.vllm.fake import FakeVllm, answer_to
-from blendserve.job.job import BatchJob, JobReport, run_job
+from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests
+from blendserve.job.run import run_job
 from blendserve.planner.policies import make_policy
 from blendserve.request import SequenceOutput
 

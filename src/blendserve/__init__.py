@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blendserve.engines.settings import HttpSettings, NativeSettings, ReplicaSettings, VllmSettings
-    from blendserve.job.job import JobInterrupted, JobProgress, JobReport
+    from blendserve.job.interrupts import JobInterrupted
+    from blendserve.job.job import JobProgress, JobReport
     from blendserve.offline.batch import run_batch
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
@@ -29,7 +30,8 @@ __all__ = [
 
 _NAMES_BY_MODULE = {
     "blendserve.engines.settings": ("HttpSettings", "NativeSettings", "ReplicaSettings", "VllmSettings"),
-    "blendserve.job.job": ("JobInterrupted", "JobProgress", "JobReport"),
+    "blendserve.job.interrupts": ("JobInterrupted",),
+    "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.offline.batch": ("run_batch",),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),

@@ -23,7 +23,8 @@ from batch_fakes import (
 
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import CapacityError, ExecutorError, RequestError
-from blendserve.job.job import JobInterrupted, JobProgress
+from blendserve.job.interrupts import JobInterrupted
+from blendserve.job.job import JobProgress
 from blendserve.job.pending import PendingRequests
 from blendserve.request import Request, SequenceOutput
 

@@ -21,7 +21,7 @@ from batch_fakes import (
 )
 
 from blendserve.errors import CapacityError
-from blendserve.job.job import JobInterrupted
+from blendserve.job.interrupts import JobInterrupted
 from blendserve.job.pending import PendingRequests
 from blendserve.job.record_log import RecordKind, RecordLog
 from blendserve.request import SequenceOutput

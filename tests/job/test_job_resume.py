@@ -27,8 +27,8 @@ from batch_fakes import (
 
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError, ExecutorError
-from blendserve.job import job
-from blendserve.job.job import JobInterrupted
+from blendserve.job import run
+from blendserve.job.interrupts import JobInterrupted
 from blendserve.job.journal import Journal
 
 
@@ -274,7 +274,7 @@ def test_a_crash_between_the_files_and_the_seal_leaves_them_the_jobs_own(
     def crash(*_: Any) -> None:
         raise OSError("power cut")
 
-    for target, name in ((Journal, "write_seal"), (job, "replace_files")):
+    for target, name in ((Journal, "write_seal"), (run, "replace_files")):
         monkeypatch.setattr(target, name, crash)
         with pytest.raises(OSError, match="power cut"):
             run_fake(job_input, output)

@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.options import add_dtype, positive_integer, tell
 from blendserve.costs.step_cost import SEQUENTIAL, Interference
 from blendserve.host import cache_dir, usable_cores
@@ -22,17 +23,24 @@ _BUSY_LOAD_PER_CORE = 0.5
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "calibrate",
-        help="measure this machine for plans of it",
+        help=HELP_BY_COMMAND["calibrate"],
         description="Measure this machine with the engine's own kernels on random weights: matrix products, memory "
         "bandwidth, attention, and how well they share the cores. `run` plans with what is stored; `plan` and "
         "`simulate` know it as this-machine. Leave the machine otherwise idle meanwhile.",
     )
     parser.add_argument(
-        "--threads", type=positive_integer, metavar="N", help="default: every core this process may use"
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="threads to measure with (default: every core that this process may use)",
     )
     add_dtype(parser)
-    parser.add_argument("--quick", action="store_true", help="a few seconds instead of less than a minute; less exact")
-    parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few seconds and less exact (default: less than a minute)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the measurements as one JSON object (default: as text)"
+    )
     parser.set_defaults(command=run)
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.options import add_model, find_model, served_model
 from blendserve.dialect.codec import ModelCodec
 from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
@@ -18,13 +19,13 @@ EXIT_HAS_ERRORS = 1
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "check",
-        help="validate a batch file without running it",
+        help=HELP_BY_COMMAND["check"],
         description="Validate every line of a batch file: what a run would answer, and what would become an error row. "
         "Exits with 1 when a line has an error.",
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
     parser.set_defaults(command=run)
 
 

@@ -91,7 +91,9 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         "HTTP engine", "the key comes from BLENDSERVE_API_KEY, else OPENAI_API_KEY; --model is the name that is sent"
     )
     group.add_argument(
-        "--base-url", metavar="URL", help="the server, such as http://localhost:8000/v1 (needed by --engine http)"
+        "--base-url",
+        metavar="URL",
+        help="the server, such as http://localhost:8000/v1 (no default: --engine http needs it)",
     )
     group.add_argument(
         "--max-inflight",

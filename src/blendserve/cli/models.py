@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.options import tell
 from blendserve.host import cache_dir
 from blendserve.models.hub import DEFAULT_MODEL, PACKAGED_MODELS, list_cached, pull
@@ -12,7 +13,7 @@ from blendserve.models.hub import DEFAULT_MODEL, PACKAGED_MODELS, list_cached, p
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "models",
-        help="list cached models, or fetch one",
+        help=HELP_BY_COMMAND["models"],
         description="List the models that need no path: which are here, and which is the default. "
         "`blendserve models pull NAME` fetches one ahead of time.",
     )

@@ -8,6 +8,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_engine, add_engine_choice, add_replicas, add_watching, check_options
 from blendserve.cli.engine_settings import engine_settings
 from blendserve.cli.help import add_two_helps
@@ -27,7 +28,7 @@ MOST_USED = (
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "run",
-        help="answer every line of a batch file",
+        help=HELP_BY_COMMAND["run"],
         description="Answer every line of an OpenAI Batch file. Killed at any moment, the same command goes on where "
         "it stopped; lines that cannot be answered become rows of the error file.",
         add_help=False,
@@ -60,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the job. Returns 0 when every line has its row, answered or not; 130 or 143 when interrupted."""
     from blendserve.engines.opening import open_engine
-    from blendserve.job.job import JobInterrupted
+    from blendserve.job.interrupts import JobInterrupted
     from blendserve.offline.batch import run_batch
     from blendserve.report.run_display import RunDisplay
     from blendserve.report.summary import RunSummary

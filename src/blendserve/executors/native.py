@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve import _native
 from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig
 from blendserve.costs.hardware import Peaks
 from blendserve.costs.step_cost import OverlapCost
@@ -24,6 +23,14 @@ from blendserve.models.rope import inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, check_weights
 from blendserve.request import Request, TokenIds, TokenLogprob
+
+try:
+    from blendserve import _native
+except ImportError as error:
+    raise ConfigError(
+        "this installation has no native engine (it was made without the compiled core): use --engine http or --engine "
+        "vllm, or install again with a C++20 compiler and without BLENDSERVE_NATIVE=OFF"
+    ) from error
 
 Floats = NDArray[np.float32]
 

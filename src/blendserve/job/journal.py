@@ -199,14 +199,16 @@ class Journal:
         )
 
 
-def check_same_job(recorded: JobIdentity, present: JobIdentity, directory: Path) -> None:
-    """Raises: ConfigError naming every difference between the job that a journal records and the present one."""
+def why_another_job(recorded: JobIdentity, present: JobIdentity, directory: Path) -> str | None:
+    """Every difference between the job that a journal records and the present one, as an error; None where they are
+    the same."""
     differences = recorded.differences(present)
-    if differences:
-        raise ConfigError(
-            f"{directory} belongs to another job: {'; '.join(differences)}. Run the command that began it, write to "
-            "another file (-o), or discard that job with --fresh"
-        )
+    if not differences:
+        return None
+    return (
+        f"{directory} belongs to another job: {'; '.join(differences)}. Run the command that began it, write to "
+        "another file (-o), or discard that job with --fresh"
+    )
 
 
 def _check_ours(directory: Path) -> None:

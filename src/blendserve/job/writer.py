@@ -50,14 +50,14 @@ class JobPaths:
         key = hashlib.blake2b(os.fsencode(self.output), digest_size=4).hexdigest()
         return path.with_name(f"{path.name}.{key}.partial")
 
-    def own_sizes_of(self, file_sizes: Mapping[str, int]) -> dict[str, list[int]]:
-        """From a finished job's record, in which older versions have whole paths."""
-        return {self.name_of(self.path_of(name)): [size] for name, size in file_sizes.items()}
+    def renamed(self, file_sizes: Mapping[str, int]) -> dict[str, int]:
+        """A finished job's record by names, where older versions have whole paths."""
+        return {self.name_of(self.path_of(name)): size for name, size in file_sizes.items()}
 
-    def present_sizes(self) -> dict[str, list[int]]:
-        """What stands there now, taken for this job's own."""
-        paths = (self.output, self.errors)
-        return {self.name_of(path): [path.stat().st_size] for path in paths if path.exists()}
+    def present_sizes(self, others: Iterable[str] = ()) -> dict[str, int]:
+        """Bytes by name of what stands there now: the two files, and `others`."""
+        names = (self.name_of(self.output), self.name_of(self.errors), *others)
+        return {name: self.path_of(name).stat().st_size for name in names if self.path_of(name).exists()}
 
 
 def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None = None) -> JobPaths:
@@ -84,25 +84,34 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
     return paths
 
 
-def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
-    """Raises: ConfigError when the job would replace or remove what it did not write."""
+def why_taken(paths: JobPaths, present_sizes: Mapping[str, int], own_sizes: OwnSizes) -> str | None:
+    """Why the job would replace or remove what it did not write; None where it would not. An empty file is nobody's."""
     for path in (paths.output, paths.errors):
-        size = path.stat().st_size if path.exists() else 0
+        size = present_sizes.get(paths.name_of(path), 0)
         if size and size not in own_sizes.get(paths.name_of(path), ()):
-            raise ConfigError(
+            return (
                 f"{path} exists ({size} bytes) and is not of this job; move it away, write to another file, or replace "
                 "it with --fresh"
             )
+    return None
 
 
-def check_same_errors(paths: JobPaths, recorded: str | None) -> None:
-    """Raises: ConfigError when the job of a journal has another error file; None where an older version began it."""
-    if recorded is not None and recorded != paths.name_of(paths.errors):
-        raise ConfigError(
-            f"{paths.journal} belongs to a job whose error file is {paths.path_of(recorded)}, and this one's is "
-            f"{paths.errors}; run it with --errors {paths.path_of(recorded)}, write to another file (-o), or discard "
-            "that job with --fresh"
-        )
+def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
+    """Raises: ConfigError when the job would replace or remove what it did not write."""
+    if (reason := why_taken(paths, paths.present_sizes(), own_sizes)) is not None:
+        raise ConfigError(reason)
+
+
+def why_other_errors(paths: JobPaths, recorded: str | None) -> str | None:
+    """Why the job of a journal is another one by its error file; None where it is the same, or where an older version
+    began it."""
+    if recorded is None or recorded == paths.name_of(paths.errors):
+        return None
+    return (
+        f"{paths.journal} belongs to a job whose error file is {paths.path_of(recorded)}, and this one's is "
+        f"{paths.errors}; run it with --errors {paths.path_of(recorded)}, write to another file (-o), or discard "
+        "that job with --fresh"
+    )
 
 
 def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:

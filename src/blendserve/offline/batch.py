@@ -18,7 +18,8 @@ from blendserve.engines.settings import (
     VllmSettings,
 )
 from blendserve.errors import ConfigError
-from blendserve.job.job import BatchJob, JobProgress, JobReport, run_job
+from blendserve.job.job import BatchJob, JobProgress, JobReport
+from blendserve.job.run import run_job
 from blendserve.planner.policies import POLICY_NAMES
 
 DEFAULT_POLICY = "blend"

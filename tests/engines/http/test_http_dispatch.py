@@ -29,7 +29,7 @@ from blendserve.engines.http import fake_server
 from blendserve.engines.http.dispatch import MAX_DOUBTS
 from blendserve.engines.http.fake_server import FAULTS, FakeSettings, answer, serving
 from blendserve.errors import ExecutorError
-from blendserve.job.job import JobInterrupted
+from blendserve.job.interrupts import JobInterrupted
 
 NUM_LINES = 40
 QUICK = {"timeout_s": 0.25, "max_response_bytes": 100_000}

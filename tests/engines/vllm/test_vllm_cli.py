@@ -31,6 +31,8 @@ from blendserve.engines.vllm.arguments import (
 )
 from blendserve.engines.vllm.fake import FakeVllm
 from blendserve.errors import ConfigError
+from blendserve.job.pending import plan_pending
+from blendserve.planner.plan import Plan
 
 
 @pytest.fixture
@@ -85,6 +87,38 @@ def test_a_context_length_reaches_vllm_where_one_is_given(tmp_path: Path, model:
     command = [*job(tmp_path, chat("a", "hello", max_tokens=2)), "--model", str(model), "--max-model-len", "64"]
     assert main(command) == 0
     assert api.opened[0]["max_model_len"] == 64
+
+
+@pytest.mark.parametrize("is_cpu", [False, True])
+def test_limits_that_are_not_given_stay_vllms_own(
+    tmp_path: Path, model: Path, api: FakeVllm, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
+) -> None:
+    monkeypatch.setattr(vllm_engine, "is_cpu_build", lambda: is_cpu)
+    assert main([*job(tmp_path, chat("a", "hello", max_tokens=2)), "--model", str(model)]) == 0
+    (arguments,) = api.opened
+    assert not {"max_num_seqs", "max_num_batched_tokens", "max_model_len"} & set(arguments)
+    assert ("kv_cache_memory_bytes" in arguments) == is_cpu  # vLLM on a CPU would take memory that is not free
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_the_plan_is_made_in_the_blocks_that_vllm_chose(
+    tmp_path: Path, model: Path, api: FakeVllm, monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    plans: list[Plan] = []
+    make_plan = plan_pending
+
+    def noting(*args: Any, **options: Any) -> Plan:
+        plans.append(make_plan(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(vllm_engine, "plan_pending", noting)
+    api.block_size = block_size
+    lines = [chat(f"id-{n}", "the same long beginning " * 12 + str(n), max_tokens=2) for n in range(4)]
+    assert main([*job(tmp_path, *lines), "--model", str(model)]) == 0
+    (plan,) = plans
+    shared = int(plan.prompt_tree.leaf_lcp.max())
+    assert shared > 128
+    assert int(plan.tree.leaf_lcp.max()) == shared // block_size * block_size
 
 
 def test_a_death_is_told_and_survived(

@@ -25,8 +25,9 @@ from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import LoadTotals, model_cost_of
 from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.engines.vllm.queue import PolicyQueue
-from blendserve.job.job import BatchJob, JobReport, run_job
+from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests
+from blendserve.job.run import run_job
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_tokenizer
 from blendserve.planner.policies import make_policy
