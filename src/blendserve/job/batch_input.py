@@ -51,11 +51,11 @@ def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[Ba
         writer = StoreWriter(directory)
         try:
             encode_lines(reader, ModelCodec(tokenizer), spec.max_position, writer.add, refuse)
-            sizes = writer.finish()
+            files = writer.finish()
         except BaseException:
             writer.abandon()
             raise
-        store = TokenStore.open(directory, sizes, spec.max_position)
+        store = TokenStore.open(directory, files, spec.max_position)
         if not store.num_requests:
             codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
             reason = f"all {reader.num_lines} lines are refused ({codes})" if refused else "it is empty"

@@ -163,7 +163,7 @@ class _Run:
         seal = self._journal.seal()
         if seal is not None:
             self._check_same_job(seal)
-            own_sizes = self._paths.own_sizes_of(seal.file_sizes)
+            own_sizes = {name: [size] for name, size in seal.file_sizes.items()}
             if self._is_still_complete(seal):
                 if not seal.num_retriable or seal.capacity == self._job.capacity:
                     return JobReport(**{**seal.report, "notes": tuple(seal.report["notes"]), "was_complete": True})
@@ -191,7 +191,7 @@ class _Run:
     def _serve(
         self, header: JournalHeader, log: RecordLog, generate: Generate, on_progress: Callable[[JobProgress], None]
     ) -> JobReport:
-        store = TokenStore.open(self._journal.store_directory, header.store_sizes, self._job.served.max_model_len)
+        store = TokenStore.open(self._journal.store_directory, header.store_files, self._job.served.max_model_len)
         rows = RowAssembler(store, log, self._codec, self._job.served.name, header.created)
         self._recover(header, log, rows)
         num_resumed = rows.num_done
@@ -249,7 +249,7 @@ class _Run:
 
         try:
             encode_lines(reader, self._codec, self._job.served.max_model_len, writer.add, refuse)
-            sizes = writer.finish()
+            store_files = writer.finish()
         except BaseException:
             writer.abandon()
             raise
@@ -260,7 +260,7 @@ class _Run:
             num_lines=reader.num_lines,
             requested_model=reader.requested_model,
             num_ingest_bytes=log.num_bytes,
-            store_sizes=sizes,
+            store_files=store_files,
             capacity=self._job.capacity,
             errors_name=self._paths.name_of(self._paths.errors),
             own_sizes=own_sizes,

@@ -8,6 +8,8 @@ own, the rest is the system's page cache. Files (little endian): `tokens` int32,
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import struct
@@ -16,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +35,9 @@ from blendserve.planner.sorting import FlatPrompts, flatten
 from blendserve.planner.table import known_output_tokens
 from blendserve.request import Request, SamplingParams, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 LINE = np.dtype(
     [
@@ -70,6 +75,26 @@ _INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.na
 _interned_values = attrgetter(*_INTERNED_FIELDS)
 
 
+class StoredFile(NamedTuple):
+    """What one file of a store holds: its size and its hash. Units: bytes."""
+
+    num_bytes: int
+    sha256: str
+
+
+class _HashedFile(io.FileIO):
+    """A file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Buffer, /) -> int:
+        num_bytes = super().write(data)
+        self.sha256.update(memoryview(data)[:num_bytes])
+        return num_bytes
+
+
 class StoreWriter:
     """Writes a store into a new directory. Raises: CapacityError when the disk is full."""
 
@@ -80,7 +105,8 @@ class StoreWriter:
         self._num_prompts = 0
         with ExitStack() as stack, writing_to(directory):
             directory.mkdir()
-            self._files = {name: stack.enter_context((directory / name).open("wb", 1 << 20)) for name in _FILES}
+            self._hashed = {name: stack.enter_context(_HashedFile(directory / name)) for name in _FILES}
+            self._files = {name: io.BufferedWriter(file, 1 << 20) for name, file in self._hashed.items()}
             self._stack = stack.pop_all()
 
     def add(self, line: BatchLine, token_ids: Sequence[Sequence[int] | TokenIds]) -> None:
@@ -113,20 +139,20 @@ class StoreWriter:
             )
             self._write("lines", record)
 
-    def finish(self) -> dict[str, int]:
-        """Make the store survive a power cut and close it. Returns: bytes of every file, for `TokenStore`."""
+    def finish(self) -> dict[str, StoredFile]:
+        """Make the store survive a power cut and close it. Returns: what every file holds, for `TokenStore`."""
         with writing_to(self._directory):
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
             sync_directory(self._directory)
         self._stack.close()
-        return self._sizes
+        return {name: StoredFile(self._sizes[name], file.sha256.hexdigest()) for name, file in self._hashed.items()}
 
     def abandon(self) -> None:
         """Close the files whatever state they are in."""
-        for file in self._files.values():
-            file.raw.close() if hasattr(file, "raw") else file.close()
+        for file in self._hashed.values():
+            file.close()
 
     def _write(self, name: str, data: bytes) -> int:
         offset = self._sizes[name]
@@ -169,13 +195,9 @@ class TokenStore:
         """Shape: int32[num_requests], the row of every request's line."""
 
     @classmethod
-    def open(cls, directory: Path, sizes: Mapping[str, int], max_model_len: int = 0) -> TokenStore:
-        """Map the files that `StoreWriter` left. Raises: ConfigError when one is not as `sizes` says."""
-        for name in _FILES:
-            path = directory / name
-            if not path.is_file() or path.stat().st_size != sizes.get(name):
-                raise ConfigError(f"{path} is damaged; discard the journal with --fresh")
-        return cls({name: _mapped(directory / name, dtype) for name, dtype in _FILES.items()}, max_model_len)
+    def open(cls, directory: Path, files: Mapping[str, StoredFile], max_model_len: int = 0) -> TokenStore:
+        """Map the files that `StoreWriter` left. Raises: ConfigError when one is not what `files` says."""
+        return cls({name: _mapped(directory / name, dtype, files) for name, dtype in _FILES.items()}, max_model_len)
 
     @property
     def num_lines(self) -> int:
@@ -300,7 +322,16 @@ def _sampling_from(values: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+def _mapped(path: Path, dtype: np.dtype[Any], files: Mapping[str, StoredFile]) -> NDArray[Any]:
+    """A file as an array. Its hash takes one read of the map, which planning would do soon after anyway."""
+    expected = files.get(path.name)
+    if expected is None or not path.is_file() or path.stat().st_size != expected.num_bytes:
+        raise _damaged(path)
+    content = np.memmap(path, np.uint8, mode="r") if expected.num_bytes else np.zeros(0, np.uint8)
+    if hashlib.sha256(content.data).hexdigest() != expected.sha256:
+        raise _damaged(path)
+    return np.asarray(content).view(dtype)
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is damaged; discard the journal with --fresh")

@@ -50,10 +50,6 @@ class JobPaths:
         key = hashlib.blake2b(os.fsencode(self.output), digest_size=4).hexdigest()
         return path.with_name(f"{path.name}.{key}.partial")
 
-    def own_sizes_of(self, file_sizes: Mapping[str, int]) -> dict[str, list[int]]:
-        """From a finished job's record, in which older versions have whole paths."""
-        return {self.name_of(self.path_of(name)): [size] for name, size in file_sizes.items()}
-
     def present_sizes(self) -> dict[str, list[int]]:
         """What stands there now, taken for this job's own."""
         paths = (self.output, self.errors)
@@ -95,9 +91,9 @@ def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
             )
 
 
-def check_same_errors(paths: JobPaths, recorded: str | None) -> None:
-    """Raises: ConfigError when the job of a journal has another error file; None where an older version began it."""
-    if recorded is not None and recorded != paths.name_of(paths.errors):
+def check_same_errors(paths: JobPaths, recorded: str) -> None:
+    """Raises: ConfigError when the job of a journal has another error file."""
+    if recorded != paths.name_of(paths.errors):
         raise ConfigError(
             f"{paths.journal} belongs to a job whose error file is {paths.path_of(recorded)}, and this one's is "
             f"{paths.errors}; run it with --errors {paths.path_of(recorded)}, write to another file (-o), or discard "
