@@ -12,14 +12,16 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from blendserve.errors import ConfigError
-from blendserve.job.disk import replace_durably, sync_directory, writing_to
+from blendserve.job.disk import open_own, replace_durably, sync_directory, writing_to
 from blendserve.job.record_log import RecordLog
 from blendserve.job.store import StoredFile
 
@@ -93,15 +95,18 @@ class JournalSeal:
 class Journal:
     """The journal directory, held under its lock from construction to `close`.
 
-    Raises: ConfigError when another process holds it, a file in it cannot be understood, or it is no journal at all.
+    Raises: ConfigError when another process holds it, a file in it cannot be understood, it is no journal at all, or
+    somebody else may have prepared it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         with writing_to(directory):
-            directory.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            _check_own(directory)
             _check_ours(directory)
-            self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = open_own(directory / _LOCK, os.O_RDWR | os.O_CREAT)
             sync_directory(directory.parent)
         self._take_lock()
 
@@ -213,6 +218,37 @@ def check_same_job(recorded: JobIdentity, present: JobIdentity, directory: Path)
             f"{directory} belongs to another job: {'; '.join(differences)}. Run the command that began it, write to "
             "another file (-o), or discard that job with --fresh"
         )
+
+
+def _check_own(directory: Path) -> None:
+    """Raises: ConfigError where another user may have put a part of the journal there: it could lead anywhere.
+
+    Mutates: the mode of a directory that others may look into.
+    """
+    paths = [directory]
+    for parent, directories, files in os.walk(directory):
+        paths += [Path(parent, name) for name in (*directories, *files)]
+    for path in paths:
+        found = path.lstat()
+        reason = _foreign(found)
+        if reason:
+            raise ConfigError(
+                f"{path} {reason}; a journal is used only by the user who began it: move it away, or write to another "
+                "file (-o)"
+            )
+        if path == directory and stat.S_IMODE(found.st_mode) & 0o077:
+            path.chmod(0o700)
+
+
+def _foreign(found: os.stat_result) -> str:
+    """Why a path is not surely ours, as a verb and its object; empty where it is."""
+    if stat.S_ISLNK(found.st_mode):
+        return "is a symbolic link"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}, and you are user {os.geteuid()}"
+    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH:
+        return f"is a directory that everybody may write to (mode {stat.S_IMODE(found.st_mode):o})"
+    return ""
 
 
 def _check_ours(directory: Path) -> None:

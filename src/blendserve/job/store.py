@@ -86,7 +86,7 @@ class _HashedFile(io.FileIO):
     """A file that hashes what is written to it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "xb")
+        super().__init__(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
         self.sha256 = hashlib.sha256()
 
     def write(self, data: Buffer, /) -> int:
@@ -104,7 +104,7 @@ class StoreWriter:
         self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._num_prompts = 0
         with ExitStack() as stack, writing_to(directory):
-            directory.mkdir()
+            directory.mkdir(mode=0o700)
             self._hashed = {name: stack.enter_context(_HashedFile(directory / name)) for name in _FILES}
             self._files = {name: io.BufferedWriter(file, 1 << 20) for name, file in self._hashed.items()}
             self._stack = stack.pop_all()
