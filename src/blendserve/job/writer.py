@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ def write_partials(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict
     """
     sizes: dict[str, int] = {}
     for kinds, path in ((_ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
-        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), paths.partial_of(path))
+        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), path, paths)
         if size or kinds is _OUTPUT_KINDS:
             sizes[paths.name_of(path)] = size
         else:
@@ -164,10 +165,16 @@ def _ordered_rows(log: RecordLog, kinds: frozenset[RecordKind]) -> Iterator[byte
         yield log.read(offsets[position]).body
 
 
-def _write_rows(rows: Iterable[bytes], path: Path) -> int:
+def _write_rows(rows: Iterable[bytes], target: Path, paths: JobPaths) -> int:
+    """Answers are as private as the file that they replace, else as the questions: no more may read the one file than
+    the other.
+    """
+    path = paths.partial_of(target)
     with writing_to(path):
         try:
-            with open(create_new(path), "wb", 1 << 20) as file:
+            with open(create_new(path, paths.input.stat().st_mode & 0o666), "wb", 1 << 20) as file:
+                if target.exists() and not target.is_symlink():
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 file.writelines(rows)
                 file.flush()
                 os.fsync(file.fileno())
