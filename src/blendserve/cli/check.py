@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Check the file. Returns 1 when a line has an error, else 0."""
     model = load_model(find_model(args))
     served = served_model(args, model)
-    report = check_file(args.input, served, ModelCodec(model.tokenizer))
+    report = check_file(args.input, served, ModelCodec(model.tokenizer, served.max_model_len))
     print(json.dumps(asdict(report)) if args.json else describe(report))
     return EXIT_HAS_ERRORS if report.errors else 0
 

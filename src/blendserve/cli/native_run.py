@@ -44,7 +44,7 @@ class NativeRun:
 
     def __init__(self, args: argparse.Namespace, config: EngineConfig, model: LoadedModel, identity: str) -> None:
         self.served = served_model(args, model)
-        self.codec = ModelCodec(model.tokenizer)
+        self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity
         self._isa: str = best_isa() if args.isa == "auto" else args.isa  # kernels round differently: never mix them
         self.settings = {"isa": self._isa, "dtype": config.dtype, "kernels": KERNEL_REVISION}

@@ -50,7 +50,7 @@ def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[Ba
         directory = Path(name) / "store"
         writer = StoreWriter(directory)
         try:
-            encode_lines(reader, ModelCodec(tokenizer), spec.max_position, writer.add, refuse)
+            encode_lines(reader, ModelCodec(tokenizer, spec.max_position), spec.max_position, writer.add, refuse)
             files = writer.finish()
         except BaseException:
             writer.abandon()

@@ -65,7 +65,7 @@ def _encode_batch(
 
 def _encode_texts(prompts: Sequence[Prompt], codec: Codec) -> list[EncodedPrompt | RequestError]:
     """Encode what is text; prompts given as token ids pass through."""
-    outcomes: list[EncodedPrompt | RequestError] = list(prompts)  # type: ignore[arg-type]
+    outcomes: list[EncodedPrompt | RequestError] = [*prompts]  # type: ignore[list-item]
     positions = [position for position, prompt in enumerate(prompts) if _is_text(prompt)]
     texts = [prompts[position] for position in positions]
     for position, outcome in zip(positions, _encode_or_isolate(texts, codec), strict=True):
@@ -93,7 +93,7 @@ def _checked(
     token_lists: list[EncodedPrompt] = []
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
-            return token_ids
+            return RequestError(token_ids.message, code=token_ids.code, param=token_ids.param or param)
         if not len(token_ids):
             return RequestError(f"{param} holds no token; write something", code="invalid_value", param=param)
         if max_model_len and len(token_ids) >= max_model_len:
