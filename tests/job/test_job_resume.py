@@ -30,6 +30,7 @@ from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job import job
 from blendserve.job.job import JobInterrupted
 from blendserve.job.journal import Journal
+from blendserve.job.reader import ReadLimits
 
 
 @pytest.mark.parametrize("num_answers", [0, 1, 7, 30, 77])
@@ -177,7 +178,8 @@ def test_a_finished_job_whose_files_changed_is_refused_and_one_whose_output_is_g
             "max_model_len was 2048",
         ),
         ({"served": ServedModel(("tiny",), vocab_size=256, max_model_len=2048)}, "model names"),
-        ({"max_line_bytes": 5000}, "max_line_bytes"),
+        ({"limits": ReadLimits(max_line_bytes=5000)}, "max_line_bytes"),
+        ({"limits": ReadLimits(max_line_requests=50)}, "max_line_requests was 2048, is 50"),
     ],
 )
 @pytest.mark.parametrize("is_finished", [True, False])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blendserve.cli.options import positive_integer, tell
+from blendserve.cli.options import add_reading, positive_integer, read_limits, tell
 from blendserve.cli.targets import (
     DEFAULT_HARDWARE,
     THIS_MACHINE,
@@ -51,6 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_target(parser, f"{THIS_MACHINE} if it is calibrated, else {DEFAULT_HARDWARE}", DEFAULT_MODEL.name)
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
+    add_reading(parser)
     add_output(parser)
     parser.set_defaults(command=run)
 
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.model)
     machine = find_machine(args, target.spec)
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target)
-    with read_batch(args.input, target.spec, tokenizer) as batch:
+    with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))
         if args.html is not None:

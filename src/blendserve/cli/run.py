@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.engines import add_engine_choice, open_run
-from blendserve.cli.options import add_engine, add_model, add_replicas, add_watching, tell
+from blendserve.cli.options import add_engine, add_model, add_reading, add_replicas, add_watching, read_limits, tell
 from blendserve.job.job import BatchJob, JobInterrupted, run_job
 from blendserve.job.writer import check_apart, resolve_paths
 from blendserve.planner.policies import POLICY_NAMES
@@ -36,6 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--ordered", action="store_true", help="write answers in input order; default: as they finish")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run of this job has finished")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_reading(parser)
     add_watching(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_engine_choice(parser)
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         errors_path=args.errors,
         is_ordered=args.ordered,
         is_fresh=args.fresh,
+        limits=read_limits(args),
         capacity=args.kv_memory,
     )
     try:

@@ -16,7 +16,7 @@ from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests
-from blendserve.job.reader import BadLine, BatchReader
+from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
 from blendserve.job.store import StoreWriter, TokenStore
 from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer
@@ -35,7 +35,9 @@ class BatchInput:
 
 
 @contextmanager
-def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[BatchInput]:
+def read_batch(
+    path: Path, spec: ModelSpec, tokenizer: Tokenizer, limits: ReadLimits = DEFAULT_LIMITS
+) -> Iterator[BatchInput]:
     """Tokenize a file into a temporary store that is gone afterwards. Raises: ConfigError when it cannot be read, or
     holds no request.
     """
@@ -46,7 +48,7 @@ def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[Ba
         refused[line.error.code] += 1
 
     with TemporaryDirectory(prefix="blendserve-") as name:
-        reader = BatchReader(path, served)
+        reader = BatchReader(path, served, limits)
         directory = Path(name) / "store"
         writer = StoreWriter(directory)
         try:

@@ -112,9 +112,12 @@ def _is_text(prompt: Prompt) -> bool:
 
 
 def _num_characters(line: BatchLine | BadLine) -> int:
+    """All that a line holds in memory, about."""
     if isinstance(line, BadLine):
-        return 0
-    return sum(_prompt_characters(prompt) for prompt in line.prompts)
+        return len(line.custom_id or "")
+    sampling = line.sampling
+    listed = 4 * len(sampling.stop_token_ids) + 8 * len(sampling.logit_bias) + sum(map(len, sampling.stop))
+    return len(line.custom_id) + len(line.body) + listed + sum(map(_prompt_characters, line.prompts))
 
 
 def _prompt_characters(prompt: Prompt) -> int:

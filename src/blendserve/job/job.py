@@ -23,7 +23,7 @@ from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job.ingest import encode_lines
 from blendserve.job.journal import JobIdentity, Journal, JournalHeader, JournalSeal, check_same_job
 from blendserve.job.pending import PendingRequests
-from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES, BadLine, BatchReader, check_readable, sha256_of
+from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits, check_readable, sha256_of
 from blendserve.job.record_log import RecordKind, RecordLog
 from blendserve.job.rows import RowAssembler
 from blendserve.job.store import StoreWriter, TokenStore
@@ -59,7 +59,7 @@ class BatchJob:
     errors_path: Path | None = None
     is_ordered: bool = False
     is_fresh: bool = False
-    max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+    limits: ReadLimits = DEFAULT_LIMITS
     capacity: int = 0
 
 
@@ -240,7 +240,7 @@ class _Run:
         return header
 
     def _ingest(self, log: RecordLog, own_sizes: OwnSizes) -> JournalHeader:
-        reader = BatchReader(self._job.input_path, self._job.served, self._job.max_line_bytes)
+        reader = BatchReader(self._job.input_path, self._job.served, self._job.limits)
         writer = StoreWriter(self._journal.store_directory)
 
         def refuse(line: BadLine) -> None:
@@ -314,7 +314,8 @@ class _Run:
             "accepts_any_name": served.accepts_any_name,
             "max_model_len": served.max_model_len,
             "vocab_size": served.vocab_size,
-            "max_line_bytes": self._job.max_line_bytes,
+            "max_line_bytes": self._job.limits.max_line_bytes,
+            "max_line_requests": self._job.limits.max_line_requests,
         }
         return JobIdentity(input_sha256, self._job.model_identity, json.loads(json.dumps(settings)))
 

@@ -67,8 +67,9 @@ _FILES: dict[str, np.dtype[Any]] = {
 }
 _HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
 _NO_LIMIT = -1
-_MAX_INTERNED = 1 << 16
-"""Distinct parameter sets remembered at a time: bounds memory, costs only repeated entries in the file."""
+_MAX_INTERNED_BYTES = 4 << 20
+"""JSON of the parameter sets remembered at a time, which are about ten times as large: bounds memory, costs only
+repeated entries in the file."""
 
 _OWN_FIELDS = ("seed", "max_tokens", "logit_bias")
 _INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.name not in _OWN_FIELDS), "logit_bias")
@@ -102,6 +103,7 @@ class StoreWriter:
         self._directory = directory
         self._sizes = dict.fromkeys(_FILES, 0)
         self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._num_interned_bytes = 0
         self._num_prompts = 0
         with ExitStack() as stack, writing_to(directory):
             directory.mkdir(mode=0o700)
@@ -166,8 +168,10 @@ class StoreWriter:
         place = self._interned.get(key)
         if place is None:
             data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True))).encode()
-            if len(self._interned) >= _MAX_INTERNED:
+            self._num_interned_bytes += len(data)
+            if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._interned.clear()
+                self._num_interned_bytes = len(data)
             place = self._interned[key] = (self._write("sampling", data), len(data))
         return place
 
@@ -189,6 +193,7 @@ class TokenStore:
         self._sampling = arrays["sampling"]
         self._bodies = arrays["bodies"]
         self._sampling_by_offset: dict[int, SamplingParams] = {}
+        self._num_interned_bytes = 0
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
         self._first_requests = np.concatenate(([0], np.cumsum(num_choices)))
         self.line_of_request = np.repeat(np.arange(len(self._lines), dtype=np.int32), num_choices)
@@ -291,9 +296,12 @@ class TokenStore:
         offset = int(line["sampling_offset"])
         sampling = self._sampling_by_offset.get(offset)
         if sampling is None:
-            values = json.loads(self._sampling[offset : offset + int(line["sampling_bytes"])].tobytes())
-            if len(self._sampling_by_offset) >= _MAX_INTERNED:
+            data = self._sampling[offset : offset + int(line["sampling_bytes"])].tobytes()
+            values = json.loads(data)
+            self._num_interned_bytes += len(data)
+            if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._sampling_by_offset.clear()
+                self._num_interned_bytes = len(data)
             sampling = self._sampling_by_offset[offset] = _sampling_from(values)
         return sampling
 
