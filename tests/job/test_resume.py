@@ -16,7 +16,9 @@ JOB = JobIdentity("00ff" * 16, "tiny abc", {"dtype": "bf16"})
 OTHER = JobIdentity("00ff" * 16, "tiny abc", {"dtype": "int8"})
 PATHS = JobPaths(Path("/d/in.jsonl"), Path("/d/out.jsonl"), Path("/d/out.errors.jsonl"), Path("/d/out.jsonl.journal"))
 HEADER = JournalHeader(JOB, 7, 10, "m", 100, {"tokens": 40}, capacity=0, errors_name="out.errors.jsonl")
-SEAL = JournalSeal(JOB, False, {"out.jsonl": 500}, {"num_lines": 10}, capacity=0, num_retriable=0)
+SEAL = JournalSeal(
+    JOB, False, {"out.jsonl": 500}, {"num_lines": 10}, capacity=0, num_retriable=0, errors_name="out.errors.jsonl"
+)
 RETRIABLE = replace(SEAL, num_retriable=2)
 ALL_THERE = {"out.jsonl": 500}
 

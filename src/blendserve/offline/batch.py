@@ -19,6 +19,7 @@ from blendserve.engines.settings import (
 )
 from blendserve.errors import ConfigError
 from blendserve.job.job import BatchJob, JobProgress, JobReport
+from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
 from blendserve.job.run import run_job
 from blendserve.planner.policies import POLICY_NAMES
 
@@ -35,19 +36,20 @@ def run_batch(
     policy: str = DEFAULT_POLICY,
     ordered: bool = False,
     fresh: bool = False,
+    limits: ReadLimits = DEFAULT_LIMITS,
     on_progress: Callable[[JobProgress], None] | None = None,
 ) -> JobReport:
     """Answer every line of an OpenAI Batch file and write the answers to `output`.
 
-    Lines that cannot be answered become rows of `errors`; None is a file beside the output, which is made only where
-    there are such lines. Finished work is journalled beside the output: the same call goes on where an earlier one
-    stopped, and `fresh` discards what that one has finished. `ordered` writes answers in the order of the input, else
-    they stand as they finish. `policy` is the order in which requests run; it changes the time, never the answers of
-    the native engine. `engine` is settings, from which an engine is opened and closed again, or an engine that is open
-    and stays so. `on_progress` is called at the beginning and after every answer, with one object that is updated.
-    Raises: ConfigError before any work when a path, the input, the settings or the journal does not allow it;
-    CapacityError when the disk is full; ExecutorError when the engine fails; JobInterrupted, a KeyboardInterrupt. What
-    had finished by then is kept.
+    Lines that cannot be answered become rows of `errors`; None is a file beside the output, which is made only
+    where there are such lines. Finished work is journalled beside the output: the same call goes on where an
+    earlier one stopped, and `fresh` discards what that one has finished. `ordered` writes answers in the order of
+    the input, else they stand as they finish. `policy` is the order in which requests run; it changes the time,
+    never the answers of the native engine. `limits` bounds what a file may ask for. `engine` is settings, from
+    which an engine is opened and closed again, or an engine that is open and stays so. `on_progress` is called at
+    the beginning and after every answer, with one object that is updated. Raises: ConfigError before any work when
+    a path, the input, the settings or the journal does not allow it; CapacityError when the disk is full;
+    ExecutorError when the engine fails; JobInterrupted, a KeyboardInterrupt. What had finished by then is kept.
     """
     if policy not in POLICY_NAMES:
         raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")
@@ -61,6 +63,7 @@ def run_batch(
             errors_path=Path(errors) if errors is not None else None,
             is_ordered=ordered,
             is_fresh=fresh,
+            limits=limits,
             capacity=engine.capacity_bytes,
         )
         report = run_job(job, engine.codec, lambda pending: engine.generate(pending, policy), on_progress=on_progress)
@@ -74,5 +77,6 @@ def run_batch(
             policy=policy,
             ordered=ordered,
             fresh=fresh,
+            limits=limits,
             on_progress=on_progress,
         )
