@@ -10,6 +10,7 @@ import pytest
 
 from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal
 from blendserve.job.resume import Continue, Decision, Done, Recorded, Refuse, Start, Wanted, decide
+from blendserve.job.store import StoredFile
 from blendserve.job.writer import JobPaths
 
 JOB = JobIdentity("00ff" * 16, "tiny abc", {"dtype": "bf16"})
