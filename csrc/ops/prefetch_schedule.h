@@ -8,7 +8,14 @@
 
 #include <cstdint>
 
-#include "ops/prefetch.h"
+#include "ops/matmul.h"
+
+// Before the loop over the steps of a turn: offsets become constants. Emulated intrinsics would compile for minutes.
+#if defined(BLENDSERVE_SIMDE)
+#define BLENDSERVE_UNROLL_TURN _Pragma("GCC unroll 1")
+#else
+#define BLENDSERVE_UNROLL_TURN _Pragma("GCC unroll 16")
+#endif
 
 namespace blendserve::kernels {
 
@@ -36,6 +43,19 @@ struct PrefetchSchedule {
   const void* strip = nullptr;
   PrefetchRuns* runs = nullptr;
 };
+
+// The column after the strip [col, col + width) of a tile whose weights are to be asked for; -1 for none.
+[[gnu::always_inline]] constexpr int64_t column_to_ask_for(const MatmulTile& tile, int64_t col, int64_t width) {
+  return col + width < tile.col_end ? col + width : tile.next_col;
+}
+
+// Asks for outputs that a kernel will soon update: each row is on a page of its own, where no hardware prefetcher
+// follows.
+[[gnu::always_inline]] inline void ask_for_outputs(const float* y, int64_t ldy, int64_t num_rows, int64_t num_columns) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t c = 0; c < num_columns; c += 16) __builtin_prefetch(y + r * ldy + c, 0, 3);
+  }
+}
 
 // For set `set` of `num_sets` sets of rows, which all have `num_steps` steps per strip.
 [[gnu::always_inline]] constexpr PrefetchSchedule ask_for_strip(const void* strip, int64_t strip_bytes, int64_t set,
