@@ -119,7 +119,10 @@ void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t 
     for (int64_t begin = 0; begin < k; begin += group) {
       const int64_t count = min64(group, k - begin);
 #if defined(__x86_64__)
-      const auto make_group = isa == Isa::kPortable ? int8_group_portable : int8_group_avx2;
+      const bool is_wide = isa == Isa::kAvx512Vnni || isa == Isa::kAvx512Bf16;
+      const auto make_group = is_wide                 ? int8_group_avx512
+                              : isa == Isa::kPortable ? int8_group_portable
+                                                      : int8_group_avx2;
 #else
       const auto make_group = int8_group_portable;
 #endif

@@ -110,6 +110,7 @@ int64_t num_prefetch_runs_int8(Isa isa, const MatmulTile& tile, int64_t k, int64
 // Some floats of a row as bytes; returns their scale.
 float int8_group_portable(const float* x, int64_t count, uint8_t* bytes);
 float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes);
+float int8_group_avx512(const float* x, int64_t count, uint8_t* bytes);
 
 void tile_portable(const TileArgs& args);
 void tile_avx2(const TileArgs& args);
