@@ -186,16 +186,14 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
   const uint16_t* w = a.w + col / kWeightPanel * panel_stride + k * kWeightPanel;
   alignas(32) float kept[kMaxResidentK * kWeightPanel];
   const bool is_kept = groups.count >= kMinKeptGroups;
+  const StripShares shares(num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)}, groups.count,
+                           block_num_k / 2);
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t row = a.tile.row_begin + groups.begin(group);
     const int64_t next_row = a.tile.row_begin + groups.begin(group + 1);
     PrefetchSchedule schedule;
     const int64_t next = column_to_ask_for(a.tile, col, num_columns);
-    if (next >= 0) {
-      schedule = ask_for_strip(a.w + next / kWeightPanel * panel_stride + k * kWeightPanel,
-                               num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)}, group, groups.count,
-                               block_num_k / 2);
-    }
+    if (next >= 0) schedule = shares.of_set(group, a.w + next / kWeightPanel * panel_stride + k * kWeightPanel);
     if (groups.count > 1) schedule.runs = a.runs;
     float* y = a.y + row * a.ldy + col;
     ask_for_outputs(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row), num_columns);

@@ -14,7 +14,7 @@ struct Int8Block {
   int64_t ldx;
   const int8_t* w;
   int64_t panel_stride;  // bytes from one panel to the next
-  int64_t k;
+  int64_t k, group;
   const float* scales;
   const int32_t* offsets;  // of the first group; the others are offset_stride apart
   int64_t offset_stride;
@@ -118,7 +118,7 @@ void int8_kernel(const Int8Block& b) {
   const uint8_t* x_scale = x + int8_padded(b.k);
   const int8_t* w = b.w;
   const int32_t* offsets = b.offsets;
-  const int64_t group = int8_group(b.k);
+  const int64_t group = b.group;
   Prefetcher<Lanes::kMaxPanels> prefetcher(b.schedule);
   for (int64_t k = b.k; k > 0; k -= group) {
     typename Lanes::Ints sums[kRows][kVectors];
@@ -158,45 +158,50 @@ inline int64_t num_int8_turns(int64_t k) {
   return num_whole * (group / 4 / kTurnSteps) + int8_padded(k - num_whole * group) / 4 / kTurnSteps;
 }
 
-// Sets of rows differ by one row at most, so that of several each has two or more.
+// What all blocks of a tile share, computed once: a division takes as long as ten products. Sets of rows differ by one
+// row at most, so that of several each has two or more.
 template <class Lanes>
-struct Int8RowSets {
-  explicit Int8RowSets(const MatmulTile& t)
-      : first(t.row_begin), num_rows(t.row_end - t.row_begin), count(ceil_div(num_rows, Lanes::kMaxRows)) {}
-  int64_t begin(int64_t set) const { return first + set * num_rows / count; }
+struct Int8Plan {
+  static constexpr int64_t kStrip = Lanes::kMaxPanels * kInt8Panel;
+  Int8Plan(const MatmulTile& t, int64_t k)
+      : first(t.row_begin),
+        num_sets(ceil_div(t.row_end - first, Lanes::kMaxRows)),
+        set_rows((t.row_end - first) / num_sets),
+        num_longer((t.row_end - first) % num_sets),
+        ldx(int8_row_stride(k)),
+        panel_stride(int8_padded(k) * kInt8Panel),
+        group(int8_group(k)),
+        shares(Lanes::kMaxPanels * panel_stride, num_sets, int8_padded(k) / 4) {}
+  int64_t begin(int64_t set) const { return first + set * set_rows + min64(set, num_longer); }
 
-  int64_t first, num_rows, count;
+  int64_t first, num_sets, set_rows, num_longer, ldx, panel_stride, group;
+  StripShares shares;
 };
 
 // None beside one set of rows: that waits for its own weights.
 template <class Lanes>
 int64_t num_int8_prefetch_runs(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  const Int8RowSets<Lanes> sets(tile);
-  if (sets.count == 1) return 0;
-  const int64_t num_strips = ceil_div(tile.col_end - tile.col_begin, Lanes::kMaxPanels * kInt8Panel);
-  return num_runs_of_turns<Lanes::kMaxPanels>(sets.count * num_strips * num_int8_turns(k), step_bytes);
+  const Int8Plan<Lanes> plan(tile, k);
+  if (plan.num_sets == 1) return 0;
+  const int64_t num_strips = ceil_div(tile.col_end - tile.col_begin, plan.kStrip);
+  return num_runs_of_turns<Lanes::kMaxPanels>(plan.num_sets * num_strips * num_int8_turns(k), step_bytes);
 }
 
 // One set of rows on the columns of one strip.
 template <class Lanes>
-void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t set, int64_t col) {
-  constexpr int64_t kStrip = Lanes::kMaxPanels * kInt8Panel;
-  const int64_t panel_stride = int8_padded(a.k) * kInt8Panel;
-  const int64_t num_columns = min64(kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
-  const int64_t row = sets.begin(set), num_rows = sets.begin(set + 1) - row;
-  const int8_t* w = a.w + col / kInt8Panel * panel_stride;
+void run_int8_set(const Int8TileArgs& a, const Int8Plan<Lanes>& plan, int64_t set, int64_t col) {
+  const int64_t num_columns = min64(plan.kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
+  const int64_t row = plan.begin(set), num_rows = plan.begin(set + 1) - row;
+  const int64_t next = column_to_ask_for(a.tile, col, plan.kStrip);
   PrefetchSchedule schedule;
-  const int64_t next = column_to_ask_for(a.tile, col, kStrip);
-  if (next >= 0) {
-    schedule = ask_for_strip(a.w + next / kInt8Panel * panel_stride, Lanes::kMaxPanels * panel_stride, set, sets.count,
-                             int8_padded(a.k) / 4);
-  }
-  if (sets.count > 1) schedule.runs = a.runs;
-  const Int8Block b{.x = a.x + row * int8_row_stride(a.k),
-                    .ldx = int8_row_stride(a.k),
-                    .w = w,
-                    .panel_stride = panel_stride,
+  if (next >= 0) schedule = plan.shares.of_set(set, a.w + next / kInt8Panel * plan.panel_stride);
+  if (plan.num_sets > 1) schedule.runs = a.runs;
+  const Int8Block b{.x = a.x + row * plan.ldx,
+                    .ldx = plan.ldx,
+                    .w = a.w + col / kInt8Panel * plan.panel_stride,
+                    .panel_stride = plan.panel_stride,
                     .k = a.k,
+                    .group = plan.group,
                     .scales = a.scales + col,
                     .offsets = a.offsets + col,
                     .offset_stride = a.offset_stride,
@@ -210,7 +215,7 @@ void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t
   if (num_columns == num_panels * kInt8Panel) {
     run(b);
   } else {
-    run_padded<Lanes::kMaxRows, kStrip>(b, num_rows, num_columns, run);
+    run_padded<Lanes::kMaxRows, Int8Plan<Lanes>::kStrip>(b, num_rows, num_columns, run);
   }
 }
 
@@ -218,9 +223,9 @@ void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t
 // one's.
 template <class Lanes>
 void int8_tile_on(const Int8TileArgs& a) {
-  const Int8RowSets<Lanes> sets(a.tile);
-  for (int64_t col = a.tile.col_begin; col < a.tile.col_end; col += Lanes::kMaxPanels * kInt8Panel) {
-    for (int64_t set = 0; set < sets.count; ++set) run_int8_set<Lanes>(a, sets, set, col);
+  const Int8Plan<Lanes> plan(a.tile, a.k);
+  for (int64_t col = a.tile.col_begin; col < a.tile.col_end; col += plan.kStrip) {
+    for (int64_t set = 0; set < plan.num_sets; ++set) run_int8_set<Lanes>(a, plan, set, col);
   }
 }
 

@@ -57,14 +57,20 @@ struct PrefetchSchedule {
   }
 }
 
-// For set `set` of `num_sets` sets of rows, which all have `num_steps` steps per strip.
-[[gnu::always_inline]] constexpr PrefetchSchedule ask_for_strip(const void* strip, int64_t strip_bytes, int64_t set,
-                                                                int64_t num_sets, int64_t num_steps) {
-  if (num_sets == 1) return {.strip = strip};
-  const int64_t share = (strip_bytes / num_sets + kPrefetchRunBytes - 1) / kPrefetchRunBytes * kPrefetchRunBytes;
-  return {.share = static_cast<const char*>(strip) + set * share,
-          .share_step_bytes = (share + num_steps - 1) / num_steps};
-}
+// How the sets of rows of a tile share in asking for strips, which take each of them `num_steps` steps.
+struct StripShares {
+  [[gnu::always_inline]] StripShares(int64_t strip_bytes, int64_t num_sets, int64_t num_steps)
+      : is_whole(num_sets == 1),
+        bytes((strip_bytes / num_sets + kPrefetchRunBytes - 1) / kPrefetchRunBytes * kPrefetchRunBytes),
+        step_bytes((bytes + num_steps - 1) / num_steps) {}
+  [[gnu::always_inline]] PrefetchSchedule of_set(int64_t set, const void* strip) const {
+    if (is_whole) return {.strip = strip};
+    return {.share = static_cast<const char*>(strip) + set * bytes, .share_step_bytes = step_bytes};
+  }
+
+  bool is_whole;
+  int64_t bytes, step_bytes;
+};
 
 // The schedule at work, in a kernel's registers.
 template <int kLines>
