@@ -28,19 +28,42 @@ struct Int8Block {
 // One row waits for its own weights: hardware fetches those, and to ask for more costs time.
 constexpr bool can_ask_int8(int64_t num_rows) { return num_rows > 1; }
 
+// The rows of a block in k: every third has an address of its own, which hides the others' distance from GCC. It would
+// keep multiples of `ldx` for all of them, in more registers than there are.
+template <int kRows>
+struct Int8Rows {
+  static constexpr int kCount = (kRows + 2) / 3;
+  [[gnu::always_inline]] Int8Rows(const uint8_t* x, int64_t ldx) : ldx(ldx) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      third[i] = x + 3 * i * ldx;
+      asm("" : "+r"(third[i]));
+    }
+  }
+  [[gnu::always_inline]] const uint8_t* at(int row) const { return third[row / 3] + row % 3 * ldx; }
+  [[gnu::always_inline]] void advance(int64_t k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) third[i] += k;
+  }
+
+  const uint8_t* third[kCount];
+  int64_t ldx;
+};
+
 // sums += four values of each row by four weights of each column.
 template <class Lanes, int kRows, int kVectors>
-[[gnu::always_inline]] inline void add_int8_quad(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t panel_stride,
-                                                 typename Lanes::Ints (&sums)[kRows][kVectors]) {
+[[gnu::always_inline]] inline void add_int8_quad(const Int8Rows<kRows>& x, int quad, const int8_t* w,
+                                                 int64_t panel_stride, typename Lanes::Ints (&sums)[kRows][kVectors]) {
   constexpr int kVectorsPerPanel = static_cast<int>(kInt8Panel) / Lanes::kWidth;
   typename Lanes::Ints weights[kVectors];
+  w += 4 * quad * kInt8Panel;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     weights[v] = Lanes::load(w + v / kVectorsPerPanel * panel_stride + v % kVectorsPerPanel * 4 * Lanes::kWidth);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    const auto values = Lanes::repeat(x + r * ldx);
+    const auto values = Lanes::repeat(x.at(r) + 4 * quad);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) Lanes::add_products(sums[r][v], values, weights[v]);
   }
@@ -78,7 +101,7 @@ template <class Lanes, int kRows, int kVectors, bool kIsFirst, bool kIsLast>
 // Sums of one group: they start at the group's offsets, then take `num_quads` (a multiple of kInt8Step / 4) quads.
 template <class Lanes, int kRows, int kPanels, int kVectors>
 [[gnu::always_inline]] inline void sum_int8_group(const Int8Block& b, const int32_t* offsets, int64_t num_quads,
-                                                  const uint8_t*& x, const int8_t*& w,
+                                                  Int8Rows<kRows>& x, const int8_t*& w,
                                                   Prefetcher<Lanes::kMaxPanels>& prefetcher,
                                                   typename Lanes::Ints (&sums)[kRows][kVectors]) {
   constexpr int kStep = static_cast<int>(kInt8Step) / 4;
@@ -93,17 +116,17 @@ template <class Lanes, int kRows, int kPanels, int kVectors>
     BLENDSERVE_UNROLL_TURN
     for (int quad = 0; quad < kTurnSteps; ++quad) {
       prefetcher.ask(quad, sums[0][0]);
-      add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
+      add_int8_quad<Lanes, kRows, kVectors>(x, quad, w, b.panel_stride, sums);
     }
-    x += 4 * kTurnSteps;
+    x.advance(4 * kTurnSteps);
     w += 4 * kTurnSteps * kInt8Panel;
   }
   for (; num_quads > 0; num_quads -= kStep) {
 #pragma GCC unroll 4
     for (int quad = 0; quad < kStep; ++quad) {
-      add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
+      add_int8_quad<Lanes, kRows, kVectors>(x, quad, w, b.panel_stride, sums);
     }
-    x += kInt8Step;
+    x.advance(kInt8Step);
     w += kInt8Step * kInt8Panel;
   }
 }
@@ -114,8 +137,8 @@ void int8_kernel(const Int8Block& b) {
   alignas(64) float totals[kRows * kVectors * Lanes::kWidth];
   float* total = totals;
   asm("" : "+r"(total) : : "memory");  // in memory between groups: the registers are for the sums
-  const uint8_t* x = b.x;
-  const uint8_t* x_scale = x + int8_padded(b.k);
+  Int8Rows<kRows> x(b.x, b.ldx);
+  const uint8_t* x_scale = b.x + int8_padded(b.k);
   const int8_t* w = b.w;
   const int32_t* offsets = b.offsets;
   const int64_t group = b.group;
