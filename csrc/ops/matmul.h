@@ -91,6 +91,8 @@ inline constexpr int64_t kColumnPanel = 32;
 // kColumnPanel. The sum starts from y where it accumulates; bias is added last and counts columns from 0, as y does.
 struct MatmulTile {
   int64_t row_begin, row_end, col_begin, col_end;
+  // First column that the same thread probably multiplies by next: the tile asks for its weights. None by default.
+  int64_t next_col = -1;
 };
 // How many runs a tile takes at most; 0 where its kernel takes none.
 int64_t num_prefetch_runs(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t step_bytes);
@@ -101,6 +103,7 @@ void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& 
 // that the threads that run them at the same time read those weights from memory once.
 struct MatmulGrid {
   int64_t m, n, row_tile, col_tile;
+  int64_t num_threads = 1;  // that take tiles in turn
   int64_t num_row_tiles() const { return (m + row_tile - 1) / row_tile; }
   int64_t num_col_tiles() const { return (n + col_tile - 1) / col_tile; }
   int64_t size() const { return num_row_tiles() * num_col_tiles(); }

@@ -8,7 +8,14 @@
 
 #include <cstdint>
 
-#include "ops/prefetch.h"
+#include "ops/matmul.h"
+
+// Before the loop over the steps of a turn: offsets become constants. Emulated intrinsics would compile for minutes.
+#if defined(BLENDSERVE_SIMDE)
+#define BLENDSERVE_UNROLL_TURN _Pragma("GCC unroll 1")
+#else
+#define BLENDSERVE_UNROLL_TURN _Pragma("GCC unroll 16")
+#endif
 
 namespace blendserve::kernels {
 
@@ -37,14 +44,33 @@ struct PrefetchSchedule {
   PrefetchRuns* runs = nullptr;
 };
 
-// For set `set` of `num_sets` sets of rows, which all have `num_steps` steps per strip.
-[[gnu::always_inline]] constexpr PrefetchSchedule ask_for_strip(const void* strip, int64_t strip_bytes, int64_t set,
-                                                                int64_t num_sets, int64_t num_steps) {
-  if (num_sets == 1) return {.strip = strip};
-  const int64_t share = (strip_bytes / num_sets + kPrefetchRunBytes - 1) / kPrefetchRunBytes * kPrefetchRunBytes;
-  return {.share = static_cast<const char*>(strip) + set * share,
-          .share_step_bytes = (share + num_steps - 1) / num_steps};
+// The column after the strip [col, col + width) of a tile whose weights are to be asked for; -1 for none.
+[[gnu::always_inline]] constexpr int64_t column_to_ask_for(const MatmulTile& tile, int64_t col, int64_t width) {
+  return col + width < tile.col_end ? col + width : tile.next_col;
 }
+
+// Asks for outputs that a kernel will soon update: each row is on a page of its own, where no hardware prefetcher
+// follows.
+[[gnu::always_inline]] inline void ask_for_outputs(const float* y, int64_t ldy, int64_t num_rows, int64_t num_columns) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t c = 0; c < num_columns; c += 16) __builtin_prefetch(y + r * ldy + c, 0, 3);
+  }
+}
+
+// How the sets of rows of a tile share in asking for strips, which take each of them `num_steps` steps.
+struct StripShares {
+  [[gnu::always_inline]] StripShares(int64_t strip_bytes, int64_t num_sets, int64_t num_steps)
+      : is_whole(num_sets == 1),
+        bytes((strip_bytes / num_sets + kPrefetchRunBytes - 1) / kPrefetchRunBytes * kPrefetchRunBytes),
+        step_bytes((bytes + num_steps - 1) / num_steps) {}
+  [[gnu::always_inline]] PrefetchSchedule of_set(int64_t set, const void* strip) const {
+    if (is_whole) return {.strip = strip};
+    return {.share = static_cast<const char*>(strip) + set * bytes, .share_step_bytes = step_bytes};
+  }
+
+  bool is_whole;
+  int64_t bytes, step_bytes;
+};
 
 // The schedule at work, in a kernel's registers.
 template <int kLines>
