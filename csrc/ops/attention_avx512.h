@@ -67,10 +67,10 @@ BLENDSERVE_INLINE __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << (count < 0 ? 0 : count > kLanes ? kLanes : count)) - 1u);
 }
 
-// Raises the largest score of kRows rows to that of the chunk and returns the factors for what was summed before, which
-// `decay` gets too. Of row r the first visible[r] tokens count; the others' scores become kLowest.
+// Raises the largest score of kRows rows to that of the chunk, and leaves a copy in `lanes`; `decay` gets the factors
+// for what was summed before. Of row r the first visible[r] tokens count; the others' scores become kLowest.
 template <int kRows, bool kMasked>
-BLENDSERVE_INLINE void raise_max(float* scores, const int64_t* visible, float* max, float* decay) {
+BLENDSERVE_INLINE void raise_max(float* scores, const int64_t* visible, float* max, float* lanes, float* decay) {
   __m512 largest[kMaxRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -90,7 +90,6 @@ BLENDSERVE_INLINE void raise_max(float* scores, const int64_t* visible, float* m
   for (int r = kRows; r < kMaxRows; ++r) largest[r] = largest[kRows - 1];
   const __m512 old_max = _mm512_castps256_ps512(_mm256_loadu_ps(max));
   const __m512 new_max = _mm512_max_ps(old_max, largest_lanes(largest));
-  alignas(32) float lanes[kMaxRows];
   _mm256_store_ps(lanes, _mm512_castps512_ps256(new_max));
   __builtin_memcpy(max, lanes, kRows * sizeof(float));
   _mm256_store_ps(decay, _mm512_castps512_ps256(exp2_below_zero<5>(_mm512_sub_ps(old_max, new_max))));

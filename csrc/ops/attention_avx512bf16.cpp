@@ -68,11 +68,12 @@ void add_scores(const uint16_t* q, int64_t q_stride, int64_t head_dim, const Chu
 // Scores become weights relative to the new largest score.
 template <int kRows, bool kMasked>
 void weigh(float* scores, const int64_t* visible, Softmax softmax, float* decay, uint16_t* weights) {
-  raise_max<kRows, kMasked>(scores, visible, softmax.max, decay);
+  alignas(32) float lanes[kMaxRows];
+  raise_max<kRows, kMasked>(scores, visible, softmax.max, lanes, decay);
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const __m512 max = _mm512_set1_ps(softmax.max[r]);
+    const __m512 max = _mm512_set1_ps(lanes[r]);
     float* sums = softmax.sum + r * kLanes;
     __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(decay[r]));
 #pragma GCC unroll 2
