@@ -13,8 +13,9 @@ const AttentionKernels& kernels_of(Isa isa, KvDtype dtype) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx512Bf16:
-      return is_int8 ? avx2::attention_kernels_int8 : avx512bf16::attention_kernels;
+      return is_int8 ? avx512vnni::attention_kernels_int8 : avx512bf16::attention_kernels;
     case Isa::kAvx512Vnni:
+      return is_int8 ? avx512vnni::attention_kernels_int8 : avx2::attention_kernels;
     case Isa::kAvxVnni:
     case Isa::kAvx2:
       return is_int8 ? avx2::attention_kernels_int8 : avx2::attention_kernels;

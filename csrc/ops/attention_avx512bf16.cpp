@@ -82,7 +82,7 @@ void weigh(float* scores, const int64_t* visible, Softmax softmax, float* decay,
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         const int v = 2 * half + i;
-        weight[i] = exp2_below_zero<3>(_mm512_sub_ps(_mm512_load_ps(scores + r * kChunkTokens + v * kLanes), max));
+        weight[i] = exp2<3>(_mm512_sub_ps(_mm512_load_ps(scores + r * kChunkTokens + v * kLanes), max));
         if constexpr (kMasked) weight[i] = _mm512_maskz_mov_ps(first_lanes(visible[r] - v * kLanes), weight[i]);
       }
       const __m512bh pairs = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
@@ -245,7 +245,7 @@ struct Kernel {
   }
 
   static void merge_row(Softmax total, Softmax part, int64_t head_dim) { merge_base2_row(total, part, head_dim); }
-  static void write_row(Softmax row, int64_t head_dim, float* to) { write_base2_row(row, head_dim, to); }
+  static void write_row(Softmax row, int64_t head_dim, float* to) { write_base2_row(row, head_dim, 1.0f, to); }
 };
 
 }  // namespace

@@ -29,6 +29,9 @@ extern const AttentionKernels attention_kernels, attention_kernels_int8;
 namespace avx2 {
 extern const AttentionKernels attention_kernels, attention_kernels_int8;
 }
+namespace avx512vnni {
+extern const AttentionKernels attention_kernels_int8;
+}
 namespace avx512bf16 {
 extern const AttentionKernels attention_kernels;
 }
