@@ -236,39 +236,50 @@ constexpr ChunkOfRows kChunkOfRows[kMaxRows + 1] = {nullptr,          chunk_of_r
 
 // The largest magnitude of a row, not below a number whose reciprocal is finite; NaN if any element is.
 BLENDSERVE_INLINE float largest_magnitude(const float* x, int64_t size) {
-  float largest = 0x1p-100f, poison = 0.0f;
-  for (int64_t i = 0; i < size; ++i) {
-    const float magnitude = x[i] < 0.0f ? -x[i] : x[i];
-    largest = magnitude > largest ? magnitude : largest;
-    poison += x[i] * 0.0f;
+  __m512 largest = _mm512_set1_ps(0x1p-100f), poison = _mm512_setzero_ps();
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
+    poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
   }
-  return largest + poison;
+  float lanes[kLanes], poisons[kLanes];
+  _mm512_storeu_ps(lanes, largest);
+  _mm512_storeu_ps(poisons, poison);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0] + sum_of_lanes(poisons);
+}
+
+BLENDSERVE_INLINE int32_t sum_of_ints(__m512i v) {
+  int32_t lanes[kLanes], sum = 0;
+  _mm512_storeu_si512(lanes, v);
+  for (const int32_t lane : lanes) sum += lane;
+  return sum;
 }
 
 void pack_row(const float* rotated, int64_t head_dim, const PackedQuery& to) {
   const float top = largest_magnitude(rotated, head_dim);
   *to.scales = top / kQueryTop * (kLog2E / static_cast<float>(rotation_size(head_dim)));
-  const float inverse = kQueryTop / top;
-  int32_t high_sum = 0, low_sum = 0;
+  const __m512 inverse = _mm512_set1_ps(kQueryTop / top);
+  __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < head_dim; i += kLanes) {
-    const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(rotated + i), _mm512_set1_ps(inverse)));
+    const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(rotated + i), inverse));
     const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+    const __m512i low = _mm512_sub_epi32(value, _mm512_slli_epi32(high, 8));
+    high_sum = _mm512_add_epi32(high_sum, high);
+    low_sum = _mm512_add_epi32(low_sum, low);
     alignas(16) int8_t planes[2][kLanes];
     _mm_store_si128(reinterpret_cast<__m128i*>(planes[0]), _mm512_cvtepi32_epi8(high));
-    _mm_store_si128(reinterpret_cast<__m128i*>(planes[1]),
-                    _mm512_cvtepi32_epi8(_mm512_sub_epi32(value, _mm512_slli_epi32(high, 8))));
-    for (int j = 0; j < kLanes; ++j) {
-      high_sum += planes[0][j];
-      low_sum += planes[1][j];
-    }
-    for (int64_t quad = 0; quad < 4; ++quad) {
-      int8_t* at = to.data + (i / 4 + quad) * 8 * to.num_rows;
+    _mm_store_si128(reinterpret_cast<__m128i*>(planes[1]), _mm512_cvtepi32_epi8(low));
+    int8_t* at = to.data + i / 4 * 8 * to.num_rows;
+    for (int64_t quad = 0; quad < 4; ++quad, at += 8 * to.num_rows) {
       __builtin_memcpy(at, planes[0] + 4 * quad, 4);
       __builtin_memcpy(at + 4 * to.num_rows, planes[1] + 4 * quad, 4);
     }
   }
-  to.offsets[0] = -128 * high_sum;
-  to.offsets[to.num_rows] = -128 * low_sum;
+  to.offsets[0] = -128 * sum_of_ints(high_sum);
+  to.offsets[to.num_rows] = -128 * sum_of_ints(low_sum);
 }
 
 struct Kernel {
