@@ -109,7 +109,8 @@ AttentionTile LayerOps::tile_of(const NanoBatch& nano, const AttentionTask& task
           .head_dim = shape_.head_stride(),
           .cache = nano.cache->head(layer, task.kv_head),
           .block_stride = nano.cache->block_stride(),
-          .block_table = entry.block_table};
+          .block_table = entry.block_table,
+          .kv_dtype = nano.cache->dtype()};
 }
 
 void LayerOps::attend(NanoBatch& nano, int64_t layer, const AttentionTask& task, int worker) {
