@@ -120,14 +120,14 @@ void kernel(const Block& b) {
   int64_t pairs = b.num_k / 2;
   Prefetcher<kPanels <= 2 ? kPanels : 2> prefetcher(b.schedule);
   for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
-    prefetcher.begin_turn();
+    prefetcher.begin_turn(at.w);
     for (int step = 0; step < kTurnSteps; ++step) {
-      prefetcher.ask(step);
+      prefetcher.ask(step, sums[0][0]);
       add_pair<kRows, kPanels, kSource>(b, at, sums);
     }
   }
   for (; pairs > 0; --pairs) {
-    if constexpr (can_ask(kRows)) prefetcher.ask_for_weights();
+    if constexpr (can_ask(kRows)) prefetcher.ask_for_share();
     add_pair<kRows, kPanels, kSource>(b, at, sums);
   }
   store_sums<kRows, 2 * kPanels>(b, sums);
@@ -195,11 +195,11 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t row = a.tile.row_begin + groups.begin(group);
     const int64_t next_row = a.tile.row_begin + groups.begin(group + 1);
-    PrefetchSchedule schedule = {w, w};
+    PrefetchSchedule schedule = {.share = w};
     if (col_end < a.tile.col_end) {
-      schedule = share_of_strip(w, w + num_panels * panel_stride,
-                                num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)}, group, groups.count,
-                                block_num_k / 2);
+      schedule =
+          ask_for_strip(w + num_panels * panel_stride, num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)},
+                        group, groups.count, block_num_k / 2, w);
     }
     if (groups.count > 1) schedule.runs = a.runs;
     float* y = a.y + row * a.ldy + col;

@@ -66,10 +66,10 @@ void kernel(const Block& b) {
   int64_t pairs = b.num_pairs;
   Prefetcher<2> prefetcher(b.schedule);
   for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
-    prefetcher.begin_turn();
+    prefetcher.begin_turn(w);
 #pragma GCC unroll 16
     for (int step = 0; step < kTurnSteps; ++step) {
-      prefetcher.ask(step);
+      prefetcher.ask(step, sums[0][0]);
       add_pair<kRows, kVectors>(x + step * 2 * kRowPanel, w + step * 2 * kPanel, b.panel_stride, sums);
     }
     x += kTurnSteps * 2 * kRowPanel;
@@ -180,10 +180,10 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
   for (int64_t col = begin; col < end; col += step) {
     const int64_t num_columns = min64(step, end - col), num_panels = ceil_div(num_columns, kPanel);
     const uint16_t* w = a.w + col / kPanel * panel_stride;
-    PrefetchSchedule schedule = {w, w};
+    PrefetchSchedule schedule = {.share = w};
     if (set < sets.num_asking && col + sets.strip < a.tile.col_end) {
-      schedule = share_of_strip(w, w + sets.strip / kPanel * panel_stride, panel_stride * int64_t{sizeof(*w)}, set,
-                                sets.num_asking, num_pairs);
+      schedule = ask_for_strip(w + sets.strip / kPanel * panel_stride, panel_stride * int64_t{sizeof(*w)}, set,
+                               sets.num_asking, num_pairs, w);
     }
     if (sets.count > 1) schedule.runs = a.runs;
     const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,

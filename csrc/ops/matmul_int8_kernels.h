@@ -89,10 +89,10 @@ template <class Lanes, int kRows, int kPanels, int kVectors>
     for (int r = 0; r < kRows; ++r) sums[r][v] = start;
   }
   for (; can_ask_int8(kRows) && num_quads >= kTurnSteps; num_quads -= kTurnSteps) {
-    prefetcher.begin_turn();
+    prefetcher.begin_turn(w);
 #pragma GCC unroll 16
     for (int quad = 0; quad < kTurnSteps; ++quad) {
-      prefetcher.ask(quad);
+      prefetcher.ask(quad, sums[0][0]);
       add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
     }
     x += 4 * kTurnSteps;
@@ -101,7 +101,7 @@ template <class Lanes, int kRows, int kPanels, int kVectors>
   for (; num_quads > 0; num_quads -= kStep) {
 #pragma GCC unroll 4
     for (int quad = 0; quad < kStep; ++quad) {
-      if constexpr (can_ask_int8(kRows)) prefetcher.ask_for_weights();
+      if constexpr (can_ask_int8(kRows)) prefetcher.ask_for_share();
       add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
     }
     x += kInt8Step;
@@ -186,10 +186,10 @@ void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t
   const int64_t num_columns = min64(kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
   const int64_t row = sets.begin(set), num_rows = sets.begin(set + 1) - row;
   const int8_t* w = a.w + col / kInt8Panel * panel_stride;
-  PrefetchSchedule schedule = {w, w};
+  PrefetchSchedule schedule = {.share = w};
   if (col + kStrip < a.tile.col_end) {
-    schedule = share_of_strip(w, w + Lanes::kMaxPanels * panel_stride, Lanes::kMaxPanels * panel_stride, set,
-                              sets.count, int8_padded(a.k) / 4);
+    schedule = ask_for_strip(w + Lanes::kMaxPanels * panel_stride, Lanes::kMaxPanels * panel_stride, set, sets.count,
+                             int8_padded(a.k) / 4, w);
   }
   if (sets.count > 1) schedule.runs = a.runs;
   const Int8Block b{.x = a.x + row * int8_row_stride(a.k),

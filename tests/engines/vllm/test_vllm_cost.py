@@ -13,7 +13,7 @@ from blendserve.costs.model_cost import ModelCost
 from blendserve.dialect.images import Picture
 from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import LoadTotals, cost_model_of, model_cost_of, picture_tokens
-from blendserve.engines.vllm.inside import StepLoad
+from blendserve.engines.vllm.inflight import StepLoad
 from blendserve.errors import ConfigError
 from blendserve.models.tokenizer import Tokenizer
 
