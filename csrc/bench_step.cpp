@@ -16,27 +16,28 @@ constexpr ModelLimits kLimits = {64, 1024, 1216, 64 * 76};
 constexpr int64_t kBlocksEach = 76;
 constexpr int64_t kSharedBlocks = 62;  // of a prefix of 1000 tokens
 
-PackedMatrix random_matrix(MatmulFormat format, int64_t n, int64_t k) {
+PackedMatrix random_matrix(MatmulFormat format, int64_t n, int64_t k, WeightMemory& memory) {
   std::vector<float> values(static_cast<size_t>(n * k));
   uint32_t state = 1;
   for (float& value : values) {
     state = state * 1664525u + 1013904223u;
     value = (static_cast<float>(state >> 8) * 0x1p-24f - 0.5f) * 0.1f;
   }
-  return {format, values, n, k};
+  return {format, values, n, k, &memory};
 }
 
 ModelWeights random_weights(MatmulFormat format) {
   ModelWeights weights;
-  weights.lm_head = random_matrix(format, kShape.vocab_size, kShape.hidden_size);
+  WeightMemory memory;
+  weights.lm_head = random_matrix(format, kShape.vocab_size, kShape.hidden_size, memory);
   weights.norm.assign(static_cast<size_t>(kShape.hidden_size), 1.0f);
   weights.inverse_frequencies.assign(static_cast<size_t>(kShape.head_dim / 2), 0.01);
   for (int64_t i = 0; i < kShape.num_layers; ++i) {
     LayerWeights layer;
-    layer.qkv = random_matrix(format, kShape.qkv_width(), kShape.hidden_size);
-    layer.o = random_matrix(format, kShape.hidden_size, kShape.q_width());
-    layer.gate_up = random_matrix(format, 2 * kShape.intermediate_size, kShape.hidden_size);
-    layer.down = random_matrix(format, kShape.hidden_size, kShape.intermediate_size);
+    layer.qkv = random_matrix(format, kShape.qkv_width(), kShape.hidden_size, memory);
+    layer.o = random_matrix(format, kShape.hidden_size, kShape.q_width(), memory);
+    layer.gate_up = random_matrix(format, 2 * kShape.intermediate_size, kShape.hidden_size, memory);
+    layer.down = random_matrix(format, kShape.hidden_size, kShape.intermediate_size, memory);
     layer.input_norm = layer.post_attention_norm = weights.norm;
     weights.layers.push_back(std::move(layer));
   }

@@ -83,12 +83,14 @@ class WeightLoader {
   ModelWeights take() { return std::exchange(weights_, {}); }
 
  private:
-  PackedMatrix pack(const Matrix& matrix) const {
+  PackedMatrix pack(const Matrix& matrix) {
     nb::gil_scoped_release release;
-    return {format_, view(matrix), static_cast<int64_t>(matrix.shape(0)), static_cast<int64_t>(matrix.shape(1))};
+    return {format_, view(matrix), static_cast<int64_t>(matrix.shape(0)), static_cast<int64_t>(matrix.shape(1)),
+            &memory_};
   }
 
   MatmulFormat format_;
+  WeightMemory memory_;
   ModelWeights weights_;
 };
 

@@ -67,7 +67,7 @@ void kernel(const Block& b) {
   Prefetcher<2> prefetcher(b.schedule);
   for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
     prefetcher.begin_turn(w);
-#pragma GCC unroll 16
+    BLENDSERVE_UNROLL_TURN
     for (int step = 0; step < kTurnSteps; ++step) {
       prefetcher.ask(step, sums[0][0]);
       add_pair<kRows, kVectors>(x + step * 2 * kRowPanel, w + step * 2 * kPanel, b.panel_stride, sums);
@@ -180,10 +180,11 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
   for (int64_t col = begin; col < end; col += step) {
     const int64_t num_columns = min64(step, end - col), num_panels = ceil_div(num_columns, kPanel);
     const uint16_t* w = a.w + col / kPanel * panel_stride;
-    PrefetchSchedule schedule = {.share = w};
-    if (set < sets.num_asking && col + sets.strip < a.tile.col_end) {
-      schedule = ask_for_strip(w + sets.strip / kPanel * panel_stride, panel_stride * int64_t{sizeof(*w)}, set,
-                               sets.num_asking, num_pairs, w);
+    PrefetchSchedule schedule;
+    const int64_t next = column_to_ask_for(a.tile, col, sets.strip);
+    if (set < sets.num_asking && next >= 0) {
+      schedule = ask_for_strip(a.w + next / kPanel * panel_stride, panel_stride * int64_t{sizeof(*w)}, set,
+                               sets.num_asking, num_pairs);
     }
     if (sets.count > 1) schedule.runs = a.runs;
     const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
@@ -195,6 +196,7 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
                   .is_loaded = a.accumulate,
                   .bias = a.bias != nullptr ? a.bias + col : nullptr,
                   .schedule = schedule};
+    ask_for_outputs(b.y + num_rows * a.ldy, a.ldy, min64(kRowPanel, a.tile.row_end - row - num_rows), num_columns);
     if (num_columns == num_panels * kPanel) {
       run(b, num_rows, num_panels);
     } else {

@@ -90,7 +90,7 @@ template <class Lanes, int kRows, int kPanels, int kVectors>
   }
   for (; can_ask_int8(kRows) && num_quads >= kTurnSteps; num_quads -= kTurnSteps) {
     prefetcher.begin_turn(w);
-#pragma GCC unroll 16
+    BLENDSERVE_UNROLL_TURN
     for (int quad = 0; quad < kTurnSteps; ++quad) {
       prefetcher.ask(quad, sums[0][0]);
       add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
@@ -101,7 +101,6 @@ template <class Lanes, int kRows, int kPanels, int kVectors>
   for (; num_quads > 0; num_quads -= kStep) {
 #pragma GCC unroll 4
     for (int quad = 0; quad < kStep; ++quad) {
-      if constexpr (can_ask_int8(kRows)) prefetcher.ask_for_share();
       add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
     }
     x += kInt8Step;
@@ -186,10 +185,11 @@ void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t
   const int64_t num_columns = min64(kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
   const int64_t row = sets.begin(set), num_rows = sets.begin(set + 1) - row;
   const int8_t* w = a.w + col / kInt8Panel * panel_stride;
-  PrefetchSchedule schedule = {.share = w};
-  if (col + kStrip < a.tile.col_end) {
-    schedule = ask_for_strip(w + Lanes::kMaxPanels * panel_stride, Lanes::kMaxPanels * panel_stride, set, sets.count,
-                             int8_padded(a.k) / 4, w);
+  PrefetchSchedule schedule;
+  const int64_t next = column_to_ask_for(a.tile, col, kStrip);
+  if (next >= 0) {
+    schedule = ask_for_strip(a.w + next / kInt8Panel * panel_stride, Lanes::kMaxPanels * panel_stride, set, sets.count,
+                             int8_padded(a.k) / 4);
   }
   if (sets.count > 1) schedule.runs = a.runs;
   const Int8Block b{.x = a.x + row * int8_row_stride(a.k),
@@ -205,6 +205,7 @@ void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t
                     .is_loaded = a.accumulate,
                     .bias = a.bias != nullptr ? a.bias + col : nullptr,
                     .schedule = schedule};
+  ask_for_outputs(b.y + num_rows * a.ldy, a.ldy, min64(Lanes::kMaxRows, a.tile.row_end - row - num_rows), num_columns);
   const auto run = [=](const Int8Block& block) { run_int8_block<Lanes>(block, num_rows, num_panels); };
   if (num_columns == num_panels * kInt8Panel) {
     run(b);
