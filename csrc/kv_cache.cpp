@@ -29,9 +29,9 @@ void write_bf16(Isa isa, uint16_t* block, int64_t head_dim, int64_t offset, cons
   }
 }
 
-// The largest magnitude, not below a number whose reciprocal is finite; a NaN anywhere makes it NaN.
+// The largest magnitude, not below what makes sums of weights over scales overflow; a NaN anywhere makes it NaN.
 float largest_magnitude(const float* x, int64_t size) {
-  float largest = 0x1p-100f, poison = 0.0f;
+  float largest = 0x1p-60f, poison = 0.0f;
   for (int64_t i = 0; i < size; ++i) {
     largest = std::max(largest, std::abs(x[i]));
     poison += x[i] * 0.0f;

@@ -13,8 +13,9 @@ const AttentionKernels& kernels_of(Isa isa, KvDtype dtype) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx512Bf16:
-      return is_int8 ? avx2::attention_kernels_int8 : avx512bf16::attention_kernels;
+      return is_int8 ? avx512vnni::attention_kernels_int8 : avx512bf16::attention_kernels;
     case Isa::kAvx512Vnni:
+      return is_int8 ? avx512vnni::attention_kernels_int8 : avx2::attention_kernels;
     case Isa::kAvxVnni:
     case Isa::kAvx2:
       return is_int8 ? avx2::attention_kernels_int8 : avx2::attention_kernels;
@@ -33,10 +34,13 @@ int64_t attention_scratch_floats(int64_t group, int64_t head_dim) {
          2 * num_rows * kAttentionSumLanes;
 }
 
-void attention_tile(Isa isa, const AttentionTile& tile, float* scratch) { kernels_of(isa, tile.kv_dtype).tile(tile, scratch); }
+void attention_tile(Isa isa, const AttentionTile& tile, float* scratch) {
+  kernels_of(isa, tile.kv_dtype).tile(tile, scratch);
+}
 
 void attention_group(Isa isa, std::span<const AttentionTile> members, int64_t num_shared_tokens, float* scratch) {
-  kernels_of(isa, members[0].kv_dtype).group(members.data(), static_cast<int64_t>(members.size()), num_shared_tokens, scratch);
+  kernels_of(isa, members[0].kv_dtype)
+      .group(members.data(), static_cast<int64_t>(members.size()), num_shared_tokens, scratch);
 }
 
 void attention_segment(Isa isa, const AttentionTile& tile, int64_t segment, float* partial, float* scratch) {

@@ -29,6 +29,9 @@ extern const AttentionKernels attention_kernels, attention_kernels_int8;
 namespace avx2 {
 extern const AttentionKernels attention_kernels, attention_kernels_int8;
 }
+namespace avx512vnni {
+extern const AttentionKernels attention_kernels_int8;
+}
 namespace avx512bf16 {
 extern const AttentionKernels attention_kernels;
 }
@@ -108,6 +111,11 @@ inline Chunk chunk_at(const AttentionTile& tile, int64_t begin, int64_t end, int
   return chunk;
 }
 
+inline int64_t num_visible_to(const AttentionTile& tile, int64_t row, int64_t start) {
+  const int64_t visible = tile.first_position + row / tile.group + 1 - start;
+  return visible < kChunkTokens ? visible : kChunkTokens;
+}
+
 // Adds positions [begin, end) to the softmax of all rows of the tile, whose queries are those of the scratch from
 // `first_row` on; asks for blocks up to `last_end`.
 template <class Kernel>
@@ -117,13 +125,13 @@ void add_positions(const AttentionTile& tile, const Scratch<Kernel>& scratch, in
   for (int64_t start = begin; start < end; start += kChunkTokens) {
     Chunk chunk = chunk_at(tile, start, end, last_end);
     Kernel::read_chunk(chunk, tile.head_dim, scratch.chunk);
+    const bool is_seen_by_all = start + kChunkTokens <= tile.first_position + 1;
     const int64_t first_token = start > tile.first_position ? start - tile.first_position : 0;
     for (int64_t row = first_token * tile.group; row < num_rows;) {
       const int64_t rows = Kernel::pass_rows(num_rows - row);
       int64_t num_visible[Kernel::kMaxPassRows];  // never falls from row to row
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t visible = tile.first_position + (row + r) / tile.group + 1 - start;
-        num_visible[r] = visible < kChunkTokens ? visible : kChunkTokens;
+        num_visible[r] = is_seen_by_all ? kChunkTokens : num_visible_to(tile, row + r, start);
       }
       Kernel::add_chunk(scratch.query, first_row + row, rows, tile.head_dim, chunk, num_visible,
                         rows_from<Kernel>(softmax, row, tile.head_dim), scratch.scores);

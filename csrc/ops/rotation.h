@@ -7,7 +7,7 @@
 
 namespace blendserve {
 
-inline constexpr int64_t kMaxRotatedHead = 1024;  // so that one fits on a stack
+inline constexpr int64_t kMaxRotatedHead = 512;  // of larger ones integer sums of scores could overflow
 
 // Channels that are mixed with each other: the largest power of two that divides head_dim.
 [[gnu::always_inline]] constexpr int64_t rotation_size(int64_t head_dim) { return head_dim & -head_dim; }

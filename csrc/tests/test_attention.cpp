@@ -42,19 +42,26 @@ constexpr Shape kShapes[] = {{1, 64}, {2, 80},  {3, 64},  {4, 128}, {5, 96},  {6
 
 // What the kernels of an instruction set round besides float32 arithmetic.
 struct Rounding {
-  bool is_query_bf16;  // queries times log2(e) are rounded to bf16
-  double weight;       // relative error of a weight, the same in the sum of weights and in that of values
+  bool is_query_bf16 = false;  // queries times log2(e) are rounded to bf16
+  double weight = 0.0;         // relative error of a weight, the same in the sum of weights and in that of values
+  double query_step = 0.0;     // of elements of a query, over its largest one
+  double weight_step = 0.0;    // of weights times scales of values, over the largest one of any token before
 };
 Rounding rounding_of(Path path) {
   constexpr double kUnitBf16 = 0x1p-8, kExp2Error = 7.5e-5;
-  if (path.isa == Isa::kAvx512Bf16 && path.dtype == KvDtype::kBf16) return {true, kUnitBf16 + kExp2Error};
-  return {false, 0.0};
+  if (path.isa == Isa::kAvx512Bf16 && path.dtype == KvDtype::kBf16)
+    return {.is_query_bf16 = true, .weight = kUnitBf16 + kExp2Error};
+  const bool is_vnni = path.isa == Isa::kAvx512Vnni || path.isa == Isa::kAvx512Bf16;
+  if (path.dtype == KvDtype::kInt8 && is_vnni) return {.query_step = 1.0 / 32512.0, .weight_step = 0x1.01p-16};
+  return {};
 }
 
 // Keys and values as attention reads them; int8 keeps them rotated.
 struct Token {
   std::vector<double> key, value;
+  double value_scale = 1.0;
 };
+bool is_smaller(double a, double b) { return std::abs(a) < std::abs(b); }
 Token stored_token(const uint16_t* block, KvDtype dtype, int64_t head_dim, int64_t offset) {
   Token token;
   const uint16_t* values = block + kBlockSize * head_dim;
@@ -67,7 +74,8 @@ Token stored_token(const uint16_t* block, KvDtype dtype, int64_t head_dim, int64
     } else {
       const double scale = float_from_bf16(values[offset]), log = float_from_bf16(values[kBlockSize + offset]);
       token.key.push_back(scale * (bytes[i / 4 * 64 + offset * 4 + i % 4] - 128));
-      token.value.push_back(std::exp2(log) * value_bytes[offset / 4 * 4 * head_dim + 4 * i + offset % 4]);
+      token.value_scale = std::exp2(log);
+      token.value.push_back(token.value_scale * value_bytes[offset / 4 * 4 * head_dim + 4 * i + offset % 4]);
     }
   }
   return token;
@@ -168,18 +176,21 @@ class Sequence {
     const Rounding rounding = rounding_of(path_);
     const std::vector<double> query = as_read(q, rounding);
     const auto num_steps = static_cast<double>(2 * shape_.head_dim);
+    const double query_error =
+        0.5 * rounding.query_step * std::abs(*std::max_element(query.begin(), query.end(), is_smaller));
     std::vector<double> weights;
     double score_error = 0.0, largest = -INFINITY;
     for (int64_t t = 0; t < n; ++t) {
       const std::vector<double>& key = tokens_[static_cast<size_t>(t)].key;
-      double score = 0.0, magnitude = 0.0;
+      double score = 0.0, magnitude = 0.0, keys = 0.0;
       for (size_t i = 0; i < key.size(); ++i) {
         score += query[i] * key[i];
         magnitude += std::abs(query[i] * key[i]);
+        keys += std::abs(key[i]);
       }
       weights.push_back(score);
       largest = std::max(largest, score);
-      score_error = std::max(score_error, magnitude * num_steps * kUnit);
+      score_error = std::max(score_error, magnitude * num_steps * kUnit + keys * query_error);
     }
     double total = 0.0;
     for (double& weight : weights) total += weight = std::exp(weight - largest);
@@ -189,12 +200,21 @@ class Sequence {
     const double relative =
         rounding.weight + 2.0 * score_error + (chunks + 1.0) * (2.0 * kExpRelativeError + 2.0 * kUnit);
     const double sum = 2.0 * static_cast<double>(n) * kUnit;
+    double largest_scaled = 0.0;  // weight times scale of a value
+    for (int64_t t = 0; t < n; ++t) {
+      const auto at = static_cast<size_t>(t);
+      largest_scaled = std::max(largest_scaled, weights[at] / total * tokens_[at].value_scale);
+    }
     Bounded result{std::vector<double>(query.size()), std::vector<double>(query.size(), 1e-30)};
     for (int64_t t = 0; t < n; ++t) {
       for (size_t i = 0; i < query.size(); ++i) {
         const double product = weights[static_cast<size_t>(t)] / total * tokens_[static_cast<size_t>(t)].value[i];
         result.out[i] += product;
         result.bound[i] += std::abs(product) * 2.0 * (relative + sum);
+        // A byte of a value times the step of its weight.
+        result.bound[i] +=
+            0.5 * rounding.weight_step * largest_scaled *
+            std::abs(tokens_[static_cast<size_t>(t)].value[i] / tokens_[static_cast<size_t>(t)].value_scale);
       }
     }
     return path_.dtype == KvDtype::kInt8 ? rotated_back(result) : result;
