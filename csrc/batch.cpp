@@ -31,6 +31,12 @@ void require(bool condition, const char* what, int64_t actual, int64_t limit) {
                               "; the executor was made for " + std::to_string(limit));
 }
 
+void require_at_least(const char* what, int64_t actual, int64_t least) {
+  if (actual >= least) return;
+  throw std::invalid_argument(std::string("a step's ") + what + " is " + std::to_string(actual) + "; it must be " +
+                              std::to_string(least) + " or more");
+}
+
 void check_tokens(const StepInput& input, int64_t slot, int64_t begin, int64_t end, int64_t vocab_size) {
   const int32_t* tokens = input.token_ids + slot * input.token_stride;
   for (int64_t i = begin; i < end; ++i) {
@@ -44,8 +50,8 @@ void check_entry(const StepInput& input, const BatchLimits& limits, size_t at) {
   const int64_t first = input.num_computed_tokens[at];
   const int64_t end = first + num_tokens;
   require(slot >= 0 && slot < input.num_slots, "slot", slot, input.num_slots);
-  require(num_tokens >= 1, "number of scheduled tokens of an entry", num_tokens, 1);
-  require(first >= 0, "number of computed tokens of an entry", first, 0);
+  require_at_least("number of scheduled tokens of an entry", num_tokens, 1);
+  require_at_least("number of computed tokens of an entry", first, 0);
   require(end <= limits.max_model_len, "sequence length", end, limits.max_model_len);
   require(end <= input.token_stride, "sequence length", end, input.token_stride);
   const int64_t num_blocks = div_up(end, kBlockSize);
@@ -61,7 +67,7 @@ void check_entry(const StepInput& input, const BatchLimits& limits, size_t at) {
 
 void check_plan(const StepInput& input, const BatchLimits& limits) {
   const auto num_entries = static_cast<int64_t>(input.slots.size());
-  if (num_entries == 0) throw std::invalid_argument("a step has 0 sequences; it needs 1 or more");
+  require_at_least("number of sequences", num_entries, 1);
   require(num_entries <= limits.max_num_seqs, "number of sequences", num_entries, limits.max_num_seqs);
   int64_t num_rows = 0;
   for (size_t at = 0; at < input.slots.size(); ++at) {

@@ -22,6 +22,21 @@ const AttentionTask& memory_task(const NanoBatch& nano, int64_t tile) {
   return nano.batch.tasks()[static_cast<size_t>(nano.batch.num_compute_tasks() + tile)];
 }
 
+// Runs over the blocks of positions [begin, end) of one layer and head.
+int64_t list_block_runs(const KvCache& cache, const uint16_t* head, const int32_t* blocks, int64_t begin, int64_t end,
+                        const uint16_t** runs, int64_t max_runs) {
+  constexpr int64_t kRunElements = kPrefetchRunBytes / static_cast<int64_t>(sizeof(uint16_t));
+  // Whole in bf16, since heads are padded; in int8 the line of scales is left out.
+  const int64_t per_block = std::max<int64_t>(cache.head_stride() / kRunElements, 1);
+  int64_t count = 0;
+  for (int64_t block = begin / kBlockSize; block < div_up(end, kBlockSize); ++block) {
+    const uint16_t* start = head + blocks[block] * cache.block_stride();
+    for (int64_t run = 0; run < per_block && count < max_runs; ++run) runs[count++] = start + run * kRunElements;
+    if (count == max_runs) return count;
+  }
+  return count;
+}
+
 }  // namespace
 
 Layers::Layers(Isa isa, const ModelShape& shape, const ModelLimits& limits, const ModelWeights& weights,
@@ -200,7 +215,7 @@ int64_t Layers::list_runs(int chain, int64_t op, int64_t tile, const uint16_t** 
   const uint16_t* head = nano.cache->head(layer_of(op), task.kv_head);
   int64_t count = 0;
   const auto add = [&](const BatchEntry& entry, int64_t begin, int64_t end) {
-    count += list_block_runs(nano, head, entry.block_table, begin, std::min(end, entry.first_position + 1),
+    count += list_block_runs(*nano.cache, head, entry.block_table, begin, std::min(end, entry.first_position + 1),
                              runs + count, max_runs - count);
   };
   const BatchEntry& entry = entries[static_cast<size_t>(task.entry)];
@@ -213,21 +228,6 @@ int64_t Layers::list_runs(int chain, int64_t op, int64_t tile, const uint16_t** 
     const auto member = nano.batch.members()[static_cast<size_t>(task.first_member + m)];
     const BatchEntry& other = entries[static_cast<size_t>(member)];
     add(other, task.num_shared_tokens, other.first_position + 1);
-  }
-  return count;
-}
-
-// Runs over the blocks of positions [begin, end) of one layer and head.
-int64_t Layers::list_block_runs(const NanoBatch& nano, const uint16_t* head, const int32_t* blocks, int64_t begin,
-                                int64_t end, const uint16_t** runs, int64_t max_runs) const {
-  constexpr int64_t kRunElements = kPrefetchRunBytes / static_cast<int64_t>(sizeof(uint16_t));
-  // Whole in bf16, since heads are padded; in int8 the line of scales is left out.
-  const int64_t per_block = std::max<int64_t>(nano.cache->head_stride() / kRunElements, 1);
-  int64_t count = 0;
-  for (int64_t block = begin / kBlockSize; block < div_up(end, kBlockSize); ++block) {
-    const uint16_t* start = head + blocks[block] * nano.cache->block_stride();
-    for (int64_t run = 0; run < per_block && count < max_runs; ++run) runs[count++] = start + run * kRunElements;
-    if (count == max_runs) return count;
   }
   return count;
 }

@@ -51,8 +51,6 @@ class Layers : private Chains {
   const PackedMatrix* matrix_of(int64_t op) const;  // null where the op is no matmul
   OpTiles cut_matmul(NanoBatch& nano, const PackedMatrix& w, Stage stage);
   void run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, PrefetchRuns* runs);
-  int64_t list_block_runs(const NanoBatch& nano, const uint16_t* head, const int32_t* blocks, int64_t begin,
-                          int64_t end, const uint16_t** runs, int64_t max_runs) const;
 
   ModelShape shape_;
   const ModelWeights& weights_;

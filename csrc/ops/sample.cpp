@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -211,8 +212,9 @@ class RowSampler {
 
 void check_range(const char* what, double value, double least, double most) {
   if (value >= least && value <= most) return;  // no NaN is
-  throw std::invalid_argument(std::string(what) + " is " + std::to_string(value) + "; it must be from " +
-                              std::to_string(least) + " to " + std::to_string(most));
+  std::ostringstream message;
+  message << what << " is " << value << "; it must be from " << least << " to " << most;
+  throw std::invalid_argument(message.str());
 }
 
 }  // namespace
