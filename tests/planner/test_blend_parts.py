@@ -24,6 +24,7 @@ from blendserve.planner.pace import (
 )
 from blendserve.planner.plan import Plan
 from blendserve.planner.remaining import TRUST_TOKENS, Remaining
+from blendserve.planner.reserve import compute_end_reserve, steady_tokens
 from blendserve.planner.scanner import DualScanner
 
 SEQUENTIAL = replace(COST, has_overlap=False)
@@ -216,6 +217,28 @@ def test_a_rebuilt_gate_counts_each_request_at_its_end() -> None:
     gate = gate_of(100.0, 0.0)
     gate.rebuild(3, np.array([10.0, 20.0]), np.array([[5.0], [5.0]]), np.array([True, False]))
     assert (gate.memory_end.peak, gate.everyone.peak) == (15.0, 40.0)
+
+
+# The reserve
+
+
+def reserve_of(plan: Plan, budget: int, present_tokens: float = 0.0) -> float:
+    upcoming = np.arange(6)
+    return compute_end_reserve(plan, plan.schedule, upcoming, present_tokens=present_tokens, budget=budget)
+
+
+def test_the_compute_end_keeps_what_its_supply_holds() -> None:
+    """Six requests compute 26 prompt tokens and hold 6 x 2 x (21 + 1) token-steps: ten tokens a step hold about 100."""
+    plan = mixed_plan()
+    assert steady_tokens(plan, plan.schedule, np.arange(6), 10) == pytest.approx(10 * 264 / 26)
+    assert reserve_of(plan, budget=10) == pytest.approx(10 * 264 / 26 + 21)
+    assert reserve_of(plan, budget=10, present_tokens=500.0) == 521, "or what it holds already"
+    assert steady_tokens(plan, plan.schedule, np.arange(0), 10) == 0
+
+
+def test_without_overlap_the_next_prompt_needs_room_and_no_supply() -> None:
+    plan = replace(mixed_plan(), cost=SEQUENTIAL)
+    assert reserve_of(plan, budget=10_000, present_tokens=500.0) == 21
 
 
 # Learning

@@ -279,6 +279,21 @@ def test_without_overlap_steps_are_filled_up() -> None:
     assert budgets[True] < 256
 
 
+def test_without_overlap_no_long_answer_is_left_for_the_end() -> None:
+    """Memory that waits for the compute end would keep the longest answers out until all others are done."""
+    rng = np.random.default_rng(3)
+    stem = tuple(range(100, 204))
+    prompts = [(*stem, 1000 + index) for index in range(40)] + [(2000 + index,) * 10 for index in range(50)]
+    prompts += [(3000 + index,) * 120 for index in range(20)]
+    outputs = (2,) * 40 + tuple(rng.integers(40, 101, 50).tolist()) + (3,) * 20
+    plan = plan_of(prompts, outputs, cost=replace(COST, has_overlap=False))
+    engine = TinyEngine(BlendPolicy(plan), [len(prompt) for prompt in prompts], outputs, 2400)
+    engine.run()
+    answers = [outputs[request] for request in engine.admissions if outputs[request] >= 40]
+    assert engine.num_preemptions == 0
+    assert sorted(answers[-5:]) == sorted(answers)[:5]
+
+
 def test_an_unknown_policy_is_named_with_those_that_exist() -> None:
     with pytest.raises(ConfigError, match=r"unknown policy 'best'; known: .*blend.*fcfs"):
         make_policy("best", plan_of([(1,)], (1,)))

@@ -23,6 +23,7 @@ from blendserve.planner.memory_gate import MemoryGate
 from blendserve.planner.pace import RestOfJob, RunningLoad, prefill_budget
 from blendserve.planner.plan import Plan
 from blendserve.planner.remaining import Remaining
+from blendserve.planner.reserve import compute_end_reserve
 from blendserve.planner.scanner import NO_REQUEST, DualScanner
 from blendserve.planner.tree import BLOCK_KEY_BITS
 
@@ -220,31 +221,20 @@ class BlendPolicy:
         first, squared = lengths.moments(running, outputs)
         self._remaining.measure_running(self._pending, view.num_prompt_tokens + outputs, first, squared)
         self._horizon.measure_running(self._step, first)
-        present = float(own[~at_memory_end].sum())
-        reserve = max(present, self._steady_compute_end()) + self._next_prompt_tokens()
+        reserve = compute_end_reserve(
+            self._plan,
+            self._learner.schedule,
+            self._upcoming(),
+            present_tokens=float(own[~at_memory_end].sum()),
+            budget=self._budget,
+        )
         self._gate.reserve = min(reserve, self._settings.max_reserve * view.capacity_tokens)
-
-    def _next_prompt_tokens(self) -> float:
-        """Room that the largest of the next requests at the compute end needs to enter at all."""
-        return float(self._plan.table.num_prompt_tokens[self._upcoming()].max(initial=0))
 
     def _upcoming(self) -> Int64s:
         """What the compute end will deliver next: the last requests of a job are within reach of both ends, and most of
         them are not its own."""
         upcoming = self._scanner.upcoming(self._settings.window)
         return upcoming[~self._remaining.are_memory_intensive(upcoming)]
-
-    def _steady_compute_end(self) -> float:
-        """KV tokens that the compute end holds when it delivers the budget in every step (Little's law)."""
-        upcoming = self._upcoming()
-        if not len(upcoming):
-            return 0.0
-        cost, schedule = self._plan.cost, self._learner.schedule
-        expected = schedule.expected_output_tokens[upcoming]
-        decodes_s = cost.decode_s * float(expected.sum())
-        prefill = (float(schedule.compute_s[upcoming].sum()) - decodes_s) / cost.token_s
-        token_steps = float(schedule.memory_s[upcoming].sum()) / cost.kv_token_s
-        return self._budget * token_steps / max(prefill, 1.0)
 
     def _replan(self, view: SchedulerView) -> None:
         waiting = self._scanner.waiting()
