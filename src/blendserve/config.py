@@ -24,11 +24,12 @@ OVERLAP_MODES = ("auto", "on", "off")
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits of one engine, and the precision of its weights. `kv_memory_bytes=0` and `num_threads=0` mean: decide from
-    the machine, of whose memory `memory_share` is for this engine: others may run beside it.
+    """Limits of one engine, and the precision of its weights.
 
-    `overlap`: run matrix products and attention of a step side by side where calibration says that it pays ("auto"),
-    wherever it can be done ("on"), or never ("off").
+    0 for `kv_memory_bytes`, `max_model_len` or `num_threads` means: decide from the machine and the model. The engine
+    takes `memory_share` of the machine's memory; other engines may run beside it. `overlap`: run matrix products and
+    attention of a step side by side where the calibration says that it saves time ("auto"), wherever it can be done
+    ("on"), or never ("off").
     Raises: ConfigError when a limit is not positive, or `dtype` or the mode of overlap is unknown.
     """
 

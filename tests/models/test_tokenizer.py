@@ -162,7 +162,7 @@ def test_a_vocabulary_larger_than_the_embedding(tmp_path: Path) -> None:
     backend = Backend.from_file(str(tiny_directory(tmp_path / "m") / "tokenizer.json"))
     backend.add_tokens([f"<extra{index}>" for index in range(400)])
     backend.save(str(tmp_path / "m" / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="the embedding only 320 rows"):
+    with pytest.raises(ConfigError, match="the weights only 320; the files"):
         load_model(resolve(str(tmp_path / "m"), tmp_path))
 
 

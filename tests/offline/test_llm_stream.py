@@ -87,9 +87,9 @@ def test_no_prompts_no_outputs(llm: LLM) -> None:
 
 
 def test_prompts_and_parameters_of_different_number(llm: LLM) -> None:
-    with pytest.raises(ConfigError, match="1 sampling parameters for more prompts"):
+    with pytest.raises(ConfigError, match="there are 1 sampling parameters and more prompts"):
         list(llm.stream([[5], [6]], iter([SHORT])))
-    with pytest.raises(ConfigError, match="1 prompts for more sampling parameters"):
+    with pytest.raises(ConfigError, match="there are 1 prompts and more sampling parameters"):
         llm.generate(iter([[5]]), [SHORT, SHORT])
     with pytest.raises(ConfigError, match="window is 0"):
         llm.stream([[5]], window=0)

@@ -25,18 +25,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "calibrate",
         help=HELP_BY_COMMAND["calibrate"],
         description="Measure this machine with the engine's own kernels on random weights: matrix products, memory "
-        "bandwidth, attention, and how well they share the cores. `run` plans with what is stored; `plan` and "
-        "`simulate` know it as this-machine. Leave the machine otherwise idle meanwhile.",
+        "bandwidth, attention, and how well they share the cores. `run` plans with the stored result; `plan` and "
+        "`simulate` call it this-machine. Run nothing else on the machine meanwhile.",
     )
     parser.add_argument(
         "--threads",
         type=positive_integer,
         metavar="N",
-        help="threads to measure with (default: every core that this process may use)",
+        help="threads to measure with (default: one for every core that this process may use)",
     )
     add_dtype(parser)
     parser.add_argument(
-        "--quick", action="store_true", help="a few seconds and less exact (default: less than a minute)"
+        "--quick", action="store_true", help="measure for a few seconds, less exactly (default: up to a minute)"
     )
     parser.add_argument(
         "--json", action="store_true", help="print the measurements as one JSON object (default: as text)"

@@ -20,8 +20,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "check",
         help=HELP_BY_COMMAND["check"],
-        description="Validate every line of a batch file: what a run would answer, and what would become an error row. "
-        "Exits with 1 when a line has an error.",
+        description="Say which lines of a batch file a run on the native engine would answer, and which would become "
+        "error rows. Nothing is run. The exit code is 1 when a line has an error.",
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_model(parser)

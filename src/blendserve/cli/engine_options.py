@@ -31,13 +31,15 @@ ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Limits of an engine in this process."""
     group = parser.add_argument_group(
-        "limits of the native engine and of vLLM", "limits change how long a run takes, never the answers"
+        "limits of the native engine and of vLLM",
+        "limits change how long a run takes; with the native engine they never change answers",
     )
     group.add_argument(
         "--kv-memory",
         type=size,
         metavar="SIZE",
-        help="memory of the KV cache, such as 4GiB (default: half of the free memory at most; vLLM on GPUs: its own)",
+        help="memory of the KV cache, such as 4GiB (default: at most half of the free memory; vLLM on GPUs: vLLM's "
+        "own)",
     )
     group.add_argument(
         "--max-num-seqs",
@@ -49,27 +51,30 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--max-num-batched-tokens",
         type=int,
         metavar="TOKENS",
-        help="most tokens in one step (default: 2048; vllm: vLLM's own)",
+        help="most tokens in one step, which is one forward pass (default: 2048; vllm: vLLM's own)",
     )
     group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: every core that this process may use)"
+        "--threads", type=int, metavar="N", help="CPU threads (default: one for every core that this process may use)"
     )
     group.add_argument(
         "--no-prefix-caching",
         action="store_true",
-        help="compute every prompt in full, also where prefixes are shared (default: prefixes are computed once)",
+        help="compute every prompt in full (default: beginnings that prompts share are computed once)",
     )
     native = parser.add_argument_group("native engine")
     native.add_argument(
         "--overlap",
         choices=OVERLAP_MODES,
         default="auto",
-        help="run matrix products beside attention: auto in steps where `blendserve calibrate` found that it pays, on "
-        "wherever it can be done, or off (default: auto)",
+        help="run matrix products beside attention in each core: auto (in steps where `blendserve calibrate` found "
+        "that it saves time), on (in every step where it can be done) or off (default: auto)",
     )
     add_dtype(native)
     native.add_argument(
-        "--isa", choices=ISA_NAMES, default="auto", help="instruction set of the kernels (default: auto, the best here)"
+        "--isa",
+        choices=ISA_NAMES,
+        default="auto",
+        help="instruction set of the kernels (default: auto, the best one of this machine)",
     )
 
 
@@ -79,8 +84,8 @@ def add_engine_choice(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINE_NAMES,
         default="native",
-        help="native: this machine's CPU; http: an OpenAI-compatible server, see --base-url; vllm: vLLM in this "
-        "process (pip install 'blendserve[vllm]') (default: native)",
+        help="who answers: native (this machine's CPU), http (an OpenAI-compatible server that runs already, see "
+        "--base-url) or vllm (vLLM in this process; needs vLLM installed) (default: native)",
     )
     _add_http(parser)
     _add_vllm(parser)
@@ -88,73 +93,78 @@ def add_engine_choice(parser: argparse.ArgumentParser) -> None:
 
 def _add_http(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "HTTP engine", "the key comes from BLENDSERVE_API_KEY, else OPENAI_API_KEY; --model is the name that is sent"
+        "HTTP engine",
+        "the API key comes from the environment: BLENDSERVE_API_KEY, or else OPENAI_API_KEY; --model is the model "
+        "name to send (default: that of each line)",
     )
     group.add_argument(
         "--base-url",
         metavar="URL",
-        help="the server, such as http://localhost:8000/v1 (no default: --engine http needs it)",
+        help="address of the server, such as http://localhost:8000/v1 (no default: --engine http needs it)",
     )
     group.add_argument(
         "--max-inflight",
         type=positive_integer,
         default=64,
         metavar="REQUESTS",
-        help="most requests on their way at once (default: 64)",
+        help="most requests that are sent and not yet answered (default: 64)",
     )
     group.add_argument(
         "--kv-tokens",
         type=positive_integer,
         metavar="TOKENS",
-        help="what the server's KV memory holds (default: not known, only --max-inflight limits)",
+        help="tokens that the server's KV memory holds (default: not known, so that only --max-inflight limits)",
     )
     group.add_argument(
         "--request-timeout",
         type=positive_seconds,
         default=600.0,
         metavar="SECONDS",
-        help="for one try of a request, to the last byte of its answer (default: 600)",
+        help="time limit for one try of a request, to the last byte of its answer (default: 600)",
     )
     group.add_argument(
         "--max-attempts",
         type=positive_integer,
         default=6,
         metavar="TRIES",
-        help="tries before a request is an error (default: 6)",
+        help="tries before a request becomes an error row (default: 6)",
     )
     group.add_argument(
         "--max-outage",
         type=positive_seconds,
         default=600.0,
         metavar="SECONDS",
-        help="how long to wait for a server that is down (default: 600)",
+        help="how long to wait for a server that is down before the run ends (default: 600)",
     )
     group.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="count prompt tokens with this model's tokenizer (default: that of --model where it is on this machine, "
-        "else four bytes count as a token)",
+        help="a model whose tokenizer counts prompt tokens for the plan (default: that of --model if it is on this "
+        "machine; otherwise four bytes count as a token)",
     )
 
 
 def _add_vllm(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("vLLM engine")
     group.add_argument(
-        "--task", choices=TASKS, default="generate", help="embed: answer /v1/embeddings (default: generate)"
+        "--task",
+        choices=TASKS,
+        default="generate",
+        help="what lines ask for: generate (text) or embed (/v1/embeddings) (default: generate)",
     )
     group.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="an adapter for lines whose model is NAME; may be repeated (default: none)",
+        help="a LoRA adapter, used for lines whose model is NAME; may be repeated (default: none)",
     )
     group.add_argument(
         "--vllm-scheduler",
         choices=VLLM_SCHEDULERS,
         default="front",
-        help="front: requests go in from outside as the policy admits them; blend: vLLM's scheduler asks the policy "
-        "itself, by exact free memory and prefix hits (default: front)",
+        help="front: hand requests to vLLM in the order of the plan; blend: vLLM's own scheduler asks the plan for "
+        "the next request, and knows free memory and prefix hits exactly (default: front)",
     )
     group.add_argument(
         "--own-process",
@@ -176,59 +186,64 @@ def add_watching(parser: argparse._ActionsContainer) -> None:
         "--window",
         type=positive_integer,
         metavar="REQUESTS",
-        help="plan so many requests at a time, each window while others run; for files whose plan would take too "
-        "long or too much memory (default: the whole file before it runs)",
+        help="plan this many requests at a time, while others run; for files whose plan would take too long or too "
+        "much memory (default: plan the whole file before it runs)",
     )
     parser.add_argument(
         "--report",
         type=Path,
         metavar="FILE",
-        help="write a page (HTML) of what compute and memory did, measured (default: none)",
+        help="write an HTML page that shows what compute and memory did during the run (default: none)",
     )
     parser.add_argument(
         "--trace",
         type=Path,
         metavar="FILE",
-        help="write a Chrome trace (JSON) of ops by worker, for ui.perfetto.dev (default: none)",
+        help="write a Chrome trace (JSON) of what every thread did, for ui.perfetto.dev (default: none)",
     )
 
 
 def add_replicas(parser: argparse.ArgumentParser) -> None:
     """Options of copies of the engine."""
     group = parser.add_argument_group(
-        "replicas", "copies of the engine, each with a part of the requests; needs Ray: pip install 'blendserve[ray]'"
+        "replicas", "several copies of the engine, each with a part of the requests; needs Ray installed"
     )
     group.add_argument(
-        "--replicas", type=positive_integer, metavar="N", help="copies of the engine (default: one, without Ray)"
+        "--replicas",
+        type=positive_integer,
+        metavar="N",
+        help="number of copies of the engine (default: one, without Ray)",
     )
     group.add_argument(
-        "--ray-address", metavar="ADDRESS", help="a running Ray cluster, such as auto (default: this machine alone)"
+        "--ray-address",
+        metavar="ADDRESS",
+        help="a running Ray cluster, such as auto (default: Ray is started on this machine for the run)",
     )
     group.add_argument(
         "--replica-cpus",
         type=not_negative,
         metavar="CPUS",
-        help="CPUs of each (default: --threads, else as many as leave a place for all)",
+        help="CPUs of each replica (default: --threads; without it, as many as leave room for all)",
     )
     group.add_argument(
         "--replica-gpus",
         type=not_negative,
         default=0.0,
         metavar="GPUS",
-        help="GPUs of each, all on one machine (default: 0)",
+        help="GPUs of each replica, all on one machine (default: 0)",
     )
     group.add_argument(
         "--placement",
         choices=PLACEMENTS,
         default="spread",
-        help="over as many machines as there are (spread), or on few (pack, Ray's own way) (default: spread)",
+        help="spread replicas over as many machines as possible, or pack them on few (default: spread)",
     )
     group.add_argument(
         "--max-restarts",
         type=count,
         default=MAX_RESTARTS,
         metavar="TIMES",
-        help="how often a replica's process is started again before its requests go to the others (default: "
+        help="how often a replica's process is started again before the others take its requests (default: "
         f"{MAX_RESTARTS})",
     )
 
@@ -242,7 +257,7 @@ def check_options(args: argparse.Namespace) -> None:
         if args.engine not in engines and getattr(args, name) != parser.get_default(name):
             kind = f"the {' and '.join(engines)} engine{'s' if len(engines) > 1 else ''}"
             raise ConfigError(
-                f"--{name.replace('_', '-')} is for {kind}, and the {args.engine} engine does not look at it: leave it "
+                f"--{name.replace('_', '-')} is an option of {kind}, and the {args.engine} engine ignores it: leave it "
                 f"out, or add --engine {engines[0]}"
             )
     if args.replicas is None:
@@ -251,4 +266,4 @@ def check_options(args: argparse.Namespace) -> None:
     elif args.report or args.trace:
         raise ConfigError("--report and --trace show what one native engine does: leave them out with --replicas")
     elif args.window:
-        raise ConfigError("--window plans a file piece by piece, --replicas divides one plan of all: leave one out")
+        raise ConfigError("--window and --replicas do not work together: leave one of them out")

@@ -14,8 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "models",
         help=HELP_BY_COMMAND["models"],
-        description="List the models that need no path: which are here, and which is the default. "
-        "`blendserve models pull NAME` fetches one ahead of time.",
+        description="List the models that you can name without a path, whether each is on this machine, and which is "
+        "the default. `blendserve models pull NAME` fetches one ahead of time.",
     )
     actions = parser.add_subparsers(metavar="ACTION")
     fetch = actions.add_parser("pull", help="fetch a model into the cache")

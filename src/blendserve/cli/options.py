@@ -107,8 +107,7 @@ def add_dtype(parser: argparse._ActionsContainer) -> None:
         "--dtype",
         choices=DTYPES,
         default="bf16",
-        help="weights of matrix products: bf16, or int8 with 8-bit activations: faster, with other answers (default: "
-        "bf16)",
+        help="weights of matrix products: bf16, or int8, which is faster and gives other answers (default: bf16)",
     )
 
 

@@ -31,9 +31,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "plan",
         help=HELP_BY_COMMAND["plan"],
-        description="Plan a batch file without running it: tokens, prefix sharing, compute density, the two ends of "
-        "the order, shared prefixes, and what each policy would take (simulated) on given hardware. Reads a tokenizer, "
-        "no weights.",
+        description="Say what a batch file holds (tokens, shared prefixes, how much compute and memory traffic) and "
+        "simulate how long each policy (order of requests) would take on given hardware. Nothing is run; a tokenizer "
+        "is read, no weights.",
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_target(parser, f"{THIS_MACHINE} if it is calibrated, else {DEFAULT_HARDWARE}", DEFAULT_MODEL.name)
@@ -51,13 +51,13 @@ def add_forecast(parser: argparse.ArgumentParser, policies: tuple[str, ...], max
         type=name_list(POLICY_NAMES),
         default=policies,
         metavar="NAMES",
-        help=f"policies to compare, with commas between, of {', '.join(POLICY_NAMES)} (default: {','.join(policies)})",
+        help=f"policies to compare, separated by commas, of {', '.join(POLICY_NAMES)} (default: {','.join(policies)})",
     )
     group.add_argument(
         "--output-tokens",
         type=positive_integer,
         metavar="N",
-        help="assume this length for outputs of unknown length (within max_tokens) (default: a wide distribution)",
+        help="tokens to assume for answers of unknown length, at most max_tokens (default: a wide distribution)",
     )
     group.add_argument(
         "--max-simulated",
@@ -70,7 +70,7 @@ def add_forecast(parser: argparse.ArgumentParser, policies: tuple[str, ...], max
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Options that say where results go."""
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page (HTML) with plots (default: none)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with plots (default: none)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
 
 

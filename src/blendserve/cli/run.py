@@ -29,15 +29,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "run",
         help=HELP_BY_COMMAND["run"],
-        description="Answer every line of an OpenAI Batch file. Killed at any moment, the same command goes on where "
-        "it stopped; lines that cannot be answered become rows of the error file.",
+        description="Answer every line of an OpenAI Batch file. A line that cannot be answered becomes a row of the "
+        "error file. You may stop the command at any moment: the same command goes on where it stopped.",
         add_help=False,
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT.jsonl", help="where answers go (needed)"
+        "-o", "--output", type=Path, required=True, metavar="OUT.jsonl", help="where answers go (required)"
     )
-    parser.add_argument("--errors", type=Path, metavar="ERR.jsonl", help="where errors go (default: OUT.errors.jsonl)")
+    parser.add_argument(
+        "--errors", type=Path, metavar="ERR.jsonl", help="where error rows go (default: OUT.errors.jsonl)"
+    )
     add_model(parser)
     parser.add_argument(
         "--policy", choices=POLICY_NAMES, default=DEFAULT_POLICY, help=f"order of requests (default: {DEFAULT_POLICY})"
@@ -48,7 +50,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="discard what an earlier run of this job has finished (default: go on where it stopped)",
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress (default: a line on standard error)")
+    parser.add_argument(
+        "--quiet", action="store_true", help="show no progress (default: a progress line on standard error)"
+    )
     add_reading(parser)
     add_watching(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object (default: as text)")

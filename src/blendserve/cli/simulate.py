@@ -44,17 +44,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "simulate",
         help=HELP_BY_COMMAND["simulate"],
-        description="Simulate a batch file, or a synthetic blend of traces, on GPUs or on this machine: time, "
-        "tokens/s, GPU-hours, price, energy and share of the bound, per policy and engine. The loop, the batcher and "
-        "the cache are those of real runs; only the time of a step comes from a cost model. Reads no weights.",
+        description="Simulate a batch file, or a synthetic job, on given hardware: time, tokens/s, GPU-hours, price, "
+        "energy, and how near each policy (order of requests) comes to the fastest possible. The code that forms "
+        "batches and keeps prefixes is that of real runs; only the time of a step comes from a cost model. No weights "
+        "are read.",
     )
     parser.add_argument("input", type=Path, nargs="?", metavar="IN.jsonl", help="a batch file; may be gzip (.jsonl.gz)")
-    group = parser.add_argument_group("blend", "a synthetic job instead of a file")
+    group = parser.add_argument_group(
+        "blend",
+        "a synthetic job in place of a file, made of requests with much compute and requests with much memory traffic",
+    )
     group.add_argument(
         "--blend",
         type=blend_target,
         metavar="DENSITY,SHARING",
-        help="target density and sharing, such as 1.4,0.35 (default: none, a file is simulated)",
+        help="compute time over memory time, and the share of prompt tokens that prefixes spare, such as 1.4,0.35 "
+        "(default: none, a file is simulated)",
     )
     group.add_argument(
         "--requests",
@@ -67,7 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--compute-trace",
         choices=tuple(TRACE_BY_OPTION),
         default="burstgpt",
-        help="the compute-intensive part of the blend (default: burstgpt)",
+        help="the trace that the requests with much compute follow (default: burstgpt)",
     )
     add_target(parser, DEFAULT_HARDWARE, DEFAULT_MODEL)
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
@@ -87,14 +92,14 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
         type=name_list(ENGINE_KINDS),
         default=ENGINE_KINDS,
         metavar="NAMES",
-        help="engine models, with commas between: overlapped (compute and memory at once, as NanoFlow), sequential "
-        "(one after the other, as vLLM and SGLang) (default: both)",
+        help="kinds of engine to compare, separated by commas: overlapped (compute and memory at once, as NanoFlow "
+        "does), sequential (one after the other, as vLLM and SGLang do) (default: both)",
     )
     group.add_argument(
         "--price",
         type=not_negative,
         metavar="RATE",
-        help="price of one GPU for an hour in any currency (default: none)",
+        help="price of one GPU for one hour, in any currency (default: none)",
     )
     group.add_argument(
         "--watts", type=not_negative, metavar="W", help="watts that one GPU draws (default: its datasheet's)"

@@ -16,7 +16,9 @@ from blendserve.simulator.target import HARDWARE_NAMES, THIS_MACHINE
 
 def add_target(parser: argparse.ArgumentParser, default_hardware: str, default_model: str) -> None:
     """Options that say for what to plan or simulate."""
-    group = parser.add_argument_group("target", "what to plan or simulate for; no weights are read")
+    group = parser.add_argument_group(
+        "target", "the hardware and the model to plan or simulate for; no weights are read"
+    )
     group.add_argument(
         "--hardware",
         choices=HARDWARE_NAMES,
@@ -40,8 +42,8 @@ def add_target(parser: argparse.ArgumentParser, default_hardware: str, default_m
     group.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="the model whose tokenizer counts the tokens of the file (default: that of --model, or where that is only "
-        f"a shape, of {DEFAULT_MODEL.name})",
+        help="a model whose tokenizer counts the tokens of the file (default: that of --model, or of "
+        f"{DEFAULT_MODEL.name} if --model is only a shape)",
     )
 
 

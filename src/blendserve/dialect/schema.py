@@ -185,7 +185,7 @@ def _check_no_misplaced(value: Mapping[str, Any]) -> None:
     if len(value) > 4:
         for name in value:
             if name in BODY_FIELDS and name != "metadata":
-                raise _line_error("unknown_parameter", f"{name} stands beside the body; move it into the body", name)
+                raise _line_error("unknown_parameter", f"{name} stands outside the body; move it into the body", name)
 
 
 def _read_endpoint(value: Mapping[str, Any], urls: tuple[Url, ...]) -> Url:
@@ -206,8 +206,8 @@ def _read_model(body: Mapping[str, Any], served: ServedModel) -> str | None:
         reject("model", model, "a string", code="invalid_type")
     if model not in (*served.names, *served.abilities.adapters) and not served.accepts_any_name:
         raise RequestError(
-            f"the line asks for model {shown(model)}, the model served is {served.name}; "
-            "choose the model explicitly (--model) to have it answer lines written for another one",
+            f"the line asks for model {shown(model)}, but the model here is {served.name}; give --model to choose the "
+            "model yourself: it then answers lines that name another one",
             code="model_not_found",
             param="model",
             status_code=404,

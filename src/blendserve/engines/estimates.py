@@ -48,10 +48,10 @@ class EstimatingCodec:
         ]
 
     def text_of(self, output: SequenceOutput) -> NoReturn:
-        raise ExecutorError(f"request {output.index} has no response; this is a bug of the engine")
+        raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
 
     def token_bytes(self, token_id: int) -> NoReturn:
-        raise ExecutorError(f"token {token_id} has no response; this is a bug of the engine")
+        raise ExecutorError(f"token {token_id} has no response; this is a bug, please report it")
 
     def _encode_otherwise(self, codec: ModelCodec, prompt: str | tuple[Message, ...]) -> TokenIds:
         (encoded,) = codec.encode([text_of(prompt)])

@@ -1,7 +1,7 @@
-"""What an engine is opened from: one frozen value per engine, which pickles and is checked when it is made.
+"""What an engine is opened from: one frozen value per engine. It pickles, and it is checked when it is made.
 
-A limit of None was not given: the engine decides. For the native engine the defaults are those of `EngineConfig`; vLLM
-keeps its own.
+None means that a limit was not given. The engine then decides: the native engine takes the defaults of `EngineConfig`,
+vLLM keeps its own.
 """
 
 from __future__ import annotations
@@ -43,12 +43,24 @@ def _check_share(share: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class NativeSettings:
-    """This machine's CPU. `model` is a directory, a .gguf file, a hub id, or a name from `blendserve models`; None is
-    the default model.
+    """The native engine: answers on this machine's CPU.
 
-    `num_threads`: None is every core that this process may use. `overlap`, `dtype` and `isa`: see `blendserve run
-    --help-all`. `window`: plan so many requests at a time instead of the whole file. `memory_share`: the part of the
-    machine's memory that may be taken, less than 1 where others run beside this engine.
+    - `model`: a model directory, a .gguf file, a hub id (owner/name), or a name from `blendserve models`. None: the
+      default model, SmolLM2-135M-Instruct.
+    - `max_model_len`: most tokens of a prompt and its answer together. None: what the model was made for.
+    - `kv_memory_bytes`: memory of the KV cache. None: at most half of the free memory.
+    - `max_num_seqs`: most requests that run at once. None: 256.
+    - `max_num_batched_tokens`: most tokens in one step (one forward pass). None: 2048.
+    - `num_threads`: CPU threads. None: one for every core that this process may use.
+    - `enable_prefix_caching`: compute the beginnings that prompts share only once (default: true).
+    - `overlap`: run matrix products beside attention in each core: "auto", where `blendserve calibrate` found that it
+      saves time (default); "on", wherever possible; "off", never.
+    - `dtype`: of the weights: "bf16" (default), or "int8", which is faster and gives other answers.
+    - `isa`: instruction set of the kernels: "auto", the best one of this machine (default), or one of `ISA_NAMES`.
+    - `window`: plan so many requests at a time. None: the whole file before it runs.
+    - `memory_share`: the part of the machine's memory that this engine may take, from 0 to 1 (default: 1).
+
+    Answers depend on `model`, `dtype` and `isa`; all other settings change time only.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -79,12 +91,22 @@ class NativeSettings:
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """vLLM in this process. `model` is a Hugging Face directory or a hub id.
+    """vLLM in this process, on GPUs or on its CPU build. Needs vLLM to be installed.
 
-    `task`: "generate", or "embed" to answer /v1/embeddings. `adapters`: paths of LoRA adapters by the name that lines
-    give as their model. `scheduler`: "front" hands requests in from outside; "blend" has vLLM's scheduler ask the
-    policy. `own_process`: run vLLM in a subprocess, so that its crash does not stop the job. `arguments`: any other
-    fields of vLLM's EngineArgs. `num_threads` is for vLLM on a CPU.
+    - `model`: a Hugging Face directory or a hub id (owner/name); no .gguf file.
+    - `max_model_len`, `max_num_seqs`, `max_num_batched_tokens`, `enable_prefix_caching`: as in `NativeSettings`. None:
+      vLLM's own default.
+    - `kv_memory_bytes`: memory of the KV cache. None: vLLM's own default on GPUs; at most half of the free memory on
+      the CPU build.
+    - `num_threads`: CPU threads of vLLM's CPU build. None: one for every core that this process may use.
+    - `task`: "generate" (default), or "embed" to answer /v1/embeddings.
+    - `adapters`: directories of LoRA adapters by the name that lines give as their `model` (default: none).
+    - `scheduler`: "front" hands requests to vLLM in the order of the plan (default); "blend" lets vLLM's own scheduler
+      ask the plan for the next request.
+    - `own_process`: run vLLM in a subprocess, so that its crash does not stop the job (default: false).
+    - `arguments`: any other fields of vLLM's EngineArgs, such as `{"tensor_parallel_size": 4}` (default: none).
+    - `memory_share`: the part of the machine's memory that this engine may take on a CPU, from 0 to 1 (default: 1).
+
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -114,13 +136,19 @@ class VllmSettings:
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:
-    """An OpenAI-compatible server at `base_url`. `model` is the name that is sent; None leaves each line's own.
+    """An OpenAI-compatible server that runs already.
 
-    The key comes from BLENDSERVE_API_KEY, else OPENAI_API_KEY, of the process that opens the engine. `tokenizer` names
-    the model whose tokenizer counts prompt tokens; None takes that of `model` where it is on this machine, else four
-    bytes count as a token. `kv_tokens` is what the server's KV memory holds, None where it is not known.
-    `request_timeout_s` is for one try of a request, to the last byte of its answer; `max_attempts` are tries before a
-    request is an error; `max_outage_s` is how long to wait for a server that is down.
+    - `base_url`: its address, such as "http://localhost:8000/v1".
+    - `model`: the model name to send. None: the `model` of each line.
+    - `tokenizer`: a model whose tokenizer counts prompt tokens for the plan. None: that of `model` if it is on this
+      machine; otherwise four bytes count as a token.
+    - `max_inflight`: most requests that are sent and not yet answered (default: 64).
+    - `kv_tokens`: tokens that the server's KV memory holds. None: not known, so that only `max_inflight` limits.
+    - `request_timeout_s`: seconds for one try of a request, to the last byte of its answer (default: 600).
+    - `max_attempts`: tries before a request becomes an error row (default: 6).
+    - `max_outage_s`: seconds to wait for a server that is down before the run ends (default: 600).
+
+    The key comes from the environment: BLENDSERVE_API_KEY, or else OPENAI_API_KEY.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -146,12 +174,16 @@ SingleSettings = NativeSettings | VllmSettings | HttpSettings
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """`num_replicas` copies of `engine` on Ray, each with a part of the requests.
+    """Several copies (replicas) of an engine on Ray, each with a part of the requests. Needs Ray to be installed.
 
-    `ray_address` is a running cluster, such as "auto"; None starts Ray on this machine. `num_cpus` of each replica:
-    None is the engine's threads, else as many as leave a place for all. `num_gpus` of each are on one machine.
-    `placement`: "spread" over as many machines as there are, or "pack" on few. `max_restarts`: how often a replica's
-    process is started again before its requests go to the others.
+    - `num_replicas`: how many copies.
+    - `ray_address`: a running Ray cluster, such as "auto". None: Ray is started on this machine for the run.
+    - `num_cpus`: CPUs of each replica. None: the engine's `num_threads`; without those, as many as leave room for all.
+    - `num_gpus`: GPUs of each replica, all on one machine (default: 0).
+    - `placement`: "spread" over as many machines as possible (default), or "pack" on few.
+    - `max_restarts`: how often a replica's process is started again before the others take its requests (default: 3).
+    - `engine`: settings of the engine that is copied (default: the native engine with the default model).
+
     Raises: ConfigError for a value that cannot work.
     """
 

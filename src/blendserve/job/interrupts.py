@@ -12,7 +12,10 @@ from blendserve.request import SequenceOutput
 
 
 class JobInterrupted(KeyboardInterrupt):
-    """A job stopped by Ctrl-C or SIGTERM, journal safe. The message says how to go on; `exit_code` is for the shell."""
+    """Ctrl-C or SIGTERM stopped a job. Finished answers are kept, and the message says how to go on.
+
+    `exit_code` is for the shell: 130 after Ctrl-C, 143 after SIGTERM.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

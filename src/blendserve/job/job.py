@@ -49,8 +49,10 @@ class BatchJob:
 
 @dataclass(slots=True)
 class JobProgress:
-    """Where a job stands. `num_requests` and `num_done` count choices of valid lines, those of earlier runs included;
-    tokens are of this run only.
+    """Where a job stands.
+
+    `num_requests` and `num_done` count answers to valid lines (a line with `n` of 3 counts 3), those of earlier runs
+    included. Tokens are those of this run.
     """
 
     num_requests: int
@@ -62,8 +64,17 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """How a job ended. `was_complete`: an earlier run had finished it and nothing was done. `num_resumed`: requests
-    answered by earlier runs. `notes` are sentences that the user should read.
+    """How a job ended.
+
+    - `output_path`, `errors_path`: the files; `errors_path` is None when every line was answered.
+    - `num_lines`, `num_succeeded`, `num_failed`: lines of the input, rows of the output, rows of the error file.
+    - `errors_by_code`: how many error rows have each code.
+    - `served_model`, `requested_model`: the model that answered, and the one that the lines asked for, if any.
+    - `num_resumed`: requests that earlier runs had answered.
+    - `num_prompt_tokens`, `num_cached_tokens`, `num_output_tokens`: tokens of this run; cached ones are prompt tokens
+      that were not computed again.
+    - `was_complete`: an earlier run had finished the job, and this one did nothing.
+    - `notes`: sentences that the user should read.
     """
 
     output_path: str

@@ -109,11 +109,18 @@ class BatchReader:
                 elif (stripped := line.removeprefix(_UTF8_MARK) if line_number == 1 else line).strip():
                     yield line_number, stripped
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield line_number + 1, _line_error("truncated_input", f"the gzip stream is damaged from here on ({error})")
+            yield (
+                line_number + 1,
+                _line_error(
+                    "truncated_input", f"the gzip file is damaged from this line on ({error}); compress the file again"
+                ),
+            )
 
     def _too_long(self) -> RequestError:
         limit = self._limits.max_line_bytes
-        return _line_error("line_too_long", f"the line is longer than {limit} bytes; raise the limit or split the file")
+        return _line_error(
+            "line_too_long", f"the line is longer than {limit} bytes, which is the limit; shorten or split it"
+        )
 
     def _parse(self, numbered: tuple[int, bytes | RequestError]) -> BatchLine | BadLine:
         line_number, content = numbered
@@ -159,7 +166,9 @@ class BatchReader:
         digest = hashlib.blake2b(custom_id.encode(), digest_size=15).digest()
         if digest in self._seen:
             raise _line_error(
-                "duplicate_custom_id", f"custom_id {shown(custom_id)} is that of an earlier line", "custom_id"
+                "duplicate_custom_id",
+                f"custom_id {shown(custom_id)} was used by an earlier line; every line needs its own",
+                "custom_id",
             )
         self._seen.add(digest)
 
@@ -174,8 +183,8 @@ class BatchReader:
         if line.model != self.requested_model and not {line.model, self.requested_model} <= set(self._served.names):
             raise _line_error(
                 "mismatched_model",
-                f"the line asks for model {shown(line.model)}, the file began with {shown(self.requested_model)}; "
-                "a batch file is answered by one model: split it",
+                f"the line asks for model {shown(line.model)}, an earlier line for {shown(self.requested_model)}; one "
+                "model answers a batch file: split the file by model",
                 "model",
             )
 
@@ -238,11 +247,15 @@ def parse_json(line: bytes) -> object:
     except UnicodeDecodeError as error:
         raise _line_error("invalid_json_line", f"byte {error.start} of the line is not UTF-8") from None
     except UnicodeEncodeError:
-        raise _line_error("invalid_json_line", "the line holds half of a surrogate pair") from None
+        raise _line_error(
+            "invalid_json_line", "the line holds half of a character: one of \\ud800 to \\udfff without its other half"
+        ) from None
     except json.JSONDecodeError as error:
-        raise _line_error("invalid_json_line", f"no valid JSON: {error.msg} at column {error.colno}") from None
+        raise _line_error(
+            "invalid_json_line", f"the line is not valid JSON: {error.msg} at column {error.colno}"
+        ) from None
     except ValueError as error:
-        raise _line_error("invalid_json_line", f"no valid JSON: {error}") from None
+        raise _line_error("invalid_json_line", f"the line is not valid JSON: {error}") from None
     except RecursionError:
         raise _nested_too_deeply() from None
     return value

@@ -79,7 +79,7 @@ class RowAssembler:
         if self._is_whole[row]:
             return
         if self._is_done[number]:
-            raise ExecutorError(f"the engine ended request {number} twice; this is a bug of the engine")
+            raise ExecutorError(f"the engine ended request {number} twice; this is a bug, please report it")
         line = self._store.line(row)
         if output.response is not None:
             kind = RecordKind.OUTPUT_ROW if output.response.is_success else RecordKind.ERROR_ROW

@@ -84,7 +84,7 @@ class OutputAssembler:
         """Take the end of one request. Raises: ExecutorError when it had ended before."""
         prompt = self._prompts.pop(output.index, None)
         if prompt is None:
-            raise ExecutorError(f"the engine ended request {output.index} twice; this is a bug of the engine")
+            raise ExecutorError(f"the engine ended request {output.index} twice; this is a bug, please report it")
         del self._requests[output.index]
         prompt.results[output.index - prompt.first] = output
         if len(prompt.results) == prompt.sampling.n:

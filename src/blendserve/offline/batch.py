@@ -41,15 +41,21 @@ def run_batch(
 ) -> JobReport:
     """Answer every line of an OpenAI Batch file and write the answers to `output`.
 
-    Lines that cannot be answered become rows of `errors`; None is a file beside the output, which is made only
-    where there are such lines. Finished work is journalled beside the output: the same call goes on where an
-    earlier one stopped, and `fresh` discards what that one has finished. `ordered` writes answers in the order of
-    the input, else they stand as they finish. `policy` is the order in which requests run; it changes the time,
-    never the answers of the native engine. `limits` bounds what a file may ask for. `engine` is settings, from
-    which an engine is opened and closed again, or an engine that is open and stays so. `on_progress` is called at
-    the beginning and after every answer, with one object that is updated. Raises: ConfigError before any work when
-    a path, the input, the settings or the journal does not allow it; CapacityError when the disk is full;
-    ExecutorError when the engine fails; JobInterrupted, a KeyboardInterrupt. What had finished by then is kept.
+    - `errors`: the file for lines that cannot be answered. None: OUT.errors.jsonl beside OUT.jsonl. Without such lines
+      there is no file.
+    - `engine`: settings, from which an engine is opened and closed again (default: the native engine with the default
+      model); or an open engine, which stays open.
+    - `policy`: the order in which requests run (default: "blend"). It changes the time, never the answers of the native
+      engine.
+    - `ordered`: write answers in the order of the input (default: in the order in which they finish).
+    - `fresh`: discard what an earlier run of this job has finished (default: go on where it stopped).
+    - `limits`: what the file and each of its lines may ask for.
+    - `on_progress`: called at the beginning and after every answer, always with the same object, which is updated.
+
+    Finished answers are kept in the directory `OUT.jsonl.journal`: the same call goes on where an earlier one stopped.
+    Raises: ConfigError, before any work, when a path, the input, the settings or the journal do not allow the job;
+    CapacityError when the disk is full; ExecutorError when the engine fails; JobInterrupted on Ctrl-C or SIGTERM.
+    Whatever is raised, finished answers are kept.
     """
     if policy not in POLICY_NAMES:
         raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")

@@ -43,13 +43,19 @@ DEFAULT_WINDOW = 4096
 
 
 class LLM:
-    """Load a model once, then answer lists of prompts.
+    """A model on this machine's CPU: loaded once, then asked for answers to prompts.
 
-    `model` is a directory with `config.json` and safetensors, a GGUF file, a hub id, or None for the default model.
-    `policy` orders the requests (`planner.policies.POLICY_NAMES`). Limits of 0 mean: decide from the machine and the
-    model. Answers do not depend on policy, limits, overlap or threads; they do depend on `dtype` ("bf16", or "int8" for
-    weights and activations of 8 bits), on `isa` and, where a request with temperature > 0 gives no seed, on `seed` and
-    the request's place in the list.
+    - `model`: a directory with config.json and safetensors, a .gguf file, a hub id (owner/name), or a name from
+      `blendserve models`. None: the default model, SmolLM2-135M-Instruct.
+    - `policy`: the order in which requests run (default: "blend").
+    - `kv_memory_bytes`, `max_model_len`, `num_threads`: 0, the default, decides from the machine and the model.
+    - `max_num_seqs`: most requests that run at once (default: 256).
+    - `max_num_batched_tokens`: most tokens in one step, which is one forward pass (default: 2048).
+    - `enable_prefix_caching`, `overlap`, `dtype`, `isa`: as in `NativeSettings`.
+    - `seed`: for requests that are sampled and give no seed of their own (default: 0).
+
+    Answers depend on the request, the model, `dtype` and `isa`. A sampled request without a seed of its own also
+    depends on `seed` and on its place in the list. Nothing else changes answers.
     Raises: ConfigError when the model or a limit cannot work.
     """
 
@@ -97,11 +103,11 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer prompts, each a text or its token ids; the outputs are in the order of the prompts.
+        """Answer prompts. Each is a text or a list of token ids; outputs are in the order of the prompts.
 
-        `sampling_params` is one for all, one per prompt, or None for `SamplingParams()`. A prompt that cannot be served
-        (too long, or a parameter out of range) comes back with `error` set; the others are served. A generator of
-        prompts is read as `stream` reads it.
+        `sampling_params`: one for all prompts, or one per prompt. None: `SamplingParams()`. A prompt that cannot be
+        answered (it is too long, or a parameter is out of range) comes back with `error` set; the others are answered.
+        A generator of prompts is read a window at a time, as `stream` does.
         Raises: ConfigError when the numbers of prompts and parameters differ, or after `close`.
         """
         if not isinstance(prompts, str | Sequence | np.ndarray):
@@ -114,10 +120,10 @@ class LLM:
         messages: Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations, formatted by the model's chat template; one conversation or several of them.
+        """Answer one conversation or several. The model's chat template makes the prompts.
 
-        A conversation that the template does not take comes back with `error` set; the others are served. A generator
-        of conversations is read as `stream` reads it.
+        A conversation that the template does not accept comes back with `error` set; the others are answered. A
+        generator of conversations is read a window at a time, as `stream` does.
         Raises: ConfigError when the model has no chat template, or after `close`.
         """
         if not isinstance(messages, Sequence):
@@ -132,14 +138,13 @@ class LLM:
         *,
         window: int = DEFAULT_WINDOW,
     ) -> Iterator[RequestOutput]:
-        """Answer prompts and conversations as they come, and yield every output as it becomes whole: `request_id` is
-        its place among the prompts, counted from 0.
+        """Answer prompts and conversations, and yield each output when it is complete.
 
-        Prompts are read `window` at a time, each window while the ones before it run; what waits and what has come are
-        planned together. Memory holds what is unfinished, so the prompts may be endless. Another call of this LLM ends
-        a stream that is not read to its end.
+        `request_id` is the place of the prompt, counted from 0. Prompts are read `window` at a time (default: 4096),
+        while earlier ones run. Memory holds only unfinished requests, so the prompts may be endless. Calling this LLM
+        again cancels an unfinished stream.
         Raises: ConfigError for a window below 1, after `close`, or when prompts and parameters differ in number;
-        ExecutorError when another call has ended the stream.
+        ExecutorError when another call has cancelled the stream.
         """
         if window < 1:
             raise ConfigError(f"window is {window}; it must be at least 1 prompt")
@@ -148,11 +153,11 @@ class LLM:
 
     @property
     def stats(self) -> RunStats:
-        """What the latest run did, and where its time went."""
+        """Counts and times of the latest call."""
         return self._engine.stats
 
     def close(self) -> None:
-        """Stop the threads and give the memory back. Closing again does nothing; prompts are refused from now on."""
+        """Stop the threads and free the memory. A closed LLM refuses prompts; closing it again does nothing."""
         self._is_closed = True
         self._engine.close()
 
@@ -265,7 +270,7 @@ def _paired(
     for number, (prompt, sampling) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
         if prompt is missing or sampling is missing:
             few, more = ("prompts", "sampling parameters") if prompt is missing else ("sampling parameters", "prompts")
-            raise ConfigError(f"{number} {few} for more {more}; give one for all or one per prompt")
+            raise ConfigError(f"there are {number} {few} and more {more}; give one for all prompts, or one per prompt")
         yield prompt, sampling  # type: ignore[misc]
 
 

@@ -11,10 +11,13 @@ from blendserve.request import FinishReason, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One choice. `text` excludes a matched stop string; `token_ids` holds every sampled token.
+    """One answer to a prompt; there are `n` of them.
 
-    `cumulative_logprob` and `logprobs` (one entry per token) are None unless the request asked for log probabilities.
-    `stop_reason` is the stop string or stop token id that ended the choice, None for end of text or length.
+    - `text`: the answer, without the stop string or stop token that ended it.
+    - `token_ids`: every sampled token, a final stop token included.
+    - `finish_reason`: "stop", "length" (`max_tokens` or the context is used up), "error" or "cancelled".
+    - `stop_reason`: the stop string or stop token that ended the answer. None: the model's end of text, or the length.
+    - `cumulative_logprob`, `logprobs` (one entry per token): None unless the request asked for log probabilities.
     """
 
     index: int
@@ -28,8 +31,14 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """One prompt and its `n` choices. `num_cached_tokens` is how many prompt tokens of the first choice were
-    prefix-cache hits. `error` tells why a request could not be served; then every choice has finish_reason "error".
+    """One prompt and its `n` answers.
+
+    - `request_id`: the place of the prompt, counted from 0, as text.
+    - `prompt`: the text that the model read, after the chat template. None for prompts given as token ids.
+    - `prompt_token_ids`: the tokens of the prompt.
+    - `outputs`: the answers.
+    - `num_cached_tokens`: tokens of the prompt that were not computed again, because another prompt began with them.
+    - `error`: why there is no answer; every one of `outputs` then has finish_reason "error". None: all went well.
     """
 
     request_id: str

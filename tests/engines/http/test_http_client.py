@@ -172,9 +172,9 @@ def test_tls_is_verified_and_an_untrusted_certificate_is_fatal(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("ALL_PROXY", "socks5://me:pw@localhost:1", "a proxy of the environment cannot be used"),
-        ("HTTPS_PROXY", "socks://me:pw@localhost:1", "a proxy of the environment cannot be used"),
-        ("HTTPS_PROXY", "http://me:pw@192.168.1.300:1", "a proxy of the environment cannot be used"),
+        ("ALL_PROXY", "socks5://me:pw@localhost:1", "a proxy that the environment names cannot be used"),
+        ("HTTPS_PROXY", "socks://me:pw@localhost:1", "a proxy that the environment names cannot be used"),
+        ("HTTPS_PROXY", "http://me:pw@192.168.1.300:1", "a proxy that the environment names cannot be used"),
         ("SSL_CERT_FILE", "/nowhere.pem", "certificates cannot be read.*SSL_CERT_FILE"),
     ],
 )

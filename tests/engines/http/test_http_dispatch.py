@@ -116,7 +116,9 @@ def test_a_model_over_its_daily_quota_holds_up_no_other_and_ends_the_run(
     source.write_text("\n".join(lines))
     with serving(FakeSettings(throttled_model="a", retry_after="86400")) as server:
         engine = engine_for(server, clock=clock, notify=told.append, settings={"max_inflight": 4})
-        with pytest.raises(ExecutorError, match=r"left alone for 86400 s, the limit is 600 s .*: 20 requests are left"):
+        with pytest.raises(
+            ExecutorError, match=r"asks for no requests for 86400 s, the limit is 600 s .*: 20 requests are left"
+        ):
             run_http(engine, source, output, policy=policy)
         assert sum(server.num_answers_by_key.values()) == 20, "all of the other model"
         assert len(server.exchanges) <= 24, "those on their way together"

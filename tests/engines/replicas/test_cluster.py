@@ -56,7 +56,7 @@ def test_what_a_replica_gets(
 )
 def test_replicas_without_a_place_are_refused(settings: ReplicaSettings) -> None:
     """Unless their size is given and the cluster may yet grow."""
-    with pytest.raises(ConfigError, match=r"have no place on 2 CPUs, 0 GPUs; lower --replicas"):
+    with pytest.raises(ConfigError, match=r"do not fit on 2 CPUs, 0 GPUs; lower --replicas"):
         replica_shape(settings, [NodeShape(2, 0)])
 
 

@@ -137,7 +137,7 @@ def test_an_engine_that_a_new_process_cannot_help_ends_the_run(address: str, tmp
 
 def test_replicas_that_would_answer_otherwise_are_refused(address: str, tmp_path: Path, job_input: Path) -> None:
     engine = FakeReplicaEngine(settings={"isa": "portable"})
-    with pytest.raises(ConfigError, match=r"replica \d would answer otherwise.*isa is portable, not avx2"):
+    with pytest.raises(ConfigError, match=r"replica \d would give other answers.*isa is portable, not avx2"):
         run(job_input, tmp_path / "out.jsonl", Replicas(address, engine, settings={"isa": "avx2"}))
 
 

@@ -175,7 +175,7 @@ def test_answers_that_come_with_an_error_count(failing: int) -> None:
 @pytest.mark.parametrize(
     ("hello", "message"),
     [
-        (Hello("first", "other@1", {}), "would answer otherwise"),
+        (Hello("first", "other@1", {}), "would give other answers"),
         (Hello("first", error=ConfigError("no such model")), "no such model"),
         (RayTaskError("ray::Replica.hello()\nKeyError: 'x'"), "replica 1 failed: KeyError"),
     ],

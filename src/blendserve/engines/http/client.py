@@ -173,8 +173,8 @@ class HttpClient:
             self._clients = [self._open_pool() for _ in self._num_open]
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             raise ConfigError(
-                f"a proxy of the environment cannot be used: {error}; give an http:// one in ALL_PROXY, HTTP_PROXY and "
-                "HTTPS_PROXY, or unset them"
+                f"a proxy that the environment names cannot be used: {error}; give an http:// one in ALL_PROXY, "
+                "HTTP_PROXY and HTTPS_PROXY, or unset them"
             ) from error
 
     def _open_pool(self) -> httpx2.AsyncClient:
@@ -193,7 +193,7 @@ class HttpClient:
             async with asyncio.timeout(self._timeout_s):
                 return await self._post_by_least_busy(self._address.url_of(endpoint), body)
         except TimeoutError:
-            raise NoReplyError(f"no whole response within {self._timeout_s:g} s", code="request_timeout") from None
+            raise NoReplyError(f"no complete response within {self._timeout_s:g} s", code="request_timeout") from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
             reason = self._key.redact(_reason(error))
             is_fatal = _has_cause(error, ssl.SSLCertVerificationError)
@@ -226,7 +226,9 @@ class HttpClient:
             try:
                 text = received.decode(errors="strict" if response.status_code == 200 else "replace")
             except UnicodeDecodeError as error:
-                raise NoReplyError(f"HTTP 200 with no UTF-8: {error}", code="invalid_server_response") from None
+                raise NoReplyError(
+                    f"HTTP 200 with a body that is not UTF-8: {error}", code="invalid_server_response"
+                ) from None
             clean = {name.lower(): self._key.redact(value) for name, value in response.headers.items()}
             return Reply(response.status_code, clean, self._key.redact(text), self._key)
 

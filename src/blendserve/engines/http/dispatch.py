@@ -280,7 +280,7 @@ class _Dispatch:
 
     def _too_early(self, last: Failure) -> ExecutorError:
         return ExecutorError(
-            f"{self._engine.address.base_url} wants to be left alone for {last.retry_after_s:.0f} s, the limit is "
+            f"{self._engine.address.base_url} asks for no requests for {last.retry_after_s:.0f} s, the limit is "
             f"{self._settings.retry.max_outage_s:.0f} s (--max-outage): {self._num_postponed} requests are left to a "
             f"later run; last: {last.message}; {KEPT}"
         )

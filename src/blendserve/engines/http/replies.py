@@ -63,7 +63,7 @@ def judge(reply: Reply, wall_s: float) -> Answer | Failure | Stop:
     if status == 200:
         return _judge_success(reply)
     if status in _REFUSES_CALLER:
-        return Stop(f"HTTP {status}: {_error_message(reply)}; set BLENDSERVE_API_KEY to a key that it takes")
+        return Stop(f"HTTP {status}: {_error_message(reply)}; set BLENDSERVE_API_KEY to a key that the server accepts")
     if 300 <= status < 400:
         target = reply.headers.get("location", "nowhere")
         return Stop(f"HTTP {status}, a redirect to {target}, which is not followed; give the address itself")
@@ -79,7 +79,7 @@ def judge(reply: Reply, wall_s: float) -> Answer | Failure | Stop:
         )
     if 400 <= status < 500:
         return Answer(response, is_doubtful=status in _MAY_BE_NO_ENDPOINT and not _is_about_model(response.body))
-    return Failure("invalid_server_response", f"HTTP {status}, which says nothing")
+    return Failure("invalid_server_response", f"HTTP {status}, which is neither an answer nor an error")
 
 
 def judge_silence(error: NoReplyError) -> Failure | Stop:
@@ -112,9 +112,9 @@ def _judge_success(reply: Reply) -> Answer | Failure:
     try:
         body = reply.json()
     except (ValueError, RecursionError) as error:
-        return _invalid(f"HTTP 200 with no valid JSON: {error}")
+        return _invalid(f"HTTP 200 with a body that is not valid JSON: {error}")
     if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or not body["choices"]:
-        return _invalid("HTTP 200 without choices")
+        return _invalid("HTTP 200 with JSON that has no choices")
     usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
     details = usage.get("prompt_tokens_details")
     return Answer(

@@ -91,7 +91,7 @@ def replica_shape(settings: ReplicaSettings, nodes: Sequence[NodeShape]) -> Repl
     if num_cpus is None or (not settings.ray_address and _places(nodes, num_cpus, settings) < settings.num_replicas):
         have = " + ".join(f"{node.num_cpus:g} CPUs, {node.num_gpus:g} GPUs" for node in nodes)
         raise ConfigError(
-            f"{settings.num_replicas} replicas of {num_cpus or 1:g} CPUs and {settings.num_gpus:g} GPUs have no place "
+            f"{settings.num_replicas} replicas of {num_cpus or 1:g} CPUs and {settings.num_gpus:g} GPUs do not fit "
             f"on {have}; lower --replicas, --replica-cpus or --replica-gpus"
         )
     on_node = max((_places([node], num_cpus, settings) for node in nodes), default=1)
@@ -113,8 +113,8 @@ def _check_address(address: str | None) -> None:
         return
     if "://" in address:
         raise ConfigError(
-            f"--ray-address {address} is for Ray's remote client, which this driver does not work through; run it on a "
-            "machine of the cluster with --ray-address auto"
+            f"--ray-address {address} is an address of Ray's remote client, which is not supported; run blendserve on "
+            "a machine of the cluster with --ray-address auto"
         )
     host, _, port = address.rpartition(":")
     if host and port.isdigit():

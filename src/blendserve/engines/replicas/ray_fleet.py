@@ -165,7 +165,7 @@ class RayFleet:
             hello: Hello = self._ray.get(ref)
         except errors.ActorDiedError as error:
             reason = member.lost_because or _cause(error)
-            self._notify(f"replica {replica} is lost for good ({reason}); the others take over")
+            self._notify(f"replica {replica} is lost and will not be started again ({reason}); the others take over")
             yield Lost(replica, True, reason)
             return
         except errors.RayTaskError as error:
@@ -194,7 +194,7 @@ class RayFleet:
         if found != wanted:
             names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
             different = "; ".join(f"{name} is {found.get(name)}, not {wanted.get(name)}" for name in names)
-            raise ConfigError(f"replica {replica} would answer otherwise than this machine: {different}")
+            raise ConfigError(f"replica {replica} would give other answers than this machine: {different}")
 
     # Answers
 

@@ -161,7 +161,7 @@ class _Drive:
             else:
                 self._finish(int(output.request_id), output)
         if is_taken_down:  # by a signal, say: nobody here aborts what runs
-            raise _EngineDiedError("it took its requests down before they had ended")
+            raise _EngineDiedError("it ended requests that were not finished")
         self._stats.add_scheduling(self._engine.clock() - after + before - started, has_step=True)
 
     def _fill(self) -> None:
@@ -296,7 +296,7 @@ class _Drive:
             index = self._suspects[0]
             self._deaths_alone[index] += 1
             if self._deaths_alone[index] >= MAX_DEATHS_ALONE:
-                message = f"engines die under this request, last of: {death}"
+                message = f"vLLM's engine died each time it ran this request; the last reason: {death}"
                 self._stats.num_errors += 1
                 self._end(failed_output(index, RequestError(message, code="engine_failure", status_code=500)))
             return

@@ -87,7 +87,7 @@ def output_of(index: int, output: Any, request: Request, extras: Extras) -> Sequ
     if hasattr(output.outputs, "data"):
         vector = np.asarray(output.outputs.data, dtype=np.float32)
         if not np.isfinite(vector).all():
-            message = "vLLM's embedding holds infinities or NaNs; a wider --vllm-arg dtype may help"
+            message = "the embedding holds infinities or NaNs; try --vllm-arg dtype=float32"
             return failed_output(index, RequestError(message, code="engine_error", status_code=500))
         return SequenceOutput(
             index=index,
@@ -99,7 +99,7 @@ def output_of(index: int, output: Any, request: Request, extras: Extras) -> Sequ
         )
     (choice,) = output.outputs
     if choice.finish_reason not in ("stop", "length"):
-        message = f"vLLM ended the request with {choice.finish_reason!r}, for a reason that it wrote to its log"
+        message = f"vLLM ended the request with {choice.finish_reason!r}; its log says why"
         return failed_output(index, RequestError(message, code="engine_error", status_code=500))
     reason: FinishReason = choice.finish_reason
     return SequenceOutput(
