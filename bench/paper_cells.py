@@ -12,7 +12,8 @@ from blendserve.costs.hardware import A100_80G
 from blendserve.errors import ConfigError
 from blendserve.models.known import known_model
 from blendserve.simulator.disaggregated import simulate_disaggregated
-from blendserve.simulator.simulate import EngineKind, Machine, gpu_machine, simulate
+from blendserve.simulator.machine import EngineKind, Machine, gpu_machine
+from blendserve.simulator.simulate import simulate
 from blendserve.simulator.workloads.blend import PAPER_TRACES, blend
 from blendserve.simulator.workloads.knowledge import LengthKnowledge
 from blendserve.simulator.workloads.traces import VIDEO_MEAN_TOKENS

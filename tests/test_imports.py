@@ -63,6 +63,32 @@ def test_the_executors_alone_import_the_compiled_core() -> None:
     assert {part_of(path) for path in SOURCES if "_native" in set(imported_parts(path))} == {"executors"}
 
 
+def test_the_command_line_alone_knows_of_options() -> None:
+    def imports_argparse(path: Path) -> bool:
+        return any(
+            isinstance(node, ast.Import) and node.names[0].name == "argparse"
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+
+    found = {path.relative_to(SOURCE).as_posix() for path in SOURCES if imports_argparse(path)}
+    assert {name for name in found if not name.startswith("cli/")} == {"engines/http/fake_server.py"}  # its own program
+
+
+def test_benchmarks_and_examples_use_the_library_and_not_the_command_line() -> None:
+    root = SOURCE.parent.parent
+    scripts = [*(root / "bench").rglob("*.py"), *(root / "examples").rglob("*.py")]
+    assert scripts
+    assert not [path for path in scripts if "cli" in set(imported_parts(path))]
+
+
+def test_llm_needs_no_batch_files() -> None:
+    code = (
+        "import sys, blendserve.offline.llm; print([name for name in sys.modules if name.startswith('blendserve.job')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_package_imports_without_heavy_or_optional_modules() -> None:
     """`import blendserve` stays quick: nothing of torch, transformers or the tokenizer stack is pulled in."""
     heavy = ("torch", "transformers", "ray", "vllm", "jinja2")

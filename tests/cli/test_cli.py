@@ -370,7 +370,7 @@ def test_what_the_system_refuses_is_one_line(
 def test_ctrl_c_before_anything_runs_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt() -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)

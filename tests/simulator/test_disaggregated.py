@@ -12,7 +12,8 @@ from blendserve.errors import ConfigError
 from blendserve.models.known import LLAMA_3_8B
 from blendserve.simulator.bounds import job_bounds
 from blendserve.simulator.disaggregated import simulate_disaggregated
-from blendserve.simulator.simulate import gpu_machine, simulate
+from blendserve.simulator.machine import gpu_machine
+from blendserve.simulator.simulate import simulate
 from blendserve.simulator.workloads.blend import blend
 from blendserve.simulator.workloads.workload import Workload
 

@@ -14,7 +14,8 @@ from blendserve.models.known import LLAMA_3_8B
 from blendserve.planner.lengths import LengthModel, MeanLengthModel
 from blendserve.planner.policies import make_policy
 from blendserve.simulator.bounds import job_bounds
-from blendserve.simulator.simulate import EngineKind, Machine, gpu_machine, plan_workload, simulate
+from blendserve.simulator.machine import EngineKind, Machine, gpu_machine
+from blendserve.simulator.simulate import plan_workload, simulate
 from blendserve.simulator.workloads.blend import blend
 from blendserve.simulator.workloads.knowledge import EXACT, GivenLengths, LengthKnowledge, wrong_estimates
 from blendserve.simulator.workloads.workload import Workload

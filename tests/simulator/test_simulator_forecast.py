@@ -22,7 +22,8 @@ from blendserve.simulator.forecast import (
     sampled,
     sorted_lcp,
 )
-from blendserve.simulator.simulate import gpu_machine, simulate
+from blendserve.simulator.machine import gpu_machine
+from blendserve.simulator.simulate import simulate
 from blendserve.simulator.workloads.blend import blend
 from blendserve.simulator.workloads.source import prefix_tree
 from blendserve.simulator.workloads.workload import Workload

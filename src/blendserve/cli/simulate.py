@@ -10,28 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import not_negative, positive_integer, tell
-from blendserve.cli.plan import add_forecast, add_output, assumption_notes, plan_batch
-from blendserve.cli.targets import (
-    DEFAULT_HARDWARE,
-    ENGINES,
-    Target,
-    add_target,
-    check_page_path,
-    find_machine,
-    find_target,
-    find_tokenizer,
-    name_list,
-    write_page,
-)
+from blendserve.cli.options import add_reading, not_negative, positive_integer, read_limits, tell
+from blendserve.cli.plan import add_forecast, add_output
+from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
 from blendserve.costs.hardware import A100_80G, HARDWARE_BY_NAME
 from blendserve.errors import ConfigError
 from blendserve.job.batch_input import read_batch
-from blendserve.report.plan_text import part_notes
+from blendserve.report.plan_text import assumption_notes, part_notes
 from blendserve.report.simulate_page import simulate_page
 from blendserve.report.simulate_text import POWER_NOTE, SimulateReport
 from blendserve.simulator.forecast import Forecasts, Part, forecast, planned_workload, sampled
-from blendserve.simulator.simulate import EngineKind, Machine
+from blendserve.simulator.machine import ENGINE_KINDS, EngineKind, Machine
+from blendserve.simulator.planned_file import plan_batch
+from blendserve.simulator.target import DEFAULT_HARDWARE, Target, find_machine, find_target, find_tokenizer
 from blendserve.simulator.workloads.blend import blend
 from blendserve.simulator.workloads.traces import VIDEO_MEAN_TOKENS
 from blendserve.simulator.workloads.workload import Workload
@@ -87,6 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
     _add_costs(parser)
     add_output(parser)
+    add_reading(parser)
     parser.set_defaults(command=run)
 
 
@@ -97,8 +89,8 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--engine",
-        type=name_list(ENGINES),
-        default=ENGINES,
+        type=name_list(ENGINE_KINDS),
+        default=ENGINE_KINDS,
         metavar="NAMES",
         help="kinds of engine to compare, separated by commas: overlapped (compute and memory at once, as NanoFlow "
         "does), sequential (one after the other, as vLLM and SGLang do) (default: both)",
@@ -132,10 +124,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{given} of IN.jsonl and --blend given; name one job: a batch file or a blend")
     check_page_path(args.html)
     args.hardware = args.hardware or DEFAULT_HARDWARE
-    target = find_target(args.model or DEFAULT_MODEL)
-    machines: dict[EngineKind, Machine] = {
-        engine: _with_costs(args, find_machine(args, target.spec, engine)) for engine in args.engine
-    }
+    target = find_target(args.model or DEFAULT_MODEL, notify=tell)
+    machines: dict[EngineKind, Machine] = {}
+    for engine in args.engine:
+        machine = find_machine(args.hardware, target.spec, engine, tensor_parallel=args.tensor_parallel)
+        machines[engine] = _with_costs(args, machine)
     report = _simulate_file(args, target, machines) if args.blend is None else _simulate_blend(args, machines)
     if args.html is not None:
         write_page(args.html, simulate_page(report))
@@ -144,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _simulate_file(args: argparse.Namespace, target: Target, machines: dict[EngineKind, Machine]) -> SimulateReport:
-    tokenizer, borrowed = find_tokenizer(args.tokenizer, target)
+    tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
     machine = next(iter(machines.values()))
-    with read_batch(args.input, target.spec, tokenizer) as batch:
+    with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         workload = planned_workload(args.input.name, plan)
     forecasts = _forecast(args, workload, machines, sampled(args.max_simulated))

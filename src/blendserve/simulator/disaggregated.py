@@ -19,7 +19,8 @@ from blendserve.engine.step import StepPlan
 from blendserve.errors import ConfigError
 from blendserve.executors.simulated import SimulatedExecutor
 from blendserve.planner.policies import make_policy
-from blendserve.simulator.simulate import Machine, plan_workload
+from blendserve.simulator.machine import Machine
+from blendserve.simulator.simulate import plan_workload
 from blendserve.simulator.workloads.knowledge import SAMPLED
 from blendserve.simulator.workloads.source import WorkloadSource
 from blendserve.simulator.workloads.workload import Workload

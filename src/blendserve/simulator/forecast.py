@@ -15,7 +15,8 @@ from blendserve.planner.base import Int64s
 from blendserve.planner.plan import Plan
 from blendserve.planner.tree import PrefixTree
 from blendserve.simulator.bounds import Bounds, job_bounds
-from blendserve.simulator.simulate import JOULES_PER_KWH, EngineKind, Machine, SimulationResult, simulate
+from blendserve.simulator.machine import EngineKind, Machine
+from blendserve.simulator.simulate import JOULES_PER_KWH, SimulationResult, simulate
 from blendserve.simulator.workloads.workload import Workload
 
 _RUN_REQUESTS = 64

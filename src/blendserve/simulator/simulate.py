@@ -9,98 +9,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import EngineConfig
-from blendserve.costs.hardware import HardwareSpec, kv_capacity_bytes
-from blendserve.costs.model_cost import ModelCost
-from blendserve.costs.step_cost import NANOFLOW, SEQUENTIAL, Interference, StepCost, gpu_step_cost
 from blendserve.engine.loop import EngineLoop
-from blendserve.errors import ConfigError
 from blendserve.executors.simulated import SimulatedExecutor
-from blendserve.models.spec import ModelSpec
 from blendserve.planner.base import Policy, RequestTable
 from blendserve.planner.lengths import MeanLengthModel
 from blendserve.planner.partition import partition
 from blendserve.planner.plan import LengthsFactory, Plan, make_plan
 from blendserve.planner.policies import make_policy
 from blendserve.simulator.bounds import Bounds, job_bounds
+from blendserve.simulator.machine import EngineKind, Machine
 from blendserve.simulator.workloads.knowledge import SAMPLED, GivenLengths, LengthKnowledge, wrong_estimates
 from blendserve.simulator.workloads.source import WorkloadSource, prefix_tree
 from blendserve.simulator.workloads.workload import Workload
 
-EngineKind = Literal["overlapped", "sequential"]
-INTERFERENCE_BY_ENGINE = {"overlapped": NANOFLOW, "sequential": SEQUENTIAL}
 Floats = NDArray[np.float64]
 Int64s = NDArray[np.int64]
 JOULES_PER_KWH = 3.6e6
 MAX_OUTPUT_TOKENS = 8192
 """Cap on outputs that the planner is told: the context of the models. Longer ones (videos) are known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """One replica: its step cost, the KV tokens it holds, and the limits of a step (NanoFlow's dense batch of 2048).
-
-    `overlap` is how well the hardware overlaps at its best, which bounds rest on; `cost.interference` is the engine's.
-    """
-
-    hardware: HardwareSpec
-    model: ModelCost
-    tensor_parallel: int
-    cost: StepCost
-    capacity_tokens: int
-    overlap: Interference = NANOFLOW
-    max_num_seqs: int = 2048
-    max_num_batched_tokens: int = 2048
-
-    def shrunk(self, factor: float) -> Machine:
-        """The same machine with `factor` of its KV memory, step constants and batch: small jobs keep large ones' shape.
-
-        A job of factor^2 of the requests, with videos of factor of the length, has `factor` of the steps, and the same
-        ratio of its longest request to all steps. Rates per token stay.
-        """
-        cost = replace(
-            self.cost,
-            weight_floor_s=self.cost.weight_floor_s * factor,
-            constant_s=self.cost.constant_s * factor,
-        )
-        return replace(
-            self,
-            cost=cost,
-            capacity_tokens=int(self.capacity_tokens * factor),
-            max_num_seqs=max(16, int(self.max_num_seqs * factor)),
-            max_num_batched_tokens=max(16, int(self.max_num_batched_tokens * factor)),
-        )
-
-
-def gpu_machine(
-    hardware: HardwareSpec,
-    spec: ModelSpec | ModelCost,
-    *,
-    engine: EngineKind = "overlapped",
-    tensor_parallel: int = 1,
-    has_prefill_attention: bool = False,
-) -> Machine:
-    """A replica of a model on GPUs. Raises: ConfigError for an unknown engine kind; CapacityError when weights do not
-    fit."""
-    if engine not in INTERFERENCE_BY_ENGINE:
-        raise ConfigError(f"unknown engine kind {engine!r}; known: {', '.join(INTERFERENCE_BY_ENGINE)}")
-    model = spec if isinstance(spec, ModelCost) else ModelCost.from_spec(spec)
-    cost = gpu_step_cost(
-        model,
-        hardware,
-        tensor_parallel=tensor_parallel,
-        interference=INTERFERENCE_BY_ENGINE[engine],
-        has_prefill_attention=has_prefill_attention,
-    )
-    capacity = kv_capacity_bytes(model, hardware, tensor_parallel=tensor_parallel)
-    return Machine(hardware, model, tensor_parallel, cost, int(capacity / model.kv_bytes_per_token))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from oracles import Prompt, subtree_prefixes, unique_tokens
 from planner_cases import plan_of, prompts_strategy
 
 from blendserve.planner.sorting import flatten
-from blendserve.report.plan_summary import (
+from blendserve.request import TokenIds
+from blendserve.simulator.plan_summary import (
     END_SHARE_OF_WORK,
     LengthSummary,
     find_ends,
@@ -19,7 +20,6 @@ from blendserve.report.plan_summary import (
     saved_tokens,
     summarize_plan,
 )
-from blendserve.request import TokenIds
 
 
 def words(token_ids: TokenIds) -> str:
