@@ -79,6 +79,11 @@ REQUEST_EXAMPLES = (
     ),
     Example("context_length_exceeded", "The prompt does not fit the model's context.", line({"prompt": _LONG_PROMPT})),
     Example(
+        "too_many_requests",
+        "The line asks for more answers than `--max-line-requests`. `n` and lists of prompts count.",
+        line({"prompt": ["Hi"] * 20, "n": 128}),
+    ),
+    Example(
         "insufficient_memory",
         "Prompt and answer need more KV memory than there is. More memory tries the line again.",
         line({"prompt": "Hi", "max_tokens": 100, "ignore_eos": True}),

@@ -215,6 +215,8 @@ OF_BENCH = [(page, command) for page, command in ALL_COMMANDS if command.startsw
 
 @pytest.mark.parametrize(("page", "command"), OF_BLENDSERVE, ids=lambda value: str(value)[-60:])
 def test_commands_are_taken(page: Path, command: str) -> None:
+    """A variable of the shell, `$NAME`, stands for a number."""
+    command = re.sub(r"\$\{?\w+\}?", "4", command.replace('"$@"', ""))
     arguments = shlex.split(re.split(r" [>2]", command)[0] if ">" in command else command, comments=True)[1:]
     if arguments and arguments[0] in HELP_BY_COMMAND:
         assert callable(_parser().parse_args(arguments).command), page
