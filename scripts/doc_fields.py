@@ -78,7 +78,7 @@ def parameters_table() -> str:
     """Parameters that shape the answer, with the values that they may have."""
     rows = []
     for name in _names(parameters._CHAT_READERS, parameters._COMPLETION_READERS):
-        wanted = {}
+        wanted: dict[str, list[str]] = {}
         for where, readers in (
             ("chat", parameters._CHAT_READERS),
             ("completions", parameters._COMPLETION_READERS),
