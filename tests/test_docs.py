@@ -38,7 +38,9 @@ SOURCE = ROOT / "src" / "blendserve"
 PAGES = sorted(path for path in (ROOT / "README.md", ROOT / "examples" / "README.md", *ROOT.glob("docs/*.md")))
 HISTORY = ("log.md", "benchmarks.md", "paper-map.md")
 PUBLIC = [getattr(blendserve, name) for name in blendserve.__all__]
-SETTINGS = [value for value in PUBLIC if inspect.isclass(value) and value.__name__.endswith(("Settings", "Params"))]
+SETTINGS = [
+    value for value in PUBLIC if inspect.isclass(value) and value.__name__.endswith(("Settings", "Params", "Limits"))
+]
 
 NOT_IN_ROWS = {"given_back", "refused"}
 """Codes of errors that never reach a file: a replica gives requests back, a server's refusal has its own body."""
@@ -176,7 +178,7 @@ def test_docstrings_of_settings_name_every_field_and_its_default(settings: type)
         assert f"`{field.name}`" in text, field.name
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
             entry = next(item for item in text.split(" - `") if f"`{field.name}`" in "`" + item)
-            assert f"{field.default:g}" in entry, f"{field.name}: {entry}"
+            assert str(field.default).removesuffix(".0") in entry, f"{field.name}: {entry}"
 
 
 @pytest.mark.parametrize("value", PUBLIC, ids=blendserve.__all__)
