@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "ops/matmul.h"
+#include "ops/prefetch.h"
 #include "threads.h"
 
 namespace blendserve {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blendserve.config import EngineConfig, available_memory_bytes, cache_dir, parse_bytes, usable_cores
+from blendserve.config import BLOCK_SIZE, EngineConfig, parse_bytes
 from blendserve.errors import ConfigError
+from blendserve.host import available_memory_bytes, cache_dir, usable_cores
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -108,3 +110,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("BLENDSERVE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir() == tmp_path / "xdg" / "blendserve"
+
+
+def test_the_block_size_is_that_of_the_compiled_core() -> None:
+    header = (Path(__file__).parent.parent / "csrc" / "kv_cache.h").read_text()
+    (size,) = re.findall(r"kBlockSize = (\d+);", header)
+    assert int(size) == BLOCK_SIZE

@@ -8,20 +8,13 @@
 #include <memory>
 #include <span>
 #include <string_view>
-#include <utility>
 #include <vector>
 
+#include "ops/isa.h"
+#include "ops/prefetch.h"
+#include "ops/weight_memory.h"
+
 namespace blendserve {
-
-// Instruction sets with their own kernels, in rising order of preference.
-// The two with VNNI differ from kAvx2 in int8 products only.
-enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16 };
-inline constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
-
-Isa best_isa();                       // the best one this processor (and operating system) runs
-bool is_supported(Isa isa);           // may its kernels run here?
-Isa isa_from_name(std::string_view);  // "portable", "avx2", ...; throws std::invalid_argument
-std::string_view isa_name(Isa isa);
 
 // How weights are kept and what they are multiplied by. kBf16: bfloat16 by float32 (kAvx512Bf16: by bfloat16). kInt8:
 // one scale per output column, by 8-bit activations with a scale per row and group of k, made of float32 rows as they
@@ -42,8 +35,10 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
   // Row-major [n, k]; float32 is rounded to bf16, to nearest even. Throws std::invalid_argument where sizes disagree.
-  // int8 rounds to the nearest multiple of the row's scale.
-  PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k);
+  // int8 rounds to the nearest multiple of the row's scale. The matrices of a model share `memory`; without it a matrix
+  // allocates for itself.
+  PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k,
+               WeightMemory* memory = nullptr);
   PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k);
 
   Isa isa() const { return format_.isa; }
@@ -56,28 +51,25 @@ class PackedMatrix {
   const uint16_t* data() const { return static_cast<const uint16_t*>(data_.get()); }
   const int8_t* int8_data() const { return static_cast<const int8_t*>(data_.get()); }
   const float* scales() const { return scales_.data(); }      // int8: per column, padded to whole panels
-  const int32_t* offsets() const { return offsets_.data(); }  // int8: what to subtract from sums, per group and column
+  const int32_t* offsets() const { return offsets_.data(); }  // int8: what sums start from, per group and column
   // The packed weights of the panel that begins at column `column`, a multiple of kColumnPanel; bf16 only.
   std::span<const uint16_t> columns(int64_t column) const;
   // Writes row `row` (k values) as float32: the embedding of a token where the head is tied to it.
   void unpack_row(int64_t row, float* out) const;
 
  private:
-  struct Free {
-    void operator()(void* data) const noexcept;
-  };
   template <class T>
-  void pack(std::span<const T> weights);
+  void pack(std::span<const T> weights, WeightMemory* memory);
   void check_size(size_t num_weights) const;
-  void allocate(int64_t num_bytes);
-  void pack_int8(std::span<const float> weights);
+  void allocate(int64_t num_bytes, WeightMemory* memory);
+  void pack_int8(std::span<const float> weights, WeightMemory* memory);
   void unpack_int8_row(int64_t row, float* out) const;
 
   MatmulFormat format_ = Isa::kPortable;
   int64_t n_ = 0;
   int64_t k_ = 0;
   int64_t num_bytes_ = 0;
-  std::unique_ptr<void, Free> data_;
+  std::shared_ptr<void> data_;  // never written once it is packed
   std::vector<float> scales_;
   std::vector<int32_t> offsets_;
 };
@@ -99,18 +91,8 @@ inline constexpr int64_t kColumnPanel = 32;
 // kColumnPanel. The sum starts from y where it accumulates; bias is added last and counts columns from 0, as y does.
 struct MatmulTile {
   int64_t row_begin, row_end, col_begin, col_end;
-};
-// Memory that a matmul fetches into L2 beside its own work: runs of kPrefetchRunBytes, taken from the front as far as
-// the tile has steps (of two k in bf16, of four in int8) for them, each of which asks for the next `step_bytes` (up to
-// a line).
-inline constexpr int64_t kPrefetchRunBytes = 1024;
-struct PrefetchRuns {
-  const uint16_t* const* begin = nullptr;
-  const uint16_t* const* end = nullptr;
-  int64_t step_bytes = 64;
-
-  int64_t left() const { return end - begin; }
-  const uint16_t* const* take(int64_t count) { return std::exchange(begin, begin + count); }
+  // First column that the same thread probably multiplies by next: the tile asks for its weights. None by default.
+  int64_t next_col = -1;
 };
 // How many runs a tile takes at most; 0 where its kernel takes none.
 int64_t num_prefetch_runs(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t step_bytes);
@@ -121,6 +103,7 @@ void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& 
 // that the threads that run them at the same time read those weights from memory once.
 struct MatmulGrid {
   int64_t m, n, row_tile, col_tile;
+  int64_t num_threads = 1;  // that take tiles in turn
   int64_t num_row_tiles() const { return (m + row_tile - 1) / row_tile; }
   int64_t num_col_tiles() const { return (n + col_tile - 1) / col_tile; }
   int64_t size() const { return num_row_tiles() * num_col_tiles(); }

@@ -3,16 +3,19 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "ops/dispatch.h"
 #include "tensor.h"
 
 namespace blendserve {
 
-BLENDSERVE_DECLARE_KERNEL(float, largest, (const float*, int64_t))
-BLENDSERVE_DECLARE_KERNEL(int32_t, first_at_least, (const float*, int64_t, float))
-BLENDSERVE_DECLARE_KERNEL(int64_t, collect_at_least, (const float*, int64_t, float, TokenLogit*))
-BLENDSERVE_DECLARE_KERNEL(void, weigh, (const float*, int64_t, float, float, float*, double*))
+BLENDSERVE_DECLARE_WIDE_KERNEL(float, largest, (const float*, int64_t))
+BLENDSERVE_DECLARE_WIDE_KERNEL(int32_t, first_at_least, (const float*, int64_t, float))
+BLENDSERVE_DECLARE_WIDE_KERNEL(int64_t, collect_at_least, (const float*, int64_t, float, TokenLogit*))
+BLENDSERVE_DECLARE_WIDE_KERNEL(void, weigh, (const float*, int64_t, float, float, float*, double*))
 
 namespace {
 
@@ -89,15 +92,15 @@ class RowSampler {
   float& at(int32_t token) { return logits_[static_cast<size_t>(token)]; }
   TokenLogit* candidates() { return scratch_.candidates.data(); }
 
-  float call_largest() { return BLENDSERVE_CALL_KERNEL(isa_, largest, logits_.data(), size()); }
+  float call_largest() { return BLENDSERVE_CALL_WIDE_KERNEL(isa_, largest, logits_.data(), size()); }
 
   int64_t collect(float bound) {
-    return BLENDSERVE_CALL_KERNEL(isa_, collect_at_least, logits_.data(), size(), bound, candidates());
+    return BLENDSERVE_CALL_WIDE_KERNEL(isa_, collect_at_least, logits_.data(), size(), bound, candidates());
   }
 
   double weigh_all(float best, float inverse_temperature) {
-    BLENDSERVE_CALL_KERNEL(isa_, weigh, logits_.data(), size(), best, inverse_temperature, scratch_.weights.data(),
-                           scratch_.block_sums.data());
+    BLENDSERVE_CALL_WIDE_KERNEL(isa_, weigh, logits_.data(), size(), best, inverse_temperature, scratch_.weights.data(),
+                                scratch_.block_sums.data());
     double total = 0.0;
     for (const double sum : scratch_.block_sums) total += sum;
     return total;
@@ -108,7 +111,7 @@ class RowSampler {
   }
 
   int32_t first_of(float logit) const {
-    return BLENDSERVE_CALL_KERNEL(isa_, first_at_least, logits_.data(), size(), logit);
+    return BLENDSERVE_CALL_WIDE_KERNEL(isa_, first_at_least, logits_.data(), size(), logit);
   }
 
   void change(int32_t token, float logit) {
@@ -207,7 +210,33 @@ class RowSampler {
   SampleScratch& scratch_;
 };
 
+void check_range(const char* what, double value, double least, double most) {
+  if (value >= least && value <= most) return;  // no NaN is
+  std::ostringstream message;
+  message << what << " is " << value << "; it must be from " << least << " to " << most;
+  throw std::invalid_argument(message.str());
+}
+
 }  // namespace
+
+void check_params(const SamplingParams& params, int64_t vocab_size) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  check_range("temperature", params.temperature, 0.0, kMost);
+  check_range("top_p", params.top_p, 0.0, 1.0);
+  check_range("min_p", params.min_p, 0.0, 1.0);
+  check_range("presence_penalty", params.presence_penalty, -kMost, kMost);
+  check_range("frequency_penalty", params.frequency_penalty, -kMost, kMost);
+  check_range("repetition_penalty", params.repetition_penalty, std::numeric_limits<float>::min(), kMost);
+  if (params.num_prompt_tokens < 0) {
+    throw std::invalid_argument("num_prompt_tokens is " + std::to_string(params.num_prompt_tokens) +
+                                "; it must be 0 or more");
+  }
+  for (const auto& [token, bias] : params.logit_bias) {
+    if (token >= 0 && token < vocab_size) continue;
+    throw std::invalid_argument("logit_bias names token " + std::to_string(token) + "; the vocabulary has " +
+                                std::to_string(vocab_size) + " tokens");
+  }
+}
 
 SampleScratch::SampleScratch(int64_t vocab_size)
     : counts(static_cast<size_t>(vocab_size)),

@@ -1,6 +1,6 @@
 """What a user asks for and what comes back: immutable values that every other module shares.
 
-Validation of user input happens where it enters (`batchfile.schema`, `llm`); these types only hold it.
+User input is checked where it enters (`dialect`, `offline`); these types only hold it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,21 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of one request are chosen; names and defaults are those of vLLM's offline API.
+    """How the tokens of one request are chosen. Names and defaults are those of vLLM's offline API.
 
-    `max_tokens=None` means as many as the model's context leaves. `seed=None` means a seed derived from
-    the request's identity, so that a rerun gives the same tokens. `top_k=0` and `min_p=0` switch the filter off.
-    `logprobs=k` asks for the k best alternatives of every sampled token (0: the sampled token only).
+    - `max_tokens`: the answer ends after so many tokens (default: 16). None: as many as the model's context leaves.
+    - `min_tokens`: the answer has at least so many tokens (default: 0).
+    - `temperature`: 0 takes the most likely token; higher values take less likely ones more often (default: 1).
+    - `top_p`, `top_k`, `min_p`: sample among the most likely tokens only; 1, 0 and 0, the defaults, allow all.
+    - `seed`: None, the default, derives a seed from the request, so that a rerun gives the same tokens.
+    - `stop`, `stop_token_ids`: texts and tokens that end the answer (default: none).
+    - `ignore_eos`: go on after the model's own end of text (default: false).
+    - `n`: answers per prompt (default: 1).
+    - `logprobs`: None, the default, gives no log probabilities; 0 gives those of the sampled tokens; k also gives the k
+      best alternatives of each.
+    - `logit_bias`: numbers from -100 to 100 by token id, added to the logits (default: none).
+    - `presence_penalty`, `frequency_penalty` (from -2 to 2, default 0), `repetition_penalty` (above 0, default 1): make
+      tokens that have occurred less likely.
     """
 
     max_tokens: int | None = 16

@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TextIO
 
+from blendserve.cli.commands import EXIT_CODES, HELP_BY_COMMAND
 from blendserve.errors import BlendServeError
-
-COMMANDS = ("run", "check", "plan", "simulate", "calibrate", "models")
 
 _OUT_OF_MEMORY = (
     "out of memory; lower --kv-memory, plan in windows (run --window 100000) or use a smaller model. Finished requests "
@@ -26,10 +25,11 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run it. Returns the exit code: 0 done, 1 error, 2 usage, 130 interrupted."""
+    """Parse the command line and run it. Returns: one of `EXIT_CODES`."""
     _open_closed_streams()
     try:
-        args = _parser().parse_args(argv)  # loads the commands' modules, which takes a moment
+        given = sys.argv[1:] if argv is None else argv
+        args = _parser(given[0] if given else "").parse_args(given)
         code: int = args.command(args)
         sys.stdout.flush()
     except BlendServeError as error:
@@ -89,17 +89,31 @@ def _open_closed_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands, or of one with the names of the others: their modules take a moment to load."""
     parser = argparse.ArgumentParser(
         prog="blendserve",
-        description="Answer a file of LLM requests for the least machine time: plan the order, overlap compute and "
-        "memory, lose nothing.",
+        description="Answer a file of LLM requests in the least machine time. BlendServe plans the order of all "
+        "requests before it runs them. A crash loses no finished answer.",
+        epilog="exit codes:\n" + "\n".join(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items()),
+        formatter_class=_KeepsLines,
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        import_module(f"blendserve.cli.{name}").add_parser(subparsers)
+    for name, text in HELP_BY_COMMAND.items():
+        if command in (None, name):
+            import_module(f"blendserve.cli.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=text)
     return parser
+
+
+class _KeepsLines(argparse.HelpFormatter):
+    """Wraps what is one line, and keeps the lines of what has several."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n".join(line if line.startswith("  ") else fill(line, width, indent) for line in text.split("\n"))
 
 
 class _Version(argparse.Action):

@@ -8,13 +8,14 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.options import add_dtype, positive_integer, tell
-from blendserve.config import cache_dir, usable_cores
-from blendserve.hardware import SEQUENTIAL, Interference
+from blendserve.costs.step_cost import SEQUENTIAL, Interference
+from blendserve.host import cache_dir, usable_cores
 from blendserve.report.format import plural
 
 if TYPE_CHECKING:
-    from blendserve.calibrate import Measurements, SideBySide, Spread
+    from blendserve.calibration.measure import Measurements, SideBySide, Spread
 
 _BUSY_LOAD_PER_CORE = 0.5
 
@@ -22,23 +23,34 @@ _BUSY_LOAD_PER_CORE = 0.5
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "calibrate",
-        help="measure this machine for plans of it",
+        help=HELP_BY_COMMAND["calibrate"],
         description="Measure this machine with the engine's own kernels on random weights: matrix products, memory "
-        "bandwidth, attention, and how well they share the cores. `run` plans with what is stored; `plan` and "
-        "`simulate` know it as this-machine. Leave the machine otherwise idle meanwhile.",
+        "bandwidth, attention, and how well they share the cores. `run` plans with the stored result; `plan` and "
+        "`simulate` call it this-machine. Run nothing else on the machine meanwhile.",
     )
     parser.add_argument(
-        "--threads", type=positive_integer, metavar="N", help="default: every core this process may use"
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="threads to measure with (default: one for every core that this process may use)",
     )
     add_dtype(parser)
-    parser.add_argument("--quick", action="store_true", help="a few seconds instead of less than a minute; less exact")
-    parser.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure for a few seconds, less exactly (default: up to a minute)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the measurements as one JSON object (default: as text)"
+    )
     parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, store and print."""
-    from blendserve.calibrate import FULL, QUICK, calibrate  # loads the native core, which --help does not need
+    from blendserve.calibration.measure import (  # loads the native core, which --help does not need
+        FULL,
+        QUICK,
+        calibrate,
+    )
 
     num_threads = args.threads or usable_cores()
     load = os.getloadavg()[0]

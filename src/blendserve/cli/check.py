@@ -7,9 +7,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from blendserve.batchfile.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
-from blendserve.batchfile.codec import ModelCodec
-from blendserve.cli.options import add_model, find_model, served_model
+from blendserve.cli.commands import HELP_BY_COMMAND
+from blendserve.cli.options import add_model, add_reading, find_model, read_limits, served_model
+from blendserve.dialect.codec import ModelCodec
+from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
 from blendserve.models.load import load_model
 
 EXIT_HAS_ERRORS = 1
@@ -18,13 +19,14 @@ EXIT_HAS_ERRORS = 1
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "check",
-        help="validate a batch file without running it",
-        description="Validate every line of a batch file: what a run would answer, and what would become an error row. "
-        "Exits with 1 when a line has an error.",
+        help=HELP_BY_COMMAND["check"],
+        description="Say which lines of a batch file a run on the native engine would answer, and which would become "
+        "error rows. Nothing is run. The exit code is 1 when a line has an error.",
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add_reading(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
     parser.set_defaults(command=run)
 
 
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Check the file. Returns 1 when a line has an error, else 0."""
     model = load_model(find_model(args))
     served = served_model(args, model)
-    report = check_file(args.input, served, ModelCodec(model.tokenizer))
+    report = check_file(args.input, served, ModelCodec(model.tokenizer, served.max_model_len), limits=read_limits(args))
     print(json.dumps(asdict(report)) if args.json else describe(report))
     return EXIT_HAS_ERRORS if report.errors else 0
 

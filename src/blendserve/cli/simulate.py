@@ -9,31 +9,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from blendserve.cli.batch_input import read_batch
-from blendserve.cli.options import not_negative, positive_integer, tell
-from blendserve.cli.plan import add_forecast, add_output, assumption_notes, plan_batch
-from blendserve.cli.targets import (
-    DEFAULT_HARDWARE,
-    ENGINES,
-    Target,
-    add_target,
-    check_page_path,
-    find_machine,
-    find_target,
-    find_tokenizer,
-    name_list,
-    write_page,
-)
+from blendserve.cli.commands import HELP_BY_COMMAND
+from blendserve.cli.options import add_reading, not_negative, positive_integer, read_limits, tell
+from blendserve.cli.plan import add_forecast, add_output
+from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
+from blendserve.costs.hardware import A100_80G, HARDWARE_BY_NAME
 from blendserve.errors import ConfigError
-from blendserve.hardware import A100_80G, HARDWARE_BY_NAME
-from blendserve.report.forecast import Forecasts, Part, forecast, planned_workload, sampled
-from blendserve.report.plan_text import part_notes
+from blendserve.job.batch_input import read_batch
+from blendserve.report.plan_text import assumption_notes, part_notes
 from blendserve.report.simulate_page import simulate_page
 from blendserve.report.simulate_text import POWER_NOTE, SimulateReport
-from blendserve.simulate import EngineKind, Machine
-from blendserve.workloads.blend import blend
-from blendserve.workloads.traces import VIDEO_MEAN_TOKENS
-from blendserve.workloads.workload import Workload
+from blendserve.simulator.forecast import Forecasts, Part, forecast, planned_workload, sampled
+from blendserve.simulator.machine import ENGINE_KINDS, EngineKind, Machine
+from blendserve.simulator.planned_file import plan_batch
+from blendserve.simulator.target import DEFAULT_HARDWARE, Target, find_machine, find_target, find_tokenizer
+from blendserve.simulator.workloads.blend import blend
+from blendserve.simulator.workloads.traces import VIDEO_MEAN_TOKENS
+from blendserve.simulator.workloads.workload import Workload
 
 DEFAULT_POLICIES = ("dfs", "random", "paper", "blend")
 DEFAULT_MAX_SIMULATED = 5000
@@ -51,49 +43,67 @@ BLEND_NOTE = (
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "simulate",
-        help="say what a job would take on given hardware",
-        description="Simulate a batch file, or a synthetic blend of traces, on GPUs or on this machine: time, "
-        "tokens/s, GPU-hours, price, energy and share of the bound, per policy and engine. The loop, the batcher and "
-        "the cache are those of real runs; only the time of a step comes from a cost model. Reads no weights.",
+        help=HELP_BY_COMMAND["simulate"],
+        description="Simulate a batch file, or a synthetic job, on given hardware: time, tokens/s, GPU-hours, price, "
+        "energy, and how near each policy (order of requests) comes to the fastest possible. The code that forms "
+        "batches and keeps prefixes is that of real runs; only the time of a step comes from a cost model. No weights "
+        "are read.",
     )
     parser.add_argument("input", type=Path, nargs="?", metavar="IN.jsonl", help="a batch file; may be gzip (.jsonl.gz)")
-    group = parser.add_argument_group("blend", "a synthetic job instead of a file")
+    group = parser.add_argument_group(
+        "blend",
+        "a synthetic job in place of a file, made of requests with much compute and requests with much memory traffic",
+    )
     group.add_argument(
-        "--blend", type=blend_target, metavar="DENSITY,SHARING", help="target density and sharing, such as 1.4,0.35"
+        "--blend",
+        type=blend_target,
+        metavar="DENSITY,SHARING",
+        help="compute time over memory time, and the share of prompt tokens that prefixes spare, such as 1.4,0.35 "
+        "(default: none, a file is simulated)",
     )
     group.add_argument(
         "--requests",
         type=positive_integer,
         default=DEFAULT_BLEND_REQUESTS,
         metavar="N",
-        help=f"requests of the blend ({DEFAULT_BLEND_REQUESTS})",
+        help=f"requests of the blend (default: {DEFAULT_BLEND_REQUESTS})",
     )
     group.add_argument(
         "--compute-trace",
         choices=tuple(TRACE_BY_OPTION),
         default="burstgpt",
-        help="the compute-intensive part of the blend (burstgpt)",
+        help="the trace that the requests with much compute follow (default: burstgpt)",
     )
     add_target(parser, DEFAULT_HARDWARE, DEFAULT_MODEL)
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
     _add_costs(parser)
     add_output(parser)
+    add_reading(parser)
     parser.set_defaults(command=run)
 
 
 def _add_costs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("costs")
-    group.add_argument("--replicas", type=positive_integer, default=1, metavar="N", help="copies of the model (1)")
+    group.add_argument(
+        "--replicas", type=positive_integer, default=1, metavar="N", help="copies of the model (default: 1)"
+    )
     group.add_argument(
         "--engine",
-        type=name_list(ENGINES),
-        default=ENGINES,
+        type=name_list(ENGINE_KINDS),
+        default=ENGINE_KINDS,
         metavar="NAMES",
-        help="engine models, with commas between: overlapped (compute and memory at once, as NanoFlow), sequential "
-        "(one after the other, as vLLM and SGLang); default: both",
+        help="kinds of engine to compare, separated by commas: overlapped (compute and memory at once, as NanoFlow "
+        "does), sequential (one after the other, as vLLM and SGLang do) (default: both)",
     )
-    group.add_argument("--price", type=not_negative, metavar="RATE", help="price of one GPU for an hour, any currency")
-    group.add_argument("--watts", type=not_negative, metavar="W", help="power of one GPU; default: its datasheet's")
+    group.add_argument(
+        "--price",
+        type=not_negative,
+        metavar="RATE",
+        help="price of one GPU for one hour, in any currency (default: none)",
+    )
+    group.add_argument(
+        "--watts", type=not_negative, metavar="W", help="watts that one GPU draws (default: its datasheet's)"
+    )
 
 
 def blend_target(text: str) -> tuple[float, float]:
@@ -114,10 +124,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{given} of IN.jsonl and --blend given; name one job: a batch file or a blend")
     check_page_path(args.html)
     args.hardware = args.hardware or DEFAULT_HARDWARE
-    target = find_target(args.model or DEFAULT_MODEL)
-    machines: dict[EngineKind, Machine] = {
-        engine: _with_costs(args, find_machine(args, target.spec, engine)) for engine in args.engine
-    }
+    target = find_target(args.model or DEFAULT_MODEL, notify=tell)
+    machines: dict[EngineKind, Machine] = {}
+    for engine in args.engine:
+        machine = find_machine(args.hardware, target.spec, engine, tensor_parallel=args.tensor_parallel)
+        machines[engine] = _with_costs(args, machine)
     report = _simulate_file(args, target, machines) if args.blend is None else _simulate_blend(args, machines)
     if args.html is not None:
         write_page(args.html, simulate_page(report))
@@ -126,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _simulate_file(args: argparse.Namespace, target: Target, machines: dict[EngineKind, Machine]) -> SimulateReport:
-    tokenizer, borrowed = find_tokenizer(args.tokenizer, target)
+    tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
     machine = next(iter(machines.values()))
-    with read_batch(args.input, target.spec, tokenizer) as batch:
+    with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         workload = planned_workload(args.input.name, plan)
     forecasts = _forecast(args, workload, machines, sampled(args.max_simulated))

@@ -208,8 +208,8 @@ class EngineLoop:
     def _outgrown(self, request: Request, num_tokens: int) -> CapacityError:
         """What a request comes to that needs more KV memory than there is: found when it does, not when it might."""
         return CapacityError(
-            f"the request needs {num_tokens} tokens of KV memory ({request.num_prompt_tokens} of them its prompt), "
-            f"{self.batcher.capacity_tokens} are there; raise --kv-memory, or lower max_tokens"
+            f"the request needs KV memory for {num_tokens} tokens ({request.num_prompt_tokens} of them its prompt), "
+            f"but there is room for {self.batcher.capacity_tokens}; raise --kv-memory, or lower max_tokens"
         )
 
     def _fail_outgrown(self, policy: Policy) -> None:

@@ -1,7 +1,7 @@
 """Reuse of prompt blocks at run time: which block holds the content named by a key, and which to evict first.
 
 Keys are chained (a key names all tokens up to its block), so a dictionary acts as a radix tree. Unreferenced blocks are
-kept in runs, contiguous pieces of one chain with the same next use, so that eviction looks at runs and not at blocks.
+kept in contiguous pieces of chains, with the same next use, so that eviction looks at pieces and not at blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blendserve.engine.blocks import BlockPool, Int32s
 NextUse = Callable[[Hashable], float]
 
 
-class _Run:
+class _Piece:
     """Unreferenced computed blocks [start, len(blocks)) of one chain: reused from the front, evicted from the back."""
 
     __slots__ = ("blocks", "start")
@@ -46,9 +46,9 @@ class PrefixCache:
         self._block_by_key: dict[Hashable, int] = {}
         self._key_by_block: dict[int, Hashable] = {}
         self._owner_by_block = np.full(pool.num_blocks, -1, np.int32)
-        self._run_by_block: list[_Run | None] = [None] * pool.num_blocks
+        self._piece_by_block: list[_Piece | None] = [None] * pool.num_blocks
         self._is_computed = np.zeros(pool.num_blocks, np.bool_)
-        self._heap: list[tuple[float, int, _Run]] = []  # (-next use, age, run); empty runs are dropped when met
+        self._heap: list[tuple[float, int, _Piece]] = []  # (-next use, age, piece); empty pieces are dropped when met
         self._num_retired = 0
 
     def __len__(self) -> int:
@@ -70,17 +70,17 @@ class PrefixCache:
         return len(blocks) - int(np.count_nonzero(self._pool.ref_counts[blocks]))
 
     def acquire(self, blocks: Int32s) -> None:
-        """Reference the matched `blocks`, which leave their runs."""
+        """Reference the matched `blocks`, which leave their pieces."""
         num_unused = self.num_evictable_of(blocks)
         self._pool.acquire(blocks)
         if not num_unused:
             return
         self.num_evictable -= num_unused
         for block in blocks[len(blocks) - num_unused :].tolist():  # references never grow along a chain
-            run = self._run_by_block[block]
-            assert run is not None
-            assert run.blocks[run.start] == block
-            run.start += 1
+            piece = self._piece_by_block[block]
+            assert piece is not None
+            assert piece.blocks[piece.start] == block
+            piece.start += 1
 
     def register(self, keys: Sequence[Hashable], begin: int, blocks: Int32s, owner: int) -> int:
         """Make `blocks` pending under keys[begin:], owned by slot `owner`; stops at the first key that is taken.
@@ -122,26 +122,26 @@ class PrefixCache:
         """Free `count` unreferenced blocks, those needed last first."""
         assert count <= self.num_evictable, "more blocks to evict than are unreferenced"
         while count > 0:
-            negative_use, age, run = self._heap[0]
-            if not run:
+            negative_use, age, piece = self._heap[0]
+            if not piece:
                 heapq.heappop(self._heap)
                 continue
-            use = self.next_use(self._key_by_block[run.blocks[-1]])
+            use = self.next_use(self._key_by_block[piece.blocks[-1]])
             if -use > negative_use:  # needed sooner than when it was ranked
-                heapq.heapreplace(self._heap, (-use, age, run))
+                heapq.heapreplace(self._heap, (-use, age, piece))
                 continue
-            taken = min(count, len(run))
-            victims = run.blocks[-taken:]
-            del run.blocks[-taken:]
+            taken = min(count, len(piece))
+            victims = piece.blocks[-taken:]
+            del piece.blocks[-taken:]
             self.num_evictable -= taken
             count -= taken
             self._forget(victims)
 
     def clear(self) -> None:
         """Free every unreferenced block."""
-        for _, _, run in self._heap:
-            self.num_evictable -= len(run)
-            self._forget(run.blocks[run.start :])
+        for _, _, piece in self._heap:
+            self.num_evictable -= len(piece)
+            self._forget(piece.blocks[piece.start :])
         self._heap.clear()
 
     def _retire(self, blocks: list[int]) -> None:
@@ -152,11 +152,11 @@ class PrefixCache:
                 self._forget(blocks[start:])
                 break
             end = self._end_of_use(blocks, start, use)
-            run = _Run(blocks[start:end])
-            for block in run.blocks:
-                self._run_by_block[block] = run
+            piece = _Piece(blocks[start:end])
+            for block in piece.blocks:
+                self._piece_by_block[block] = piece
             self._num_retired += 1
-            heapq.heappush(self._heap, (-use, self._num_retired, run))
+            heapq.heappush(self._heap, (-use, self._num_retired, piece))
             self.num_evictable += end - start
             start = end
         if len(self._heap) > 2 * self.num_evictable + 64:
@@ -183,10 +183,10 @@ class PrefixCache:
             self._pool.free(np.array(blocks, np.int32))
 
     def check(self) -> None:
-        """Assert the invariants: runs hold exactly the unreferenced registered blocks, all of them computed."""
+        """Assert the invariants: pieces hold exactly the unreferenced registered blocks, all of them computed."""
         assert self._key_by_block == {block: key for key, block in self._block_by_key.items()}
-        in_runs = [block for _, _, run in self._heap for block in run.blocks[run.start :]]
-        assert len(in_runs) == len(set(in_runs)) == self.num_evictable, "runs overlap or are miscounted"
+        in_pieces = [block for _, _, piece in self._heap for block in piece.blocks[piece.start :]]
+        assert len(in_pieces) == len(set(in_pieces)) == self.num_evictable, "pieces overlap or are miscounted"
         unused = {block for block in self._block_by_key.values() if self._pool.ref_counts[block] == 0}
-        assert set(in_runs) == unused, "runs are not the unreferenced registered blocks"
-        assert all(self._is_computed[block] for block in in_runs), "a pending block may be evicted"
+        assert set(in_pieces) == unused, "pieces are not the unreferenced registered blocks"
+        assert all(self._is_computed[block] for block in in_pieces), "a pending block may be evicted"

@@ -57,7 +57,9 @@ class GgufWeights:
     def tensor(self, name: str, /) -> Floats:
         tensor = self._tensor_by_name.get(name)
         if tensor is None:
-            raise ConfigError(f"the model has no tensor {name!r}; it has {len(self._tensor_by_name)} others")
+            raise ConfigError(
+                f"the model's files have no tensor {name!r}, only {len(self._tensor_by_name)} others; download it again"
+            )
         stored = self._file.tensor_bytes(tensor)
         if num_heads := self._num_heads_by_stem.get(name.rpartition(".")[2]):
             stored = _half_split_rows(stored, num_heads)

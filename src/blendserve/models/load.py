@@ -30,7 +30,8 @@ def load_model(files: ModelFiles) -> LoadedModel:
     num_tokens = tokenizer.backend.get_vocab_size()
     if num_tokens > spec.vocab_size:
         raise ConfigError(
-            f"{spec.name}: the tokenizer has {num_tokens} tokens, the embedding only {spec.vocab_size} rows"
+            f"{spec.name}: the tokenizer has {num_tokens} tokens, the weights only {spec.vocab_size}; the "
+            "files do not belong together"
         )
     return LoadedModel(replace(spec, eos_token_ids=tokenizer.eos_token_ids or spec.eos_token_ids), weights, tokenizer)
 

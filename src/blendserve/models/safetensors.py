@@ -73,7 +73,9 @@ class SafetensorsWeights:
     def tensor(self, name: str, /) -> Floats:
         entry = self._entry_by_name.get(name)
         if entry is None:
-            raise ConfigError(f"the model has no tensor {name!r}; it has {len(self._entry_by_name)} others")
+            raise ConfigError(
+                f"the model's files have no tensor {name!r}, only {len(self._entry_by_name)} others; download it again"
+            )
         count = math.prod(entry.shape)
         source = self._map_by_path[entry.path]
         return _to_float32(source, entry.dtype, count, entry.offset).reshape(entry.shape)

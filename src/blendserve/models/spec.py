@@ -212,7 +212,7 @@ def checked(spec: ModelSpec) -> ModelSpec:
         if getattr(spec, field) < 1:
             raise ConfigError(f"{spec.name}: {field} is {getattr(spec, field)}; it must be at least 1")
     if spec.num_heads % spec.num_kv_heads:
-        raise ConfigError(f"{spec.name}: {spec.num_heads} heads do not divide into {spec.num_kv_heads} KV heads")
+        raise ConfigError(f"{spec.name}: {spec.num_heads} heads do not divide evenly by {spec.num_kv_heads} KV heads")
     if spec.head_dim % 2:
         raise ConfigError(f"{spec.name}: head_dim is {spec.head_dim}; rotary positions need an even one")
     return spec

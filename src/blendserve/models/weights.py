@@ -42,7 +42,9 @@ class MemoryWeights:
 
     def tensor(self, name: str, /) -> Floats:
         if name not in self._tensor_by_name:
-            raise ConfigError(f"the model has no tensor {name!r}; it has {len(self._tensor_by_name)} others")
+            raise ConfigError(
+                f"the model's files have no tensor {name!r}, only {len(self._tensor_by_name)} others; download it again"
+            )
         return np.ascontiguousarray(self._tensor_by_name[name], dtype=np.float32)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blendserve.cost import partition_memory
+from blendserve.costs.model_cost import partition_memory
 from blendserve.planner.base import Int64s
 from blendserve.planner.plan import Plan
 from blendserve.planner.schedule import Schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.learner import Learner
 from blendserve.planner.scanner import DualScanner
 

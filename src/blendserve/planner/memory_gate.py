@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.forecast import KvForecast
 from blendserve.planner.lengths import Lengths
 from blendserve.planner.scanner import NO_REQUEST

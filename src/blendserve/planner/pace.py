@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
 
 MAX_PREFILL_STEPS = 16
 """What is admitted holds memory: its prefill takes about this many steps at most, and no more than needed once nothing

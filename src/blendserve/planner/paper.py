@@ -19,7 +19,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Proposal, SchedulerView, StepBudget
 from blendserve.planner.ends import MAX_DENSITY, NO_SPLIT, end_shape, split_memory
 from blendserve.planner.forecast import KvForecast

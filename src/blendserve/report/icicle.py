@@ -13,8 +13,8 @@ from blendserve.planner.plan import Plan
 from blendserve.planner.sorting import FlatPrompts
 from blendserve.report.format import format_count, format_number
 from blendserve.report.html import Html
-from blendserve.report.plan_summary import Decode, SharedPrefix, describe_node
 from blendserve.report.svg import Axis, Chart
+from blendserve.simulator.plan_summary import Decode, SharedPrefix, describe_node
 
 MAX_LEVELS = 7
 MAX_RECTANGLES = 800

@@ -9,7 +9,6 @@ from blendserve.planner.sorting import FlatPrompts
 from blendserve.report.format import format_count, format_duration, format_number, format_share, plural
 from blendserve.report.html import Html, element, figure, grid, page, section, table, tiles
 from blendserve.report.icicle import icicle
-from blendserve.report.plan_summary import Decode, EndSummary
 from blendserve.report.plan_text import (
     POLICY_HEADERS,
     PREFIX_HEADERS,
@@ -23,6 +22,7 @@ from blendserve.report.plan_text import (
 from blendserve.report.series import Floats, log_histogram, means_along, spread_along
 from blendserve.report.svg import Axis, Chart
 from blendserve.report.timelines import busy_charts
+from blendserve.simulator.plan_summary import Decode, EndSummary
 
 _NUM_DENSITY_SLICES = 400
 _NUM_FILE_SLICES = 40

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blendserve.report.forecast import Forecasts
+from blendserve.planner.plan import Plan
 from blendserve.report.format import format_count, format_duration, format_figure, format_number, format_share, plural
-from blendserve.report.plan_summary import EndSummary, PlanSummary
+from blendserve.simulator.forecast import Forecasts
+from blendserve.simulator.plan_summary import EndSummary, PlanSummary
 
 LENGTHS_NOTE = (
     "Output lengths that no request fixes are assumed: half are under about 100 tokens, a few run to max_tokens; "
@@ -206,3 +207,16 @@ def _end(end: EndSummary) -> str:
         f"density {format_number(end.density)}: {plural(end.num_requests, 'request')} with a tenth of the work, "
         f"{end.mean_prompt_tokens:,.0f} prompt and {end.mean_output_tokens:,.0f} output tokens on average"
     )
+
+
+def assumption_notes(plan: Plan, num_output_tokens: int | None, borrowed_tokenizer: str | None) -> list[str]:
+    """Remarks on what was assumed for want of knowing it."""
+    notes = []
+    num_unknown = int((plan.table.known_output_tokens < 0).sum())
+    if num_unknown and num_output_tokens:
+        notes.append(f"Output lengths that no request fixes are taken as {num_output_tokens} tokens, or max_tokens.")
+    elif num_unknown:
+        notes.append(LENGTHS_NOTE)
+    if borrowed_tokenizer is not None:
+        notes.append(f"Tokens are counted with the tokenizer of {borrowed_tokenizer}.")
+    return notes

@@ -1,0 +1,20 @@
+"""The commands, what each is for, and their exit codes; `blendserve --help` needs no more of them."""
+
+from __future__ import annotations
+
+HELP_BY_COMMAND = {
+    "run": "answer every line of a batch file",
+    "check": "validate a batch file without running it",
+    "plan": "say what a batch file holds and how long it would take",
+    "simulate": "simulate how long a job would take on given hardware",
+    "calibrate": "measure this machine, so that plans fit it",
+    "models": "list cached models, or fetch one",
+}
+
+EXIT_CODES = {
+    0: "done; of `run`: every line has its row, an answer or an error",
+    1: "an error, which standard error tells; of `check`: a line has an error",
+    2: "the command line is not understood",
+    130: "stopped by Ctrl-C; the same command goes on",
+    143: "stopped by SIGTERM; the same command goes on",
+}

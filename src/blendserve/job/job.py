@@ -1,0 +1,96 @@
+"""One batch job as values: what to answer, where it stands, how it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blendserve.dialect.schema import ServedModel
+from blendserve.job.journal import JobIdentity
+from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
+
+
+@dataclass(frozen=True, slots=True)
+class BatchJob:
+    """What to answer, where to, by which model.
+
+    `model_identity` names the weights exactly (a path, a hash); `settings` holds every other setting that changes
+    answers, JSON values only. Order, threads and memory are none: they change time, not tokens. `capacity` is the
+    memory setting that error rows for want of memory depend on: another one tries those lines again.
+    """
+
+    input_path: Path
+    output_path: Path
+    served: ServedModel
+    model_identity: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    errors_path: Path | None = None
+    is_ordered: bool = False
+    is_fresh: bool = False
+    limits: ReadLimits = DEFAULT_LIMITS
+    capacity: int = 0
+
+    def identity(self, input_sha256: str) -> JobIdentity:
+        """All that the answers depend on, for an input of this hash."""
+        settings = {
+            **self.settings,
+            "model names": ", ".join(self.served.names),
+            "accepts_any_name": self.served.accepts_any_name,
+            "max_model_len": self.served.max_model_len,
+            "vocab_size": self.served.vocab_size,
+            "max_line_bytes": self.limits.max_line_bytes,
+            "max_line_requests": self.limits.max_line_requests,
+        }
+        return JobIdentity(input_sha256, self.model_identity, json.loads(json.dumps(settings)))
+
+
+@dataclass(slots=True)
+class JobProgress:
+    """Where a job stands.
+
+    `num_requests` and `num_done` count answers to valid lines (a line with `n` of 3 counts 3), those of earlier runs
+    included. Tokens are those of this run.
+    """
+
+    num_requests: int
+    num_done: int
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """How a job ended.
+
+    - `output_path`, `errors_path`: the files; `errors_path` is None when every line was answered.
+    - `num_lines`, `num_succeeded`, `num_failed`: lines of the input, rows of the output, rows of the error file.
+    - `errors_by_code`: how many error rows have each code.
+    - `served_model`, `requested_model`: the model that answered, and the one that the lines asked for, if any.
+    - `num_resumed`: requests that earlier runs had answered.
+    - `num_prompt_tokens`, `num_cached_tokens`, `num_output_tokens`: tokens of this run; cached ones are prompt tokens
+      that were not computed again.
+    - `was_complete`: an earlier run had finished the job, and this one did nothing.
+    - `notes`: sentences that the user should read.
+    """
+
+    output_path: str
+    errors_path: str | None
+    num_lines: int
+    num_succeeded: int
+    errors_by_code: Mapping[str, int]
+    served_model: str
+    requested_model: str | None
+    num_resumed: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    was_complete: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.errors_by_code.values())

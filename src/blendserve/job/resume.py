@@ -1,0 +1,121 @@
+"""What to do about what an earlier run of a job has left: a pure decision over values that others have read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal, why_another_job
+from blendserve.job.writer import JobPaths, OwnSizes, why_other_errors, why_taken
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What stands on the disk. `present_sizes`: bytes of the output file, the error file and the files that `seal`
+    names, by `JobPaths.name_of`; those that do not exist are left out.
+    """
+
+    seal: JournalSeal | None
+    header: JournalHeader | None
+    present_sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The job as it is asked for now. `identity` is None where nothing is recorded that it could be compared with."""
+
+    identity: JobIdentity | None
+    paths: JobPaths
+    capacity: int = 0
+    is_ordered: bool = False
+    is_fresh: bool = False
+
+
+class Start(NamedTuple):
+    """Begin anew, whatever the journal holds. Files of `own_sizes` are the job's own and may be replaced."""
+
+    own_sizes: OwnSizes
+
+
+class Continue(NamedTuple):
+    """Go on with the journal of `header`. `is_sealed`: it was finished, with lines that need more memory.
+    `tries_again`: rows that came of another amount of memory are taken back.
+    """
+
+    header: JournalHeader
+    is_sealed: bool
+    tries_again: bool
+
+
+class Done(NamedTuple):
+    """An earlier run has finished the job; `report` is its report."""
+
+    report: Mapping[str, Any]
+
+
+class Refuse(NamedTuple):
+    """The user must decide; `message` says between what."""
+
+    message: str
+
+
+Decision = Start | Continue | Done | Refuse
+
+
+def decide(recorded: Recorded, wanted: Wanted) -> Decision:
+    """Say what a run of `wanted` does first. Mutates nothing."""
+    if wanted.is_fresh:
+        return Start(_in_lists(recorded.present_sizes))
+    own_sizes: OwnSizes = {}
+    is_sealed = False
+    if recorded.seal is not None:
+        decision = _decide_sealed(recorded.seal, recorded.present_sizes, wanted)
+        if decision is not None:
+            return decision
+        own_sizes = _in_lists(recorded.seal.file_sizes)
+        is_sealed = wanted.paths.name_of(wanted.paths.output) in recorded.present_sizes
+    header = recorded.header if recorded.seal is None or is_sealed else None
+    if header is not None:
+        if (reason := _why_another(header, wanted)) is not None:
+            return Refuse(reason)
+        own_sizes = {**own_sizes, **header.own_sizes}
+    if (reason := why_taken(wanted.paths, recorded.present_sizes, own_sizes)) is not None:
+        return Refuse(reason)
+    if header is None:
+        return Start(own_sizes)
+    tries_again = header.capacity != wanted.capacity
+    return Continue(replace(header, own_sizes=own_sizes, capacity=wanted.capacity), is_sealed, tries_again)
+
+
+def _decide_sealed(seal: JournalSeal, present_sizes: Mapping[str, int], wanted: Wanted) -> Decision | None:
+    """About a finished job: None where its output is gone or some of its lines may be tried again."""
+    if (reason := _why_another(seal, wanted)) is not None:
+        return Refuse(reason)
+    output = wanted.paths.output
+    if wanted.paths.name_of(output) not in present_sizes:
+        return None
+    for name, size in seal.file_sizes.items():
+        if present_sizes.get(name, size) != size:
+            changed = wanted.paths.path_of(name)
+            return Refuse(
+                f"this job is complete, but {changed} was changed since; move it away, or run again with --fresh"
+            )
+    if wanted.is_ordered and not seal.is_ordered:
+        return Refuse(
+            f"this job is complete, but {output} is in the order in which lines finished; run again with --ordered "
+            "--fresh"
+        )
+    has_reason_to_retry = seal.num_retriable > 0 and seal.capacity != wanted.capacity
+    return None if has_reason_to_retry else Done(seal.report)
+
+
+def _why_another(recorded: JournalHeader | JournalSeal, wanted: Wanted) -> str | None:
+    assert wanted.identity is not None, "something is recorded, and nothing to compare it with"
+    return why_another_job(recorded.identity, wanted.identity, wanted.paths.journal) or why_other_errors(
+        wanted.paths, recorded.errors_name
+    )
+
+
+def _in_lists(sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    return {name: [size] for name, size in sizes.items()}

@@ -1,0 +1,108 @@
+"""One replica on a machine, as simulations see it: a GPU by its datasheet, or this machine as it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from blendserve.config import EngineConfig
+from blendserve.costs.hardware import HardwareSpec, kv_capacity_bytes
+from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.step_cost import NANOFLOW, SEQUENTIAL, Interference, StepCost, gpu_step_cost
+from blendserve.costs.stored_calibration import calibration_path, load_calibration
+from blendserve.engine.limits import MAX_KV_SHARE
+from blendserve.errors import CapacityError, ConfigError
+from blendserve.host import cache_dir
+from blendserve.models.spec import ModelSpec
+
+EngineKind = Literal["overlapped", "sequential"]
+ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
+INTERFERENCE_BY_ENGINE = {"overlapped": NANOFLOW, "sequential": SEQUENTIAL}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One replica: its step cost, the KV tokens it holds, and the limits of a step (NanoFlow's dense batch of 2048).
+
+    `overlap` is how well the hardware overlaps at its best, which bounds rest on; `cost.interference` is the engine's.
+    """
+
+    hardware: HardwareSpec
+    model: ModelCost
+    tensor_parallel: int
+    cost: StepCost
+    capacity_tokens: int
+    overlap: Interference = NANOFLOW
+    max_num_seqs: int = 2048
+    max_num_batched_tokens: int = 2048
+
+    def shrunk(self, factor: float) -> Machine:
+        """The same machine with `factor` of its KV memory, step constants and batch: small jobs keep large ones' shape.
+
+        A job of factor^2 of the requests, with videos of factor of the length, has `factor` of the steps, and the same
+        ratio of its longest request to all steps. Rates per token stay.
+        """
+        cost = replace(
+            self.cost,
+            weight_floor_s=self.cost.weight_floor_s * factor,
+            constant_s=self.cost.constant_s * factor,
+        )
+        return replace(
+            self,
+            cost=cost,
+            capacity_tokens=int(self.capacity_tokens * factor),
+            max_num_seqs=max(16, int(self.max_num_seqs * factor)),
+            max_num_batched_tokens=max(16, int(self.max_num_batched_tokens * factor)),
+        )
+
+
+def gpu_machine(
+    hardware: HardwareSpec,
+    spec: ModelSpec | ModelCost,
+    *,
+    engine: EngineKind = "overlapped",
+    tensor_parallel: int = 1,
+    has_prefill_attention: bool = False,
+) -> Machine:
+    """A replica of a model on GPUs. Raises: ConfigError for an unknown engine kind; CapacityError when weights do not
+    fit."""
+    if engine not in INTERFERENCE_BY_ENGINE:
+        raise ConfigError(f"unknown engine kind {engine!r}; known: {', '.join(INTERFERENCE_BY_ENGINE)}")
+    model = spec if isinstance(spec, ModelCost) else ModelCost.from_spec(spec)
+    cost = gpu_step_cost(
+        model,
+        hardware,
+        tensor_parallel=tensor_parallel,
+        interference=INTERFERENCE_BY_ENGINE[engine],
+        has_prefill_attention=has_prefill_attention,
+    )
+    capacity = kv_capacity_bytes(model, hardware, tensor_parallel=tensor_parallel)
+    return Machine(hardware, model, tensor_parallel, cost, int(capacity / model.kv_bytes_per_token))
+
+
+def is_calibrated() -> bool:
+    """Is there a calibration of this machine?"""
+    return calibration_path(cache_dir(), "bf16").is_file()
+
+
+def this_machine(spec: ModelSpec, engine: EngineKind = "overlapped") -> Machine:
+    """The machine as it was measured, with the KV memory and the limit on requests that `blendserve run` would take."""
+    calibration = load_calibration(cache_dir())
+    model = ModelCost.from_spec(spec)
+    max_num_seqs = EngineConfig().max_num_seqs
+    cost = calibration.step_cost(model)
+    usable = calibration.memory_bytes - model.weight_bytes
+    if usable <= 0:
+        raise CapacityError(
+            f"{spec.name} has {model.weight_bytes / 1e9:.1f} GB of weights, this machine "
+            f"{calibration.memory_bytes / 1e9:.1f} GB of memory: name a smaller model or other hardware"
+        )
+    return Machine(
+        hardware=calibration.hardware(),
+        model=model,
+        tensor_parallel=1,
+        cost=replace(cost, interference=SEQUENTIAL) if engine == "sequential" else cost,
+        capacity_tokens=min(int(usable * MAX_KV_SHARE / model.kv_bytes_per_token), max_num_seqs * spec.max_position),
+        overlap=cost.interference,
+        max_num_seqs=max_num_seqs,
+    )

@@ -1,0 +1,88 @@
+"""Every script in examples/ runs, on a tiny model or on the fakes that ship with the package."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from batch_fakes import batch_line, read_rows, write_lines
+from tiny_files import tiny_directory
+
+from blendserve.engines.http.fake_server import serving
+from blendserve.engines.vllm import engine as vllm_engine
+from blendserve.engines.vllm.fake import FakeVllm
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NUM_LINES = 12
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "in.jsonl", [batch_line(f"r{number}") for number in range(NUM_LINES)])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_directory(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def answered(output: Path) -> list[str]:
+    rows = read_rows(output)
+    assert all(row["response"]["status_code"] == 200 for row in rows)
+    return [row["custom_id"] for row in rows]
+
+
+def test_native(
+    source: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "run_native.py", source, tmp_path / "out.jsonl", tiny)
+    assert answered(tmp_path / "out.jsonl") == [f"r{number}" for number in range(NUM_LINES)]
+    printed = capsys.readouterr()
+    assert f"{NUM_LINES} answers, 0 errors" in printed.out
+    assert f"{NUM_LINES} of {NUM_LINES} requests" in printed.err
+
+
+def test_vllm(
+    source: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeVllm()
+    monkeypatch.setattr(vllm_engine, "InstalledVllm", lambda: fake)
+    monkeypatch.setattr(vllm_engine, "prepare_environment", lambda *_: None)
+    run(monkeypatch, "run_vllm.py", source, tmp_path / "out.jsonl", tiny)
+    assert len(answered(tmp_path / "out.jsonl")) == NUM_LINES
+    assert "prefix hits" in capsys.readouterr().out
+    (arguments,) = fake.opened
+    assert arguments["gpu_memory_utilization"] == 0.9
+    assert fake.engines[0].is_closed
+
+
+def test_http(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving() as server:
+        run(monkeypatch, "run_http.py", source, tmp_path / "out.jsonl", server.base_url)
+    assert len(answered(tmp_path / "out.jsonl")) == NUM_LINES
+    assert f"{NUM_LINES} requests sent to {server.base_url}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_replicas(
+    source: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>=2.50'")
+    run(monkeypatch, "run_replicas.py", source, tmp_path / "out.jsonl", tiny)
+    assert len(answered(tmp_path / "out.jsonl")) == NUM_LINES
+    assert "2 replicas: planned load even" in capsys.readouterr().out
+
+
+def test_no_example_is_left_out() -> None:
+    scripts = {path.stem.removeprefix("run_") for path in EXAMPLES.glob("*.py")}
+    assert scripts == {"native", "vllm", "http", "replicas"}
+    assert all(f"test_{name}" in globals() for name in scripts)
