@@ -21,15 +21,16 @@ from typing import NamedTuple
 import numpy as np
 from common import print_header, table
 
-from blendserve.calibration import Calibration
 from blendserve.config import BYTES_PER_WEIGHT
-from blendserve.cost import ModelCost
-from blendserve.hardware import SEQUENTIAL, Interference
+from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.step_cost import SEQUENTIAL, Interference
+from blendserve.costs.stored_calibration import Calibration
 from blendserve.models.known import SMOLLM2_135M
 from blendserve.planner.policies import POLICY_NAMES
-from blendserve.simulate import Machine, simulate
-from blendserve.workloads.knowledge import SAMPLED
-from blendserve.workloads.workload import Workload
+from blendserve.simulator.machine import Machine
+from blendserve.simulator.simulate import simulate
+from blendserve.simulator.workloads.knowledge import SAMPLED
+from blendserve.simulator.workloads.workload import Workload
 
 RATES = Calibration(
     machine="2 cores of AMD EPYC (Zen 4)",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_pool import MIXES, Case, details, figures_of, gains, machine_of, summary, workload_of
 
-from blendserve.workloads.source import prefix_tree
+from blendserve.simulator.workloads.source import prefix_tree
 
 
 @pytest.mark.parametrize("name", MIXES)
