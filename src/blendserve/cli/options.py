@@ -80,13 +80,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """What a file may ask for."""
-    group = parser.add_argument_group("reading", "a small file can ask for a lot of work; these bound it")
+    group = parser.add_argument_group("reading", "limits on the work that a file may ask for")
     group.add_argument(
         "--max-requests",
         type=positive_integer,
         default=DEFAULT_MAX_REQUESTS,
         metavar="N",
-        help="most answers that the file may ask for, n and lists of prompts counted "
+        help="most answers that the whole file may ask for; n and lists of prompts count "
         f"(default: {DEFAULT_MAX_REQUESTS})",
     )
     group.add_argument(
@@ -94,7 +94,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         type=positive_integer,
         default=DEFAULT_MAX_LINE_REQUESTS,
         metavar="N",
-        help=f"most answers that one line may ask for; others become error rows (default: {DEFAULT_MAX_LINE_REQUESTS})",
+        help="most answers that one line may ask for; a line that asks for more becomes an error row (default: "
+        f"{DEFAULT_MAX_LINE_REQUESTS})",
     )
 
 

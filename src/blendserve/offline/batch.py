@@ -39,7 +39,7 @@ def run_batch(
     limits: ReadLimits = DEFAULT_LIMITS,
     on_progress: Callable[[JobProgress], None] | None = None,
 ) -> JobReport:
-    """Answer every line of an OpenAI Batch file and write the answers to `output`.
+    """Answer every line of the OpenAI Batch file `input`, and write the answers to `output`.
 
     - `errors`: the file for lines that cannot be answered. None: OUT.errors.jsonl beside OUT.jsonl. Without such lines
       there is no file.
