@@ -14,7 +14,7 @@ import pytest
 from blendserve.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/engines.md", "docs/replicas.md", "examples/README.md")
+PAGES = ("README.md", "examples/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 EXAMPLE = ROOT / "examples" / "mixed.jsonl"
 
 
@@ -23,7 +23,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for line in (ROOT / page).read_text().splitlines():
-            match = re.match(r"    (?:.*&& )?(?:\.venv/bin/)?(blendserve .*)", line)
+            match = re.match(r"    (?:.*&& )? *(?:\.venv/bin/)?(blendserve [a-z].*)", line)
             if match:
                 found.append((page, match.group(1)))
     return found
