@@ -97,7 +97,7 @@ def neutral_table() -> str:
         places = [where for where, of in (("chat", chat), ("completions", completions)) if name in of]
         values = chat.get(name, completions.get(name, ()))
         rows.append((f"`{name}`", _where(places), " or ".join(f"`{json.dumps(value)}`" for value in values) or "none"))
-    return _table(("parameter", "endpoint", "accepted value"), rows)
+    return _table(("parameter", "endpoint", "accepted value besides `null`"), rows)
 
 
 def ignored_list() -> str:
