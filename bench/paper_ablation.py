@@ -10,6 +10,7 @@ from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s, Policy, SchedulerView
 from blendserve.planner.blend import BlendPolicy
 from blendserve.planner.forecast import KvForecast
+from blendserve.planner.memory_gate import MemoryGate
 from blendserve.planner.plan import Plan
 from blendserve.planner.schedule import Schedule
 
@@ -20,8 +21,8 @@ DENSE_SHARE = 0.99
 class WithoutBalance(BlendPolicy):
     """Every step is filled up, whatever it reads."""
 
-    def _begin_step(self, view: SchedulerView) -> None:
-        super()._begin_step(view)
+    def _look(self, view: SchedulerView) -> None:
+        super()._look(view)
         self._budget = view.max_num_batched_tokens
 
 
@@ -49,7 +50,7 @@ class WithoutForecast(BlendPolicy):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._all, self._memory_end = AverageLoad(), AverageLoad()
+        self._gate = MemoryGate(self._learner.lengths, AverageLoad)
 
 
 class ShortestFirst(BlendPolicy):
@@ -57,13 +58,13 @@ class ShortestFirst(BlendPolicy):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._scanner.reorder(turned(self._schedule))
+        self._scanner.reorder(turned(plan.schedule))
 
     def _replan(self, view: SchedulerView) -> None:
-        before = self._schedule
+        before = self._learner.schedule
         super()._replan(view)
-        if self._schedule is not before:
-            self._scanner.reorder(turned(self._schedule))
+        if self._learner.schedule is not before:
+            self._scanner.reorder(turned(self._learner.schedule))
 
 
 def turned(schedule: Schedule) -> Int64s:

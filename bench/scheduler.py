@@ -22,7 +22,7 @@ from blendserve.costs.model_cost import CostModel
 from blendserve.engine.fake import FakeSimulator, FifoPolicy
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import PlannedRequests
-from blendserve.planner.base import RequestTable
+from blendserve.planner.base import Proposal, RequestTable, SchedulerView
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.policies import make_policy
 from blendserve.planner.tree import PrefixTree
@@ -62,9 +62,9 @@ class TokenSimulator(FakeSimulator):
 class FrugalFifo(FifoPolicy):
     """Keeps 5% of the memory for growth, and knows that only the system prefix is used again."""
 
-    def next(self, view: object) -> int | None:
-        free, capacity = view.free_tokens, view.capacity_tokens  # type: ignore[attr-defined]
-        return super().next(view) if free > capacity // 20 or capacity == free else None  # type: ignore[arg-type]
+    def next(self, view: SchedulerView) -> Proposal | None:
+        free, capacity = view.free_tokens, view.capacity_tokens
+        return super().next(view) if free > capacity // 20 or capacity == free else None
 
     def next_use(self, key: Hashable) -> float:
         return 0.0 if isinstance(key, int) and key < 4 else float("inf")

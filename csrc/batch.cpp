@@ -31,14 +31,27 @@ void require(bool condition, const char* what, int64_t actual, int64_t limit) {
                               "; the executor was made for " + std::to_string(limit));
 }
 
+void require_at_least(const char* what, int64_t actual, int64_t least) {
+  if (actual >= least) return;
+  throw std::invalid_argument(std::string("a step's ") + what + " is " + std::to_string(actual) + "; it must be " +
+                              std::to_string(least) + " or more");
+}
+
+void check_tokens(const StepInput& input, int64_t slot, int64_t begin, int64_t end, int64_t vocab_size) {
+  const int32_t* tokens = input.token_ids + slot * input.token_stride;
+  for (int64_t i = begin; i < end; ++i) {
+    require(tokens[i] >= 0 && tokens[i] < vocab_size, "token id", tokens[i], vocab_size);
+  }
+}
+
 void check_entry(const StepInput& input, const BatchLimits& limits, size_t at) {
   const int64_t slot = input.slots[at];
   const int64_t num_tokens = input.num_scheduled_tokens[at];
   const int64_t first = input.num_computed_tokens[at];
   const int64_t end = first + num_tokens;
   require(slot >= 0 && slot < input.num_slots, "slot", slot, input.num_slots);
-  require(num_tokens >= 1, "number of scheduled tokens of an entry", num_tokens, 1);
-  require(first >= 0, "number of computed tokens of an entry", first, 0);
+  require_at_least("number of scheduled tokens of an entry", num_tokens, 1);
+  require_at_least("number of computed tokens of an entry", first, 0);
   require(end <= limits.max_model_len, "sequence length", end, limits.max_model_len);
   require(end <= input.token_stride, "sequence length", end, input.token_stride);
   const int64_t num_blocks = div_up(end, kBlockSize);
@@ -47,16 +60,14 @@ void check_entry(const StepInput& input, const BatchLimits& limits, size_t at) {
   for (int64_t b = 0; b < num_blocks; ++b) {
     require(blocks[b] >= 0 && blocks[b] < limits.num_blocks, "block number", blocks[b], limits.num_blocks);
   }
-  const int32_t* tokens = input.token_ids + slot * input.token_stride;
-  for (int64_t i = first; i < end; ++i) {
-    require(tokens[i] >= 0 && tokens[i] < limits.vocab_size, "token id", tokens[i], limits.vocab_size);
-  }
+  check_tokens(input, slot, first, end, limits.vocab_size);
 }
 
 }  // namespace
 
 void check_plan(const StepInput& input, const BatchLimits& limits) {
   const auto num_entries = static_cast<int64_t>(input.slots.size());
+  require_at_least("number of sequences", num_entries, 1);
   require(num_entries <= limits.max_num_seqs, "number of sequences", num_entries, limits.max_num_seqs);
   int64_t num_rows = 0;
   for (size_t at = 0; at < input.slots.size(); ++at) {
@@ -64,6 +75,10 @@ void check_plan(const StepInput& input, const BatchLimits& limits) {
     num_rows += input.num_scheduled_tokens[at];
     require(num_rows <= limits.max_num_batched_tokens, "number of tokens", num_rows, limits.max_num_batched_tokens);
   }
+}
+
+void check_computed_tokens(const StepInput& input, size_t at, int64_t vocab_size) {
+  check_tokens(input, input.slots[at], 0, input.num_computed_tokens[at], vocab_size);
 }
 
 Batch::Batch(const BatchLimits& limits, const AttentionCut& cut)

@@ -41,6 +41,9 @@ struct BatchLimits {
 // Throws std::invalid_argument where the plan does not fit the limits.
 void check_plan(const StepInput& input, const BatchLimits& limits);
 
+// Throws std::invalid_argument where a token before those that entry `at` of a checked plan is scheduled for is none.
+void check_computed_tokens(const StepInput& input, size_t at, int64_t vocab_size);
+
 // What attention needs of the model and the machine in order to cut tiles.
 struct AttentionCut {
   int64_t num_kv_heads;

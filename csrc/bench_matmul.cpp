@@ -238,11 +238,13 @@ int run(const Options& options) {
       // Copies that exceed the last-level cache, as a step over many layers does.
       const std::vector<float> weights = random_floats(shape.n * shape.k);
       std::vector<std::vector<PackedMatrix>> copies(options.dtypes.size());
+      WeightMemory memory;
       const int64_t num_copies = std::max<int64_t>(1, (int64_t{96} << 20) / shape.weight_bytes());
       for (size_t i = 0; i < copies.size(); ++i) {
         const MatmulFormat format(options.isa, options.dtypes[i]);
         const int64_t count = format.dtype == Dtype::kInt8 ? 2 * num_copies : num_copies;
-        for (int64_t n = 0; n < count; ++n) copies[i].emplace_back(format, std::span(weights), shape.n, shape.k);
+        for (int64_t n = 0; n < count; ++n)
+          copies[i].emplace_back(format, std::span(weights), shape.n, shape.k, &memory);
       }
       measure(options, team, shape, copies);
     }

@@ -41,12 +41,12 @@ std::vector<float> copy(const std::optional<Vector>& vector) { return vector ? c
 // Weights on their way from files to a model, packed layer by layer so that float32 copies never add up.
 class WeightLoader {
  public:
-  WeightLoader(std::string_view isa, std::string_view dtype, size_t num_layers)
+  WeightLoader(std::string_view isa, std::string_view dtype, int64_t num_layers)
       : format_(isa_from_name(isa), dtype_from_name(dtype)) {
     if (!is_supported(format_.isa)) {
       throw std::invalid_argument("this processor has no " + std::string(isa) + "; use 'auto'");
     }
-    weights_.layers.resize(num_layers);
+    weights_.layers.resize(static_cast<size_t>(checked_num_layers(num_layers)));
   }
 
   void set_layer(size_t index, const Matrix& qkv, const Matrix& output, const Matrix& gate_up, const Matrix& down,
@@ -83,12 +83,14 @@ class WeightLoader {
   ModelWeights take() { return std::exchange(weights_, {}); }
 
  private:
-  PackedMatrix pack(const Matrix& matrix) const {
+  PackedMatrix pack(const Matrix& matrix) {
     nb::gil_scoped_release release;
-    return {format_, view(matrix), static_cast<int64_t>(matrix.shape(0)), static_cast<int64_t>(matrix.shape(1))};
+    return {format_, view(matrix), static_cast<int64_t>(matrix.shape(0)), static_cast<int64_t>(matrix.shape(1)),
+            &memory_};
   }
 
   MatmulFormat format_;
+  WeightMemory memory_;
   ModelWeights weights_;
 };
 
@@ -182,15 +184,35 @@ std::vector<std::string> op_names() {
   return names;
 }
 
+// What OverlapOptions are where nothing else is known of a machine.
+nb::dict default_overlap() {
+  constexpr OverlapOptions kDefault;
+  nb::dict result;
+  result["chunk_bytes"] = kDefault.chunk_bytes;
+  result["tile_flop"] = kDefault.tile_flop;
+  result["step_bytes"] = kDefault.step_bytes;
+  result["memory_lanes"] = kDefault.memory_lanes;
+  result["gemm_flop_per_s"] = kDefault.gemm_flop_per_s;
+  result["attention_flop_per_s"] = kDefault.attention_flop_per_s;
+  result["kv_bytes_per_s"] = kDefault.kv_bytes_per_s;
+  result["weight_bytes_per_s"] = kDefault.weight_bytes_per_s;
+  result["compute_delay"] = kDefault.compute_delay;
+  result["memory_delay"] = kDefault.memory_delay;
+  return result;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+  m.attr("BLOCK_SIZE") = kBlockSize;
+  m.attr("DEFAULT_OVERLAP") = default_overlap();
+
   m.def("best_isa", [] { return std::string(isa_name(best_isa())); });
   m.def("op_names", &op_names);
   m.def("is_supported", [](std::string_view name) { return is_supported(isa_from_name(name)); }, nb::arg("isa"));
 
   nb::class_<WeightLoader>(m, "WeightLoader")
-      .def(nb::init<std::string_view, std::string_view, size_t>(), nb::arg("isa"), nb::arg("dtype"),
+      .def(nb::init<std::string_view, std::string_view, int64_t>(), nb::arg("isa"), nb::arg("dtype"),
            nb::arg("num_layers"))
       .def("set_layer", &WeightLoader::set_layer, nb::arg("index"), nb::kw_only(), nb::arg("qkv"), nb::arg("output"),
            nb::arg("gate_up"), nb::arg("down"), nb::arg("input_norm"), nb::arg("post_attention_norm"),

@@ -1,6 +1,8 @@
 #include "overlap.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace blendserve {
 namespace {
@@ -10,6 +12,14 @@ namespace {
 constexpr double kMargin = 0.01;
 
 }  // namespace
+
+void check_overlap(const OverlapOptions& options) {
+  const bool is_step_fit = options.step_bytes >= 1 && options.step_bytes <= 64;
+  if (options.chunk_bytes >= 1 && options.tile_flop >= 1 && is_step_fit) return;
+  throw std::invalid_argument("overlap needs chunk_bytes, tile_flop and step_bytes (at most 64) of 1 or more; got " +
+                              std::to_string(options.chunk_bytes) + ", " + std::to_string(options.tile_flop) + " and " +
+                              std::to_string(options.step_bytes));
+}
 
 bool overlap_pays(const StepWork& work, const WorkRates& rates, const OverlapOptions& options) {
   if (options.mode == OverlapMode::kOff || work.num_rows < 2) return false;

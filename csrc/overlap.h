@@ -38,6 +38,9 @@ struct WorkRates {
   double weight_bytes;
 };
 
+// Throws std::invalid_argument for sizes of nothing.
+void check_overlap(const OverlapOptions& options);
+
 bool overlap_pays(const StepWork& work, const WorkRates& rates, const OverlapOptions& options);
 
 }  // namespace blendserve

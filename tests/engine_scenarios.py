@@ -11,7 +11,7 @@ from blendserve.config import EngineConfig
 from blendserve.engine.fake import FakeExecutor
 from blendserve.engine.keys import block_keys
 from blendserve.engine.loop import EngineLoop
-from blendserve.planner.base import Policy, SchedulerView
+from blendserve.planner.base import Policy, Proposal, SchedulerView, StepBudget
 from blendserve.request import Request, SamplingParams, SequenceOutput
 
 BLOCK_SIZE = 4
@@ -65,17 +65,17 @@ class PlannedPolicy:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def next(self, view: SchedulerView) -> int | None:
-        if not self._waiting or (len(view.request_index) and self._random.random() < 0.1):
+    def next(self, view: SchedulerView) -> Proposal | None:
+        if not self._waiting or (view.num_running and self._random.random() < 0.1):
             return None
-        return self._waiting[0]
+        return Proposal(self._waiting[0])
 
-    def prefill_tokens(self, view: SchedulerView) -> int:  # noqa: ARG002
-        return self._random.choice(self._budgets)
+    def admitted(self, proposal: Proposal, num_cached_tokens: int) -> None:  # noqa: ARG002
+        assert self._waiting.pop(0) == proposal.index
+        self.log.append(("admitted", proposal.index))
 
-    def admitted(self, index: int, num_cached_tokens: int) -> None:  # noqa: ARG002
-        assert self._waiting.pop(0) == index
-        self.log.append(("admitted", index))
+    def begin_step(self, view: SchedulerView, num_steps: int) -> StepBudget:  # noqa: ARG002
+        return StepBudget(self._random.choice(self._budgets))
 
     def finished(self, index: int, num_output_tokens: int) -> None:  # noqa: ARG002
         self.log.append(("finished", index))

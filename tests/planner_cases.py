@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from oracles import Prompt
 
 from blendserve.costs.model_cost import CostModel
-from blendserve.planner.base import Int64s, Policy, RequestTable
+from blendserve.planner.base import EngineLimits, Int64s, Policy, RequestTable, SchedulerView, scheduler_view
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.tree import PrefixTree
 
@@ -76,21 +76,10 @@ class TinyEngine:
     def free_tokens(self) -> int:
         return self.capacity_tokens - sum(self.prompts[row[0]] + row[2] for row in self.rows)
 
-    @property
-    def request_index(self) -> Int64s:
-        return self._column(0)
-
-    @property
-    def num_prompt_tokens(self) -> Int64s:
-        return ranges([self.prompts[row[0]] for row in self.rows])
-
-    @property
-    def num_computed_tokens(self) -> Int64s:
-        return self._column(1)
-
-    @property
-    def num_output_tokens(self) -> Int64s:
-        return self._column(2)
+    def view(self) -> SchedulerView:
+        columns = [self._column(0), [self.prompts[row[0]] for row in self.rows], self._column(1), self._column(2)]
+        limits = EngineLimits(self.capacity_tokens, self.max_num_seqs, self.max_num_batched_tokens)
+        return scheduler_view(limits, self.free_tokens, np.array(columns, dtype=np.int64))
 
     def _column(self, number: int) -> NDArray[np.int64]:
         return ranges([row[number] for row in self.rows])
@@ -114,18 +103,19 @@ class TinyEngine:
             self.policy.preempted(request, outputs)
 
     def _admit(self, kept: dict[int, int]) -> None:
-        while len(self.rows) < self.max_num_seqs and (request := self.policy.next(self)) is not None:
-            assert self.policy.next(self) == request, "another proposal before the first was confirmed"
+        while len(self.rows) < self.max_num_seqs and (proposal := self.policy.next(self.view())) is not None:
+            assert self.policy.next(self.view()) == proposal, "another proposal before the first was confirmed"
+            request = proposal.index
             outputs = kept.get(request, 0)
             if self.rows and self.prompts[request] + outputs + len(self.rows) + 1 > self.free_tokens:
                 return
             kept.pop(request, None)
             self.rows.append([request, 0, outputs])
             self.admissions.append(request)
-            self.policy.admitted(request, 0)
+            self.policy.admitted(proposal, 0)
 
     def _step(self) -> None:
-        left = self.policy.prefill_tokens(self)
+        left = self.policy.begin_step(self.view(), num_steps=1).num_prefill_tokens
         self.schedule.append((left, [row[0] for row in self.rows]))
         decodes = [row for row in self.rows if row[1] >= self._size(row) - 1 and row[2] > 0]
         if not decodes:

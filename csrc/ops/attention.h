@@ -32,6 +32,7 @@ struct AttentionTile {
   const uint16_t* cache;  // KvCache::head of the layer and KV head
   int64_t block_stride;
   const int32_t* block_table;
+  KvDtype kv_dtype = KvDtype::kBf16;  // of the cache
 };
 
 // How many tokens a tile should have: enough query rows to reuse each load of keys and values about 8 times.

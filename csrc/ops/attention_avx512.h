@@ -19,10 +19,10 @@ constexpr int kLanes = 16;   // tokens of a block and of a vector
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -3.40282347e38f;  // a score that was not seen; finite, so that lowest - lowest is 0
 
-// 2^x for x <= 0; 2^-126 below -126, NaN for NaN, 2^0 is 1 with the fifth degree. x = n + f with |f| <= 1/2; the
+// 2^x for x < 128; 2^-126 below -126, NaN for NaN, 2^0 is 1 with the fifth degree. x = n + f with |f| <= 1/2; the
 // polynomial in f is fitted to 2e-7 relative (kDegree 5) or 7.5e-5 (3), where the result is rounded to bf16.
 template <int kDegree>
-BLENDSERVE_INLINE __m512 exp2_below_zero(__m512 x) {
+BLENDSERVE_INLINE __m512 exp2(__m512 x) {
   const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);     // a NaN in x stays
   const __m512 shifted = _mm512_add_ps(x, magic);
@@ -67,10 +67,10 @@ BLENDSERVE_INLINE __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << (count < 0 ? 0 : count > kLanes ? kLanes : count)) - 1u);
 }
 
-// Raises the largest score of kRows rows to that of the chunk and returns the factors for what was summed before, which
-// `decay` gets too. Of row r the first visible[r] tokens count; the others' scores become kLowest.
+// Raises the largest score of kRows rows to that of the chunk, and leaves a copy in `lanes`; `decay` gets the factors
+// for what was summed before. Of row r the first visible[r] tokens count; the others' scores become kLowest.
 template <int kRows, bool kMasked>
-BLENDSERVE_INLINE void raise_max(float* scores, const int64_t* visible, float* max, float* decay) {
+BLENDSERVE_INLINE void raise_max(float* scores, const int64_t* visible, float* max, float* lanes, float* decay) {
   __m512 largest[kMaxRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -90,10 +90,9 @@ BLENDSERVE_INLINE void raise_max(float* scores, const int64_t* visible, float* m
   for (int r = kRows; r < kMaxRows; ++r) largest[r] = largest[kRows - 1];
   const __m512 old_max = _mm512_castps256_ps512(_mm256_loadu_ps(max));
   const __m512 new_max = _mm512_max_ps(old_max, largest_lanes(largest));
-  alignas(32) float lanes[kMaxRows];
   _mm256_store_ps(lanes, _mm512_castps512_ps256(new_max));
   __builtin_memcpy(max, lanes, kRows * sizeof(float));
-  _mm256_store_ps(decay, _mm512_castps512_ps256(exp2_below_zero<5>(_mm512_sub_ps(old_max, new_max))));
+  _mm256_store_ps(decay, _mm512_castps512_ps256(exp2<5>(_mm512_sub_ps(old_max, new_max))));
 }
 
 // The sum of all lanes, in one fixed tree.
@@ -109,8 +108,8 @@ BLENDSERVE_INLINE float sum_of_lanes(const float* lanes) {
 BLENDSERVE_INLINE void merge_base2_row(Softmax total, Softmax part, int64_t head_dim) {
   const __m512 old_max = _mm512_set1_ps(*total.max), part_max = _mm512_set1_ps(*part.max);
   const __m512 new_max = _mm512_max_ps(old_max, part_max);
-  const __m512 keep = exp2_below_zero<5>(_mm512_sub_ps(old_max, new_max));
-  const __m512 add = exp2_below_zero<5>(_mm512_sub_ps(part_max, new_max));
+  const __m512 keep = exp2<5>(_mm512_sub_ps(old_max, new_max));
+  const __m512 add = exp2<5>(_mm512_sub_ps(part_max, new_max));
   const auto merge = [&](float* to, const float* from) __attribute__((always_inline)) {
     _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(from), add, _mm512_mul_ps(_mm512_loadu_ps(to), keep)));
   };
@@ -119,8 +118,9 @@ BLENDSERVE_INLINE void merge_base2_row(Softmax total, Softmax part, int64_t head
   for (int64_t i = 0; i < head_dim; i += kLanes) merge(total.out + i, part.out + i);
 }
 
-BLENDSERVE_INLINE void write_base2_row(Softmax row, int64_t head_dim, float* to) {
-  const __m512 inverse = _mm512_set1_ps(1.0f / sum_of_lanes(row.sum));
+// to = row.out over its sum and over `divisor`, a power of two.
+BLENDSERVE_INLINE void write_base2_row(Softmax row, int64_t head_dim, float divisor, float* to) {
+  const __m512 inverse = _mm512_set1_ps(1.0f / (sum_of_lanes(row.sum) * divisor));
   // + 0: a masked token's 0 * value may have turned a -0 into 0, depending on the tile; here all zeros become +0.
   for (int64_t i = 0; i < head_dim; i += kLanes) {
     _mm512_storeu_ps(to + i, _mm512_fmadd_ps(_mm512_loadu_ps(row.out + i), inverse, _mm512_setzero_ps()));

@@ -68,11 +68,12 @@ void add_scores(const uint16_t* q, int64_t q_stride, int64_t head_dim, const Chu
 // Scores become weights relative to the new largest score.
 template <int kRows, bool kMasked>
 void weigh(float* scores, const int64_t* visible, Softmax softmax, float* decay, uint16_t* weights) {
-  raise_max<kRows, kMasked>(scores, visible, softmax.max, decay);
+  alignas(32) float lanes[kMaxRows];
+  raise_max<kRows, kMasked>(scores, visible, softmax.max, lanes, decay);
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const __m512 max = _mm512_set1_ps(softmax.max[r]);
+    const __m512 max = _mm512_set1_ps(lanes[r]);
     float* sums = softmax.sum + r * kLanes;
     __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(decay[r]));
 #pragma GCC unroll 2
@@ -81,7 +82,7 @@ void weigh(float* scores, const int64_t* visible, Softmax softmax, float* decay,
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         const int v = 2 * half + i;
-        weight[i] = exp2_below_zero<3>(_mm512_sub_ps(_mm512_load_ps(scores + r * kChunkTokens + v * kLanes), max));
+        weight[i] = exp2<3>(_mm512_sub_ps(_mm512_load_ps(scores + r * kChunkTokens + v * kLanes), max));
         if constexpr (kMasked) weight[i] = _mm512_maskz_mov_ps(first_lanes(visible[r] - v * kLanes), weight[i]);
       }
       const __m512bh pairs = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
@@ -217,6 +218,9 @@ struct Kernel {
     return {reinterpret_cast<uint16_t*>(take(memory, num_rows * head_dim / 2)), num_rows};
   }
 
+  static int64_t chunk_floats(int64_t) { return 0; }
+  static void read_chunk(const Chunk&, int64_t, float*) {}
+
   static void pack(const AttentionTile& tile, int64_t first_row, Query query) {
     const int64_t stride = 2 * query.num_rows;
     const __m512 scale = _mm512_set1_ps(kLog2E);
@@ -241,7 +245,7 @@ struct Kernel {
   }
 
   static void merge_row(Softmax total, Softmax part, int64_t head_dim) { merge_base2_row(total, part, head_dim); }
-  static void write_row(Softmax row, int64_t head_dim, float* to) { write_base2_row(row, head_dim, to); }
+  static void write_row(Softmax row, int64_t head_dim, float* to) { write_base2_row(row, head_dim, 1.0f, to); }
 };
 
 }  // namespace

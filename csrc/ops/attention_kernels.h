@@ -184,6 +184,14 @@ BLENDSERVE_INLINE float softmax_row(float* scores, int64_t num_visible, float& r
   return decay;
 }
 
+// factors[t] of each token, times the scores or weights of each row.
+template <int kRows>
+BLENDSERVE_INLINE void scale_tokens(const float* factors, float* scores) {
+  for (int64_t t = 0; t < kRows * kChunkTokens; t += kWidth) {
+    store(scores + t, load(scores + t) * load(factors + t % kChunkTokens));
+  }
+}
+
 // One chunk for kRows query rows.
 template <int kRows>
 void chunk_pass(const float* q, int64_t head_dim, const Chunk& chunk, const int64_t* num_visible, Softmax softmax,
@@ -192,10 +200,12 @@ void chunk_pass(const float* q, int64_t head_dim, const Chunk& chunk, const int6
   for (int64_t v = 0; v < chunk.num_blocks * kBlockVectors; v += kVectors) {
     score_pass<kRows, kVectors>(q, head_dim, chunk, v, scores + v * kWidth);
   }
+  if (chunk.scales != nullptr) scale_tokens<kRows>(chunk.scales, scores);
   float decay[kRows];
   for (int r = 0; r < kRows; ++r) {
     decay[r] = softmax_row(scores + r * kChunkTokens, num_visible[r], softmax.max[r], softmax.sum[r]);
   }
+  if (chunk.scales != nullptr) scale_tokens<kRows>(chunk.scales + kChunkTokens, scores);
   int64_t column = 0;
   for (; column + kVectors * kWidth <= head_dim; column += kVectors * kWidth) {
     value_pass<kRows, kVectors>(scores, decay, chunk, head_dim, column, softmax.out);
@@ -218,6 +228,9 @@ struct Kernel {
   static int64_t pass_rows(int64_t num_rows) { return num_rows < kPassRows ? num_rows : kPassRows; }
 
   static Query lay_out(float*& memory, int64_t num_rows, int64_t head_dim) { return take(memory, num_rows * head_dim); }
+
+  static int64_t chunk_floats(int64_t) { return 0; }
+  static void read_chunk(const Chunk&, int64_t, float*) {}
 
   static void pack(const AttentionTile& tile, int64_t first_row, Query query) {
     const int64_t count = tile.group * tile.head_dim;
@@ -251,7 +264,6 @@ struct Kernel {
 };
 
 }  // namespace
-
-const AttentionKernels attention_kernels = kWalk<Kernel>;
-
 }  // namespace blendserve::BLENDSERVE_KERNELS
+
+#include "ops/attention_int8_kernels.h"

@@ -24,10 +24,13 @@ struct AttentionKernels {
   void (*merge_segments)(const AttentionTile&, int64_t num_segments, float* partials);
 };
 namespace portable {
-extern const AttentionKernels attention_kernels;
+extern const AttentionKernels attention_kernels, attention_kernels_int8;
 }
 namespace avx2 {
-extern const AttentionKernels attention_kernels;
+extern const AttentionKernels attention_kernels, attention_kernels_int8;
+}
+namespace avx512vnni {
+extern const AttentionKernels attention_kernels_int8;
 }
 namespace avx512bf16 {
 extern const AttentionKernels attention_kernels;
@@ -48,6 +51,7 @@ struct Chunk {
   bool is_next_wanted;                 // by this pass; a tile's other passes over the chunk need not ask again
   int64_t num_blocks;                  // that hold tokens this tile may see; blocks[] repeats the last one
   int64_t num_tokens;
+  const float* scales;  // of int8 that was read into memory: [kChunkTokens] of keys, then of values
 };
 
 [[gnu::always_inline]] inline float* take(float*& memory, int64_t count) {
@@ -59,11 +63,13 @@ struct Chunk {
 template <class Kernel>
 struct Scratch {
   float* scores;
+  float* chunk;
   typename Kernel::Query query;
   Softmax total, part;
 
   Scratch(float* memory, int64_t num_rows, int64_t head_dim) {
     scores = take(memory, kAttentionScoreFloats);
+    chunk = take(memory, Kernel::chunk_floats(head_dim));
     query = Kernel::lay_out(memory, num_rows, head_dim);
     for (Softmax* softmax : {&total, &part}) {
       softmax->out = take(memory, num_rows * head_dim);
@@ -89,7 +95,7 @@ void clear(Softmax softmax, int64_t first_row, int64_t num_rows, int64_t head_di
 
 // The chunk at `begin` of positions that end at `end`; the next chunk may reach to `last_end`.
 inline Chunk chunk_at(const AttentionTile& tile, int64_t begin, int64_t end, int64_t last_end) {
-  Chunk chunk;
+  Chunk chunk = {};
   const int64_t first = begin / kBlockSize;
   const int64_t last = (end - 1) / kBlockSize;
   const int64_t last_next = (last_end - 1) / kBlockSize;
@@ -105,24 +111,30 @@ inline Chunk chunk_at(const AttentionTile& tile, int64_t begin, int64_t end, int
   return chunk;
 }
 
-// Adds positions [begin, end) to the softmax of all rows of the tile, which are those of `query` from `first_row` on;
-// asks for blocks up to `last_end`.
+inline int64_t num_visible_to(const AttentionTile& tile, int64_t row, int64_t start) {
+  const int64_t visible = tile.first_position + row / tile.group + 1 - start;
+  return visible < kChunkTokens ? visible : kChunkTokens;
+}
+
+// Adds positions [begin, end) to the softmax of all rows of the tile, whose queries are those of the scratch from
+// `first_row` on; asks for blocks up to `last_end`.
 template <class Kernel>
-void add_positions(const AttentionTile& tile, const typename Kernel::Query& query, int64_t first_row, int64_t begin,
-                   int64_t end, int64_t last_end, Softmax softmax, float* scores) {
+void add_positions(const AttentionTile& tile, const Scratch<Kernel>& scratch, int64_t first_row, int64_t begin,
+                   int64_t end, int64_t last_end, Softmax softmax) {
   const int64_t num_rows = tile.num_tokens * tile.group;
   for (int64_t start = begin; start < end; start += kChunkTokens) {
     Chunk chunk = chunk_at(tile, start, end, last_end);
+    Kernel::read_chunk(chunk, tile.head_dim, scratch.chunk);
+    const bool is_seen_by_all = start + kChunkTokens <= tile.first_position + 1;
     const int64_t first_token = start > tile.first_position ? start - tile.first_position : 0;
     for (int64_t row = first_token * tile.group; row < num_rows;) {
       const int64_t rows = Kernel::pass_rows(num_rows - row);
       int64_t num_visible[Kernel::kMaxPassRows];  // never falls from row to row
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t visible = tile.first_position + (row + r) / tile.group + 1 - start;
-        num_visible[r] = visible < kChunkTokens ? visible : kChunkTokens;
+        num_visible[r] = is_seen_by_all ? kChunkTokens : num_visible_to(tile, row + r, start);
       }
-      Kernel::add_chunk(query, first_row + row, rows, tile.head_dim, chunk, num_visible,
-                        rows_from<Kernel>(softmax, row, tile.head_dim), scores);
+      Kernel::add_chunk(scratch.query, first_row + row, rows, tile.head_dim, chunk, num_visible,
+                        rows_from<Kernel>(softmax, row, tile.head_dim), scratch.scores);
       row += rows;
       chunk.is_next_wanted = false;
     }
@@ -159,7 +171,7 @@ void attend_from(const AttentionTile& tile, int64_t begin, const Scratch<Kernel>
     const int64_t first = segment > tile.first_position ? (segment - tile.first_position) * tile.group : 0;
     const Softmax softmax = segment == 0 ? total : part;
     if (begin == segment) clear<Kernel>(softmax, first, num_rows, tile.head_dim);
-    add_positions<Kernel>(tile, scratch.query, first_row, begin, segment_end, end, softmax, scratch.scores);
+    add_positions<Kernel>(tile, scratch, first_row, begin, segment_end, end, softmax);
     if (segment > 0) merge<Kernel>(total, part, first, num_rows, tile.head_dim);
     begin = segment_end;
   }
@@ -192,8 +204,8 @@ void walk_group(const AttentionTile* members, int64_t num_members, int64_t num_s
     const Softmax softmax = begin == 0 ? scratch.total : scratch.part;
     const int64_t end = begin + kSegmentTokens;
     clear<Kernel>(softmax, 0, num_rows, together.head_dim);
-    add_positions<Kernel>(together, scratch.query, 0, begin, end < num_shared_tokens ? end : num_shared_tokens,
-                          num_shared_tokens, softmax, scratch.scores);
+    add_positions<Kernel>(together, scratch, 0, begin, end < num_shared_tokens ? end : num_shared_tokens,
+                          num_shared_tokens, softmax);
     if (begin > 0 && end <= num_shared_tokens) {
       merge<Kernel>(scratch.total, scratch.part, 0, num_rows, together.head_dim);
     }
@@ -212,7 +224,7 @@ void walk_segment(const AttentionTile& tile, int64_t segment, float* partial, fl
   const int64_t begin = segment * kSegmentTokens;
   const int64_t seen = tile.first_position + 1;
   const int64_t end = begin + kSegmentTokens < seen ? begin + kSegmentTokens : seen;
-  add_positions<Kernel>(tile, scratch.query, 0, begin, end, end, softmax, scratch.scores);
+  add_positions<Kernel>(tile, scratch, 0, begin, end, end, softmax);
 }
 
 template <class Kernel>

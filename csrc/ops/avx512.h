@@ -23,6 +23,14 @@ static inline __m256bh emulated_cvtneps_pbh(__m512 values) {
   for (int i = 0; i < 16; ++i) rounded[i] = blendserve::bf16_from_float(floats[i]);
   return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded));
 }
+static inline __m128i emulated_cvtepi32_epi8(__m512i values) {
+  int32_t words[16];
+  int8_t bytes[16];
+  _mm512_storeu_si512(words, values);
+  for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(words[i]);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+}
+#define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
 #define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
 #else

@@ -6,7 +6,7 @@
 namespace blendserve {
 
 // Instruction sets with their own kernels, in rising order of preference.
-// The two with VNNI differ from kAvx2 in int8 products only.
+// kAvxVnni differs from kAvx2 in int8 products only, kAvx512Vnni also in what works on 16 lanes at a time.
 enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16 };
 inline constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
 

@@ -1,7 +1,5 @@
 #include "ops/matmul.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +17,6 @@ using kernels::ceil_div;
 using kernels::round_up;
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kHugePage = int64_t{2} << 20;
 
 int64_t weight_panel(Isa isa) {
   return isa == Isa::kAvx512Bf16 ? kernels::kWeightPanelAvx512Bf16 : kernels::kWeightPanel;
@@ -53,22 +50,21 @@ Dtype dtype_from_name(std::string_view name) {
 
 std::string_view dtype_name(Dtype dtype) { return dtype == Dtype::kInt8 ? "int8" : "bf16"; }
 
-void PackedMatrix::Free::operator()(void* data) const noexcept { std::free(data); }
-
-PackedMatrix::PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k)
+PackedMatrix::PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k,
+                           WeightMemory* memory)
     : format_(format), n_(n), k_(k) {
   check_size(weights.size());
   if (format.dtype == Dtype::kInt8) {
-    pack_int8(weights);
+    pack_int8(weights, memory);
   } else {
-    pack(weights);
+    pack(weights, memory);
   }
 }
 
 PackedMatrix::PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k)
     : format_(isa), n_(n), k_(k) {
   check_size(bf16_weights.size());
-  pack(bf16_weights);
+  pack(bf16_weights, nullptr);
 }
 
 void PackedMatrix::check_size(size_t num_weights) const {
@@ -77,26 +73,22 @@ void PackedMatrix::check_size(size_t num_weights) const {
                               ", k = " + std::to_string(k_) + " and " + std::to_string(num_weights) + " weights");
 }
 
-void PackedMatrix::allocate(int64_t num_bytes) {
+void PackedMatrix::allocate(int64_t num_bytes, WeightMemory* memory) {
   num_bytes_ = num_bytes;
-  // Large matrices lie on huge pages: streaming them at one row would otherwise miss the TLB every 4 KiB.
-  const int64_t alignment = num_bytes_ >= kHugePage ? kHugePage : kCacheLine;
-  void* memory =
-      std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(round_up(num_bytes_, alignment)));
-  if (memory == nullptr) throw std::bad_alloc();
-  data_.reset(memory);
-#if defined(MADV_HUGEPAGE)
-  // Only whole huge pages, so that a tail does not take 2 MiB. The advice may be refused: it is speed only.
-  const int64_t huge_bytes = num_bytes_ / kHugePage * kHugePage;
-  if (huge_bytes > 0) static_cast<void>(madvise(memory, static_cast<size_t>(huge_bytes), MADV_HUGEPAGE));
-#endif
+  if (memory != nullptr) {
+    data_ = memory->allocate(num_bytes);
+    return;
+  }
+  const int64_t size = round_up(num_bytes, kCacheLine);
+  data_ = {std::aligned_alloc(static_cast<size_t>(kCacheLine), static_cast<size_t>(size)), std::free};
+  if (data_ == nullptr) throw std::bad_alloc();
 }
 
 template <class T>
-void PackedMatrix::pack(std::span<const T> weights) {
+void PackedMatrix::pack(std::span<const T> weights, WeightMemory* memory) {
   const int64_t width = weight_panel(format_.isa);
   const int64_t panel_size = width * round_up(k_, 2);
-  allocate(ceil_div(n_, width) * panel_size * static_cast<int64_t>(sizeof(uint16_t)));
+  allocate(ceil_div(n_, width) * panel_size * static_cast<int64_t>(sizeof(uint16_t)), memory);
   for (int64_t panel = 0; panel * width < n_; ++panel) {
     const int64_t num_columns = std::min(width, n_ - panel * width);
     uint16_t* out = static_cast<uint16_t*>(data_.get()) + panel * panel_size;

@@ -12,6 +12,7 @@
 
 #include "ops/isa.h"
 #include "ops/prefetch.h"
+#include "ops/weight_memory.h"
 
 namespace blendserve {
 
@@ -34,8 +35,10 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
   // Row-major [n, k]; float32 is rounded to bf16, to nearest even. Throws std::invalid_argument where sizes disagree.
-  // int8 rounds to the nearest multiple of the row's scale.
-  PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k);
+  // int8 rounds to the nearest multiple of the row's scale. The matrices of a model share `memory`; without it a matrix
+  // allocates for itself.
+  PackedMatrix(MatmulFormat format, std::span<const float> weights, int64_t n, int64_t k,
+               WeightMemory* memory = nullptr);
   PackedMatrix(Isa isa, std::span<const uint16_t> bf16_weights, int64_t n, int64_t k);
 
   Isa isa() const { return format_.isa; }
@@ -55,21 +58,18 @@ class PackedMatrix {
   void unpack_row(int64_t row, float* out) const;
 
  private:
-  struct Free {
-    void operator()(void* data) const noexcept;
-  };
   template <class T>
-  void pack(std::span<const T> weights);
+  void pack(std::span<const T> weights, WeightMemory* memory);
   void check_size(size_t num_weights) const;
-  void allocate(int64_t num_bytes);
-  void pack_int8(std::span<const float> weights);
+  void allocate(int64_t num_bytes, WeightMemory* memory);
+  void pack_int8(std::span<const float> weights, WeightMemory* memory);
   void unpack_int8_row(int64_t row, float* out) const;
 
   MatmulFormat format_ = Isa::kPortable;
   int64_t n_ = 0;
   int64_t k_ = 0;
   int64_t num_bytes_ = 0;
-  std::unique_ptr<void, Free> data_;
+  std::shared_ptr<void> data_;  // never written once it is packed
   std::vector<float> scales_;
   std::vector<int32_t> offsets_;
 };
@@ -91,6 +91,8 @@ inline constexpr int64_t kColumnPanel = 32;
 // kColumnPanel. The sum starts from y where it accumulates; bias is added last and counts columns from 0, as y does.
 struct MatmulTile {
   int64_t row_begin, row_end, col_begin, col_end;
+  // First column that the same thread probably multiplies by next: the tile asks for its weights. None by default.
+  int64_t next_col = -1;
 };
 // How many runs a tile takes at most; 0 where its kernel takes none.
 int64_t num_prefetch_runs(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t step_bytes);
@@ -101,6 +103,7 @@ void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& 
 // that the threads that run them at the same time read those weights from memory once.
 struct MatmulGrid {
   int64_t m, n, row_tile, col_tile;
+  int64_t num_threads = 1;  // that take tiles in turn
   int64_t num_row_tiles() const { return (m + row_tile - 1) / row_tile; }
   int64_t num_col_tiles() const { return (n + col_tile - 1) / col_tile; }
   int64_t size() const { return num_row_tiles() * num_col_tiles(); }

@@ -127,7 +127,6 @@ void kernel(const Block& b) {
     }
   }
   for (; pairs > 0; --pairs) {
-    if constexpr (can_ask(kRows)) prefetcher.ask_for_share();
     add_pair<kRows, kPanels, kSource>(b, at, sums);
   }
   store_sums<kRows, 2 * kPanels>(b, sums);
@@ -179,11 +178,6 @@ struct RowGroups {
   int64_t count, num_rows;
 };
 
-// Fetches lines of y that a kernel will update: each row is on a page of its own, where no hardware prefetcher follows.
-void prefetch_rows(const float* y, int64_t ldy, int64_t num_rows) {
-  for (int64_t r = 0; r < num_rows; ++r) _mm_prefetch(reinterpret_cast<const char*>(y + r * ldy), _MM_HINT_T0);
-}
-
 // Columns [col, col_end) of a strip, for all row groups of the tile and `block_num_k` values of k from `k` on.
 void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t block_num_k, int64_t col,
                int64_t col_end) {
@@ -192,18 +186,17 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
   const uint16_t* w = a.w + col / kWeightPanel * panel_stride + k * kWeightPanel;
   alignas(32) float kept[kMaxResidentK * kWeightPanel];
   const bool is_kept = groups.count >= kMinKeptGroups;
+  const StripShares shares(num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)}, groups.count,
+                           block_num_k / 2);
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t row = a.tile.row_begin + groups.begin(group);
     const int64_t next_row = a.tile.row_begin + groups.begin(group + 1);
-    PrefetchSchedule schedule = {.share = w};
-    if (col_end < a.tile.col_end) {
-      schedule =
-          ask_for_strip(w + num_panels * panel_stride, num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)},
-                        group, groups.count, block_num_k / 2, w);
-    }
+    PrefetchSchedule schedule;
+    const int64_t next = column_to_ask_for(a.tile, col, num_columns);
+    if (next >= 0) schedule = shares.of_set(group, a.w + next / kWeightPanel * panel_stride + k * kWeightPanel);
     if (groups.count > 1) schedule.runs = a.runs;
     float* y = a.y + row * a.ldy + col;
-    prefetch_rows(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row));
+    ask_for_outputs(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row), num_columns);
     const Block b{.x = static_cast<const float*>(a.x) + row * ldx + k,
                   .ldx = ldx,
                   .w = w,

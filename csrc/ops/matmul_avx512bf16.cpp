@@ -67,7 +67,7 @@ void kernel(const Block& b) {
   Prefetcher<2> prefetcher(b.schedule);
   for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
     prefetcher.begin_turn(w);
-#pragma GCC unroll 16
+    BLENDSERVE_UNROLL_TURN
     for (int step = 0; step < kTurnSteps; ++step) {
       prefetcher.ask(step, sums[0][0]);
       add_pair<kRows, kVectors>(x + step * 2 * kRowPanel, w + step * 2 * kPanel, b.panel_stride, sums);
@@ -164,12 +164,15 @@ void run(const Block& b, int64_t num_rows, int64_t num_panels) {
 
 // How the rows of a tile are cut. Strips are as wide as the kernel of the last, shortest panel of rows.
 struct RowSets {
-  explicit RowSets(const MatmulTile& t) : count(ceil_div(t.row_end - t.row_begin, kRowPanel)) {
-    const int64_t last = (t.row_end - t.row_begin - 1) % kRowPanel + 1;
-    num_asking = count - (can_ask(last) ? 0 : 1);
-    strip = panels_at_once(last) * kPanel;
-  }
-  int64_t count, num_asking, strip;
+  RowSets(const MatmulTile& t, int64_t k)
+      : count(ceil_div(t.row_end - t.row_begin, kRowPanel)),
+        num_last((t.row_end - t.row_begin - 1) % kRowPanel + 1),
+        num_asking(count - (can_ask(num_last) ? 0 : 1)),
+        strip(panels_at_once(num_last) * kPanel),
+        shares(round_up(k, 2) * kPanel * int64_t{sizeof(uint16_t)}, num_asking > 0 ? num_asking : 1, ceil_div(k, 2)) {}
+
+  int64_t count, num_last, num_asking, strip;
+  StripShares shares;
 };
 
 // One set of rows on the columns of a strip.
@@ -180,11 +183,9 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
   for (int64_t col = begin; col < end; col += step) {
     const int64_t num_columns = min64(step, end - col), num_panels = ceil_div(num_columns, kPanel);
     const uint16_t* w = a.w + col / kPanel * panel_stride;
-    PrefetchSchedule schedule = {.share = w};
-    if (set < sets.num_asking && col + sets.strip < a.tile.col_end) {
-      schedule = ask_for_strip(w + sets.strip / kPanel * panel_stride, panel_stride * int64_t{sizeof(*w)}, set,
-                               sets.num_asking, num_pairs, w);
-    }
+    PrefetchSchedule schedule;
+    const int64_t next = column_to_ask_for(a.tile, col, sets.strip);
+    if (set < sets.num_asking && next >= 0) schedule = sets.shares.of_set(set, a.w + next / kPanel * panel_stride);
     if (sets.count > 1) schedule.runs = a.runs;
     const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
                   .w = w,
@@ -195,6 +196,7 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
                   .is_loaded = a.accumulate,
                   .bias = a.bias != nullptr ? a.bias + col : nullptr,
                   .schedule = schedule};
+    ask_for_outputs(b.y + num_rows * a.ldy, a.ldy, min64(kRowPanel, a.tile.row_end - row - num_rows), num_columns);
     if (num_columns == num_panels * kPanel) {
       run(b, num_rows, num_panels);
     } else {
@@ -208,7 +210,7 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
 
 // None beside one panel of rows: that waits for its own weights.
 int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  const RowSets sets(tile);
+  const RowSets sets(tile, k);
   if (sets.count == 1) return 0;
   const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kPanel);
   return num_runs_of_turns<2>(sets.num_asking * num_panels * (ceil_div(k, 2) / kTurnSteps), step_bytes);
@@ -216,7 +218,7 @@ int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t 
 
 // All sets of rows visit a strip while its weights are near, and ask for their share of the next one's.
 void tile_avx512bf16(const TileArgs& a) {
-  const RowSets sets(a.tile);
+  const RowSets sets(a.tile, a.k);
   for (int64_t begin = a.tile.col_begin; begin < a.tile.col_end; begin += sets.strip) {
     const int64_t end = min64(begin + sets.strip, a.tile.col_end);
     for (int64_t set = 0; set < sets.count; ++set) run_rows(a, sets, set, begin, end);

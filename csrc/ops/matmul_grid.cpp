@@ -45,7 +45,9 @@ int64_t strips_per_tile(int64_t num_strips, int64_t num_row_tiles, int64_t max_r
 MatmulTile MatmulGrid::tile(int64_t index) const {
   const int64_t row = index % num_row_tiles() * row_tile;
   const int64_t col = index / num_row_tiles() * col_tile;
-  return {row, std::min(row + row_tile, m), col, std::min(col + col_tile, n)};
+  const int64_t next = index + num_threads, next_col = next / num_row_tiles() * col_tile;
+  const bool has_next = next < size() && next_col != col;
+  return {row, std::min(row + row_tile, m), col, std::min(col + col_tile, n), has_next ? next_col : -1};
 }
 
 MatmulGrid suggest_grid(MatmulFormat format, int64_t m, int64_t n, int64_t k, int num_threads, int64_t l2_bytes) {
@@ -57,7 +59,8 @@ MatmulGrid suggest_grid(MatmulFormat format, int64_t m, int64_t n, int64_t k, in
   const int64_t min_flop = format.dtype == Dtype::kInt8 ? kMinInt8TileFlop : kMinTileFlop;
   const int64_t max_rounds = std::clamp<int64_t>(flop / min_flop / num_threads, 1, kMaxTilesPerThread);
   const int64_t col_step = m == 1 ? 2 * kColumnPanel : kColumnPanel;  // one row runs on strips of 64 columns
-  return {m, n, row_tile, strips_per_tile(ceil_div(n, col_step), num_row_tiles, max_rounds, num_threads) * col_step};
+  return {m, n, row_tile, strips_per_tile(ceil_div(n, col_step), num_row_tiles, max_rounds, num_threads) * col_step,
+          num_threads};
 }
 
 }  // namespace blendserve

@@ -46,12 +46,12 @@ float quantize_column(const float* row, int64_t k, int8_t* column, int32_t* sums
 
 }  // namespace
 
-void PackedMatrix::pack_int8(std::span<const float> weights) {
+void PackedMatrix::pack_int8(std::span<const float> weights, WeightMemory* memory) {
   const int64_t num_columns = round_up(n_, kInt8Panel);
   const int64_t panel_size = kernels::int8_padded(k_) * kInt8Panel;
   scales_.assign(static_cast<size_t>(num_columns), 0.0f);
   offsets_.assign(static_cast<size_t>(kernels::num_int8_groups(k_) * num_columns), 0);
-  allocate(ceil_div(n_, kInt8Panel) * panel_size);
+  allocate(ceil_div(n_, kInt8Panel) * panel_size, memory);
   auto* out = static_cast<int8_t*>(data_.get());
   std::memset(out, 0, static_cast<size_t>(num_bytes_));
   for (int64_t i = 0; i < n_; ++i) {

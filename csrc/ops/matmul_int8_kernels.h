@@ -14,7 +14,7 @@ struct Int8Block {
   int64_t ldx;
   const int8_t* w;
   int64_t panel_stride;  // bytes from one panel to the next
-  int64_t k;
+  int64_t k, group;
   const float* scales;
   const int32_t* offsets;  // of the first group; the others are offset_stride apart
   int64_t offset_stride;
@@ -28,19 +28,42 @@ struct Int8Block {
 // One row waits for its own weights: hardware fetches those, and to ask for more costs time.
 constexpr bool can_ask_int8(int64_t num_rows) { return num_rows > 1; }
 
+// The rows of a block in k: every third has an address of its own, which hides the others' distance from GCC. It would
+// keep multiples of `ldx` for all of them, in more registers than there are.
+template <int kRows>
+struct Int8Rows {
+  static constexpr int kCount = (kRows + 2) / 3;
+  [[gnu::always_inline]] Int8Rows(const uint8_t* x, int64_t ldx) : ldx(ldx) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      third[i] = x + 3 * i * ldx;
+      asm("" : "+r"(third[i]));
+    }
+  }
+  [[gnu::always_inline]] const uint8_t* at(int row) const { return third[row / 3] + row % 3 * ldx; }
+  [[gnu::always_inline]] void advance(int64_t k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) third[i] += k;
+  }
+
+  const uint8_t* third[kCount];
+  int64_t ldx;
+};
+
 // sums += four values of each row by four weights of each column.
 template <class Lanes, int kRows, int kVectors>
-[[gnu::always_inline]] inline void add_int8_quad(const uint8_t* x, int64_t ldx, const int8_t* w, int64_t panel_stride,
-                                                 typename Lanes::Ints (&sums)[kRows][kVectors]) {
+[[gnu::always_inline]] inline void add_int8_quad(const Int8Rows<kRows>& x, int quad, const int8_t* w,
+                                                 int64_t panel_stride, typename Lanes::Ints (&sums)[kRows][kVectors]) {
   constexpr int kVectorsPerPanel = static_cast<int>(kInt8Panel) / Lanes::kWidth;
   typename Lanes::Ints weights[kVectors];
+  w += 4 * quad * kInt8Panel;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     weights[v] = Lanes::load(w + v / kVectorsPerPanel * panel_stride + v % kVectorsPerPanel * 4 * Lanes::kWidth);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    const auto values = Lanes::repeat(x + r * ldx);
+    const auto values = Lanes::repeat(x.at(r) + 4 * quad);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) Lanes::add_products(sums[r][v], values, weights[v]);
   }
@@ -78,7 +101,7 @@ template <class Lanes, int kRows, int kVectors, bool kIsFirst, bool kIsLast>
 // Sums of one group: they start at the group's offsets, then take `num_quads` (a multiple of kInt8Step / 4) quads.
 template <class Lanes, int kRows, int kPanels, int kVectors>
 [[gnu::always_inline]] inline void sum_int8_group(const Int8Block& b, const int32_t* offsets, int64_t num_quads,
-                                                  const uint8_t*& x, const int8_t*& w,
+                                                  Int8Rows<kRows>& x, const int8_t*& w,
                                                   Prefetcher<Lanes::kMaxPanels>& prefetcher,
                                                   typename Lanes::Ints (&sums)[kRows][kVectors]) {
   constexpr int kStep = static_cast<int>(kInt8Step) / 4;
@@ -90,21 +113,20 @@ template <class Lanes, int kRows, int kPanels, int kVectors>
   }
   for (; can_ask_int8(kRows) && num_quads >= kTurnSteps; num_quads -= kTurnSteps) {
     prefetcher.begin_turn(w);
-#pragma GCC unroll 16
+    BLENDSERVE_UNROLL_TURN
     for (int quad = 0; quad < kTurnSteps; ++quad) {
       prefetcher.ask(quad, sums[0][0]);
-      add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
+      add_int8_quad<Lanes, kRows, kVectors>(x, quad, w, b.panel_stride, sums);
     }
-    x += 4 * kTurnSteps;
+    x.advance(4 * kTurnSteps);
     w += 4 * kTurnSteps * kInt8Panel;
   }
   for (; num_quads > 0; num_quads -= kStep) {
 #pragma GCC unroll 4
     for (int quad = 0; quad < kStep; ++quad) {
-      if constexpr (can_ask_int8(kRows)) prefetcher.ask_for_share();
-      add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
+      add_int8_quad<Lanes, kRows, kVectors>(x, quad, w, b.panel_stride, sums);
     }
-    x += kInt8Step;
+    x.advance(kInt8Step);
     w += kInt8Step * kInt8Panel;
   }
 }
@@ -115,11 +137,11 @@ void int8_kernel(const Int8Block& b) {
   alignas(64) float totals[kRows * kVectors * Lanes::kWidth];
   float* total = totals;
   asm("" : "+r"(total) : : "memory");  // in memory between groups: the registers are for the sums
-  const uint8_t* x = b.x;
-  const uint8_t* x_scale = x + int8_padded(b.k);
+  Int8Rows<kRows> x(b.x, b.ldx);
+  const uint8_t* x_scale = b.x + int8_padded(b.k);
   const int8_t* w = b.w;
   const int32_t* offsets = b.offsets;
-  const int64_t group = int8_group(b.k);
+  const int64_t group = b.group;
   Prefetcher<Lanes::kMaxPanels> prefetcher(b.schedule);
   for (int64_t k = b.k; k > 0; k -= group) {
     typename Lanes::Ints sums[kRows][kVectors];
@@ -159,44 +181,50 @@ inline int64_t num_int8_turns(int64_t k) {
   return num_whole * (group / 4 / kTurnSteps) + int8_padded(k - num_whole * group) / 4 / kTurnSteps;
 }
 
-// Sets of rows differ by one row at most, so that of several each has two or more.
+// What all blocks of a tile share, computed once: a division takes as long as ten products. Sets of rows differ by one
+// row at most, so that of several each has two or more.
 template <class Lanes>
-struct Int8RowSets {
-  explicit Int8RowSets(const MatmulTile& t)
-      : first(t.row_begin), num_rows(t.row_end - t.row_begin), count(ceil_div(num_rows, Lanes::kMaxRows)) {}
-  int64_t begin(int64_t set) const { return first + set * num_rows / count; }
+struct Int8Plan {
+  static constexpr int64_t kStrip = Lanes::kMaxPanels * kInt8Panel;
+  Int8Plan(const MatmulTile& t, int64_t k)
+      : first(t.row_begin),
+        num_sets(ceil_div(t.row_end - first, Lanes::kMaxRows)),
+        set_rows((t.row_end - first) / num_sets),
+        num_longer((t.row_end - first) % num_sets),
+        ldx(int8_row_stride(k)),
+        panel_stride(int8_padded(k) * kInt8Panel),
+        group(int8_group(k)),
+        shares(Lanes::kMaxPanels * panel_stride, num_sets, int8_padded(k) / 4) {}
+  int64_t begin(int64_t set) const { return first + set * set_rows + min64(set, num_longer); }
 
-  int64_t first, num_rows, count;
+  int64_t first, num_sets, set_rows, num_longer, ldx, panel_stride, group;
+  StripShares shares;
 };
 
 // None beside one set of rows: that waits for its own weights.
 template <class Lanes>
 int64_t num_int8_prefetch_runs(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  const Int8RowSets<Lanes> sets(tile);
-  if (sets.count == 1) return 0;
-  const int64_t num_strips = ceil_div(tile.col_end - tile.col_begin, Lanes::kMaxPanels * kInt8Panel);
-  return num_runs_of_turns<Lanes::kMaxPanels>(sets.count * num_strips * num_int8_turns(k), step_bytes);
+  const Int8Plan<Lanes> plan(tile, k);
+  if (plan.num_sets == 1) return 0;
+  const int64_t num_strips = ceil_div(tile.col_end - tile.col_begin, plan.kStrip);
+  return num_runs_of_turns<Lanes::kMaxPanels>(plan.num_sets * num_strips * num_int8_turns(k), step_bytes);
 }
 
 // One set of rows on the columns of one strip.
 template <class Lanes>
-void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t set, int64_t col) {
-  constexpr int64_t kStrip = Lanes::kMaxPanels * kInt8Panel;
-  const int64_t panel_stride = int8_padded(a.k) * kInt8Panel;
-  const int64_t num_columns = min64(kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
-  const int64_t row = sets.begin(set), num_rows = sets.begin(set + 1) - row;
-  const int8_t* w = a.w + col / kInt8Panel * panel_stride;
-  PrefetchSchedule schedule = {.share = w};
-  if (col + kStrip < a.tile.col_end) {
-    schedule = ask_for_strip(w + Lanes::kMaxPanels * panel_stride, Lanes::kMaxPanels * panel_stride, set, sets.count,
-                             int8_padded(a.k) / 4, w);
-  }
-  if (sets.count > 1) schedule.runs = a.runs;
-  const Int8Block b{.x = a.x + row * int8_row_stride(a.k),
-                    .ldx = int8_row_stride(a.k),
-                    .w = w,
-                    .panel_stride = panel_stride,
+void run_int8_set(const Int8TileArgs& a, const Int8Plan<Lanes>& plan, int64_t set, int64_t col) {
+  const int64_t num_columns = min64(plan.kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
+  const int64_t row = plan.begin(set), num_rows = plan.begin(set + 1) - row;
+  const int64_t next = column_to_ask_for(a.tile, col, plan.kStrip);
+  PrefetchSchedule schedule;
+  if (next >= 0) schedule = plan.shares.of_set(set, a.w + next / kInt8Panel * plan.panel_stride);
+  if (plan.num_sets > 1) schedule.runs = a.runs;
+  const Int8Block b{.x = a.x + row * plan.ldx,
+                    .ldx = plan.ldx,
+                    .w = a.w + col / kInt8Panel * plan.panel_stride,
+                    .panel_stride = plan.panel_stride,
                     .k = a.k,
+                    .group = plan.group,
                     .scales = a.scales + col,
                     .offsets = a.offsets + col,
                     .offset_stride = a.offset_stride,
@@ -205,11 +233,12 @@ void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t
                     .is_loaded = a.accumulate,
                     .bias = a.bias != nullptr ? a.bias + col : nullptr,
                     .schedule = schedule};
+  ask_for_outputs(b.y + num_rows * a.ldy, a.ldy, min64(Lanes::kMaxRows, a.tile.row_end - row - num_rows), num_columns);
   const auto run = [=](const Int8Block& block) { run_int8_block<Lanes>(block, num_rows, num_panels); };
   if (num_columns == num_panels * kInt8Panel) {
     run(b);
   } else {
-    run_padded<Lanes::kMaxRows, kStrip>(b, num_rows, num_columns, run);
+    run_padded<Lanes::kMaxRows, Int8Plan<Lanes>::kStrip>(b, num_rows, num_columns, run);
   }
 }
 
@@ -217,9 +246,9 @@ void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t
 // one's.
 template <class Lanes>
 void int8_tile_on(const Int8TileArgs& a) {
-  const Int8RowSets<Lanes> sets(a.tile);
-  for (int64_t col = a.tile.col_begin; col < a.tile.col_end; col += Lanes::kMaxPanels * kInt8Panel) {
-    for (int64_t set = 0; set < sets.count; ++set) run_int8_set<Lanes>(a, sets, set, col);
+  const Int8Plan<Lanes> plan(a.tile, a.k);
+  for (int64_t col = a.tile.col_begin; col < a.tile.col_end; col += plan.kStrip) {
+    for (int64_t set = 0; set < plan.num_sets; ++set) run_int8_set<Lanes>(a, plan, set, col);
   }
 }
 

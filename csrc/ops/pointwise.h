@@ -1,5 +1,6 @@
 // The ops between matrix products and attention, row by row: embedding, RMSNorm, SwiGLU's activation, rotary positions.
-// Each row's result depends on that row alone. All arrays are float32; rows are `ld` elements apart.
+// Each row's result depends on that row alone. All arrays are float32. Norm and activation also ask for the row that
+// follows in memory.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@ void embed_row(const uint16_t* row, int64_t n, float* y);
 // y = x / sqrt(mean(x^2) + epsilon) * weight; y may be x.
 void rms_norm_row(Isa isa, const float* x, const float* weight, float epsilon, int64_t n, float* y);
 
-// y = gate / (1 + e^-gate) * up; y may be gate.
+// y = gate / (1 + e^-gate) * up; y may be gate. A row of a step has n gates, then n ups.
 void silu_mul_row(Isa isa, const float* gate, const float* up, int64_t n, float* y);
 
 // x[i], x[i + half] = the pair turned by the angle of (cosine[i], sine[i]) and multiplied by `scale`, in place.

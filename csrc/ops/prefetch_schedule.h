@@ -8,7 +8,14 @@
 
 #include <cstdint>
 
-#include "ops/prefetch.h"
+#include "ops/matmul.h"
+
+// Before the loop over the steps of a turn: offsets become constants. Emulated intrinsics would compile for minutes.
+#if defined(BLENDSERVE_SIMDE)
+#define BLENDSERVE_UNROLL_TURN _Pragma("GCC unroll 1")
+#else
+#define BLENDSERVE_UNROLL_TURN _Pragma("GCC unroll 16")
+#endif
 
 namespace blendserve::kernels {
 
@@ -28,23 +35,42 @@ template <int kLines>
   return num_turns * turn_bytes<kLines>(step_bytes) / kPrefetchRunBytes;
 }
 
-// What one call of a kernel asks for: a share of the next strip's weights, in every step some bytes further, and either
-// runs or, where one set of rows asks for all of a strip, that strip.
+// What one call of a kernel asks for: runs of a caller, and its share of the weights that are needed next. Where one
+// set of rows asks for all of a strip, it has no other runs.
 struct PrefetchSchedule {
   const void* share = nullptr;
-  int64_t share_step = 0;
+  int64_t share_step_bytes = 0;
   const void* strip = nullptr;
   PrefetchRuns* runs = nullptr;
 };
 
-// For set `set` of `num_sets` sets of rows, which all have `num_steps` steps per strip. `cached`: the kernel's weights.
-[[gnu::always_inline]] constexpr PrefetchSchedule ask_for_strip(const void* strip, int64_t strip_bytes, int64_t set,
-                                                                int64_t num_sets, int64_t num_steps,
-                                                                const void* cached) {
-  if (num_sets == 1) return {.share = cached, .strip = strip};
-  const int64_t share = (strip_bytes / num_sets + kLineBytes - 1) / kLineBytes * kLineBytes;
-  return {.share = static_cast<const char*>(strip) + set * share, .share_step = (share + num_steps - 1) / num_steps};
+// The column after the strip [col, col + width) of a tile whose weights are to be asked for; -1 for none.
+[[gnu::always_inline]] constexpr int64_t column_to_ask_for(const MatmulTile& tile, int64_t col, int64_t width) {
+  return col + width < tile.col_end ? col + width : tile.next_col;
 }
+
+// Asks for outputs that a kernel will soon update: each row is on a page of its own, where no hardware prefetcher
+// follows.
+[[gnu::always_inline]] inline void ask_for_outputs(const float* y, int64_t ldy, int64_t num_rows, int64_t num_columns) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t c = 0; c < num_columns; c += 16) __builtin_prefetch(y + r * ldy + c, 0, 3);
+  }
+}
+
+// How the sets of rows of a tile share in asking for strips, which take each of them `num_steps` steps.
+struct StripShares {
+  [[gnu::always_inline]] StripShares(int64_t strip_bytes, int64_t num_sets, int64_t num_steps)
+      : is_whole(num_sets == 1),
+        bytes((strip_bytes / num_sets + kPrefetchRunBytes - 1) / kPrefetchRunBytes * kPrefetchRunBytes),
+        step_bytes((bytes + num_steps - 1) / num_steps) {}
+  [[gnu::always_inline]] PrefetchSchedule of_set(int64_t set, const void* strip) const {
+    if (is_whole) return {.strip = strip};
+    return {.share = static_cast<const char*>(strip) + set * bytes, .share_step_bytes = step_bytes};
+  }
+
+  bool is_whole;
+  int64_t bytes, step_bytes;
+};
 
 // The schedule at work, in a kernel's registers.
 template <int kLines>
@@ -55,12 +81,19 @@ class Prefetcher {
   [[gnu::always_inline]] explicit Prefetcher(const PrefetchSchedule& schedule)
       : runs_(schedule.runs),
         share_(static_cast<const char*>(schedule.share)),
-        share_step_(schedule.share_step),
+        share_turn_bytes_(kTurnSteps * schedule.share_step_bytes),
+        share_due_bytes_(kPrefetchRunBytes - share_turn_bytes_),
         strip_(static_cast<const char*>(schedule.strip)) {}
 
   // `weights`: what the turn's steps read.
   [[gnu::always_inline]] void begin_turn(const void* weights) {
-    first_ = second_ = static_cast<const char*>(weights);
+    share_run_ = first_ = second_ = static_cast<const char*>(weights);
+    share_due_bytes_ += share_turn_bytes_;
+    if (share_ != nullptr && share_due_bytes_ >= kPrefetchRunBytes) {
+      share_due_bytes_ -= kPrefetchRunBytes;
+      share_run_ = share_;
+      share_ += kPrefetchRunBytes;
+    }
     if (runs_ != nullptr) {
       runs_->due_bytes += turn_bytes<kLines>(runs_->step_bytes);
       take(first_);
@@ -71,21 +104,16 @@ class Prefetcher {
       strip_ += kLines * kPrefetchRunBytes;
     }
   }
-  // `step` counts from 0 in every turn. `sum` is one that each step adds to: GCC would issue all prefetches of a turn at
-  // its begin, where they stall the products, if none depended on the step before.
+  // `step` counts from 0 in every turn. `sum` is one that each step adds to: GCC would issue all prefetches of a turn
+  // at its begin, where they stall the products, if none depended on the step before.
   template <class Sum>
   [[gnu::always_inline]] void ask(int step, [[maybe_unused]] Sum& sum) {
 #if !defined(BLENDSERVE_SIMDE)
-    asm("" : "+r"(first_), "+r"(second_), "+r"(share_), "+v"(sum));
+    asm("" : "+r"(first_), "+r"(second_), "+r"(share_run_), "+v"(sum));
 #endif
+    __builtin_prefetch(share_run_ + step * kLineBytes, 0, 2);
     __builtin_prefetch(first_ + step * kLineBytes, 0, 2);
     if constexpr (kLines > 1) __builtin_prefetch(second_ + step * kLineBytes, 0, 2);
-    ask_for_share();
-  }
-  // For the steps behind the last whole turn.
-  [[gnu::always_inline]] void ask_for_share() {
-    __builtin_prefetch(share_, 0, 2);
-    share_ += share_step_;
   }
 
  private:
@@ -97,8 +125,10 @@ class Prefetcher {
 
   PrefetchRuns* runs_;
   const char* share_;
-  int64_t share_step_;
+  int64_t share_turn_bytes_;
+  int64_t share_due_bytes_;
   const char* strip_;
+  const char* share_run_ = nullptr;
   const char* first_ = nullptr;
   const char* second_ = nullptr;
 };

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "ops/dispatch.h"
 #include "tensor.h"
@@ -207,7 +210,33 @@ class RowSampler {
   SampleScratch& scratch_;
 };
 
+void check_range(const char* what, double value, double least, double most) {
+  if (value >= least && value <= most) return;  // no NaN is
+  std::ostringstream message;
+  message << what << " is " << value << "; it must be from " << least << " to " << most;
+  throw std::invalid_argument(message.str());
+}
+
 }  // namespace
+
+void check_params(const SamplingParams& params, int64_t vocab_size) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  check_range("temperature", params.temperature, 0.0, kMost);
+  check_range("top_p", params.top_p, 0.0, 1.0);
+  check_range("min_p", params.min_p, 0.0, 1.0);
+  check_range("presence_penalty", params.presence_penalty, -kMost, kMost);
+  check_range("frequency_penalty", params.frequency_penalty, -kMost, kMost);
+  check_range("repetition_penalty", params.repetition_penalty, std::numeric_limits<float>::min(), kMost);
+  if (params.num_prompt_tokens < 0) {
+    throw std::invalid_argument("num_prompt_tokens is " + std::to_string(params.num_prompt_tokens) +
+                                "; it must be 0 or more");
+  }
+  for (const auto& [token, bias] : params.logit_bias) {
+    if (token >= 0 && token < vocab_size) continue;
+    throw std::invalid_argument("logit_bias names token " + std::to_string(token) + "; the vocabulary has " +
+                                std::to_string(vocab_size) + " tokens");
+  }
+}
 
 SampleScratch::SampleScratch(int64_t vocab_size)
     : counts(static_cast<size_t>(vocab_size)),

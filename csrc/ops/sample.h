@@ -28,7 +28,14 @@ struct SamplingParams {
   uint64_t seed = 0;
   std::vector<std::pair<int32_t, float>> logit_bias;
   std::vector<int32_t> stop_token_ids;
+
+  bool has_penalties() const {
+    return repetition_penalty != 1.0f || frequency_penalty != 0.0f || presence_penalty != 0.0f;
+  }
 };
+
+// Throws std::invalid_argument for a number out of range and for the bias of a token that is none.
+void check_params(const SamplingParams& params, int64_t vocab_size);
 
 // Tokens whose probabilities are summed in float32 before they meet the double-precision total.
 inline constexpr int64_t kWeightBlock = 256;

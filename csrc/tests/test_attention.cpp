@@ -1,7 +1,9 @@
 // Attention against a twin in double precision, and bit for bit against itself under any chunking.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
+#include <ostream>
 #include <span>
 #include <vector>
 
@@ -10,11 +12,27 @@
 #include "ops/attention.h"
 #include "ops/bf16.h"
 #include "ops/pointwise.h"
+#include "ops/rotation.h"
 
 namespace blendserve {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Bf16};
+// One kernel: an instruction set over one kind of cache.
+struct Path {
+  Isa isa;
+  KvDtype dtype;
+};
+std::vector<Path> paths() {
+  std::vector<Path> result;
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAvx512Bf16}) {
+    if (!is_supported(isa)) continue;
+    for (const KvDtype dtype : {KvDtype::kBf16, KvDtype::kInt8}) result.push_back({isa, dtype});
+  }
+  return result;
+}
+std::ostream& operator<<(std::ostream& out, Path path) {
+  return out << isa_name(path.isa) << (path.dtype == KvDtype::kInt8 ? " int8" : " bf16");
+}
 
 struct Shape {
   int64_t group, head_dim;
@@ -24,20 +42,67 @@ constexpr Shape kShapes[] = {{1, 64}, {2, 80},  {3, 64},  {4, 128}, {5, 96},  {6
 
 // What the kernels of an instruction set round besides float32 arithmetic.
 struct Rounding {
-  bool is_query_bf16;  // queries times log2(e) are rounded to bf16
-  double weight;       // relative error of a weight, the same in the sum of weights and in that of values
+  bool is_query_bf16 = false;  // queries times log2(e) are rounded to bf16
+  double weight = 0.0;         // relative error of a weight, the same in the sum of weights and in that of values
+  double query_step = 0.0;     // of elements of a query, over its largest one
+  double weight_step = 0.0;    // of weights times scales of values, over the largest one of any token before
 };
-Rounding rounding_of(Isa isa) {
-  constexpr double kHalfUlpBf16 = 0x1p-9, kExp2Error = 7.5e-5;
-  return isa == Isa::kAvx512Bf16 ? Rounding{true, kHalfUlpBf16 + kExp2Error} : Rounding{false, 0.0};
+Rounding rounding_of(Path path) {
+  constexpr double kUnitBf16 = 0x1p-8, kExp2Error = 7.5e-5;
+  if (path.isa == Isa::kAvx512Bf16 && path.dtype == KvDtype::kBf16)
+    return {.is_query_bf16 = true, .weight = kUnitBf16 + kExp2Error};
+  const bool is_vnni = path.isa == Isa::kAvx512Vnni || path.isa == Isa::kAvx512Bf16;
+  if (path.dtype == KvDtype::kInt8 && is_vnni) return {.query_step = 1.0 / 32512.0, .weight_step = 0x1.01p-16};
+  return {};
+}
+
+// Keys and values as attention reads them; int8 keeps them rotated.
+struct Token {
+  std::vector<double> key, value;
+  double value_scale = 1.0;
+};
+bool is_smaller(double a, double b) { return std::abs(a) < std::abs(b); }
+Token stored_token(const uint16_t* block, KvDtype dtype, int64_t head_dim, int64_t offset) {
+  Token token;
+  const uint16_t* values = block + kBlockSize * head_dim;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(block);
+  const auto* value_bytes = reinterpret_cast<const int8_t*>(values) - kBlockSize * head_dim;
+  for (int64_t i = 0; i < head_dim; ++i) {
+    if (dtype == KvDtype::kBf16) {
+      token.key.push_back(float_from_bf16(block[i / 2 * 32 + offset * 2 + i % 2]));
+      token.value.push_back(float_from_bf16(values[offset / 2 * 2 * head_dim + 2 * i + offset % 2]));
+    } else {
+      const double scale = float_from_bf16(values[offset]), log = float_from_bf16(values[kBlockSize + offset]);
+      token.key.push_back(scale * (bytes[i / 4 * 64 + offset * 4 + i % 4] - 128));
+      token.value_scale = std::exp2(log);
+      token.value.push_back(token.value_scale * value_bytes[offset / 4 * 4 * head_dim + 4 * i + offset % 4]);
+    }
+  }
+  return token;
+}
+
+// x times a Hadamard matrix, the plain way: element j of row i is -1 to the number of bits that i and j share.
+std::vector<double> rotated(const std::vector<double>& x) {
+  const auto size = static_cast<size_t>(rotation_size(static_cast<int64_t>(x.size())));
+  std::vector<double> result(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    for (size_t j = 0; j < size; ++j) {
+      result[i] += (std::popcount(i % size & j) % 2 == 0 ? 1.0 : -1.0) * x[i / size * size + j];
+    }
+  }
+  return result;
+}
+std::vector<double> times(std::vector<double> x, double factor) {
+  for (double& value : x) value *= factor;
+  return x;
 }
 
 // One sequence of one KV head: queries, keys and values of every position, and a cache in scattered blocks that holds
 // NaNs where nothing was written.
 class Sequence {
  public:
-  Sequence(Shape shape, int64_t length, uint32_t seed)
-      : shape_(shape), length_(length), cache_(2, 2 * num_blocks() + 1, 2, shape.head_dim) {
+  Sequence(Path path, Shape shape, int64_t length, uint32_t seed)
+      : path_(path), shape_(shape), length_(length), cache_(2, 2 * num_blocks() + 1, 2, shape.head_dim, path.dtype) {
     test::Random random(seed);
     for (auto* values : {&q_, &k_, &v_}) {
       values->resize(static_cast<size_t>(length * shape.head_dim * (values == &q_ ? shape.group : 1)));
@@ -57,92 +122,137 @@ class Sequence {
   void forget() {
     std::fill_n(cache_.head(0, 0), cache_.num_bytes() / 2, bf16_from_float(NAN));
     num_written_ = 0;
+    tokens_.clear();
   }
 
   // Outputs of tokens [begin, end), as [token][group][head_dim], in tiles of `step`.
-  void attend(Isa isa, int64_t begin, int64_t end, int64_t step, float* out) {
+  void attend(int64_t begin, int64_t end, int64_t step, float* out) {
     write(end);
     Buffer<float> scratch(attention_scratch_floats(shape_.group, shape_.head_dim));
     for (int64_t token = begin; token < end; token += step) {
-      attention_tile(isa, tile(token, std::min(step, end - token), out + (token - begin) * row()), scratch.data());
+      attention_tile(path_.isa, tile(token, std::min(step, end - token), out + (token - begin) * row()),
+                     scratch.data());
     }
   }
 
-  void attend_split(Isa isa, int64_t position, float* out) {
+  void attend_split(int64_t position, float* out) {
     write(position + 1);
     const int64_t num_segments = num_attention_segments(position + 1);
     const int64_t partial_floats = attention_partial_floats(shape_.group, shape_.head_dim);
     Buffer<float> scratch(attention_scratch_floats(shape_.group, shape_.head_dim));
     Buffer<float> partials(num_segments * partial_floats);
     for (int64_t s = num_segments; s-- > 0;) {
-      attention_segment(isa, tile(position, 1, out), s, partials.data() + s * partial_floats, scratch.data());
+      attention_segment(path_.isa, tile(position, 1, out), s, partials.data() + s * partial_floats, scratch.data());
     }
-    merge_attention_segments(isa, tile(position, 1, out), num_segments, partials.data());
+    merge_attention_segments(path_.isa, tile(position, 1, out), num_segments, partials.data());
   }
 
   int64_t row() const { return shape_.group * shape_.head_dim; }
 
   // Largest error of `out` over the bound of its element, for the query at `position`.
-  double worst_error(Isa isa, int64_t position, const float* out) const {
-    constexpr double kUnit = 0x1p-24;
-    const Rounding rounding = rounding_of(isa);
-    const int64_t d = shape_.head_dim, n = position + 1;
+  double worst_error(int64_t position, const float* out) const {
     double worst = 0.0;
     for (int64_t g = 0; g < shape_.group; ++g) {
-      const float* q = &q_[static_cast<size_t>(position * row() + g * d)];
-      std::vector<double> weights;
-      double score_error = 0.0, largest = -INFINITY;
-      for (int64_t t = 0; t < n; ++t) {
-        double score = 0.0, magnitude = 0.0;
-        for (int64_t i = 0; i < d; ++i) {
-          const double product = as_read(q[i], rounding) * rounded(k_, t * d + i);
-          score += product;
-          magnitude += std::abs(product);
-        }
-        weights.push_back(score);
-        largest = std::max(largest, score);
-        score_error = std::max(score_error, magnitude * static_cast<double>(2 * d) * kUnit);
-      }
-      double total = 0.0;
-      for (double& weight : weights) total += weight = std::exp(weight - largest);
-      // Relative error of a weight: of its score and of the score it is compared with, of exp, and of the scalings by
-      // every chunk and segment after it. Of a sum of n of them: n roundings more.
-      const double chunks = static_cast<double>(n / kChunkTokens + 2);
-      const double relative =
-          rounding.weight + 2.0 * score_error + (chunks + 1.0) * (2.0 * kExpRelativeError + 2.0 * kUnit);
-      const double sum = 2.0 * static_cast<double>(n) * kUnit;
-      for (int64_t i = 0; i < d; ++i) {
-        double expected = 0.0, magnitude = 0.0;
-        for (int64_t t = 0; t < n; ++t) {
-          const double product = weights[static_cast<size_t>(t)] / total * rounded(v_, t * d + i);
-          expected += product;
-          magnitude += std::abs(product);
-        }
-        const double bound = magnitude * 2.0 * (relative + sum) + 1e-30;
-        const double error = std::abs(static_cast<double>(out[g * d + i]) - expected);
-        if (!(error <= worst * bound)) worst = error / bound;
+      const Bounded expected = twin(&q_[static_cast<size_t>(position * row() + g * shape_.head_dim)], position + 1);
+      for (size_t i = 0; i < expected.out.size(); ++i) {
+        const double found = out[static_cast<size_t>(g * shape_.head_dim) + i];
+        const double error = std::abs(found - expected.out[i]);
+        if (!(error <= worst * expected.bound[i])) worst = error / expected.bound[i];
       }
     }
     return worst;
   }
 
  private:
+  struct Bounded {
+    std::vector<double> out, bound;
+  };
+
   int64_t num_blocks() const { return div_up(length_, kBlockSize); }
-  static double rounded(const std::vector<float>& values, int64_t i) {
-    return float_from_bf16(bf16_from_float(values[static_cast<size_t>(i)]));
+
+  // The attention of one query to the first n tokens in double precision, and how far each element may be off.
+  Bounded twin(const float* q, int64_t n) const {
+    constexpr double kUnit = 0x1p-24;
+    const Rounding rounding = rounding_of(path_);
+    const std::vector<double> query = as_read(q, rounding);
+    const auto num_steps = static_cast<double>(2 * shape_.head_dim);
+    const double query_error =
+        0.5 * rounding.query_step * std::abs(*std::max_element(query.begin(), query.end(), is_smaller));
+    std::vector<double> weights;
+    double score_error = 0.0, largest = -INFINITY;
+    for (int64_t t = 0; t < n; ++t) {
+      const std::vector<double>& key = tokens_[static_cast<size_t>(t)].key;
+      double score = 0.0, magnitude = 0.0, keys = 0.0;
+      for (size_t i = 0; i < key.size(); ++i) {
+        score += query[i] * key[i];
+        magnitude += std::abs(query[i] * key[i]);
+        keys += std::abs(key[i]);
+      }
+      weights.push_back(score);
+      largest = std::max(largest, score);
+      score_error = std::max(score_error, magnitude * num_steps * kUnit + keys * query_error);
+    }
+    double total = 0.0;
+    for (double& weight : weights) total += weight = std::exp(weight - largest);
+    // Relative error of a weight: of its score and of the score it is compared with, of exp, and of the scalings by
+    // every chunk and segment after it. Of a sum of n of them: n roundings more.
+    const double chunks = static_cast<double>(n / kChunkTokens + 2);
+    const double relative =
+        rounding.weight + 2.0 * score_error + (chunks + 1.0) * (2.0 * kExpRelativeError + 2.0 * kUnit);
+    const double sum = 2.0 * static_cast<double>(n) * kUnit;
+    double largest_scaled = 0.0;  // weight times scale of a value
+    for (int64_t t = 0; t < n; ++t) {
+      const auto at = static_cast<size_t>(t);
+      largest_scaled = std::max(largest_scaled, weights[at] / total * tokens_[at].value_scale);
+    }
+    Bounded result{std::vector<double>(query.size()), std::vector<double>(query.size(), 1e-30)};
+    for (int64_t t = 0; t < n; ++t) {
+      for (size_t i = 0; i < query.size(); ++i) {
+        const double product = weights[static_cast<size_t>(t)] / total * tokens_[static_cast<size_t>(t)].value[i];
+        result.out[i] += product;
+        result.bound[i] += std::abs(product) * 2.0 * (relative + sum);
+        // A byte of a value times the step of its weight.
+        result.bound[i] +=
+            0.5 * rounding.weight_step * largest_scaled *
+            std::abs(tokens_[static_cast<size_t>(t)].value[i] / tokens_[static_cast<size_t>(t)].value_scale);
+      }
+    }
+    return path_.dtype == KvDtype::kInt8 ? rotated_back(result) : result;
   }
 
-  static double as_read(float q, Rounding rounding) {
+  // Errors add up: an element is a sum of rotation_size others, and as many roundings.
+  Bounded rotated_back(const Bounded& of) const {
+    const auto size = static_cast<size_t>(rotation_size(shape_.head_dim));
+    Bounded result{times(rotated(of.out), 1.0 / static_cast<double>(size)), std::vector<double>(of.out.size())};
+    for (size_t i = 0; i < of.out.size(); ++i) {
+      const size_t first = i / size * size;
+      for (size_t j = first; j < first + size; ++j) {
+        result.bound[i] += of.bound[j] / static_cast<double>(size) + std::abs(of.out[j]) * 0x1p-24;
+      }
+    }
+    return result;
+  }
+
+  // The query as the kernel rounds it, rotated if keys are.
+  std::vector<double> as_read(const float* q, Rounding rounding) const {
     constexpr float kLog2E = 1.44269504f;
-    if (!rounding.is_query_bf16) return static_cast<double>(q);
-    return float_from_bf16(bf16_from_float(q * kLog2E)) * std::log(2.0);
+    std::vector<double> query(q, q + shape_.head_dim);
+    if (rounding.is_query_bf16) {
+      for (double& x : query) {
+        x = float_from_bf16(bf16_from_float(static_cast<float>(x) * kLog2E)) * std::log(2.0);
+      }
+    }
+    if (path_.dtype == KvDtype::kBf16) return query;
+    return times(rotated(query), 1.0 / static_cast<double>(rotation_size(shape_.head_dim)));
   }
 
   void write(int64_t end) {
     for (; num_written_ < end; ++num_written_) {
       const auto at = static_cast<size_t>(num_written_ * shape_.head_dim);
-      cache_.write(best_isa(), 1, 1, table_[static_cast<size_t>(num_written_ / kBlockSize)], num_written_ % kBlockSize,
-                   &k_[at], &v_[at]);
+      const int64_t block = table_[static_cast<size_t>(num_written_ / kBlockSize)];
+      cache_.write(best_isa(), 1, 1, block, num_written_ % kBlockSize, &k_[at], &v_[at]);
+      tokens_.push_back(stored_token(cache_.head(1, 1) + block * cache_.block_stride(), path_.dtype, shape_.head_dim,
+                                     num_written_ % kBlockSize));
     }
   }
 
@@ -156,13 +266,16 @@ class Sequence {
             shape_.head_dim,
             cache_.head(1, 1),
             cache_.block_stride(),
-            table_.data()};
+            table_.data(),
+            path_.dtype};
   }
 
+  Path path_;
   Shape shape_;
   int64_t length_;
   int64_t num_written_ = 0;
   std::vector<float> q_, k_, v_;
+  std::vector<Token> tokens_;
   KvCache cache_;
   std::vector<int32_t> table_;
 };
@@ -171,8 +284,12 @@ class Sequence {
 // is NaN.
 class Family {
  public:
-  Family(Shape shape, int64_t num_shared, std::span<const int64_t> past)
-      : shape_(shape), num_shared_(num_shared), past_(past), cache_(1, num_blocks(), 1, shape.head_dim) {
+  Family(Path path, Shape shape, int64_t num_shared, std::span<const int64_t> past)
+      : path_(path),
+        shape_(shape),
+        num_shared_(num_shared),
+        past_(past),
+        cache_(1, num_blocks(), 1, shape.head_dim, path.dtype) {
     std::fill_n(cache_.head(0, 0), cache_.num_bytes() / 2, bf16_from_float(NAN));
     test::Random random(17);
     std::vector<float> key(static_cast<size_t>(shape.head_dim)), value(key.size());
@@ -194,16 +311,16 @@ class Family {
 
   size_t size() const { return past_.size() * static_cast<size_t>(row()); }
 
-  void attend_apart(Isa isa, float* out) const {
+  void attend_apart(float* out) const {
     Buffer<float> scratch(attention_scratch_floats(shape_.group, shape_.head_dim));
-    for (size_t m = 0; m < past_.size(); ++m) attention_tile(isa, tile(m, out), scratch.data());
+    for (size_t m = 0; m < past_.size(); ++m) attention_tile(path_.isa, tile(m, out), scratch.data());
   }
 
-  void attend_grouped(Isa isa, float* out) const {
+  void attend_grouped(float* out) const {
     Buffer<float> scratch(attention_scratch_floats(shape_.group, shape_.head_dim));
     std::vector<AttentionTile> tiles;
     for (size_t m = 0; m < past_.size(); ++m) tiles.push_back(tile(m, out));
-    attention_group(isa, tiles, num_shared_, scratch.data());
+    attention_group(path_.isa, tiles, num_shared_, scratch.data());
   }
 
  private:
@@ -215,11 +332,12 @@ class Family {
   }
   AttentionTile tile(size_t m, float* out) const {
     const auto at = static_cast<int64_t>(m) * row();
-    return {q_.data() + at,         out + at,         row(),           1,
-            num_shared_ + past_[m], shape_.group,     shape_.head_dim, cache_.head(0, 0),
-            cache_.block_stride(),  tables_[m].data()};
+    return {q_.data() + at,         out + at,          row(),           1,
+            num_shared_ + past_[m], shape_.group,      shape_.head_dim, cache_.head(0, 0),
+            cache_.block_stride(),  tables_[m].data(), path_.dtype};
   }
 
+  Path path_;
   Shape shape_;
   int64_t num_shared_;
   std::span<const int64_t> past_;
@@ -229,70 +347,66 @@ class Family {
 };
 
 void agrees_with_double_precision() {
-  for (const Isa isa : kIsas) {
-    if (!is_supported(isa)) continue;
+  for (const Path path : paths()) {
     for (const Shape shape : kShapes) {
-      Sequence sequence(shape, 201, 3);
+      Sequence sequence(path, shape, 201, 3);
       std::vector<float> out(static_cast<size_t>(201 * sequence.row()));
-      sequence.attend(isa, 0, 201, attention_tile_tokens(shape.group), out.data());
+      sequence.attend(0, 201, attention_tile_tokens(shape.group), out.data());
       for (const int64_t position : {0, 1, 14, 15, 16, 17, 62, 63, 64, 100, 127, 200}) {
-        const double error = sequence.worst_error(isa, position, &out[static_cast<size_t>(position * sequence.row())]);
-        CHECK(error <= 1.0, isa_name(isa), " group ", shape.group, " head ", shape.head_dim, " position ", position,
-              ": ", error, " bounds");
+        const double error = sequence.worst_error(position, &out[static_cast<size_t>(position * sequence.row())]);
+        CHECK(error <= 1.0, path, " group ", shape.group, " head ", shape.head_dim, " position ", position, ": ", error,
+              " bounds");
       }
     }
   }
 }
 
 void long_context_agrees_with_double_precision() {
-  for (const Isa isa : kIsas) {
-    if (!is_supported(isa)) continue;
-    Sequence sequence({3, 64}, 2000, 5);
+  for (const Path path : paths()) {
+    Sequence sequence(path, {3, 64}, 2000, 5);
     std::vector<float> out(static_cast<size_t>(sequence.row()));
     for (const int64_t position : {510, 511, 512, 1023, 1024, 1998, 1999}) {
-      sequence.attend(isa, position, position + 1, 1, out.data());
-      const double error = sequence.worst_error(isa, position, out.data());
-      CHECK(error <= 1.0, isa_name(isa), " position ", position, ": ", error, " bounds");
+      sequence.attend(position, position + 1, 1, out.data());
+      const double error = sequence.worst_error(position, out.data());
+      CHECK(error <= 1.0, path, " position ", position, ": ", error, " bounds");
     }
   }
 }
 
 // Token by token as in decode, in one prefill, in uneven chunks and tiles: the same bits.
 void does_not_depend_on_chunking() {
-  for (const Isa isa : kIsas) {
-    if (!is_supported(isa)) continue;
+  for (const Path path : paths()) {
     for (const Shape shape : kShapes) {
       const int64_t length = shape.group == 3 ? 1100 : 150;  // past two segments once
-      Sequence sequence(shape, length, 11);
+      Sequence sequence(path, shape, length, 11);
       const auto size = static_cast<size_t>(length * sequence.row());
       std::vector<float> decoded(size), chunked(size);
       for (int64_t t = 0; t < length; ++t)
-        sequence.attend(isa, t, t + 1, 1, &decoded[static_cast<size_t>(t * sequence.row())]);
+        sequence.attend(t, t + 1, 1, &decoded[static_cast<size_t>(t * sequence.row())]);
       for (const int64_t chunk : {length, int64_t{37}, int64_t{64}}) {
         sequence.forget();
         const int64_t step = std::min(attention_tile_tokens(shape.group), chunk == 64 ? int64_t{5} : length);
         for (int64_t begin = 0; begin < length; begin += chunk) {
-          sequence.attend(isa, begin, std::min(length, begin + chunk), step,
+          sequence.attend(begin, std::min(length, begin + chunk), step,
                           &chunked[static_cast<size_t>(begin * sequence.row())]);
         }
-        CHECK(std::memcmp(decoded.data(), chunked.data(), size * sizeof(float)) == 0, isa_name(isa), " group ",
-              shape.group, " head ", shape.head_dim, " chunk ", chunk);
+        CHECK(std::memcmp(decoded.data(), chunked.data(), size * sizeof(float)) == 0, path, " group ", shape.group,
+              " head ", shape.head_dim, " chunk ", chunk);
       }
     }
   }
 }
 
 void does_not_depend_on_splitting() {
-  for (const Isa isa : kIsas) {
-    if (!is_supported(isa)) continue;
+  for (const Path path : paths()) {
     for (const Shape shape : {Shape{1, 128}, Shape{3, 64}, Shape{8, 96}}) {
-      Sequence sequence(shape, 1700, 13);
+      Sequence sequence(path, shape, 1700, 13);
       std::vector<float> whole(static_cast<size_t>(sequence.row())), split(whole.size());
       for (const int64_t position : {100, 512, 513, 1535, 1699}) {
-        sequence.attend(isa, position, position + 1, 1, whole.data());
-        sequence.attend_split(isa, position, split.data());
-        CHECK(std::memcmp(whole.data(), split.data(), whole.size() * sizeof(float)) == 0, isa_name(isa), " group ",
-              shape.group, " position ", position);
+        sequence.attend(position, position + 1, 1, whole.data());
+        sequence.attend_split(position, split.data());
+        CHECK(std::memcmp(whole.data(), split.data(), whole.size() * sizeof(float)) == 0, path, " group ", shape.group,
+              " position ", position);
       }
     }
   }
@@ -303,15 +417,14 @@ void does_not_depend_on_splitting() {
 void does_not_depend_on_grouping() {
   constexpr Shape kGroupShapes[] = {{1, 64}, {3, 64}, {4, 128}, {7, 16}};
   constexpr int64_t kPastPrefix[] = {0, 1, 63, 64, 517, 300, 1040};
-  for (const Isa isa : kIsas) {
-    if (!is_supported(isa)) continue;
+  for (const Path path : paths()) {
     for (const Shape shape : kGroupShapes) {
       for (const int64_t num_shared : {64, 448, 512, 1024, 1088}) {
-        Family family(shape, num_shared, kPastPrefix);
+        Family family(path, shape, num_shared, kPastPrefix);
         std::vector<float> apart(family.size()), grouped(family.size());
-        family.attend_apart(isa, apart.data());
-        family.attend_grouped(isa, grouped.data());
-        CHECK(std::memcmp(apart.data(), grouped.data(), family.size() * sizeof(float)) == 0, isa_name(isa), " group ",
+        family.attend_apart(apart.data());
+        family.attend_grouped(grouped.data());
+        CHECK(std::memcmp(apart.data(), grouped.data(), family.size() * sizeof(float)) == 0, path, " group ",
               shape.group, " head ", shape.head_dim, " shared ", num_shared);
       }
     }
@@ -334,12 +447,39 @@ void cache_rounds_to_bf16_and_keeps_its_layout() {
   }
 }
 
+// What is read back is within a step of what was written, in each token by itself, and no byte is out of range.
+void cache_rounds_to_int8() {
+  test::Random random(23);
+  for (const int64_t d : {16, 48, 64, 128}) {
+    KvCache cache(1, 1, 1, d, KvDtype::kInt8);
+    for (int64_t offset = 0; offset < kBlockSize; ++offset) {
+      const float size = std::exp2(static_cast<float>(6 * offset) - 48.0f);
+      std::vector<float> key(static_cast<size_t>(d)), value(key.size());
+      for (auto* values : {&key, &value})
+        for (float& x : *values) x = size * random.unit();
+      value[5] *= 8.0f;
+      cache.write(best_isa(), 0, 0, 0, offset, key.data(), value.data());
+      const Token token = stored_token(cache.head(0, 0), KvDtype::kInt8, d, offset);
+      const auto check = [&](const std::vector<float>& written, const std::vector<double>& stored, double slack) {
+        const std::vector<double> exact = rotated({written.begin(), written.end()});
+        double largest = 0.0, error = 0.0;
+        for (const double x : exact) largest = std::max(largest, std::abs(x));
+        for (size_t i = 0; i < exact.size(); ++i) error = std::max(error, std::abs(exact[i] - stored[i]));
+        CHECK(error <= 0.5 * slack * largest / 127.0, "head ", d, " token ", offset, ": ", error / largest);
+      };
+      check(key, token.key, 1.01);
+      check(value, token.value, std::exp2(0.008 * std::abs(std::log2(8.0f * size)) + 0.2));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace blendserve
 
 int main() {
   using namespace blendserve;
   RUN(cache_rounds_to_bf16_and_keeps_its_layout);
+  RUN(cache_rounds_to_int8);
   RUN(agrees_with_double_precision);
   RUN(long_context_agrees_with_double_precision);
   RUN(does_not_depend_on_chunking);

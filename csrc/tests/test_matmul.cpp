@@ -261,7 +261,50 @@ void names_and_limits() {
   CHECK(test::throws<std::invalid_argument>([&] { PackedMatrix(Isa::kPortable, std::vector<float>(), 0, 4); }));
 }
 
-// A tile takes as many runs as its kernel says, none where there are fewer than a block takes, and computes the same.
+// Every thread gets as few columns as whole strips allow, and each tile but a thread's last names the one after it.
+void grids_give_threads_equal_shares() {
+  for_each_format([](MatmulFormat format) {
+    for (const int64_t n : {576, 960, 3072}) {
+      for (const int num_threads : {1, 2, 3, 8}) {
+        const MatmulGrid grid = suggest_grid(format, 64, n, 576, num_threads, 512 << 10);
+        std::vector<int64_t> columns(static_cast<size_t>(num_threads), 0);
+        for (int64_t i = 0; i < grid.size(); ++i) {
+          const MatmulTile tile = grid.tile(i);
+          columns[static_cast<size_t>(i % num_threads)] += tile.col_end - tile.col_begin;
+          const bool has_next = i + num_threads < grid.size();
+          CHECK(tile.next_col == (has_next ? grid.tile(i + num_threads).col_begin : -1));
+        }
+        const int64_t share = (n / kColumnPanel + num_threads - 1) / num_threads * kColumnPanel;
+        CHECK(*std::max_element(columns.begin(), columns.end()) == share, name_of(format), " n ", n, ", ", num_threads,
+              " threads: ", columns[0], " columns instead of ", share);
+      }
+    }
+  });
+}
+
+// bf16 panels hold what rounding value by value gives, whatever is left over of four rows and of 32 values.
+void packed_rows_are_rounded_one_by_one() {
+  if (!is_supported(Isa::kAvx512Bf16)) return;
+  for (const int64_t m : {1, 3, 4, 6, 12, 13, 23}) {
+    for (const int64_t k : {1, 2, 31, 32, 33, 64, 97}) {
+      std::vector<float> x = random_floats(m * k, 7);
+      x.front() = std::bit_cast<float>(0x7f800001u);  // a NaN
+      x.back() = std::bit_cast<float>(0x3f808000u);   // halfway
+      const Activations packed(Isa::kAvx512Bf16, x, m, k);
+      const auto* bits = static_cast<const uint16_t*>(packed.data);
+      const int64_t num_k = (k + 1) / 2 * 2;
+      for (int64_t row = 0; row < m; ++row) {
+        for (int64_t i = 0; i < num_k; ++i) {
+          const uint16_t expected = i < k ? bf16_from_float(x[static_cast<size_t>(row * k + i)]) : uint16_t{0};
+          const int64_t at = row / kRowPanel * kRowPanel * num_k + i / 2 * 2 * kRowPanel + row % kRowPanel * 2 + i % 2;
+          CHECK(bits[at] == expected, "m ", m, " k ", k, " row ", row, " value ", i);
+        }
+      }
+    }
+  }
+}
+
+// A tile takes as many runs as its kernel says, or all where there are fewer, and computes the same.
 void fetching_beside_it_changes_nothing() {
   const std::vector<uint16_t> memory(kPrefetchRunBytes / sizeof(uint16_t));
   const std::vector<const uint16_t*> list(5000, memory.data());
@@ -269,15 +312,17 @@ void fetching_beside_it_changes_nothing() {
     for (const int64_t m : {2, 12, 25, 27, 64}) {
       const int64_t n = 70, k = 577;
       const Operands o(format, {m, n, k, true, true});
-      const MatmulTile tile = {0, m, 0, n};
       const Activations packed(format, o.x, m, k);
+      MatmulTile tile = {0, m, 0, n};
       const auto run = [&](PrefetchRuns* runs) {
         std::vector<float> y = o.y;
         matmul_tile(packed.data, o.w, tile, o.bias_or_null(), true, y.data(), n, runs);
         return y;
       };
       const std::vector<float> alone = run(nullptr);
-      for (const int64_t step_bytes : {16, 48, 64}) {
+      tile.next_col = 32;
+      expect_same_bits(run(nullptr), alone, o, "beside weights that come next");
+      for (const int64_t step_bytes : {16, 48, 64, 100, 128}) {
         const int64_t num_taken = num_prefetch_runs(format, tile, k, step_bytes);
         if (m == 2 || format.isa == Isa::kPortable) CHECK(num_taken == 0, name_of(format), " m ", m);
         if (m == 64 && format.isa != Isa::kPortable) CHECK(num_taken > 0, name_of(format), " m ", m);
@@ -287,7 +332,7 @@ void fetching_beside_it_changes_nothing() {
               " of ", num_taken);
         PrefetchRuns few = {list.data(), list.data() + num_taken / 2, step_bytes};
         expect_same_bits(run(&few), alone, o, "beside few runs");
-        CHECK(few.left() >= 0);
+        CHECK(few.left() == 0, name_of(format), " m ", m, " leaves ", few.left(), " of ", num_taken / 2);
       }
     }
   });
@@ -302,6 +347,8 @@ int main() {
   RUN(weights_round_to_nearest_even_and_unpack);
   RUN(large_matrices_pack_whole);
   RUN(grids_cover_every_output_once);
+  RUN(grids_give_threads_equal_shares);
+  RUN(packed_rows_are_rounded_one_by_one);
   RUN(matches_the_twin);
   RUN(model_shapes_match_the_twin);
   RUN(any_number_of_rows_gives_the_same_bits);

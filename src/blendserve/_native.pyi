@@ -1,4 +1,5 @@
-"""The C++ core as Python sees it: packed weights, a model, steps. Arrays are C-contiguous; shapes as in csrc/model.h.
+"""The C++ core as Python sees it: packed weights, a model, steps. Arrays are C-contiguous; shapes as in csrc/shape.h
+and csrc/weights.h.
 
 Raises: ValueError for arrays, sizes or plans that do not fit.
 """
@@ -10,6 +11,12 @@ from numpy.typing import NDArray
 
 _Floats = NDArray[np.float32]
 _Int32s = NDArray[np.int32]
+
+BLOCK_SIZE: int
+"""Tokens of a KV block."""
+
+DEFAULT_OVERLAP: dict[str, float]
+"""Settings of `OverlapOptions` where nothing was measured, by name; all but the mode."""
 
 def best_isa() -> str:
     """The best instruction set of this processor: "portable", "avx2", "avxvnni", "avx512vnni" or "avx512bf16"."""
@@ -144,6 +151,8 @@ class Model:
     def counters(self) -> dict[str, float | dict[str, float]]: ...
     @property
     def isa(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
     @property
     def num_threads(self) -> int: ...
     @property

@@ -50,7 +50,7 @@ def test_options_that_an_engine_would_not_look_at_are_refused(
 ) -> None:
     files = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
     assert main(["run", *files, "--engine", engine, option]) == 1
-    assert re.search(f"{option.split('=')[0]} is for .*the {engine} engine does not", capsys.readouterr().err)
+    assert re.search(f"{option.split('=')[0]} is an option of .*the {engine} engine ignores", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 

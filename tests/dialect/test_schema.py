@@ -10,7 +10,7 @@ from batch_fakes import SERVED, batch_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blendserve.dialect.parameters import SMALLEST_TOP_P
+from blendserve.dialect.parameters import MAX_LISTED_TOKENS, SMALLEST_TOP_P
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
@@ -40,7 +40,7 @@ def test_every_shared_parameter_reaches_the_sampling_params(body: dict[str, Any]
         "min_p": 0.1,
         "seed": -3,
         "stop": ["a", "b", "c", "d", "e"],
-        "stop_token_ids": [5, 6],
+        "stop_token_ids": [5, 6, 5],
         "ignore_eos": True,
         "n": 2,
         "logit_bias": {"50": -100, "7": 2.5},
@@ -168,6 +168,8 @@ def test_harmless_parameters_change_nothing(body: dict[str, Any]) -> None:
         ({"stop": [""]}, "invalid_value"),
         ({"stop": ["x"] * 65}, "invalid_value"),
         ({"stop_token_ids": 5}, "invalid_type"),
+        ({"stop_token_ids": list(range(MAX_LISTED_TOKENS + 1))}, "invalid_value"),
+        ({"logit_bias": dict.fromkeys(map(str, range(MAX_LISTED_TOKENS + 1)), 1)}, "invalid_value"),
         ({"stop_token_ids": [True]}, "invalid_type"),
         ({"stop_token_ids": [-1]}, "invalid_value"),
         ({"stop_token_ids": [256]}, "invalid_value"),

@@ -11,6 +11,7 @@ from blendserve.engine.fake import FakeExecutor, FakeSimulator, FifoPolicy, expe
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.stats import RunStats
 from blendserve.errors import CapacityError, ExecutorError, RequestError
+from blendserve.planner.base import Proposal
 from blendserve.request import Request, SamplingParams, SequenceOutput
 
 
@@ -298,7 +299,7 @@ def test_close_closes_the_executor() -> None:
 
 def test_an_idle_policy_with_waiting_requests_is_reported() -> None:
     class Stubborn(FifoPolicy):
-        def next(self, view: object) -> int | None:  # noqa: ARG002
+        def next(self, view: object) -> Proposal | None:  # noqa: ARG002
             return None
 
     with pytest.raises(RuntimeError, match="proposes nothing to an idle engine while 1 requests wait"):

@@ -41,19 +41,20 @@ class FakeTokenizer:
 
     has_chat_template = True
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        return "|".join(message["content"] for message in messages)
+    def render_each(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+        return ["|".join(message["content"] for message in messages) for messages in conversations]
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[Any]:
+    def encode_each(self, texts: Sequence[str], add_special_tokens: bool, max_tokens: int) -> list[Any]:
+        assert max_tokens == 99
         return [np.asarray([1000] * add_special_tokens + [len(text)], np.int32) for text in texts]
 
 
 def test_chats_get_the_template_and_texts_what_the_model_expects() -> None:
     tokenizer = FakeTokenizer()
-    codec = ModelCodec(cast(Tokenizer, tokenizer))
+    codec = ModelCodec(cast(Tokenizer, tokenizer), max_model_len=99)
     chat = ({"role": "user", "content": "abc"}, {"role": "assistant", "content": "d"})
     encoded = codec.encode(["xy", chat, "z"])
-    assert [token_ids.tolist() for token_ids in encoded] == [[1000, 2], [5], [1000, 1]]
+    assert [np.asarray(token_ids).tolist() for token_ids in encoded] == [[1000, 2], [5], [1000, 1]]
     tokenizer.has_chat_template = False
     assert len(codec.encode(["xy"])) == 1
     with pytest.raises(RequestError, match="no chat template"):

@@ -8,6 +8,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batch_fakes import SERVED, batch_line, write_lines
@@ -16,14 +17,14 @@ from hypothesis import strategies as st
 
 from blendserve.dialect.schema import BatchLine, ServedModel
 from blendserve.errors import ConfigError, RequestError
-from blendserve.job.reader import BadLine, BatchReader, parse_json, sha256_of
+from blendserve.job.reader import MAX_LINE_PARTS, BadLine, BatchReader, ReadLimits, parse_json, sha256_of
 
 GOOD = [batch_line(f"id-{number}") for number in range(3)]
 
 
 def outline(path: Path, max_line_bytes: int = 1 << 20) -> list[tuple[int, str | None]]:
     """Every line as (number, custom_id or error code)."""
-    return [_outline(line) for line in BatchReader(path, SERVED, max_line_bytes)]
+    return [_outline(line) for line in BatchReader(path, SERVED, ReadLimits(max_line_bytes))]
 
 
 def _outline(line: BatchLine | BadLine) -> tuple[int, str | None]:
@@ -181,7 +182,7 @@ def test_a_corrupt_gzip_is_an_error_row_and_is_hashed_to_its_end(tmp_path: Path)
     content[1 << 20 : (1 << 20) + 64] = b"\xff" * 64
     path = tmp_path / "in.jsonl.gz"
     path.write_bytes(content)
-    reader = BatchReader(path, SERVED, max_line_bytes=1 << 16)
+    reader = BatchReader(path, SERVED, ReadLimits(max_line_bytes=1 << 16))
     codes = [line.error.code for line in reader if isinstance(line, BadLine)]
     assert codes[-1] == "truncated_input"
     assert reader.sha256 == hashlib.sha256(content).hexdigest() == sha256_of(path)
@@ -232,3 +233,39 @@ def test_json_at_any_depth_is_a_line_or_a_row(is_remote: bool, tmp_path: Path) -
     assert [line.line_number for line in read] == list(range(1, len(lines) + 1))
     assert isinstance(read[-1], BadLine)
     assert read[-1].error.code == "invalid_json_line"
+
+
+def test_a_line_that_asks_for_too_many_answers_is_its_own_error(tmp_path: Path) -> None:
+    lines = [batch_line("fits", {"prompt": ["a"] * 3, "n": 2}), batch_line("long", {"prompt": ["a"] * 7})]
+    read = list(BatchReader(write_lines(tmp_path / "in.jsonl", lines), SERVED, ReadLimits(max_line_requests=6)))
+    assert [_outline(line) for line in read] == [(1, "fits"), (2, "too_many_requests")]
+    assert isinstance(read[1], BadLine)
+    assert "asks for 7 answers" in read[1].error.message
+    assert "--max-line-requests" in read[1].error.message
+
+
+@pytest.mark.parametrize("line", [batch_line("a", {"prompt": "a", "n": 4}), "no json"])
+def test_a_file_that_asks_for_too_many_answers_is_refused(tmp_path: Path, line: Any) -> None:
+    path = write_lines(tmp_path / "in.jsonl", [*(batch_line(str(number)) for number in range(6)), *([line] * 4)])
+    assert len(list(BatchReader(path, SERVED, ReadLimits(max_requests=13)))) == 10
+    with pytest.raises(ConfigError, match=r"more than 9 answers up to line [78910]+; .*--max-requests"):
+        list(BatchReader(path, SERVED, ReadLimits(max_requests=9)))
+
+
+@pytest.mark.parametrize(
+    ("value", "is_read"),
+    [
+        ("[" + "[]," * MAX_LINE_PARTS + "[]]", False),
+        ("{" + ",".join(f'"{number}":0' for number in range(MAX_LINE_PARTS)) + "}", False),
+        ("[" + "0," * MAX_LINE_PARTS + "0]", True),
+        ('"' + '\\"[{:' * MAX_LINE_PARTS + '"', True),
+    ],
+    ids=["lists", "members", "numbers", "text"],
+)
+def test_a_line_of_many_small_parts_is_refused_unparsed(value: str, is_read: bool) -> None:
+    line = f'{{"a":{value}}}'.encode()
+    if is_read:
+        assert parse_json(line) == json.loads(line)
+    else:
+        with pytest.raises(RequestError, match=f"more than {MAX_LINE_PARTS} objects, lists and members"):
+            parse_json(line)

@@ -106,12 +106,25 @@ def test_an_empty_file_in_the_place_of_the_output_is_no_obstacle(tmp_path: Path,
     assert run_fake(job_input, tmp_path / "out.jsonl").num_succeeded == 1
 
 
-def test_a_symbolic_link_to_elsewhere_is_written_through(tmp_path: Path, job_input: Path) -> None:
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_symbolic_link_to_elsewhere_is_replaced(tmp_path: Path, job_input: Path, is_there: bool) -> None:
     (tmp_path / "disk").mkdir()
-    (tmp_path / "out.jsonl").symlink_to(tmp_path / "disk" / "real.jsonl")
-    run_fake(job_input, tmp_path / "out.jsonl")
-    assert (tmp_path / "out.jsonl").is_symlink()
-    assert (tmp_path / "disk" / "real.jsonl").stat().st_size > 0
+    target = tmp_path / "disk" / "real.jsonl"
+    (tmp_path / "out.jsonl").symlink_to(target)
+    if is_there:
+        target.write_text("precious\n")
+        assert_refused(job_input, tmp_path / "out.jsonl", "is not of this job")
+    run_fake(job_input, tmp_path / "out.jsonl", is_fresh=is_there)
+    assert not (tmp_path / "out.jsonl").is_symlink()
+    assert (target.read_text() if target.exists() else None) == ("precious\n" if is_there else None)
+
+
+def test_a_link_that_leads_nowhere_is_still_one_file(tmp_path: Path, job_input: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.symlink_to(tmp_path / "nowhere")
+    assert_refused(job_input, output, "is the output file", errors=output)
+    with pytest.raises(ConfigError, match=r"--trace .* is the output file"):
+        check_apart(resolve_paths(job_input, output), {"--trace": output})
 
 
 def test_places_where_nothing_can_be_written(tmp_path: Path, job_input: Path) -> None:

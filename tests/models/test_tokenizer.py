@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_files import byte_level_tokenizer, tiny_directory, write_gguf
 from tiny_models import random_weights, tiny_spec
+from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from blendserve.errors import ConfigError
+from blendserve.errors import ConfigError, RequestError
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.gguf_tokenizer import tokenizer_from_gguf
 from blendserve.models.hub import ModelFiles, resolve
@@ -253,3 +254,45 @@ def test_pieces_of_every_pre_tokenizer(pre: str, pieces: list[str], tmp_path: Pa
 def test_tokenizers_that_we_cannot_rebuild(changes: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         tokenizer_from_gguf(gguf_with(tmp_path, **changes))
+
+
+@pytest.fixture
+def fragile() -> Tokenizer:
+    """Its pre-tokenizer gives up on many x in a row, by a panic."""
+    backend = byte_level_tokenizer(320)
+    split = pre_tokenizers.Split(Regex("(x+x+)+y"), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    return Tokenizer(backend)
+
+
+def test_a_text_that_the_tokenizer_fails_on_fails_alone(fragile: Tokenizer) -> None:
+    texts = ["the", "x" * 60, "capital", "", "x" * 70]
+    found = fragile.encode_each(texts)
+    assert [isinstance(outcome, RequestError) for outcome in found] == [False, True, False, False, True]
+    assert "cannot encode this text" in str(found[1])
+    for text, outcome in zip(texts, found, strict=True):
+        assert isinstance(outcome, RequestError) or np.array_equal(outcome, fragile.encode(text))
+
+
+def test_a_text_far_beyond_the_context_is_refused_before_it_is_encoded(fragile: Tokenizer) -> None:
+    longest = max(map(len, fragile.backend.get_vocab()))
+    fits, long = "a" * (8 * longest), "x" * (8 * longest + 1)
+    found = fragile.encode_each([fits, long, long], max_tokens=8)
+    assert np.array_equal(np.asarray(found[0]), fragile.encode(fits))
+    for outcome in found[1:]:
+        assert isinstance(outcome, RequestError)
+        assert outcome.code == "context_length_exceeded"  # and not what the tokenizer would have said
+    assert isinstance(fragile.encode_each([long])[0], RequestError)
+
+
+def test_an_interrupt_while_encoding_is_no_fault_of_a_text() -> None:
+    class Interrupted:
+        def encode_batch_fast(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        def no_truncation(self) -> None: ...
+        def no_padding(self) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(Interrupted()).encode_each(["a", "b"])  # type: ignore[arg-type]

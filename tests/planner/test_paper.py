@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from oracles import Prompt
 from planner_cases import COST, TinyEngine, plan_of
 
+from blendserve.planner.base import Proposal
+from blendserve.planner.ends import EndShape, end_shape, split_memory
 from blendserve.planner.lengths import MeanLengthModel
 from blendserve.planner.paper import SAMPLE_SHARE, PaperPolicy
 from blendserve.planner.plan import Plan, make_plan
@@ -33,8 +36,9 @@ class WatchedPolicy(PaperPolicy):
         self.num_finished_samples = 0
         self.num_early = 0
 
-    def admitted(self, index: int, num_cached_tokens: int) -> None:
-        super().admitted(index, num_cached_tokens)
+    def admitted(self, proposal: Proposal, num_cached_tokens: int) -> None:
+        super().admitted(proposal, num_cached_tokens)
+        index = proposal.index
         self.order.append(index)
         is_sample = index in set(self._plan.samples.tolist())
         self.num_early += not is_sample and self.num_finished_samples < SAMPLE_SHARE * len(self._plan.samples)
@@ -60,7 +64,7 @@ class ByAverage(PaperPolicy):
     def _fits_memory_end(self, request: int) -> bool:
         running = self._is_at_memory_end & ~self._scanner._is_waiting & ~self.is_finished
         average = self._plan.table.num_prompt_tokens + self._schedule.expected_output_tokens / 2
-        return float(average[running].sum() + average[request]) <= self._memory_tokens[True]
+        return float(average[running].sum() + average[request]) <= self._split.memory_end.memory_tokens
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -101,7 +105,7 @@ def test_means_of_samples_drive_the_split() -> None:
     TinyEngine(policy, SIZES, OUTPUTS, 2000).run()
     expected = policy._schedule.expected_output_tokens
     assert expected[:NUM_LONG].min() > 5 * expected[NUM_LONG:].max() > 0
-    assert np.isfinite(policy._memory_tokens).all()
+    assert np.isfinite([end.memory_tokens for end in policy._split]).all()
 
 
 def test_golden_schedule() -> None:
@@ -119,3 +123,24 @@ def test_golden_schedule() -> None:
         (30, [3, 5]),
         (31, [5]),
     ]
+
+
+def test_shares_of_memory_have_the_density_of_the_rest() -> None:
+    """Figure 6: 60 GB between ends of density 2.2 and 0.3, for a rest of 1.2; prefill is N p / d."""
+    dense, sparse = EndShape(2.2, 100.0, 80.0, 10.0), EndShape(0.3, 20.0, 20.0, 400.0)
+    split = split_memory(dense, sparse, 1.2, 60_000)
+    low, high = split.compute_end.memory_tokens, split.memory_end.memory_tokens
+    assert low + high == pytest.approx(60_000)
+    assert (2.2 * low + 0.3 * high) / 60_000 == pytest.approx(1.2)
+    assert split.compute_end.prefill_tokens == pytest.approx(low / (100 + 10 / 2) * 80 / 10)
+    assert split.num_prefill_tokens == pytest.approx(low / 105 * 8 + high / 220 / 20)
+
+
+def test_an_end_is_as_the_requests_that_fill_the_memory() -> None:
+    """Requests 0 to 2 hold 8 tokens and a half on average: 20 tokens of memory hold three of them, the last in part."""
+    plan = plan_of([(index, *[0] * 7) for index in range(6)], (1, 1, 1, 9, 9, 9))
+    requests = np.arange(6)
+    shape = end_shape(plan, plan.schedule, requests, 20)
+    assert (shape.prompt_tokens, shape.output_tokens) == (8, 1)
+    assert end_shape(plan, plan.schedule, requests, 1000).output_tokens == 5
+    assert end_shape(plan, plan.schedule, requests[:0], 20).density == plan.schedule.root_density

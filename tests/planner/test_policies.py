@@ -95,11 +95,12 @@ def test_ten_thousand_requests_of_one_shape_are_each_admitted_once(name: str, ki
     idle = TinyEngine(policy, lengths.tolist(), outputs.tolist(), 1_000_000)
     admitted = np.zeros(count, dtype=np.int64)
     while policy.num_waiting:
-        request = policy.next(idle)
-        assert request is not None, "an idle engine is offered nothing"
-        policy.admitted(request, 0)
+        proposal = policy.next(idle.view())
+        assert proposal is not None, "an idle engine is offered nothing"
+        request = proposal.index
+        policy.admitted(proposal, 0)
         admitted[request] += 1
-        policy.prefill_tokens(idle)
+        policy.begin_step(idle.view(), 1)
         policy.finished(request, int(outputs[request]))
     assert (admitted == 1).all()
     assert all(policy.next_use(key) >= 0 for key in keys)
@@ -168,8 +169,8 @@ def test_what_shares_a_prefix_is_not_taken_out_of_turn(monkeypatch: pytest.Monke
     prompts = [(*stem, index) for index in range(200)]
     outputs = (50,) * 199 + (500,)
     policy = BlendPolicy(plan_of(prompts, outputs))
-    policy.prefill_tokens(TinyEngine(policy, [41] * 200, outputs, 300))
-    assert policy._next_at_memory_end(280.0) == NO_REQUEST
+    policy.begin_step(TinyEngine(policy, [41] * 200, outputs, 300).view(), 1)
+    assert policy._next_at_memory_end() == NO_REQUEST
 
 
 def test_blend_never_preempts_when_lengths_are_known() -> None:
@@ -273,9 +274,24 @@ def test_without_overlap_steps_are_filled_up() -> None:
     for has_overlap in (True, False):
         plan = plan_of(prompts, outputs, cost=replace(COST, has_overlap=has_overlap))
         engine = TinyEngine(BlendPolicy(plan), [len(prompt) for prompt in prompts], outputs, 800)
-        budgets[has_overlap] = engine.policy.prefill_tokens(engine)
+        budgets[has_overlap] = engine.policy.begin_step(engine.view(), 1).num_prefill_tokens
     assert budgets[False] == 256
     assert budgets[True] < 256
+
+
+def test_without_overlap_no_long_answer_is_left_for_the_end() -> None:
+    """Memory that waits for the compute end would keep the longest answers out until all others are done."""
+    rng = np.random.default_rng(3)
+    stem = tuple(range(100, 204))
+    prompts = [(*stem, 1000 + index) for index in range(40)] + [(2000 + index,) * 10 for index in range(50)]
+    prompts += [(3000 + index,) * 120 for index in range(20)]
+    outputs = (2,) * 40 + tuple(rng.integers(40, 101, 50).tolist()) + (3,) * 20
+    plan = plan_of(prompts, outputs, cost=replace(COST, has_overlap=False))
+    engine = TinyEngine(BlendPolicy(plan), [len(prompt) for prompt in prompts], outputs, 2400)
+    engine.run()
+    answers = [outputs[request] for request in engine.admissions if outputs[request] >= 40]
+    assert engine.num_preemptions == 0
+    assert sorted(answers[-5:]) == sorted(answers)[:5]
 
 
 def test_an_unknown_policy_is_named_with_those_that_exist() -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_model, find_model, served_model
+from blendserve.cli.options import add_model, add_reading, find_model, read_limits, served_model
 from blendserve.dialect.codec import ModelCodec
 from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
 from blendserve.models.load import load_model
@@ -25,6 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_model(parser)
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
     parser.set_defaults(command=run)
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Check the file. Returns 1 when a line has an error, else 0."""
     model = load_model(find_model(args))
     served = served_model(args, model)
-    report = check_file(args.input, served, ModelCodec(model.tokenizer))
+    report = check_file(args.input, served, ModelCodec(model.tokenizer, served.max_model_len), limits=read_limits(args))
     print(json.dumps(asdict(report)) if args.json else describe(report))
     return EXIT_HAS_ERRORS if report.errors else 0
 

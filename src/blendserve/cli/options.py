@@ -11,6 +11,7 @@ from blendserve.dialect.schema import ServedModel
 from blendserve.engine.limits import resolve_limits
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
+from blendserve.job.reader import DEFAULT_MAX_LINE_REQUESTS, DEFAULT_MAX_REQUESTS, ReadLimits
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
@@ -75,6 +76,31 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="most tokens of a prompt and its answer together (default: what the model was made for)",
     )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What a file may ask for."""
+    group = parser.add_argument_group("reading", "limits on the work that a file may ask for")
+    group.add_argument(
+        "--max-requests",
+        type=positive_integer,
+        default=DEFAULT_MAX_REQUESTS,
+        metavar="N",
+        help="most answers that the whole file may ask for; n and lists of prompts count "
+        f"(default: {DEFAULT_MAX_REQUESTS})",
+    )
+    group.add_argument(
+        "--max-line-requests",
+        type=positive_integer,
+        default=DEFAULT_MAX_LINE_REQUESTS,
+        metavar="N",
+        help="most answers that one line may ask for; a line that asks for more becomes an error row (default: "
+        f"{DEFAULT_MAX_LINE_REQUESTS})",
+    )
+
+
+def read_limits(args: argparse.Namespace) -> ReadLimits:
+    return ReadLimits(max_line_requests=args.max_line_requests, max_requests=args.max_requests)
 
 
 def add_dtype(parser: argparse._ActionsContainer) -> None:

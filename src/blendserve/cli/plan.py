@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import positive_integer, tell
+from blendserve.cli.options import add_reading, positive_integer, read_limits, tell
 from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
 from blendserve.job.batch_input import BatchInput, read_batch
 from blendserve.models.hub import DEFAULT_MODEL
@@ -38,6 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_target(parser, f"{THIS_MACHINE} if it is calibrated, else {DEFAULT_HARDWARE}", DEFAULT_MODEL.name)
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
+    add_reading(parser)
     add_output(parser)
     parser.set_defaults(command=run)
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.model, notify=tell)
     machine = find_machine(args.hardware, target.spec, tensor_parallel=args.tensor_parallel)
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
-    with read_batch(args.input, target.spec, tokenizer) as batch:
+    with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))
         if args.html is not None:

@@ -19,6 +19,7 @@ from blendserve.request import SamplingParams
 MAX_INT32 = 2**31 - 1
 MAX_STOP_STRINGS = 64
 MAX_CHOICES = 128
+MAX_LISTED_TOKENS = 1 << 14
 MAX_LOGPROBS = 20
 SMALLEST_TOP_P = 1e-6
 """OpenAI takes top_p = 0 and always keeps the best token; so does a nucleus this small."""
@@ -87,6 +88,19 @@ def read_token_ids(name: str, value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _read_stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    token_ids = tuple(dict.fromkeys(read_token_ids(name, value)))
+    if len(token_ids) > MAX_LISTED_TOKENS:
+        _reject_long(name, len(token_ids))
+    return token_ids
+
+
+def _reject_long(name: str, num_tokens: int) -> NoReturn:
+    raise RequestError(
+        f"{name} names {num_tokens} tokens; at most {MAX_LISTED_TOKENS}", code="invalid_value", param=name
+    )
+
+
 def _read_nucleus(name: str, value: Any) -> float:
     return max(float(_read_top_p(name, value)), SMALLEST_TOP_P)
 
@@ -118,6 +132,8 @@ def _read_stop(name: str, value: Any) -> tuple[str, ...]:
 def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         reject(name, value, "an object from token ids to numbers", code="invalid_type")
+    if len(value) > MAX_LISTED_TOKENS:
+        _reject_long(name, len(value))
     bias: dict[int, float] = {}
     for key, amount in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INT32):
@@ -138,7 +154,7 @@ _READERS: Mapping[str, Reader] = {
     "min_p": number_between(0.0, 1.0),
     "seed": integer_between(-(2**63), 2**63 - 1),
     "stop": _read_stop,
-    "stop_token_ids": read_token_ids,
+    "stop_token_ids": _read_stop_token_ids,
     "ignore_eos": read_boolean,
     "n": integer_between(1, MAX_CHOICES),
     "logit_bias": _read_logit_bias,

@@ -28,12 +28,12 @@ EncodedPrompt = Sequence[int] | TokenIds
 class Codec(Protocol):
     """Text to tokens and back: the tokenizer and chat template of the served model.
 
-    `encode` takes texts and conversations in batches and returns token ids in their order; it raises RequestError when
-    one of them cannot be encoded (the batch is then taken apart to find which). `text_of` is the answer without its
-    stop token or stop string.
+    `encode` takes texts and conversations in batches and returns, in their order, token ids or why there are none; it
+    raises RequestError where it does not know whose fault it is (the batch is then taken apart to find out). `text_of`
+    is the answer without its stop token or stop string.
     """
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> Sequence[EncodedPrompt]: ...
+    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> Sequence[EncodedPrompt | RequestError]: ...
     def text_of(self, output: SequenceOutput) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 

@@ -15,7 +15,7 @@ from blendserve.engine.finish import stop_rules_of
 from blendserve.engine.prefix_cache import PrefixCache
 from blendserve.engine.sequence import NO_TOKENS, Int32s, Int64s, Sequence, SequenceTable
 from blendserve.engine.step import Executor, StepPlan
-from blendserve.planner.base import Policy
+from blendserve.planner.base import EngineLimits, Policy, SchedulerView, scheduler_view
 
 NO_LIMIT = 2**31
 """Context length in tokens where the configuration sets none: only the memory limits a request then."""
@@ -35,7 +35,7 @@ class Schedule(NamedTuple):
 
 
 class Batcher:
-    """The state that a policy may read (it is a `SchedulerView`) and the operations that change it.
+    """The state of admission, which a policy reads through `view`, and the operations that change it.
 
     A preempted request could be admitted into the memory it just gave up and be preempted again. So for some steps
     after a preemption an admission must leave a free block for every running sequence. Outputs are kept, and a
@@ -48,8 +48,8 @@ class Batcher:
         self.block_size = executor.block_size
         self.capacity_tokens = executor.num_blocks * executor.block_size
         self.max_model_len = config.max_model_len or NO_LIMIT
-        self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
+        self._limits = EngineLimits(self.capacity_tokens, config.max_num_seqs, config.max_num_batched_tokens)
         self.needs_tokens = executor.needs_tokens
         self.has_prefix_caching = config.enable_prefix_caching
         self.has_stop_checker = has_stop_checker
@@ -62,29 +62,16 @@ class Batcher:
         self._all_rows = np.arange(config.max_num_seqs)
         self._ones = np.ones(config.max_num_seqs, np.int32)
 
-    # SchedulerView
+    def view(self) -> SchedulerView:
+        """What a policy may see now."""
+        return scheduler_view(self._limits, self.free_tokens, self.table.progress)
+
+    # KV memory
 
     @property
     def free_tokens(self) -> int:
+        """Tokens in blocks that are free or may be evicted."""
         return self.num_available_blocks * self.block_size
-
-    @property
-    def request_index(self) -> Int64s:
-        return self.table.request_index
-
-    @property
-    def num_prompt_tokens(self) -> Int64s:
-        return self.table.num_prompt_tokens
-
-    @property
-    def num_computed_tokens(self) -> Int64s:
-        return self.table.num_computed_tokens
-
-    @property
-    def num_output_tokens(self) -> Int64s:
-        return self.table.num_output_tokens
-
-    # KV memory
 
     @property
     def num_available_blocks(self) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import ExecutorError
-from blendserve.planner.base import SchedulerView
+from blendserve.planner.base import Proposal, SchedulerView, StepBudget
 from blendserve.request import Request, TokenIds, TokenLogprob
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -164,14 +164,14 @@ class FifoPolicy:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def next(self, view: SchedulerView) -> int | None:  # noqa: ARG002
-        return self._waiting[0] if self._waiting else None
+    def next(self, view: SchedulerView) -> Proposal | None:  # noqa: ARG002
+        return Proposal(self._waiting[0]) if self._waiting else None
 
-    def prefill_tokens(self, view: SchedulerView) -> int:
-        return view.max_num_batched_tokens
+    def admitted(self, proposal: Proposal, num_cached_tokens: int) -> None:  # noqa: ARG002
+        assert self._waiting.popleft() == proposal.index
 
-    def admitted(self, index: int, num_cached_tokens: int) -> None:  # noqa: ARG002
-        assert self._waiting.popleft() == index
+    def begin_step(self, view: SchedulerView, num_steps: int) -> StepBudget:  # noqa: ARG002
+        return StepBudget(view.max_num_batched_tokens)
 
     def finished(self, index: int, num_output_tokens: int) -> None:
         pass

@@ -13,7 +13,7 @@ from blendserve.engine.sequence import NO_TOKENS, Int64s, Sequence
 from blendserve.engine.stats import RunStats
 from blendserve.engine.step import Executor, StepResult
 from blendserve.errors import BlendServeError, CapacityError, RequestError
-from blendserve.planner.base import Policy
+from blendserve.planner.base import Policy, Proposal, SchedulerView
 from blendserve.request import Request, RequestSource, SequenceOutput
 
 Clock = Callable[[], float]
@@ -86,10 +86,11 @@ class EngineLoop:
         self._keep(self.batcher.grow(self._policy))
         if self.batcher.is_outgrown:
             self._fail_outgrown(self._policy)
-        self._admit(self._policy)
+        view = self._admit(self._policy)
         has_step = self.batcher.table.num_running > 0
         if has_step:
-            schedule = self.batcher.plan(self._policy.prefill_tokens(self.batcher))
+            budget = self._policy.begin_step(view, num_steps=1)
+            schedule = self.batcher.plan(budget.num_prefill_tokens)
             planned = self._clock()
             result = self._executor.execute(schedule.plan)
             executed_s = self._clock() - planned
@@ -136,47 +137,52 @@ class EngineLoop:
 
     # Admission
 
-    def _admit(self, policy: Policy) -> None:
+    def _admit(self, policy: Policy) -> SchedulerView:
+        """Admit what the policy proposes and the memory holds; returns what runs then."""
         batcher = self.batcher
-        while not batcher.table.is_full and (index := policy.next(batcher)) is not None:
-            sequence = self._propose(index, policy)
+        view = batcher.view()
+        while not batcher.table.is_full and (proposal := policy.next(view)) is not None:
+            sequence = self._sequence_of(proposal, policy)
             if sequence is None:
                 continue
             if not batcher.try_admit(sequence):
                 assert batcher.table.num_running, "a request that fits the pool was refused by an idle engine"
-                return
+                return view
             num_cached = int(batcher.table.num_cached_tokens[-1])
             self.stats.num_admissions += 1
             self.stats.num_admitted_tokens += sequence.num_tokens
             self.stats.num_cached_tokens += num_cached
-            self._preempted.pop(index, None)
+            self._preempted.pop(proposal.index, None)
             self._candidate = None
-            policy.admitted(index, num_cached)
+            policy.admitted(proposal, num_cached)
+            view = batcher.view()
         if not batcher.table.num_running and policy.num_waiting:
             raise RuntimeError(
                 f"policy {policy.name} proposes nothing to an idle engine while {policy.num_waiting} requests wait"
             )
+        return view
 
     def _keep(self, preempted: list[Sequence]) -> None:
         self.stats.num_preemptions += len(preempted)
         for sequence in preempted:
             self._preempted[sequence.request.index] = sequence
 
-    def _propose(self, index: int, policy: Policy) -> Sequence | None:
+    def _sequence_of(self, proposal: Proposal, policy: Policy) -> Sequence | None:
         """The sequence of a proposed request; None where it can never run, which is then one of the outputs."""
+        index = proposal.index
         if index in self._preempted:
             sequence = self._preempted[index]
             if sequence.num_tokens <= self.batcher.capacity_tokens:
                 return sequence
             del self._preempted[index]
-            policy.admitted(index, 0)
+            policy.admitted(proposal, 0)
             self._refuse(index, self._outgrown(sequence.request, sequence.num_tokens), policy)
             return None
         if self._candidate is None or self._candidate.request.index != index:
             try:
                 self._candidate = self._new_sequence(self._source[index])
             except (RequestError, CapacityError) as error:
-                policy.admitted(index, 0)
+                policy.admitted(proposal, 0)
                 self._refuse(index, error, policy)
                 return None
         return self._candidate

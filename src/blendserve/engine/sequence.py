@@ -63,6 +63,8 @@ class SequenceTable:
         self.max_num_seqs = max_num_seqs
         self.num_running = 0
         self._columns = np.zeros((self._NUM_COLUMNS, max_num_seqs), np.int64)
+        self._shown = self._columns[1:5]
+        self._shown.flags.writeable = False
         self._zero_tokens = np.broadcast_to(np.int32(0), max_model_len)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._sequence_by_slot: list[Sequence | None] = [None] * max_num_seqs
@@ -73,6 +75,11 @@ class SequenceTable:
     @property
     def slot(self) -> Int64s:
         return self._columns[0, : self.num_running]
+
+    @property
+    def progress(self) -> Int64s:
+        """Request index, prompt, computed and output tokens, not to be written: int64[4, num_running]."""
+        return self._shown[:, : self.num_running]
 
     @property
     def request_index(self) -> Int64s:

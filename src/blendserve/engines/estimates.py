@@ -39,9 +39,13 @@ class EstimatingCodec:
         if self._codec is None:
             return [tokens_of_bytes(text_of(prompt)) for prompt in prompts]
         try:
-            return self._codec.encode(prompts)
-        except RequestError:
-            return [self._encode_one(self._codec, prompt) for prompt in prompts]
+            encoded = self._codec.encode(prompts)
+        except RequestError:  # there is no template
+            encoded = self._codec.encode([text_of(prompt) for prompt in prompts])
+        return [
+            self._encode_otherwise(self._codec, prompt) if isinstance(outcome, RequestError) else outcome
+            for prompt, outcome in zip(prompts, encoded, strict=True)
+        ]
 
     def text_of(self, output: SequenceOutput) -> NoReturn:
         raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
@@ -49,11 +53,9 @@ class EstimatingCodec:
     def token_bytes(self, token_id: int) -> NoReturn:
         raise ExecutorError(f"token {token_id} has no response; this is a bug, please report it")
 
-    def _encode_one(self, codec: ModelCodec, prompt: str | tuple[Message, ...]) -> TokenIds:
-        try:
-            return codec.encode([prompt])[0]
-        except RequestError:
-            return codec.encode([text_of(prompt)])[0]
+    def _encode_otherwise(self, codec: ModelCodec, prompt: str | tuple[Message, ...]) -> TokenIds:
+        (encoded,) = codec.encode([text_of(prompt)])
+        return tokens_of_bytes(text_of(prompt)) if isinstance(encoded, RequestError) else encoded
 
 
 def text_of(prompt: str | tuple[Message, ...]) -> str:

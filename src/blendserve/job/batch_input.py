@@ -16,7 +16,7 @@ from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests
-from blendserve.job.reader import BadLine, BatchReader
+from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
 from blendserve.job.store import StoreWriter, TokenStore
 from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer
@@ -35,7 +35,9 @@ class BatchInput:
 
 
 @contextmanager
-def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[BatchInput]:
+def read_batch(
+    path: Path, spec: ModelSpec, tokenizer: Tokenizer, limits: ReadLimits = DEFAULT_LIMITS
+) -> Iterator[BatchInput]:
     """Tokenize a file into a temporary store that is gone afterwards. Raises: ConfigError when it cannot be read, or
     holds no request.
     """
@@ -46,16 +48,16 @@ def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[Ba
         refused[line.error.code] += 1
 
     with TemporaryDirectory(prefix="blendserve-") as name:
-        reader = BatchReader(path, served)
+        reader = BatchReader(path, served, limits)
         directory = Path(name) / "store"
         writer = StoreWriter(directory)
         try:
-            encode_lines(reader, ModelCodec(tokenizer), spec.max_position, writer.add, refuse)
-            sizes = writer.finish()
+            encode_lines(reader, ModelCodec(tokenizer, spec.max_position), spec.max_position, writer.add, refuse)
+            files = writer.finish()
         except BaseException:
             writer.abandon()
             raise
-        store = TokenStore.open(directory, sizes, spec.max_position)
+        store = TokenStore.open(directory, files, spec.max_position)
         if not store.num_requests:
             codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
             reason = f"all {reader.num_lines} lines are refused ({codes})" if refused else "it is empty"

@@ -8,7 +8,7 @@ from pathlib import Path
 from blendserve.dialect.responses import Codec
 from blendserve.dialect.schema import BatchLine, ServedModel
 from blendserve.job.ingest import TokenLists, encode_lines
-from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES, BadLine, BatchReader
+from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
 
 MAX_LISTED_LINES = 10
 
@@ -35,14 +35,14 @@ class CheckReport:
 
 
 def check_file(
-    path: Path, served: ServedModel, codec: Codec | None = None, *, max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+    path: Path, served: ServedModel, codec: Codec | None = None, *, limits: ReadLimits = DEFAULT_LIMITS
 ) -> CheckReport:
     """Validate every line; with a codec also encode it, and hold it against the context.
 
     Raises: ConfigError when the file cannot be read at all.
     """
     report = CheckReport()
-    reader = BatchReader(path, served, max_line_bytes)
+    reader = BatchReader(path, served, limits)
 
     def refuse(line: BadLine) -> None:
         count = report.errors.setdefault(line.error.code, CodeCount(line.error.message))

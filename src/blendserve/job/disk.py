@@ -1,4 +1,7 @@
-"""Durable files: what must survive a crash is written through here, and a full disk is told apart from other faults."""
+"""Durable files: what must survive a crash is written through here, and a full disk is told apart from other faults.
+
+Files are opened without following links: somebody else may have put one there.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,22 @@ def write_fully(descriptor: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def open_own(path: Path, flags: int = 0, *, directory: int | None = None) -> int:
+    """Open a file of ours, made for our eyes alone where it is missing (with O_CREAT). Raises: OSError for a link."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+
+
+def create_new(path: Path, mode: int = 0o600) -> int:
+    """Open a new file for writing; what stood under its name is removed, not written to. `mode` is under the umask."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
 def replace_durably(path: Path, data: bytes) -> None:
     """Give `path` new content that survives a power cut as a whole or not at all."""
     temporary = path.with_name(path.name + ".partial")
     with writing_to(path):
-        with temporary.open("wb") as file:
+        with open(create_new(temporary), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -65,7 +65,7 @@ def _encode_batch(
 
 def _encode_texts(prompts: Sequence[Prompt], codec: Codec) -> list[EncodedPrompt | RequestError]:
     """Encode what is text; prompts given as token ids pass through."""
-    outcomes: list[EncodedPrompt | RequestError] = list(prompts)  # type: ignore[arg-type]
+    outcomes: list[EncodedPrompt | RequestError] = [*prompts]  # type: ignore[list-item]
     positions = [position for position, prompt in enumerate(prompts) if _is_text(prompt)]
     texts = [prompts[position] for position in positions]
     for position, outcome in zip(positions, _encode_or_isolate(texts, codec), strict=True):
@@ -93,9 +93,11 @@ def _checked(
     token_lists: list[EncodedPrompt] = []
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
-            return token_ids
+            return RequestError(token_ids.message, code=token_ids.code, param=token_ids.param or param)
         if not len(token_ids):
-            return RequestError(f"{param} holds no token; write something", code="invalid_value", param=param)
+            return RequestError(
+                f"{param} is empty: it comes to no token; write at least one word", code="invalid_value", param=param
+            )
         if max_model_len and len(token_ids) >= max_model_len:
             return RequestError(
                 f"the prompt has {len(token_ids)} tokens, the context is {max_model_len}, and an answer needs at least "
@@ -112,9 +114,12 @@ def _is_text(prompt: Prompt) -> bool:
 
 
 def _num_characters(line: BatchLine | BadLine) -> int:
+    """All that a line holds in memory, about."""
     if isinstance(line, BadLine):
-        return 0
-    return sum(_prompt_characters(prompt) for prompt in line.prompts)
+        return len(line.custom_id or "")
+    sampling = line.sampling
+    listed = 4 * len(sampling.stop_token_ids) + 8 * len(sampling.logit_bias) + sum(map(len, sampling.stop))
+    return len(line.custom_id) + len(line.body) + listed + sum(map(_prompt_characters, line.prompts))
 
 
 def _prompt_characters(prompt: Prompt) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from blendserve.dialect.schema import ServedModel
 from blendserve.job.journal import JobIdentity
-from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES
+from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class BatchJob:
     errors_path: Path | None = None
     is_ordered: bool = False
     is_fresh: bool = False
-    max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+    limits: ReadLimits = DEFAULT_LIMITS
     capacity: int = 0
 
     def identity(self, input_sha256: str) -> JobIdentity:
@@ -41,7 +41,8 @@ class BatchJob:
             "accepts_any_name": self.served.accepts_any_name,
             "max_model_len": self.served.max_model_len,
             "vocab_size": self.served.vocab_size,
-            "max_line_bytes": self.max_line_bytes,
+            "max_line_bytes": self.limits.max_line_bytes,
+            "max_line_requests": self.limits.max_line_requests,
         }
         return JobIdentity(input_sha256, self.model_identity, json.loads(json.dumps(settings)))
 

@@ -8,20 +8,24 @@ answer more). A lock keeps a second process out.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from blendserve.errors import ConfigError
-from blendserve.job.disk import replace_durably, sync_directory, writing_to
+from blendserve.job.disk import open_own, replace_durably, sync_directory, writing_to
 from blendserve.job.record_log import RecordLog
+from blendserve.job.store import StoredFile
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
 
 _OWN_NAMES = frozenset(
@@ -52,8 +56,8 @@ class JournalHeader:
     """What is fixed once ingestion has ended. `created` is the Unix time that every response carries.
 
     Two may change: `capacity`, the memory setting under which the journal's rows for want of memory came about, and
-    `own_sizes`, by which the job knows its files: noted before they appear. `errors_name` is its error file. The last
-    two are missing in journals of older versions.
+    `own_sizes`, by which the job knows its files: noted before they appear. `errors_name` is its error file,
+    `store_files` what ingestion left in the store.
     """
 
     identity: JobIdentity
@@ -61,9 +65,9 @@ class JournalHeader:
     num_lines: int
     requested_model: str | None
     num_ingest_bytes: int
-    store_sizes: Mapping[str, int]
+    store_files: Mapping[str, StoredFile]
     capacity: int
-    errors_name: str | None = None
+    errors_name: str
     own_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def owning(self, sizes: Mapping[str, int]) -> JournalHeader:
@@ -85,21 +89,24 @@ class JournalSeal:
     report: Mapping[str, Any]
     capacity: int
     num_retriable: int
-    errors_name: str | None = None
+    errors_name: str
 
 
 class Journal:
     """The journal directory, held under its lock from construction to `close`.
 
-    Raises: ConfigError when another process holds it, a file in it cannot be understood, or it is no journal at all.
+    Raises: ConfigError when another process holds it, a file in it cannot be understood, it is no journal at all, or
+    somebody else may have prepared it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         with writing_to(directory):
-            directory.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            _check_own(directory)
             _check_ours(directory)
-            self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = open_own(directory / _LOCK, os.O_RDWR | os.O_CREAT)
             sync_directory(directory.parent)
         self._take_lock()
 
@@ -110,15 +117,18 @@ class Journal:
 
     def header(self) -> JournalHeader | None:
         """The header of a job whose ingestion has ended, else None."""
-        values = self._read_json(_HEADER, JournalHeader)
-        return None if values is None else JournalHeader(**values)
+        values = self._read_json(_HEADER)
+        if values is None:
+            return None
+        files = {name: StoredFile(*of_file) for name, of_file in values["store_files"].items()}
+        return JournalHeader(**{**values, "store_files": files})
 
     def write_header(self, header: JournalHeader) -> None:
         replace_durably(self.directory / _HEADER, _to_json(header))
 
     def seal(self) -> JournalSeal | None:
         """What a finished job left, else None."""
-        values = self._read_json(_SEAL, JournalSeal)
+        values = self._read_json(_SEAL)
         return None if values is None else JournalSeal(**values)
 
     def write_seal(self, seal: JournalSeal) -> None:
@@ -179,19 +189,20 @@ class Journal:
                 else:
                     entry.unlink(missing_ok=True)
 
-    def _read_json(self, name: str, kind: type[JournalHeader | JournalSeal]) -> dict[str, Any] | None:
-        """The fields of a `kind`; None where there is no such file."""
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        """The fields of a header or a seal; None where there is no such file."""
         path = self.directory / name
         try:
             values: dict[str, Any] = json.loads(path.read_bytes())
-            version = values.pop("format")
+            version = values["format"]
             if version == FORMAT_VERSION:
-                identity = JobIdentity(**values["identity"])
-                known = {entry.name: values[entry.name] for entry in fields(kind) if _is_kept(entry, values)}
-                return known | {"identity": identity}
+                if values.pop("sha256") != _sha256(values):
+                    raise ValueError("the hash is that of other fields")
+                del values["format"]
+                return {**values, "identity": JobIdentity(**values["identity"])}
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
         raise ConfigError(
             f"{path} has format {version}, this version of blendserve reads {FORMAT_VERSION}; finish the job with "
@@ -211,6 +222,37 @@ def why_another_job(recorded: JobIdentity, present: JobIdentity, directory: Path
     )
 
 
+def _check_own(directory: Path) -> None:
+    """Raises: ConfigError where another user may have put a part of the journal there: it could lead anywhere.
+
+    Mutates: the mode of a directory that others may look into.
+    """
+    paths = [directory]
+    for parent, directories, files in os.walk(directory):
+        paths += [Path(parent, name) for name in (*directories, *files)]
+    for path in paths:
+        found = path.lstat()
+        reason = _foreign(found)
+        if reason:
+            raise ConfigError(
+                f"{path} {reason}; a journal is used only by the user who began it: move it away, or write to another "
+                "file (-o)"
+            )
+        if path == directory and stat.S_IMODE(found.st_mode) & 0o077:
+            path.chmod(0o700)
+
+
+def _foreign(found: os.stat_result) -> str:
+    """Why a path is not surely ours, as a verb and its object; empty where it is."""
+    if stat.S_ISLNK(found.st_mode):
+        return "is a symbolic link"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}, and you are user {os.geteuid()}"
+    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH:
+        return f"is a directory that everybody may write to (mode {stat.S_IMODE(found.st_mode):o})"
+    return ""
+
+
 def _check_ours(directory: Path) -> None:
     """Raises: ConfigError where a directory of that name is somebody else's: discarding a journal must not empty it."""
     if not (directory / _LOCK).exists() and any(directory.iterdir()):
@@ -220,14 +262,15 @@ def _check_ours(directory: Path) -> None:
         )
 
 
-def _is_kept(entry: Field[Any], values: Mapping[str, Any]) -> bool:
-    """Is it there, or must it be? What later versions added has a default."""
-    return entry.name in values or (entry.default is MISSING and entry.default_factory is MISSING)
-
-
 def _flat(identity: JobIdentity) -> dict[str, Any]:
     return {"input (sha256)": identity.input_sha256[:16], "model": identity.model, **identity.settings}
 
 
 def _to_json(value: JournalHeader | JournalSeal) -> bytes:
-    return json.dumps({"format": FORMAT_VERSION, **asdict(value)}, indent=1).encode()
+    values = {"format": FORMAT_VERSION, **asdict(value)}
+    return json.dumps({"sha256": _sha256(values), **values}, indent=1).encode()
+
+
+def _sha256(values: Mapping[str, Any]) -> str:
+    """Hash of JSON values, the same before they are written and after they are read."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """A batch file, read as a stream: every line that is not blank becomes a `BatchLine` or a `BadLine`, in order.
 
-Memory is bounded by `max_line_bytes`, beside 15 bytes of hash (about 100 in Python) per custom_id. Gzip is recognised
-by its first bytes. JSON stricter than Python's: no NaN, no duplicate keys, no lone surrogates.
+Memory is bounded by a few times `max_line_bytes`, beside 15 bytes of hash (about 100 in Python) per custom_id. Gzip is
+recognised by its first bytes. JSON stricter than Python's: no NaN, no duplicate keys, no lone surrogates.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -27,9 +28,32 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 DEFAULT_MAX_LINE_BYTES = 32 << 20
+DEFAULT_MAX_LINE_REQUESTS = 2048
+DEFAULT_MAX_REQUESTS = 5_000_000
+MAX_LINE_PARTS = 1 << 18
+"""Objects, lists and members of objects in one line: each takes up to 50 times its text in memory, texts and numbers a
+few times theirs."""
 _BUFFER_BYTES = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
+_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLimits:
+    """How much a batch file may ask for. `n` and lists of prompts count as so many answers.
+
+    - `max_line_bytes`: longest line, in bytes (default: 33554432, which is 32 MiB). A longer one becomes an error row.
+    - `max_line_requests`: most answers to one line (default: 2048). A line that asks for more becomes an error row.
+    - `max_requests`: most answers to the whole file (default: 5000000). A file that asks for more is refused.
+    """
+
+    max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+    max_line_requests: int = DEFAULT_MAX_LINE_REQUESTS
+    max_requests: int = DEFAULT_MAX_REQUESTS
+
+
+DEFAULT_LIMITS = ReadLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +72,14 @@ class BatchReader:
     and `requested_model` is the model name that the file agreed on (that of its first valid line).
     """
 
-    def __init__(self, path: Path, served: ServedModel, max_line_bytes: int = DEFAULT_MAX_LINE_BYTES) -> None:
+    def __init__(self, path: Path, served: ServedModel, limits: ReadLimits = DEFAULT_LIMITS) -> None:
         self.sha256 = ""
         self.num_lines = 0
         self.requested_model: str | None = None
         self._path = path
         self._served = served
-        self._max_line_bytes = max_line_bytes
+        self._limits = limits
+        self._num_requests = 0
         self._seen: set[bytes] = set()
 
     def __iter__(self) -> Iterator[BatchLine | BadLine]:
@@ -62,7 +87,10 @@ class BatchReader:
         with _open_input(self._path) as file:
             hashing = _HashingFile(file)
             stored = io.BufferedReader(hashing, _BUFFER_BYTES)
-            yield from map(self._parse, self._number_lines(self._content(stored)))
+            for numbered in self._number_lines(self._content(stored)):
+                line = self._parse(numbered)
+                self._count(line)
+                yield line
             while stored.read(_BUFFER_BYTES):
                 pass  # what follows a damaged gzip stream belongs to the hash too
             self.sha256 = hashing.sha256.hexdigest()
@@ -78,9 +106,9 @@ class BatchReader:
     def _number_lines(self, content: io.BufferedReader[Any]) -> Iterator[tuple[int, bytes | RequestError]]:
         line_number = 0
         try:
-            while line := content.readline(self._max_line_bytes + 1):
+            while line := content.readline(self._limits.max_line_bytes + 1):
                 line_number += 1
-                if len(line) > self._max_line_bytes and not line.endswith(b"\n"):
+                if len(line) > self._limits.max_line_bytes and not line.endswith(b"\n"):
                     _skip_line(content)
                     yield line_number, self._too_long()
                 elif (stripped := line.removeprefix(_UTF8_MARK) if line_number == 1 else line).strip():
@@ -94,7 +122,7 @@ class BatchReader:
             )
 
     def _too_long(self) -> RequestError:
-        limit = self._max_line_bytes
+        limit = self._limits.max_line_bytes
         return _line_error(
             "line_too_long", f"the line is longer than {limit} bytes, which is the limit; shorten or split it"
         )
@@ -113,11 +141,31 @@ class BatchReader:
             parse = parse_remote_line if self._served.is_remote else parse_line
             line = parse(value, line_number, self._served)
             self._check_model(line)
+            self._check_requests(line)
         except RequestError as error:
             return BadLine(line_number, custom_id, error)
         except RecursionError:  # deep enough to be read, too deep to be quoted or written again
             return BadLine(line_number, custom_id, _nested_too_deeply())
         return line
+
+    def _check_requests(self, line: BatchLine) -> None:
+        limit = self._limits.max_line_requests
+        if line.num_choices > limit:
+            raise RequestError(
+                f"the line asks for {line.num_choices} answers ({len(line.prompts)} prompts, n {line.sampling.n}); at "
+                f"most {limit}: split it, or raise --max-line-requests",
+                code="too_many_requests",
+                param="n",
+            )
+
+    def _count(self, line: BatchLine | BadLine) -> None:
+        """Raises: ConfigError when the file as a whole asks for too much: better before the work than in its midst."""
+        self._num_requests += line.num_choices if isinstance(line, BatchLine) else 1
+        if self._num_requests > self._limits.max_requests:
+            raise ConfigError(
+                f"{self._path} asks for more than {self._limits.max_requests} answers up to line {line.line_number}; "
+                "split the file, or raise --max-requests"
+            )
 
     def _check_first_use(self, custom_id: str) -> None:
         digest = hashlib.blake2b(custom_id.encode(), digest_size=15).digest()
@@ -193,6 +241,10 @@ def sha256_of(path: Path) -> str:
 
 def parse_json(line: bytes) -> object:
     """Parse one line strictly. Raises: RequestError saying where and why it is no JSON that can be answered."""
+    if len(line) > MAX_LINE_PARTS and _num_parts(line) > MAX_LINE_PARTS:
+        raise _line_error(
+            "invalid_json_line", f"the line holds more than {MAX_LINE_PARTS} objects, lists and members; split it"
+        )
     try:
         value = _DECODER.decode(line.decode())
         if b"\\ud" in line or b"\\uD" in line:
@@ -212,6 +264,14 @@ def parse_json(line: bytes) -> object:
     except RecursionError:
         raise _nested_too_deeply() from None
     return value
+
+
+def _num_parts(line: bytes) -> int:
+    """Objects, lists and members of objects; what stands in texts is looked at only where it could matter."""
+    signs = (b"[", b"{", b":")
+    if sum(map(line.count, signs)) <= MAX_LINE_PARTS:
+        return 0
+    return sum(map(_TEXTS.sub(b"", line).count, signs))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

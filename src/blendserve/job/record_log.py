@@ -17,7 +17,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from blendserve.job.disk import sync_directory, write_fully, writing_to
+from blendserve.job.disk import create_new, open_own, sync_directory, write_fully, writing_to
 
 _FRAME = struct.Struct("<II")
 _META = struct.Struct("<BQI")
@@ -69,7 +69,7 @@ class RecordLog:
         self._num_unsynced = 0
         self._synced_at_s = clock()
         with writing_to(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
 
     def recover(self, visit: Callable[[Record], None]) -> int:
         """Show every whole record to `visit`, in the order written, and cut off what follows. Returns: bytes cut."""
@@ -94,7 +94,7 @@ class RecordLog:
             return 0
         partial = self._path.with_name(self._path.name + ".partial")
         with writing_to(self._path):
-            with partial.open("wb", _SCAN_BYTES) as file:
+            with open(create_new(partial), "wb", _SCAN_BYTES) as file:
                 for record in self.records(end):
                     if record.kind != kind:
                         file.write(_frame(record.kind, record.line_number, record.choice, record.body))
@@ -103,7 +103,7 @@ class RecordLog:
             partial.replace(self._path)
             sync_directory(self._path.parent)
             os.close(self._descriptor)
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            self._descriptor = open_own(self._path, os.O_RDWR)
         return num_dropped
 
     def append(self, kind: RecordKind, line_number: int, choice: int, body: bytes) -> int:
@@ -132,7 +132,7 @@ class RecordLog:
     def records(self, num_bytes: int | None = None) -> Iterator[Record]:
         """Read the whole records of the first `num_bytes` (default: all), stopping before the first damaged one."""
         end = self.num_bytes if num_bytes is None else num_bytes
-        with open(self._path, "rb", buffering=_SCAN_BYTES) as file:
+        with open(open_own(self._path), "rb", buffering=_SCAN_BYTES) as file:
             offset = 0
             while offset + _FRAME.size + _META.size <= end:
                 length, checksum = _FRAME.unpack(file.read(_FRAME.size))

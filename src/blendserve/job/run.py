@@ -105,7 +105,7 @@ class _Attempt:
         self, header: JournalHeader, log: RecordLog, generate: Generate, on_progress: Callable[[JobProgress], None]
     ) -> JobReport:
         """Run what is left of a job whose requests are stored, and write its files."""
-        store = TokenStore.open(self._journal.store_directory, header.store_sizes, self._job.served.max_model_len)
+        store = TokenStore.open(self._journal.store_directory, header.store_files, self._job.served.max_model_len)
         rows = RowAssembler(store, log, self._codec, self._job.served.name, header.created)
         self._recover(header, log, rows)
         num_resumed = rows.num_done
@@ -137,7 +137,7 @@ class _Attempt:
 
     def _ingest(self, log: RecordLog, own_sizes: OwnSizes) -> JournalHeader:
         """Read the input into the store, and a row into the log for every line that cannot be answered."""
-        reader = BatchReader(self._job.input_path, self._job.served, self._job.max_line_bytes)
+        reader = BatchReader(self._job.input_path, self._job.served, self._job.limits)
         writer = StoreWriter(self._journal.store_directory)
 
         def refuse(line: BadLine) -> None:
@@ -146,7 +146,7 @@ class _Attempt:
 
         try:
             encode_lines(reader, self._codec, self._job.served.max_model_len, writer.add, refuse)
-            sizes = writer.finish()
+            store_files = writer.finish()
         except BaseException:
             writer.abandon()
             raise
@@ -157,7 +157,7 @@ class _Attempt:
             num_lines=reader.num_lines,
             requested_model=reader.requested_model,
             num_ingest_bytes=log.num_bytes,
-            store_sizes=sizes,
+            store_files=store_files,
             capacity=self._job.capacity,
             errors_name=self._paths.name_of(self._paths.errors),
             own_sizes=own_sizes,

@@ -8,6 +8,8 @@ own, the rest is the system's page cache. Files (little endian): `tokens` int32,
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import struct
@@ -16,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +35,9 @@ from blendserve.planner.sorting import FlatPrompts, flatten
 from blendserve.planner.table import known_output_tokens
 from blendserve.request import Request, SamplingParams, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 LINE = np.dtype(
     [
@@ -62,12 +67,33 @@ _FILES: dict[str, np.dtype[Any]] = {
 }
 _HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
 _NO_LIMIT = -1
-_MAX_INTERNED = 1 << 16
-"""Distinct parameter sets remembered at a time: bounds memory, costs only repeated entries in the file."""
+_MAX_INTERNED_BYTES = 4 << 20
+"""JSON of the parameter sets remembered at a time, which are about ten times as large: bounds memory, costs only
+repeated entries in the file."""
 
 _OWN_FIELDS = ("seed", "max_tokens", "logit_bias")
 _INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.name not in _OWN_FIELDS), "logit_bias")
 _interned_values = attrgetter(*_INTERNED_FIELDS)
+
+
+class StoredFile(NamedTuple):
+    """What one file of a store holds: its size and its hash. Units: bytes."""
+
+    num_bytes: int
+    sha256: str
+
+
+class _HashedFile(io.FileIO):
+    """A file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Buffer, /) -> int:
+        num_bytes = super().write(data)
+        self.sha256.update(memoryview(data)[:num_bytes])
+        return num_bytes
 
 
 class StoreWriter:
@@ -77,10 +103,12 @@ class StoreWriter:
         self._directory = directory
         self._sizes = dict.fromkeys(_FILES, 0)
         self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._num_interned_bytes = 0
         self._num_prompts = 0
         with ExitStack() as stack, writing_to(directory):
-            directory.mkdir()
-            self._files = {name: stack.enter_context((directory / name).open("wb", 1 << 20)) for name in _FILES}
+            directory.mkdir(mode=0o700)
+            self._hashed = {name: stack.enter_context(_HashedFile(directory / name)) for name in _FILES}
+            self._files = {name: io.BufferedWriter(file, 1 << 20) for name, file in self._hashed.items()}
             self._stack = stack.pop_all()
 
     def add(self, line: BatchLine, token_ids: Sequence[Sequence[int] | TokenIds]) -> None:
@@ -113,20 +141,20 @@ class StoreWriter:
             )
             self._write("lines", record)
 
-    def finish(self) -> dict[str, int]:
-        """Make the store survive a power cut and close it. Returns: bytes of every file, for `TokenStore`."""
+    def finish(self) -> dict[str, StoredFile]:
+        """Make the store survive a power cut and close it. Returns: what every file holds, for `TokenStore`."""
         with writing_to(self._directory):
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
             sync_directory(self._directory)
         self._stack.close()
-        return self._sizes
+        return {name: StoredFile(self._sizes[name], file.sha256.hexdigest()) for name, file in self._hashed.items()}
 
     def abandon(self) -> None:
         """Close the files whatever state they are in."""
-        for file in self._files.values():
-            file.raw.close() if hasattr(file, "raw") else file.close()
+        for file in self._hashed.values():
+            file.close()
 
     def _write(self, name: str, data: bytes) -> int:
         offset = self._sizes[name]
@@ -140,8 +168,10 @@ class StoreWriter:
         place = self._interned.get(key)
         if place is None:
             data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True))).encode()
-            if len(self._interned) >= _MAX_INTERNED:
+            self._num_interned_bytes += len(data)
+            if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._interned.clear()
+                self._num_interned_bytes = len(data)
             place = self._interned[key] = (self._write("sampling", data), len(data))
         return place
 
@@ -163,19 +193,16 @@ class TokenStore:
         self._sampling = arrays["sampling"]
         self._bodies = arrays["bodies"]
         self._sampling_by_offset: dict[int, SamplingParams] = {}
+        self._num_interned_bytes = 0
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
         self._first_requests = np.concatenate(([0], np.cumsum(num_choices)))
         self.line_of_request = np.repeat(np.arange(len(self._lines), dtype=np.int32), num_choices)
         """Shape: int32[num_requests], the row of every request's line."""
 
     @classmethod
-    def open(cls, directory: Path, sizes: Mapping[str, int], max_model_len: int = 0) -> TokenStore:
-        """Map the files that `StoreWriter` left. Raises: ConfigError when one is not as `sizes` says."""
-        for name in _FILES:
-            path = directory / name
-            if not path.is_file() or path.stat().st_size != sizes.get(name):
-                raise ConfigError(f"{path} is damaged; discard the journal with --fresh")
-        return cls({name: _mapped(directory / name, dtype) for name, dtype in _FILES.items()}, max_model_len)
+    def open(cls, directory: Path, files: Mapping[str, StoredFile], max_model_len: int = 0) -> TokenStore:
+        """Map the files that `StoreWriter` left. Raises: ConfigError when one is not what `files` says."""
+        return cls({name: _mapped(directory / name, dtype, files) for name, dtype in _FILES.items()}, max_model_len)
 
     @property
     def num_lines(self) -> int:
@@ -269,9 +296,12 @@ class TokenStore:
         offset = int(line["sampling_offset"])
         sampling = self._sampling_by_offset.get(offset)
         if sampling is None:
-            values = json.loads(self._sampling[offset : offset + int(line["sampling_bytes"])].tobytes())
-            if len(self._sampling_by_offset) >= _MAX_INTERNED:
+            data = self._sampling[offset : offset + int(line["sampling_bytes"])].tobytes()
+            values = json.loads(data)
+            self._num_interned_bytes += len(data)
+            if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._sampling_by_offset.clear()
+                self._num_interned_bytes = len(data)
             sampling = self._sampling_by_offset[offset] = _sampling_from(values)
         return sampling
 
@@ -300,7 +330,16 @@ def _sampling_from(values: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+def _mapped(path: Path, dtype: np.dtype[Any], files: Mapping[str, StoredFile]) -> NDArray[Any]:
+    """A file as an array. Its hash takes one read of the map, which planning would do soon after anyway."""
+    expected = files.get(path.name)
+    if expected is None or not path.is_file() or path.stat().st_size != expected.num_bytes:
+        raise _damaged(path)
+    content = np.memmap(path, np.uint8, mode="r") if expected.num_bytes else np.zeros(0, np.uint8)
+    if hashlib.sha256(content.data).hexdigest() != expected.sha256:
+        raise _damaged(path)
+    return np.asarray(content).view(dtype)
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is damaged; discard the journal with --fresh")

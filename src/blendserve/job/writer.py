@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from blendserve.errors import ConfigError
-from blendserve.job.disk import sync_directory, writing_to
+from blendserve.job.disk import create_new, sync_directory, writing_to
 from blendserve.job.record_log import RecordKind, RecordLog
 
 _OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
@@ -27,7 +29,7 @@ OwnSizes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class JobPaths:
-    """The files of one job, symbolic links of `output` and `errors` resolved."""
+    """The files of one job; `output` and `errors` in directories whose links are resolved."""
 
     input: Path
     output: Path
@@ -61,12 +63,13 @@ class JobPaths:
 
 
 def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None = None) -> JobPaths:
-    """Fix the paths of a job; the error file is OUT.errors.jsonl unless given.
+    """Fix the paths of a job; the error file is OUT.errors.jsonl unless given. A link in the place of either is
+    replaced at the end, not written through: it may be somebody else's.
 
     Raises: ConfigError when one of them is another one in disguise (links included), or cannot be written.
     """
-    output = Path(os.path.realpath(output_path))
-    errors = Path(os.path.realpath(errors_path)) if errors_path else output.with_name(_errors_name(output.name))
+    output = _place_of(output_path)
+    errors = _place_of(errors_path) if errors_path else output.with_name(_errors_name(output.name))
     journal = output.with_name(output.name + ".journal")
     paths = JobPaths(input_path, output, errors, journal)
     partials = paths.partial_of(output), paths.partial_of(errors)
@@ -126,7 +129,7 @@ def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:
     }
     for option, path in others.items():
         for what, other in taken.items():
-            if _is_same_file(Path(os.path.realpath(path)), other):
+            if _is_same_file(path, other):
                 raise ConfigError(f"{option} {path} is {what}; choose another path")
         taken[f"also {option}"] = path
 
@@ -139,7 +142,7 @@ def write_partials(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict
     """
     sizes: dict[str, int] = {}
     for kinds, path in ((_ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
-        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), paths.partial_of(path))
+        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), path, paths)
         if size or kinds is _OUTPUT_KINDS:
             sizes[paths.name_of(path)] = size
         else:
@@ -175,10 +178,16 @@ def _ordered_rows(log: RecordLog, kinds: frozenset[RecordKind]) -> Iterator[byte
         yield log.read(offsets[position]).body
 
 
-def _write_rows(rows: Iterable[bytes], path: Path) -> int:
+def _write_rows(rows: Iterable[bytes], target: Path, paths: JobPaths) -> int:
+    """Answers are as private as the file that they replace, else as the questions: no more may read the one file than
+    the other.
+    """
+    path = paths.partial_of(target)
     with writing_to(path):
         try:
-            with path.open("wb", 1 << 20) as file:
+            with open(create_new(path, paths.input.stat().st_mode & 0o666), "wb", 1 << 20) as file:
+                if target.exists() and not target.is_symlink():
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 file.writelines(rows)
                 file.flush()
                 os.fsync(file.fileno())
@@ -188,6 +197,12 @@ def _write_rows(rows: Iterable[bytes], path: Path) -> int:
             raise
 
 
+def _place_of(path: Path) -> Path:
+    """The name in its directory, the links of the directory alone resolved."""
+    directory = os.path.realpath(path.parent) if path.name else os.path.realpath(path)
+    return Path(directory, path.name)
+
+
 def _errors_name(output_name: str) -> str:
     return output_name.removesuffix(".jsonl") + ".errors.jsonl"
 
@@ -195,17 +210,16 @@ def _errors_name(output_name: str) -> str:
 def _is_same_file(path: Path, other: Path) -> bool:
     if path.exists() and other.exists():
         return path.samefile(other)
-    return path == Path(os.path.realpath(other))
+    return _place_of(path) == _place_of(other) or os.path.realpath(path) == os.path.realpath(other)
 
 
 def _check_writable(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is not a regular file; give the path of a file to write")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is no directory; make it first: mkdir -p {path.parent}")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+        raise ConfigError(f"{path.parent} is not a directory; make it first: mkdir -p {path.parent}")
     try:
-        probe.touch()
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".probe", dir=path.parent):
+            pass
     except OSError as error:
         raise ConfigError(f"cannot write in {path.parent}: {error.strerror}") from error

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blendserve.errors import ConfigError
+from blendserve.errors import ConfigError, RequestError
 from blendserve.models.spec import token_ids
 from blendserve.request import TokenIds
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from blendserve.models.chat_template import ChatTemplate
+    from blendserve.models.template_process import TemplateProcess
 
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -56,6 +56,50 @@ class Tokenizer:
             encoded = self.backend.encode_batch_fast(cleaned, add_special_tokens=add_special_tokens)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
+    def encode_each(
+        self, texts: Sequence[str], add_special_tokens: bool = True, max_tokens: int = 0
+    ) -> list[TokenIds | RequestError]:
+        """Encode many texts, each or why it cannot be. A text that is certain to have more than `max_tokens` (0: no
+        limit) is refused before the tokenizer spends time and memory on it.
+        """
+        refused = [self._too_long(text, max_tokens) for text in texts]
+        encoded = iter(
+            self._encode_or_isolate(
+                [text for text, no in zip(texts, refused, strict=True) if no is None], add_special_tokens
+            )
+        )
+        return [next(encoded) if no is None else no for no in refused]
+
+    def _too_long(self, text: str, max_tokens: int) -> RequestError | None:
+        if not max_tokens or len(text) <= max_tokens or len(text) <= max_tokens * self._most_characters:
+            return None
+        return RequestError(
+            f"the prompt has {len(text)} characters, and the context of {max_tokens} tokens holds at most "
+            f"{max_tokens * self._most_characters}: shorten the prompt",
+            code="context_length_exceeded",
+        )
+
+    def _encode_or_isolate(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenIds | RequestError]:
+        """One call for all; when it fails, halves, so that k bad texts of n cost about k log n calls more."""
+        if not texts:
+            return []
+        try:
+            return [*self.encode_batch(texts, add_special_tokens)]
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  # the package panics with what is no Exception
+            if len(texts) == 1:
+                reason = " ".join(str(error).split())[:100]
+                return [RequestError(f"the tokenizer cannot encode this text: {reason}", code="invalid_value")]
+        middle = len(texts) // 2
+        halves = (texts[:middle], texts[middle:])
+        return [token_ids for half in halves for token_ids in self._encode_or_isolate(half, add_special_tokens)]
+
+    @cached_property
+    def _most_characters(self) -> int:
+        """Characters of the longest token: no token of a text stands for more."""
+        return max(map(len, self.backend.get_vocab()), default=1)
+
     def decode(self, ids: TokenIds | Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 (a character cut in half, say) come out as U+FFFD."""
         listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
@@ -90,21 +134,28 @@ class Tokenizer:
         return "ByteLevel" in repr(self.backend.decoder)
 
     @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        from blendserve.models.chat_template import (
-            ChatTemplate,
-        )  # jinja2 takes a while to import; completions need none
+    def _chat_template(self) -> TemplateProcess:
+        from blendserve.models.template_process import TemplateProcess
 
         if self.chat_template_source is None:
             raise ConfigError("the model has no chat template; use /v1/completions (LLM.generate) or an instruct model")
-        return ChatTemplate(self.chat_template_source, self.special_tokens)
+        return TemplateProcess(self.chat_template_source, self.special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation; encode it with `add_special_tokens=False`.
 
         Raises: ConfigError when the model has no template, RequestError when it does not take these messages.
         """
-        return self._chat_template.render(messages, add_generation_prompt)
+        (text,) = self._chat_template.render_each([messages], add_generation_prompt)
+        if isinstance(text, RequestError):
+            raise text
+        return text
+
+    def render_each(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | RequestError]:
+        """The prompts of many conversations, each or why the template gives none. Raises: ConfigError when the model
+        has no template.
+        """
+        return self._chat_template.render_each(conversations)
 
 
 def tokenizer_from_directory(directory: Path) -> Tokenizer:

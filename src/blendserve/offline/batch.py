@@ -19,6 +19,7 @@ from blendserve.engines.settings import (
 )
 from blendserve.errors import ConfigError
 from blendserve.job.job import BatchJob, JobProgress, JobReport
+from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
 from blendserve.job.run import run_job
 from blendserve.planner.policies import POLICY_NAMES
 
@@ -35,9 +36,10 @@ def run_batch(
     policy: str = DEFAULT_POLICY,
     ordered: bool = False,
     fresh: bool = False,
+    limits: ReadLimits = DEFAULT_LIMITS,
     on_progress: Callable[[JobProgress], None] | None = None,
 ) -> JobReport:
-    """Answer every line of an OpenAI Batch file and write the answers to `output`.
+    """Answer every line of the OpenAI Batch file `input`, and write the answers to `output`.
 
     - `errors`: the file for lines that cannot be answered. None: OUT.errors.jsonl beside OUT.jsonl. Without such lines
       there is no file.
@@ -47,6 +49,7 @@ def run_batch(
       engine.
     - `ordered`: write answers in the order of the input (default: in the order in which they finish).
     - `fresh`: discard what an earlier run of this job has finished (default: go on where it stopped).
+    - `limits`: how much the file and each of its lines may ask for (default: that of `ReadLimits`).
     - `on_progress`: called at the beginning and after every answer, always with the same object, which is updated.
 
     Finished answers are kept in the directory `OUT.jsonl.journal`: the same call goes on where an earlier one stopped.
@@ -66,6 +69,7 @@ def run_batch(
             errors_path=Path(errors) if errors is not None else None,
             is_ordered=ordered,
             is_fresh=fresh,
+            limits=limits,
             capacity=engine.capacity_bytes,
         )
         report = run_job(job, engine.codec, lambda pending: engine.generate(pending, policy), on_progress=on_progress)
@@ -79,5 +83,6 @@ def run_batch(
             policy=policy,
             ordered=ordered,
             fresh=fresh,
+            limits=limits,
             on_progress=on_progress,
         )

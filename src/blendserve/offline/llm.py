@@ -173,16 +173,19 @@ class LLM:
 
     def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
         """Text and token ids of every prompt, or why it has none."""
+        tokenizer = self.model.tokenizer
+        chats = [prompt for prompt in prompts if are_chats or _is_conversation(prompt)]
+        rendered = iter(tokenizer.render_each(chats) if chats else [])  # type: ignore[arg-type]
         texts: list[tuple[str | RequestError | None, bool]] = []
         for prompt in prompts:
             is_chat = are_chats or _is_conversation(prompt)
-            text = self._render(prompt) if is_chat else prompt if isinstance(prompt, str) else None  # type: ignore[arg-type]
-            texts.append((text, is_chat))
+            texts.append((next(rendered) if is_chat else prompt if isinstance(prompt, str) else None, is_chat))
         encoded = [
             iter(
-                self.model.tokenizer.encode_batch(
+                tokenizer.encode_each(
                     [text for text, is_chat in texts if isinstance(text, str) and is_chat == of_kind],
                     add_special_tokens=not of_kind,
+                    max_tokens=self.config.max_model_len,
                 )
             )
             for of_kind in (False, True)
@@ -196,12 +199,6 @@ class LLM:
             else:
                 found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
         return found
-
-    def _render(self, conversation: Conversation) -> str | RequestError:
-        try:
-            return self.model.tokenizer.apply_chat_template(conversation)
-        except RequestError as error:
-            return error
 
     def _assembler(self) -> OutputAssembler:
         return OutputAssembler(

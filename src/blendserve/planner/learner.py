@@ -6,6 +6,7 @@ import numpy as np
 
 from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s, SchedulerView
+from blendserve.planner.lengths import Lengths
 from blendserve.planner.plan import Plan
 from blendserve.planner.schedule import Schedule
 
@@ -16,29 +17,46 @@ REPLAN_DRIFT = 0.1
 """The rest is planned anew when estimates of the waiting requests have moved by this share of their total."""
 
 
-class Learner:
-    """Collects finished lengths, refreshes the estimates, and makes a new schedule when they have moved enough.
+class Refresher:
+    """Estimates lengths anew whenever enough more requests have finished.
 
-    Refreshes grow rarer as evidence grows, so a run of n requests plans O(log n) times.
+    Refreshes grow rarer as evidence grows, so a run of n requests has O(log n) of them.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self.lengths = plan.new_lengths()
-        self.schedule = plan.schedule
+    def __init__(self, lengths: Lengths) -> None:
+        self.lengths = lengths
         self._next_refresh = MIN_NEW_OBSERVATIONS
-        self.num_replans = 0
 
     @property
     def is_due(self) -> bool:
         """Is there enough new evidence to look at?"""
         return self.lengths.num_observed >= self._next_refresh
 
-    def refresh(self, view: SchedulerView, waiting: Int64s) -> Schedule | None:
-        """Take in all evidence; returns a new schedule when the rest should be planned anew. Mutates: estimates."""
+    def refresh(self, view: SchedulerView) -> None:
+        """Take in all evidence, running requests included. Mutates: estimates."""
         self.lengths.refresh(view.request_index, view.num_output_tokens)
         observed = self.lengths.num_observed
         self._next_refresh = max(observed + MIN_NEW_OBSERVATIONS, int(observed * REFRESH_GROWTH))
+
+
+class Learner:
+    """Collects finished lengths, refreshes the estimates, and makes a new schedule when they have moved enough."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.lengths = plan.new_lengths()
+        self.schedule = plan.schedule
+        self._refresher = Refresher(self.lengths)
+        self.num_replans = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Is there enough new evidence to look at?"""
+        return self._refresher.is_due
+
+    def refresh(self, view: SchedulerView, waiting: Int64s) -> Schedule | None:
+        """Take in all evidence; returns a new schedule when the rest should be planned anew. Mutates: estimates."""
+        self._refresher.refresh(view)
         if self._drift(waiting) < REPLAN_DRIFT:
             return None
         self.schedule = self._plan.reschedule(self.lengths)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import numpy as np
 
-from blendserve.costs.model_cost import Floats, partition_memory
-from blendserve.planner.base import Int64s, SchedulerView
+from blendserve.costs.model_cost import Floats
+from blendserve.planner.base import Proposal, SchedulerView, StepBudget
+from blendserve.planner.ends import MAX_DENSITY, NO_SPLIT, end_shape, split_memory
 from blendserve.planner.forecast import KvForecast
 from blendserve.planner.plan import Plan
 from blendserve.planner.scanner import NO_REQUEST, DualScanner
@@ -34,22 +34,6 @@ QUANTA = 16
 """Steps are filled up to multiples of this part of the largest batch: 128 tokens of 2048."""
 SAMPLE_SHARE = 0.5
 """Share of the sampled requests that must have finished before others enter."""
-_MAX_DENSITY = 1e6  # stands for requests that decode nothing
-
-
-@dataclass(frozen=True, slots=True)
-class EndShape:
-    """Means over the next requests of one end. Units: tokens; `own_tokens` are prompt tokens that are not shared."""
-
-    density: float
-    prompt_tokens: float
-    own_tokens: float
-    output_tokens: float
-
-    def prefill_tokens(self, memory_tokens: float) -> float:
-        """Prefill tokens per step that keep `memory_tokens` of KV filled: N p / d with N = M / (p + d / 2)."""
-        num_seqs = memory_tokens / (self.prompt_tokens + self.output_tokens / 2)
-        return num_seqs * self.own_tokens / max(self.output_tokens, 1.0)
 
 
 class PaperPolicy:
@@ -65,15 +49,14 @@ class PaperPolicy:
         self._num_awaited = int(len(self._unfinished_samples) * SAMPLE_SHARE)
         self._scanner = DualScanner(plan.schedule.order, self._lengths.samples)
         self._is_at_memory_end = np.zeros(plan.num_requests, dtype=np.bool_)
-        self._memory_tokens = (0.0, 0.0)
-        self._budgets = (0.0, 0.0)
+        self._split = NO_SPLIT
         self._used = self._pending = 0.0
         self._num_decodes = 0
-        self._proposed_at_memory_end = False
         self._forecast = KvForecast()
         self._waiting_compute_s = self._waiting_memory_s = 0.0
-        self._is_new_step = self._is_stale = True
+        self._is_stale = True
         self._step = 0
+        self._looked_at_step = -1
         self._weigh_waiting()
 
     @property
@@ -85,46 +68,45 @@ class PaperPolicy:
         """Are the estimates still those from before the sampled requests?"""
         return len(self._unfinished_samples) > self._num_awaited
 
-    def next(self, view: SchedulerView) -> int | None:
+    def next(self, view: SchedulerView) -> Proposal | None:
         scanner = self._scanner
-        if not scanner.num_waiting or len(view.request_index) >= view.max_num_seqs:
+        if not scanner.num_waiting or view.num_running >= view.max_num_seqs:
             return None
         first = scanner.peek_first()
-        if first != NO_REQUEST or not len(view.request_index):
-            return self._propose(first if first != NO_REQUEST else scanner.peek_compute_end(), at_memory_end=False)
+        if first != NO_REQUEST or not view.num_running:
+            return Proposal(first if first != NO_REQUEST else scanner.peek_compute_end())
         if self._is_sampling:
             return None
-        if self._is_new_step:
-            self._begin_step(view)
-        if self._pending < self._budgets[False] and self._used <= self._memory_tokens[False]:
-            return self._propose(scanner.peek_compute_end(), at_memory_end=False)
+        self._look(view)
+        compute_end = self._split.compute_end
+        if self._pending < compute_end.prefill_tokens and self._used <= compute_end.memory_tokens:
+            return Proposal(scanner.peek_compute_end())
         request = scanner.peek_memory_end()
-        if self._fits_memory_end(request):
-            return self._propose(request, at_memory_end=True)
-        return None
+        return Proposal(request, is_at_memory_end=True) if self._fits_memory_end(request) else None
 
-    def prefill_tokens(self, view: SchedulerView) -> int:
-        if self._is_new_step:
-            self._begin_step(view)
-        self._step += 1
-        self._is_new_step = True
-        self._is_stale |= self._step % CHECK_STEPS == 0
-        if self._is_sampling:
-            return view.max_num_batched_tokens
-        quantum = max(1, view.max_num_batched_tokens // QUANTA)
-        num_decodes = self._num_decodes
-        return math.ceil((num_decodes + sum(self._budgets)) / quantum) * quantum - num_decodes
-
-    def admitted(self, index: int, num_cached_tokens: int) -> None:
+    def admitted(self, proposal: Proposal, num_cached_tokens: int) -> None:
+        index, at_memory_end = proposal.index, proposal.is_at_memory_end
         self._scanner.take(index)
         self._waiting_compute_s -= float(self._schedule.compute_s[index])
         self._waiting_memory_s -= float(self._schedule.memory_s[index])
-        self._is_at_memory_end[index] = self._proposed_at_memory_end
+        self._is_at_memory_end[index] = at_memory_end
         num_prompt_tokens = int(self._plan.table.num_prompt_tokens[index])
-        if self._proposed_at_memory_end:
+        if at_memory_end:
             self._forecast.add(self._step, float(num_prompt_tokens), self._outset(index))
         else:
             self._pending += num_prompt_tokens - num_cached_tokens
+
+    def begin_step(self, view: SchedulerView, num_steps: int) -> StepBudget:
+        for _ in range(num_steps):
+            self._look(view)
+            self._step += 1
+            self._is_stale |= self._step % CHECK_STEPS == 0
+        if self._is_sampling:
+            return StepBudget(view.max_num_batched_tokens)
+        quantum = max(1, view.max_num_batched_tokens // QUANTA)
+        num_decodes = self._num_decodes
+        num_tokens = num_decodes + self._split.num_prefill_tokens
+        return StepBudget(math.ceil(num_tokens / quantum) * quantum - num_decodes)
 
     def finished(self, index: int, num_output_tokens: int) -> None:
         self._is_stale |= bool(self._is_at_memory_end[index])
@@ -143,42 +125,40 @@ class PaperPolicy:
     def next_use(self, key: Hashable) -> float:  # noqa: ARG002
         return 0.0
 
-    def _propose(self, request: int, *, at_memory_end: bool) -> int:
-        self._proposed_at_memory_end = at_memory_end
-        return request
-
     def _outset(self, request: int) -> Floats:
         expected: Floats = np.maximum(self._schedule.expected_output_tokens[request : request + 1], 1.0)
         return expected
 
     def _fits_memory_end(self, request: int) -> bool:
         kv_tokens = float(self._plan.table.num_prompt_tokens[request])
-        limit = self._memory_tokens[True]
+        limit = self._split.memory_end.memory_tokens
         return self._forecast.fits(request, self._step, kv_tokens, self._outset(request), limit)
 
-    def _begin_step(self, view: SchedulerView) -> None:
-        """What the compute end holds: p + d / 2 tokens for each request that decodes, and prefill still to do."""
-        self._is_new_step = False
+    def _look(self, view: SchedulerView) -> None:
+        """Once per step, what the compute end holds: p + d / 2 tokens for each request that decodes, and prefill still
+        to do."""
+        if self._looked_at_step == self._step:
+            return
+        self._looked_at_step = self._step
         running = view.request_index
         if self._is_stale:
-            self._split_memory(view)
-        left = np.maximum(view.num_prompt_tokens + view.num_output_tokens - 1 - view.num_computed_tokens, 0)
+            self._split_anew(view)
+        left = view.num_pending_tokens
         is_at_compute_end = ~self._is_at_memory_end[running]
         average = view.num_prompt_tokens + self._schedule.expected_output_tokens[running] / 2
         self._num_decodes = int(np.count_nonzero(left == 0))
         self._pending = float(left[is_at_compute_end].sum())
         self._used = float(average[is_at_compute_end & (left == 0)].sum())
 
-    def _split_memory(self, view: SchedulerView) -> None:
+    def _split_anew(self, view: SchedulerView) -> None:
         """M_L, M_R and C_L, C_R from the shapes of the two ends now, and the peak that the memory end heads for."""
         self._is_stale = False
         self._move_runaways(view)
-        capacity = view.capacity_tokens
-        compute_end = self._shape(self._scanner.upcoming(MAX_WINDOW), capacity)
-        memory_end = self._shape(self._scanner.upcoming_memory_end(MAX_WINDOW)[::-1], capacity)
-        parts = partition_memory(compute_end.density, memory_end.density, self._density_left(view), capacity)
-        self._memory_tokens = parts
-        self._budgets = (compute_end.prefill_tokens(parts[0]), memory_end.prefill_tokens(parts[1]))
+        capacity, scanner = view.capacity_tokens, self._scanner
+        compute_end = end_shape(self._plan, self._schedule, scanner.upcoming(MAX_WINDOW), capacity)
+        next_at_memory_end = scanner.upcoming_memory_end(MAX_WINDOW)[::-1]
+        memory_end = end_shape(self._plan, self._schedule, next_at_memory_end, capacity)
+        self._split = split_memory(compute_end, memory_end, self._density_left(view), capacity)
         rows = self._is_at_memory_end[view.request_index]
         held = (view.num_prompt_tokens + view.num_output_tokens)[rows]
         remaining = self._lengths.remaining(view.request_index[rows], view.num_output_tokens[rows])
@@ -192,23 +172,7 @@ class PaperPolicy:
         prefill = np.maximum(held - 1 - view.num_computed_tokens, 0)
         compute_s = self._waiting_compute_s + cost.decode_s * float(first.sum()) + cost.token_s * float(prefill.sum())
         memory_s = self._waiting_memory_s + cost.kv_token_s * float((held * first + squared / 2).sum())
-        return min(max(compute_s, 0.0) / max(memory_s, 1e-12), _MAX_DENSITY)
-
-    def _shape(self, requests: Int64s, capacity_tokens: int) -> EndShape:
-        """Of the next requests in turn, those that fill the memory at their average size."""
-        schedule = self._schedule
-        if not len(requests):
-            return EndShape(schedule.root_density, 1.0, 1.0, 1.0)
-        prompts, outputs = self._plan.table.num_prompt_tokens[requests], schedule.expected_output_tokens[requests]
-        count = 1 + int(np.searchsorted(np.cumsum(prompts + outputs / 2), capacity_tokens))
-        requests, prompts, outputs = requests[:count], prompts[:count], outputs[:count]
-        compute_s, memory_s = schedule.compute_s[requests].sum(), schedule.memory_s[requests].sum()
-        return EndShape(
-            density=min(float(compute_s / memory_s), _MAX_DENSITY) if memory_s > 0 else _MAX_DENSITY,
-            prompt_tokens=max(1.0, float(prompts.mean())),
-            own_tokens=max(1.0, float((prompts - schedule.num_shared_tokens[requests]).mean())),
-            output_tokens=float(outputs.mean()),
-        )
+        return min(max(compute_s, 0.0) / max(memory_s, 1e-12), MAX_DENSITY)
 
     def _move_runaways(self, view: SchedulerView) -> None:
         expected = self._schedule.expected_output_tokens[view.request_index]

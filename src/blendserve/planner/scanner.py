@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class DualScanner:
         self._num_waiting = len(order)
         self._first = first.tolist()
         self._first.reverse()
-        self._returned: tuple[list[int], list[int]] = ([], [])
+        self._returned_to_compute_end: list[int] = []
+        self._returned_to_memory_end: list[int] = []
         self.reorder(order)
 
     def reorder(self, order: Int64s) -> None:
@@ -66,23 +68,23 @@ class DualScanner:
 
     def peek_compute_end(self) -> int:
         """The next request at the compute end, or NO_REQUEST."""
-        if (returned := self._last_returned(0)) != NO_REQUEST:
+        if (returned := self._last_waiting(self._returned_to_compute_end)) != NO_REQUEST:
             return returned
         while self._low < self._high and not self._is_waiting[self._order[self._low]]:
             self._low += 1
         if self._low < self._high:
             return int(self._order[self._low])
-        return self._last_returned(1)
+        return self._last_waiting(self._returned_to_memory_end)
 
     def peek_memory_end(self) -> int:
         """The next request at the memory end, or NO_REQUEST."""
-        if (returned := self._last_returned(1)) != NO_REQUEST:
+        if (returned := self._last_waiting(self._returned_to_memory_end)) != NO_REQUEST:
             return returned
         while self._low < self._high and not self._is_waiting[self._order[self._high - 1]]:
             self._high -= 1
         if self._low < self._high:
             return int(self._order[self._high - 1])
-        return self._last_returned(0)
+        return self._last_waiting(self._returned_to_compute_end)
 
     def look_past_memory_end(self, distance: int) -> int:
         """A waiting request that many places before the memory end, or the next one before it; NO_REQUEST past the
@@ -121,22 +123,23 @@ class DualScanner:
         assert not self._is_waiting[request], f"request {request} came back twice"
         self._is_waiting[request] = True
         self._num_waiting += 1
-        self._returned[at_memory_end].append(request)
+        (self._returned_to_memory_end if at_memory_end else self._returned_to_compute_end).append(request)
 
     def distance(self, first: int, last: int) -> float:
         """Requests to pass at the nearer end before one of order[first:last] is next; infinite where none is left.
 
         Who came back is next."""
-        if any(first <= self._position[request] < last for returned in self._returned for request in returned):
+        returned = chain(self._returned_to_compute_end, self._returned_to_memory_end)
+        if any(first <= self._position[request] < last for request in returned):
             return 0.0
         begin, end = max(first, self._low), min(last, self._high)
         if begin >= end or not self._num_waiting:
             return math.inf
         return float(min(begin - self._low, self._high - end))
 
-    def _last_returned(self, end: int) -> int:
-        """The latest request that came back to an end and still waits: it may have left again out of turn."""
-        returned = self._returned[end]
+    def _last_waiting(self, returned: list[int]) -> int:
+        """The latest request that came back and still waits: it may have left again out of turn. Mutates: `returned`,
+        which loses those that have left."""
         while returned and not self._is_waiting[returned[-1]]:
             returned.pop()
         return returned[-1] if returned else NO_REQUEST

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from blendserve.planner.base import Int64s, SchedulerView
+from blendserve.planner.base import Int64s, Proposal, SchedulerView, StepBudget
 from blendserve.planner.tree import PrefixTree
 
 BUCKET_PREFIX_RATIO = 0.33
@@ -30,24 +30,25 @@ class StaticPolicy:
     def num_waiting(self) -> int:
         return self._num_waiting
 
-    def next(self, view: SchedulerView) -> int | None:
+    def next(self, view: SchedulerView) -> Proposal | None:
         if not self._num_waiting:
             return None
         if self._proposed < 0:
             self._proposed = self._preempted[-1] if self._preempted else self._next_in_order()
-        if len(view.request_index) and num_pending_tokens(view) >= view.max_num_batched_tokens:
+        if view.num_running and view.num_pending_tokens.sum() >= view.max_num_batched_tokens:
             return None
-        return self._proposed
+        return Proposal(self._proposed)
 
-    def prefill_tokens(self, view: SchedulerView) -> int:
-        return view.max_num_batched_tokens
-
-    def admitted(self, index: int, num_cached_tokens: int) -> None:  # noqa: ARG002
+    def admitted(self, proposal: Proposal, num_cached_tokens: int) -> None:  # noqa: ARG002
+        index = proposal.index
         if self._preempted and self._preempted[-1] == index:
             self._preempted.pop()
         self._has_left[index] = True
         self._num_waiting -= 1
         self._proposed = -1
+
+    def begin_step(self, view: SchedulerView, num_steps: int) -> StepBudget:  # noqa: ARG002
+        return StepBudget(view.max_num_batched_tokens)
 
     def finished(self, index: int, num_output_tokens: int) -> None:
         pass
@@ -64,12 +65,6 @@ class StaticPolicy:
         while self._has_left[self._order[self._position]]:
             self._position += 1
         return int(self._order[self._position])
-
-
-def num_pending_tokens(view: SchedulerView) -> int:
-    """Tokens that running sequences have yet to compute before they decode."""
-    left = view.num_prompt_tokens + view.num_output_tokens - view.num_computed_tokens - 1
-    return int(np.maximum(left, 0).sum())
 
 
 def fcfs_order(num_requests: int) -> Int64s:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from blendserve.costs.model_cost import CostModel
-from blendserve.planner.base import Int64s, Policy, RequestTable, SchedulerView
+from blendserve.planner.base import Policy, Proposal, RequestTable, SchedulerView, StepBudget
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.sorting import FlatPrompts
 from blendserve.planner.tree import PrefixTree
@@ -50,42 +50,6 @@ class _Witness(NamedTuple):
     num_output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _LocalView:
-    """A view whose running requests carry the numbers of the present plan."""
-
-    view: SchedulerView
-    request_index: Int64s
-
-    @property
-    def capacity_tokens(self) -> int:
-        return self.view.capacity_tokens
-
-    @property
-    def free_tokens(self) -> int:
-        return self.view.free_tokens
-
-    @property
-    def max_num_seqs(self) -> int:
-        return self.view.max_num_seqs
-
-    @property
-    def max_num_batched_tokens(self) -> int:
-        return self.view.max_num_batched_tokens
-
-    @property
-    def num_prompt_tokens(self) -> Int64s:
-        return self.view.num_prompt_tokens
-
-    @property
-    def num_computed_tokens(self) -> Int64s:
-        return self.view.num_computed_tokens
-
-    @property
-    def num_output_tokens(self) -> Int64s:
-        return self.view.num_output_tokens
-
-
 class WindowedPolicy:
     """Serves windows of requests with one policy after another; indices are the job's throughout.
 
@@ -113,21 +77,22 @@ class WindowedPolicy:
         assert self._policy is not None
         return self._policy.num_waiting + (len(self._next.table) if self._next is not None else 0)
 
-    def next(self, view: SchedulerView) -> int | None:
+    def next(self, view: SchedulerView) -> Proposal | None:
         assert self._policy is not None
         while self._next is not None and self._policy.num_waiting <= LOW_WATER * self._window_size:
             self._plan_next_window()
-        local = self._policy.next(self._local(view))
-        return None if local is None else int(self._indices[local])
+        proposal = self._policy.next(self._local(view))
+        return None if proposal is None else replace(proposal, index=int(self._indices[proposal.index]))
 
-    def prefill_tokens(self, view: SchedulerView) -> int:
+    def admitted(self, proposal: Proposal, num_cached_tokens: int) -> None:
         assert self._policy is not None
-        return self._policy.prefill_tokens(self._local(view))
+        self._cached_by_running[proposal.index] = num_cached_tokens
+        local = replace(proposal, index=self._local_index(proposal.index))
+        self._policy.admitted(local, num_cached_tokens)
 
-    def admitted(self, index: int, num_cached_tokens: int) -> None:
+    def begin_step(self, view: SchedulerView, num_steps: int) -> StepBudget:
         assert self._policy is not None
-        self._cached_by_running[index] = num_cached_tokens
-        self._policy.admitted(self._local_index(index), num_cached_tokens)
+        return self._policy.begin_step(self._local(view), num_steps)
 
     def finished(self, index: int, num_output_tokens: int) -> None:
         assert self._policy is not None
@@ -144,8 +109,9 @@ class WindowedPolicy:
     def next_use(self, key: Hashable) -> float:  # noqa: ARG002
         return 0.0
 
-    def _local(self, view: SchedulerView) -> _LocalView:
-        return _LocalView(view, np.searchsorted(self._indices, view.request_index))
+    def _local(self, view: SchedulerView) -> SchedulerView:
+        """The view with the numbers that running requests have in the present plan."""
+        return view._replace(request_index=np.searchsorted(self._indices, view.request_index))
 
     def _local_index(self, index: int) -> int:
         return int(np.searchsorted(self._indices, index))
@@ -163,10 +129,10 @@ class WindowedPolicy:
         self._policy = self._make(self._plan(rows + [witness.row for witness in witnesses]))
         self.name = f"{self._policy.name}-windowed"
         for local, witness in enumerate(witnesses, start=len(rows)):
-            self._policy.admitted(local, witness.num_cached_tokens)
+            self._policy.admitted(Proposal(local), witness.num_cached_tokens)
             self._policy.finished(local, witness.num_output_tokens)
         for index, num_cached_tokens in self._cached_by_running.items():
-            self._policy.admitted(self._local_index(index), num_cached_tokens)
+            self._policy.admitted(Proposal(self._local_index(index)), num_cached_tokens)
 
     def _plan(self, rows: list[_Row]) -> Plan:
         table = RequestTable(

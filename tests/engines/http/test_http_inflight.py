@@ -61,8 +61,9 @@ def test_each_request_enters_once_and_none_starves(
         assert len(inside) == inflight.num_running <= max_inflight
         if kv_tokens and len(inside) > 1:
             assert size[inside].sum() <= kv_tokens + 1e-6
-        assert set(inflight.request_index.tolist()) == set(inside)
-        assert (inflight.num_computed_tokens <= inflight.num_prompt_tokens + inflight.num_output_tokens).all()
+        view = inflight.view()
+        assert set(view.request_index.tolist()) == set(inside)
+        assert (view.num_computed_tokens <= view.num_prompt_tokens + view.num_output_tokens).all()
         assert 0 <= inflight.kv_use <= 1
         now_s += source.random() * 3
         leaving = inside.pop(source.randrange(len(inside)))
@@ -90,10 +91,11 @@ def test_outputs_grow_at_the_rate_of_what_has_finished() -> None:
     plan = plan_of([[1, 2, 3], [4, 5, 6], [7, 8, 9]], [100, 100, 30])
     inflight = HttpInflight(plan, make_policy("fcfs", plan), max_inflight=3)
     inflight.admit(0.0)
-    assert inflight.num_output_tokens.tolist() == [0, 0, 0]
+    assert inflight.view().num_output_tokens.tolist() == [0, 0, 0]
     inflight.finish(0, 50, 10.0)
     inflight.admit(12.0)
-    outputs = dict(zip(inflight.request_index.tolist(), inflight.num_output_tokens.tolist(), strict=True))
+    view = inflight.view()
+    outputs = dict(zip(view.request_index.tolist(), view.num_output_tokens.tolist(), strict=True))
     assert outputs == {1: 60, 2: 29}, "five a second, and never the last token of those allowed"
 
 

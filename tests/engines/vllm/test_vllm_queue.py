@@ -10,6 +10,7 @@ import pytest
 
 from blendserve.engines.vllm.fake import FakeScheduler, FakeVllm
 from blendserve.engines.vllm.queue import PolicyQueue, SchedulerState, index_of
+from blendserve.planner.base import Proposal, SchedulerView, StepBudget
 
 
 class ListedPolicy:
@@ -26,17 +27,17 @@ class ListedPolicy:
     def num_waiting(self) -> int:
         return len(self.order)
 
-    def next(self, view: Any) -> int | None:
+    def next(self, view: SchedulerView) -> Proposal | None:
         self.view = view
-        return self.order[0] if self.order else None
+        return Proposal(self.order[0]) if self.order else None
 
-    def prefill_tokens(self, view: Any) -> int:
-        self.num_steps += 1
-        return int(view.max_num_batched_tokens)
+    def admitted(self, proposal: Proposal, num_cached_tokens: int) -> None:
+        self.order.remove(proposal.index)
+        self.told.append(("admitted", proposal.index, num_cached_tokens))
 
-    def admitted(self, index: int, num_cached_tokens: int) -> None:
-        self.order.remove(index)
-        self.told.append(("admitted", index, num_cached_tokens))
+    def begin_step(self, view: SchedulerView, num_steps: int) -> StepBudget:
+        self.num_steps += num_steps
+        return StepBudget(view.max_num_batched_tokens)
 
     def finished(self, index: int, num_output_tokens: int) -> None:
         self.told.append(("finished", index, num_output_tokens))
@@ -183,14 +184,15 @@ def test_removed_requests_are_gone() -> None:
 def test_the_state_is_that_of_the_scheduler() -> None:
     scheduler = FakeScheduler(FakeVllm(num_blocks=65, max_num_seqs=4), has_policy_queue=True)
     state = SchedulerState(scheduler, 64 * 32, 32)
-    assert state.free_tokens == 64 * 32
+    assert state.view().free_tokens == 64 * 32
     running = request(3)
     running.num_computed_tokens, running.num_output_tokens = 11, 2
     scheduler.running.append(running)
     scheduler.num_free -= 1
-    assert state.free_tokens == 63 * 32
-    assert [column.tolist() for column in (state.request_index, state.num_prompt_tokens)] == [[3], [10]]
-    assert [column.tolist() for column in (state.num_computed_tokens, state.num_output_tokens)] == [[11], [2]]
+    view = state.view()
+    assert view.free_tokens == 63 * 32
+    assert [column.tolist() for column in (view.request_index, view.num_prompt_tokens)] == [[3], [10]]
+    assert [column.tolist() for column in (view.num_computed_tokens, view.num_output_tokens)] == [[11], [2]]
     running.num_computed_tokens += 1
     scheduler.current_step += 1
-    assert state.num_computed_tokens.tolist() == [12]
+    assert state.view().num_computed_tokens.tolist() == [12]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.engines.estimates import planned_cached_tokens
-from blendserve.planner.base import Int64s, Policy
+from blendserve.planner.base import EngineLimits, Policy, Proposal, SchedulerView, scheduler_view
 from blendserve.planner.plan import Plan
 
 MAX_NUM_BATCHED_TOKENS = 8192
@@ -22,7 +22,7 @@ MAX_STEPS = 16  # that a policy is told of at once, however much time has passed
 class HttpInflight:
     """At most `max_inflight` requests, and at most `kv_tokens` of prompts and expected outputs where that is not 0.
 
-    It is the `SchedulerView` of its policy. Without `kv_tokens` the server is taken to hold `max_inflight` average
+    Without `kv_tokens` the server is taken to hold `max_inflight` average
     requests.
     """
 
@@ -35,8 +35,7 @@ class HttpInflight:
         mean = float(total.mean()) if len(total) else 1.0
         self._kv_tokens = kv_tokens
         self.capacity_tokens = kv_tokens or int(max_inflight * mean) + 1
-        self.max_num_seqs = max_inflight
-        self.max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS
+        self._limits = EngineLimits(self.capacity_tokens, max_inflight, MAX_NUM_BATCHED_TOKENS)
         self.num_running = 0
         self.max_running = 0
         self._held_tokens = 0.0
@@ -48,28 +47,18 @@ class HttpInflight:
         self._s_per_token: float | None = None
         self._stepped_s: float | None = None
 
-    # SchedulerView
+    def view(self) -> SchedulerView:
+        """What a policy may see now."""
+        num_running = self.num_running
+        prompts, outputs = self._prompt[:num_running], self._output[:num_running]
+        columns = np.stack((self._index[:num_running], prompts, prompts + outputs - 1, outputs))
+        return scheduler_view(self._limits, self.free_tokens, columns)
 
     @property
     def free_tokens(self) -> int:
+        """Tokens that the server is expected to have room for."""
         num_running = self.num_running  # read once: progress is shown from another thread
         return max(0, self.capacity_tokens - int((self._prompt[:num_running] + self._output[:num_running]).sum()))
-
-    @property
-    def request_index(self) -> Int64s:
-        return self._index[: self.num_running]
-
-    @property
-    def num_prompt_tokens(self) -> Int64s:
-        return self._prompt[: self.num_running]
-
-    @property
-    def num_computed_tokens(self) -> Int64s:
-        return self.num_prompt_tokens + self.num_output_tokens - 1
-
-    @property
-    def num_output_tokens(self) -> Int64s:
-        return self._output[: self.num_running]
 
     @property
     def num_waiting(self) -> int:
@@ -83,13 +72,12 @@ class HttpInflight:
     def admit(self, now_s: float) -> list[int]:
         """Take in as many requests as the policy proposes and the limits allow."""
         self._refresh(now_s)
-        for _ in range(self._num_steps(now_s)):
-            self._policy.prefill_tokens(self)
+        self._policy.begin_step(self.view(), self._num_steps(now_s))
         admitted = []
-        while self.num_running < self.max_num_seqs and (index := self._next()) is not None:
-            self._policy.admitted(index, int(self._cached[index]))
-            self._add(index, now_s)
-            admitted.append(index)
+        while self.num_running < self._limits.max_num_seqs and (proposal := self._next()) is not None:
+            self._policy.admitted(proposal, int(self._cached[proposal.index]))
+            self._add(proposal.index, now_s)
+            admitted.append(proposal.index)
         return admitted
 
     def finish(self, index: int, num_output_tokens: int, now_s: float) -> None:
@@ -110,21 +98,22 @@ class HttpInflight:
 
     def check(self) -> None:
         """Assert the invariants."""
-        assert 0 <= self.num_running <= self.max_num_seqs
+        assert 0 <= self.num_running <= self._limits.max_num_seqs
         assert sorted(self._row_of.values()) == list(range(self.num_running))
         assert all(self._index[row] == index for index, row in self._row_of.items())
         assert abs(self._held_tokens - sum(map(self._size_of, self._row_of))) < 1e-6
 
-    def _next(self) -> int | None:
+    def _next(self) -> Proposal | None:
         """The policy's proposal, in this step of the server or the next; None where it would wait or does not fit."""
-        index = self._policy.next(self)
-        if index is None and self._policy.num_waiting:
-            self._policy.prefill_tokens(self)
-            index = self._policy.next(self)
-        if index is None:
+        view = self.view()
+        proposal = self._policy.next(view)
+        if proposal is None and self._policy.num_waiting:
+            self._policy.begin_step(view, 1)
+            proposal = self._policy.next(view)
+        if proposal is None:
             return None
-        is_too_much = self._kv_tokens and self._held_tokens + self._size_of(index) > self._kv_tokens
-        return None if is_too_much and self.num_running else index
+        is_too_much = self._kv_tokens and self._held_tokens + self._size_of(proposal.index) > self._kv_tokens
+        return None if is_too_much and self.num_running else proposal
 
     def _add(self, index: int, now_s: float) -> None:
         row = self.num_running
@@ -143,7 +132,7 @@ class HttpInflight:
     def _refresh(self, now_s: float) -> None:
         if self._s_per_token:
             grown = ((now_s - self._admitted_s[: self.num_running]) / self._s_per_token).astype(np.int64)
-            limits = np.maximum(self._table.max_output_tokens[self.request_index] - 1, 0)
+            limits = np.maximum(self._table.max_output_tokens[self._index[: self.num_running]] - 1, 0)
             self._output[: self.num_running] = np.minimum(grown, limits)
 
     def _num_steps(self, now_s: float) -> int:

@@ -61,7 +61,7 @@ class NativeEngine:
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
         )
-        self.codec = ModelCodec(model.tokenizer)
+        self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity
         self._isa = best_isa() if settings.isa == "auto" else settings.isa  # kernels round differently: never mix them
         self.settings = {"isa": self._isa, "dtype": self._config.dtype, "kernels": KERNEL_REVISION}

@@ -12,6 +12,7 @@ from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.images import Picture
 from blendserve.dialect.schema import Message
 from blendserve.engines.vllm.cost import picture_tokens
+from blendserve.errors import RequestError
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.request import TokenIds
 
@@ -22,18 +23,14 @@ class VllmCodec(ModelCodec):
     """
 
     def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], max_model_len: int) -> None:
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, max_model_len)
         self._config = config
-        self._max_model_len = max_model_len
         self._mark = f"\n{secrets.token_hex(8)}\n"
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[TokenIds]:
-        """Raises: RequestError when one cannot be encoded."""
-        plain = super().encode([self._marked(prompt) if _has_pictures(prompt) else prompt for prompt in prompts])
-        return [
-            self._with_pictures(prompt) if _has_pictures(prompt) else token_ids
-            for prompt, token_ids in zip(prompts, plain, strict=True)
-        ]
+    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[TokenIds | RequestError]:
+        """Raises: RequestError for a chat without a template."""
+        plain = iter(super().encode([prompt for prompt in prompts if not _has_pictures(prompt)]))
+        return [self._with_pictures(prompt) if _has_pictures(prompt) else next(plain) for prompt in prompts]
 
     def _marked(self, prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
         assert not isinstance(prompt, str)
@@ -42,16 +39,23 @@ class VllmCodec(ModelCodec):
             for message in prompt
         )
 
-    def _with_pictures(self, prompt: str | tuple[Message, ...]) -> TokenIds:
+    def _with_pictures(self, prompt: str | tuple[Message, ...]) -> TokenIds | RequestError:
         """The rendered conversation cut at its marks, pictures between the pieces."""
         assert not isinstance(prompt, str)
-        text = self._tokenizer.apply_chat_template(self._marked(prompt))
+        (text,) = self._render([self._marked(prompt)])
+        if isinstance(text, RequestError):
+            return text
+        first, *others = self._tokenizer.encode_each(text.split(self._mark.strip("\n")), False, self._max_model_len)
         pictures = [picture for message in prompt for picture in _pictures_of(message)]
-        pieces = text.split(self._mark.strip("\n"))
-        parts = [self._tokenizer.encode(pieces[0], False)]
-        for picture, piece in zip(pictures, pieces[1:], strict=False):  # a template may leave messages out
-            parts += [_tokens_of(picture, picture_tokens(picture, self._config)), self._tokenizer.encode(piece, False)]
-        return np.concatenate(parts)[: self._max_model_len - 1].astype(np.int32)
+        parts = [first]
+        for picture, piece in zip(pictures, others, strict=False):  # a template may leave messages out
+            parts += [_tokens_of(picture, picture_tokens(picture, self._config)), piece]
+        whole: list[TokenIds] = []
+        for part in parts:
+            if isinstance(part, RequestError):
+                return part
+            whole.append(part)
+        return np.concatenate(whole)[: self._max_model_len - 1].astype(np.int32)
 
 
 def _has_pictures(prompt: str | tuple[Message, ...]) -> bool:

@@ -12,13 +12,10 @@ import numpy as np
 
 from blendserve.engines.estimates import planned_cached_tokens
 from blendserve.engines.vllm.api import VllmLimits
-from blendserve.planner.base import Int64s, Policy
+from blendserve.planner.base import EngineLimits, Int64s, Policy, SchedulerView, scheduler_view
 from blendserve.planner.forecast import KvForecast
+from blendserve.planner.learner import Refresher
 from blendserve.planner.plan import Plan
-
-REFRESH_GROWTH = 1.1
-"""Lengths are estimated anew whenever this many times more requests have finished."""
-MIN_NEW_OBSERVATIONS = 16
 
 
 class StepLoad(NamedTuple):
@@ -37,7 +34,7 @@ class VllmInflight:
     """At most `max_inflight` requests, and no more than the KV memory will hold: what is in use now, what admitted
     prompts have yet to take, and the expected remainder of all outputs, at its peak.
 
-    It is the `SchedulerView` of its policy. Rows are in the order of admission.
+    Rows are in the order of admission.
     """
 
     def __init__(self, plan: Plan, policy: Policy, limits: VllmLimits, max_inflight: int) -> None:
@@ -45,13 +42,12 @@ class VllmInflight:
         self._table = plan.table
         self._planned_cached = planned_cached_tokens(plan.tree) // limits.block_size * limits.block_size
         self._lengths = plan.new_lengths()
-        self._next_refresh = MIN_NEW_OBSERVATIONS
+        self._refresher = Refresher(self._lengths)
         self._forecast = KvForecast()
         self._step = 0
         self._block_size = limits.block_size
         self.capacity_tokens = limits.capacity_tokens
-        self.max_num_seqs = max_inflight
-        self.max_num_batched_tokens = limits.max_num_batched_tokens
+        self._limits = EngineLimits(limits.capacity_tokens, max_inflight, limits.max_num_batched_tokens)
         self._used_tokens = 0
         self.num_running = 0
         shape = max_inflight
@@ -61,10 +57,14 @@ class VllmInflight:
         self._computed = np.zeros(shape, np.int64)
         self._output = np.zeros(shape, np.int64)
 
-    # SchedulerView
+    def view(self) -> SchedulerView:
+        """What a policy may see now."""
+        columns = (self.request_index, self.num_prompt_tokens, self.num_computed_tokens, self.num_output_tokens)
+        return scheduler_view(self._limits, self.free_tokens, np.stack(columns))
 
     @property
     def free_tokens(self) -> int:
+        """Tokens that are neither in use nor about to be."""
         return max(0, self.capacity_tokens - self._used_tokens - self._num_pending_tokens())
 
     @property
@@ -97,13 +97,14 @@ class VllmInflight:
         self._used_tokens = round(kv_use * self.capacity_tokens)
         limit = self._look_ahead()
         admitted = []
-        while self.num_running < self.max_num_seqs and (index := self._policy.next(self)) is not None:
-            if self.num_running and not self._fits(index, limit):
+        while self.num_running < self._limits.max_num_seqs:
+            proposal = self._policy.next(self.view())
+            if proposal is None or (self.num_running and not self._fits(proposal.index, limit)):
                 break
-            self._policy.admitted(index, int(self._planned_cached[index]))
-            self._add(index)
-            admitted.append(index)
-        self._policy.prefill_tokens(self)
+            self._policy.admitted(proposal, int(self._planned_cached[proposal.index]))
+            self._add(proposal.index)
+            admitted.append(proposal.index)
+        self._policy.begin_step(self.view(), num_steps=1)
         return admitted
 
     def adopt(self, indices: list[int]) -> None:
@@ -120,7 +121,7 @@ class VllmInflight:
         num_decodes = int(np.count_nonzero(is_decoding))
         to_prefill = np.where(is_decoding, 0, left)
         before = np.cumsum(to_prefill) - to_prefill
-        chunk = np.clip(max(0, self.max_num_batched_tokens - num_decodes) - before, 0, to_prefill)
+        chunk = np.clip(max(0, self._limits.max_num_batched_tokens - num_decodes) - before, 0, to_prefill)
         load = StepLoad(
             num_prefill_tokens=int(chunk.sum()),
             num_decode_tokens=num_decodes,
@@ -162,7 +163,7 @@ class VllmInflight:
 
     def check(self) -> None:
         """Assert the invariants."""
-        assert 0 <= self.num_running <= self.max_num_seqs
+        assert 0 <= self.num_running <= self._limits.max_num_seqs
         assert len(set(self.request_index.tolist())) == self.num_running
         assert (self.num_computed_tokens >= 0).all()
         assert (self.num_computed_tokens < self.num_prompt_tokens + np.maximum(self.num_output_tokens, 1)).all()
@@ -180,10 +181,8 @@ class VllmInflight:
         taken to stay.
         """
         running, outputs = self.request_index, self.num_output_tokens
-        if self._lengths.num_observed >= self._next_refresh:
-            self._lengths.refresh(running, outputs)
-            observed = self._lengths.num_observed
-            self._next_refresh = max(observed + MIN_NEW_OBSERVATIONS, int(observed * REFRESH_GROWTH))
+        if self._refresher.is_due:
+            self._refresher.refresh(self.view())
         own = self.num_prompt_tokens + outputs
         self._forecast.rebuild(self._step, self._at_most(own), self._lengths.quantiles(running, outputs))
         in_blocks = int((-(-own // self._block_size) * self._block_size).sum())

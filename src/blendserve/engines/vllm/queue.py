@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from blendserve.planner.base import Int64s, Policy
+from blendserve.planner.base import EngineLimits, Int64s, Policy, Proposal, SchedulerView, scheduler_view
 
 MAX_STEPS = 16
 """Steps without an admission that a policy is told of at once."""
@@ -25,12 +25,10 @@ def index_of(request: Any) -> int:
 
 
 class SchedulerState:
-    """A policy's view of vLLM's own scheduler: exact between two steps."""
+    """What a policy may see of vLLM's own scheduler: exact between two steps."""
 
     def __init__(self, scheduler: Any, capacity_tokens: int, block_size: int) -> None:
-        self.capacity_tokens = capacity_tokens
-        self.max_num_seqs: int = scheduler.max_num_running_reqs
-        self.max_num_batched_tokens: int = scheduler.max_num_scheduled_tokens
+        self.limits = EngineLimits(capacity_tokens, scheduler.max_num_running_reqs, scheduler.max_num_scheduled_tokens)
         self._scheduler = scheduler
         self._block_size = block_size
         self._key = (-1, -1)
@@ -44,32 +42,16 @@ class SchedulerState:
     def num_running(self) -> int:
         return len(self._scheduler.running)
 
-    @property
-    def free_tokens(self) -> int:
+    def view(self) -> SchedulerView:
+        """What a policy may see now."""
         pool = self._scheduler.kv_cache_manager.block_pool
-        return int(pool.get_num_free_blocks()) * self._block_size
-
-    @property
-    def request_index(self) -> Int64s:
-        return self._read()[0]
-
-    @property
-    def num_prompt_tokens(self) -> Int64s:
-        return self._read()[1]
-
-    @property
-    def num_computed_tokens(self) -> Int64s:
-        return self._read()[2]
-
-    @property
-    def num_output_tokens(self) -> Int64s:
-        return self._read()[3]
+        return scheduler_view(self.limits, int(pool.get_num_free_blocks()) * self._block_size, self._read())
 
     def num_cached_tokens(self, request: Any) -> int:
         """Prompt tokens of a waiting request that the prefix cache holds now."""
         return int(self._scheduler.kv_cache_manager.get_computed_blocks(request)[1])
 
-    def _read(self) -> tuple[Int64s, ...]:
+    def _read(self) -> Int64s:
         running = self._scheduler.running
         key = (self.step, len(running))
         if key != self._key:
@@ -78,13 +60,16 @@ class SchedulerState:
         return self._columns
 
 
-def _columns_of(running: Sequence[Any]) -> tuple[Int64s, ...]:
-    """Index, prompt, computed and output tokens of requests, an array each."""
-    return (
-        np.array([index_of(request) for request in running], np.int64),
-        np.array([request.num_prompt_tokens for request in running], np.int64),
-        np.array([request.num_computed_tokens for request in running], np.int64),
-        np.array([request.num_output_tokens for request in running], np.int64),
+def _columns_of(running: Sequence[Any]) -> Int64s:
+    """Index, prompt, computed and output tokens of requests: int64[4, num_running]."""
+    return np.array(
+        [
+            [index_of(request) for request in running],
+            [request.num_prompt_tokens for request in running],
+            [request.num_computed_tokens for request in running],
+            [request.num_output_tokens for request in running],
+        ],
+        np.int64,
     )
 
 
@@ -96,7 +81,7 @@ class PolicyQueue:
     def __init__(self) -> None:
         self._arrived: deque[Any] = deque()
         self._policy: Policy | None = None
-        self._proposal: Any | None = None
+        self._proposed: Any | None = None
 
     def bind(self, policy: Policy, state: SchedulerState, supply: Callable[[int], bool]) -> None:
         """Follow a policy from now on. Nothing may wait here yet."""
@@ -104,6 +89,7 @@ class PolicyQueue:
         self._policy, self._state, self._supply = policy, state, supply
         self._held: dict[int, Any] = {}
         self._deferred: deque[Any] = deque()
+        self._proposal = Proposal(-1)
         self._num_cached = 0
         self._step = state.step
         self.admitted: set[int] = set()
@@ -122,8 +108,8 @@ class PolicyQueue:
         """May anything start now?"""
         if self._policy is None:
             return bool(self._arrived)
-        self._proposal = self._deferred[0] if self._deferred else self._propose(self._policy)
-        return self._proposal is not None
+        self._proposed = self._deferred[0] if self._deferred else self._propose(self._policy)
+        return self._proposed is not None
 
     def __len__(self) -> int:
         """Requests that wait, those included that vLLM has not been told of."""
@@ -145,21 +131,21 @@ class PolicyQueue:
     def peek_request(self) -> Any:
         if self._policy is None:
             return self._arrived[0]
-        if self._proposal is None and not self:
+        if self._proposed is None and not self:
             raise IndexError("peek from an empty queue")
-        return self._proposal
+        return self._proposed
 
     def pop_request(self) -> Any:
         """Take out what was looked at: it has got its memory, or is skipped."""
         if self._policy is None:
             return self._arrived.popleft()
-        request, self._proposal = self.peek_request(), None
+        request, self._proposed = self.peek_request(), None
         if self._deferred:
             return self._deferred.popleft()
         index = index_of(request)
         del self._held[index]
         self.admitted.add(index)
-        self._policy.admitted(index, self._num_cached)
+        self._policy.admitted(self._proposal, self._num_cached)
         return request
 
     def prepend_request(self, request: Any) -> None:
@@ -181,7 +167,7 @@ class PolicyQueue:
 
     def remove_requests(self, requests: Iterable[Any]) -> None:
         removed = set(requests)
-        self._proposal = None
+        self._proposed = None
         if self._policy is None:
             self._arrived = deque(request for request in self._arrived if request not in removed)
             return
@@ -191,19 +177,21 @@ class PolicyQueue:
     def _propose(self, policy: Policy) -> Any | None:
         """The policy's next request, brought in if it is not here yet."""
         self._pass_steps(policy)
-        if len(self.admitted) >= self._state.max_num_seqs:  # of those skipped, many may have their turn already
+        if len(self.admitted) >= self._state.limits.max_num_seqs:  # of those skipped, many may have their turn already
             return None
-        while (index := policy.next(self._state)) is not None:
+        while (proposal := policy.next(self._state.view())) is not None:
+            index = proposal.index
             if index in self._held or self._supply(index):
                 request = self._held[index]
-                self._num_cached = self._state.num_cached_tokens(request)
+                self._proposal, self._num_cached = proposal, self._state.num_cached_tokens(request)
                 return request
-            policy.admitted(index, 0)
+            policy.admitted(proposal, 0)
             policy.finished(index, 0)
         return None
 
     def _pass_steps(self, policy: Policy) -> None:
         """Tell the policy of the steps since it was last asked."""
-        for _ in range(min(self._state.step - self._step, MAX_STEPS)):
-            policy.prefill_tokens(self._state)
+        num_steps = min(self._state.step - self._step, MAX_STEPS)
+        if num_steps:
+            policy.begin_step(self._state.view(), num_steps)
         self._step = self._state.step

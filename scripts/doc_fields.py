@@ -1,0 +1,149 @@
+"""Tables of docs/batch-files.md: what lines may hold on which engine, asked of the readers that runs use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from blendserve.dialect import extras, parameters, passthrough, schema
+from blendserve.dialect.extras import Abilities
+from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, ServedModel
+from blendserve.errors import RequestError
+
+_ADAPTER = "my-adapter"
+ENGINES = {
+    "`native`": ServedModel(("my-model",)),
+    "`vllm`": ServedModel(("my-model",), abilities=Abilities(adapters=(_ADAPTER,), structures=True, sees=True)),
+    "`vllm --task embed`": ServedModel(("my-model",), abilities=Abilities(embeds=True)),
+    "`http`": ServedModel(("the server's",), accepts_any_name=True, is_remote=True),
+}
+_USER = {"role": "user", "content": "Hello"}
+_PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+_SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+_SHORT = {
+    str(-(2**63)): "-2^63",
+    str(2**63 - 1): "2^63 - 1",
+    str(2**31 - 1): "2^31 - 1",
+}
+
+
+class Ask(NamedTuple):
+    """One thing that a line may ask for, and a body that asks for it."""
+
+    what: str
+    url: str
+    body: Mapping[str, Any]
+
+
+def _chat(what: str, message: Mapping[str, Any] = _USER, **fields: Any) -> Ask:
+    return Ask(what, CHAT_URL, {"messages": [message], **fields})
+
+
+def _complete(what: str, prompt: Any, **fields: Any) -> Ask:
+    return Ask(what, COMPLETIONS_URL, {"prompt": prompt, **fields})
+
+
+ASKS = (
+    _chat("`messages` whose `content` is text, or a list of text parts"),
+    _chat("roles `system`, `developer`, `user`, `assistant`", {"role": "developer", "content": "Be brief."}),
+    _chat("role `tool`", {"role": "tool", "content": "4", "tool_call_id": "c"}),
+    _chat("`tool_calls` in a message", {**_USER, "role": "assistant", "tool_calls": [{"id": "c"}]}),
+    _chat("`name` in a message", {**_USER, "name": "Ann"}),
+    _chat("pictures: parts of type `image_url`", {"role": "user", "content": [_PICTURE]}),
+    _chat("sound, files: other parts", {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}),
+    _chat("`tools` that are not empty", tools=[_TOOL]),
+    _chat("`response_format` of type `json_object` or `json_schema`", response_format=_SCHEMA),
+    _chat("`structured_outputs` (vLLM's `json`, `regex`, `choice`, `grammar`)", structured_outputs={"regex": "a+"}),
+    _chat("a LoRA adapter: `model` is a name of `--lora NAME=PATH`", model=_ADAPTER),
+    _chat("several answers: `n` above 1", n=3),
+    _chat("log probabilities: `logprobs`, `top_logprobs`", logprobs=True, top_logprobs=5),
+    _complete("`prompt` as text", "Once"),
+    _complete("`prompt` as token ids", [1, 2, 3]),
+    _complete("`prompt` as a list of texts, or of lists of token ids", ["Once", "Twice"]),
+    Ask("`input` of `/v1/embeddings`, in the same four forms", EMBEDDINGS_URL, {"input": ["Once", "Twice"]}),
+    Ask("`/v1/responses`", "/v1/responses", {"input": "Hello"}),
+    _chat("`stream` true", stream=True),
+)
+
+
+def asks_table() -> str:
+    """Every kind of line on every engine: answered, or the code of its error row."""
+    rows = [(ask.what, *(_verdict(ask, served) for served in ENGINES.values())) for ask in ASKS]
+    return _table(("a line with", *ENGINES), rows)
+
+
+def parameters_table() -> str:
+    """Parameters that shape the answer, with the values that they may have."""
+    rows = []
+    for name in _names(parameters._CHAT_READERS, parameters._COMPLETION_READERS):
+        wanted: dict[str, list[str]] = {}
+        for where, readers in (
+            ("chat", parameters._CHAT_READERS),
+            ("completions", parameters._COMPLETION_READERS),
+        ):
+            if name in readers:
+                wanted.setdefault(_wanted(name, readers[name]), []).append(where)
+        rows += [(f"`{name}`", _where(places), words) for words, places in wanted.items()]
+    return _table(("parameter", "endpoint", "value"), rows)
+
+
+def neutral_table() -> str:
+    """Parameters that only their neutral value is accepted of."""
+    chat, completions = parameters._CHAT_NEUTRAL, parameters._COMPLETION_NEUTRAL
+    rows = []
+    for name in _names(chat, completions):
+        places = [where for where, of in (("chat", chat), ("completions", completions)) if name in of]
+        values = chat.get(name, completions.get(name, ()))
+        rows.append((f"`{name}`", _where(places), " or ".join(f"`{json.dumps(value)}`" for value in values) or "none"))
+    return _table(("parameter", "endpoint", "accepted value besides `null`"), rows)
+
+
+def ignored_list() -> str:
+    """Parameters of any value that change nothing."""
+    return ", ".join(f"`{name}`" for name in sorted(parameters._IGNORED)) + "."
+
+
+def embeddings_list() -> str:
+    """Parameters of /v1/embeddings."""
+    return ", ".join(f"`{name}`" for name in extras._EMBEDDING_FIELDS) + "."
+
+
+def _verdict(ask: Ask, served: ServedModel) -> str:
+    line = {"custom_id": "a", "method": "POST", "url": ask.url, "body": dict(ask.body)}
+    parse = passthrough.parse_remote_line if served.is_remote else schema.parse_line
+    try:
+        parse(line, 1, served)
+    except RequestError as error:
+        return f"`{error.code}`"
+    return "sent" if served.is_remote else "yes"
+
+
+def _wanted(name: str, read: Callable[[str, Any], Any]) -> str:
+    """What a reader says that a value must be, gathered from what it says of wrong ones."""
+    found: list[str] = []
+    for probe in ({"x": 1} if name != "logit_bias" else 1, 10**30, 0, ["x"] * 1000):
+        try:
+            read(name, probe)
+        except RequestError as error:
+            words = error.message.rpartition("; ")[2].removeprefix("it must be ")
+            if not found or (words not in found and words.startswith(("between", "above", "at most"))):
+                found.append(words)
+    text = " ".join(found[:1] + [words if words.startswith("between") else f", {words}" for words in found[1:]])
+    for long, short in _SHORT.items():
+        text = text.replace(long, short)
+    return text.replace(" ,", ",")
+
+
+def _names(*tables: Mapping[str, object]) -> Sequence[str]:
+    return list(dict.fromkeys(name for table in tables for name in table))
+
+
+def _where(places: Sequence[str]) -> str:
+    return "both" if len(places) == 2 else places[0]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
