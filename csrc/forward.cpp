@@ -132,19 +132,6 @@ int64_t Model::num_fetched_runs(int chain, int64_t op, int64_t tile) const {
   return num_prefetch_runs(format_, grid.tile(tile), w->k(), overlap_.step_bytes);
 }
 
-// The first columns of weights of the tile that this worker takes next, if the others take theirs as fast; those after
-// them the matmul fetches itself.
-int64_t Model::list_next_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const {
-  const MatmulGrid& grid = nano_batches_[static_cast<size_t>(chain)].grid;
-  const int64_t next = tile + team_.num_threads();
-  if (next >= grid.size() || grid.tile(next).col_begin == grid.tile(tile).col_begin) return 0;
-  const std::span<const uint16_t> columns = matrix_of(op)->columns(grid.tile(next).col_begin);
-  constexpr size_t kRunElements = kPrefetchRunBytes / sizeof(uint16_t);
-  int64_t count = 0;
-  for (size_t i = 0; i < columns.size() && count < max_runs; i += kRunElements) runs[count++] = columns.data() + i;
-  return count;
-}
-
 void Model::run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) {
   if (!trace_.is_on()) return run_tile(chain, op, tile, worker, runs);
   const int64_t begin_ns = TraceRecorder::now_ns();

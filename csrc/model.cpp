@@ -174,8 +174,10 @@ void Model::admit(int64_t slot, SamplingParams params) {
 }
 
 void Model::set_overlap(const OverlapOptions& overlap) {
-  if (overlap.chunk_bytes < 1 || overlap.tile_flop < 1 || overlap.step_bytes < 1 || overlap.step_bytes > 64) {
-    throw std::invalid_argument("overlap needs chunk_bytes, tile_flop and step_bytes (at most 64) of 1 or more; got " +
+  if (overlap.chunk_bytes < 1 || overlap.tile_flop < 1 || overlap.step_bytes < 1 ||
+      overlap.step_bytes > kMaxPrefetchStepBytes) {
+    throw std::invalid_argument("overlap needs chunk_bytes, tile_flop and step_bytes (at most " +
+                                std::to_string(kMaxPrefetchStepBytes) + ") of 1 or more; got " +
                                 std::to_string(overlap.chunk_bytes) + ", " + std::to_string(overlap.tile_flop) +
                                 " and " + std::to_string(overlap.step_bytes));
   }
