@@ -71,9 +71,9 @@ def _command(name: str, parser: argparse.ArgumentParser, most_used: Sequence[str
 
 
 def _named(action: argparse.Action, most_used: Sequence[str]) -> str:
-    value = "" if action.nargs == 0 else action.metavar or ",".join(map(str, action.choices or (action.dest,)))
+    value = "" if action.nargs == 0 else str(action.metavar or action.dest)
     if action.choices and not action.metavar:
-        value = "{" + value + "}"
+        value = "{" + ",".join(map(str, action.choices)) + "}"
     names = ", ".join(f"`{option} {value}`" if value else f"`{option}`" for option in action.option_strings)
     names = names.replace("|", "\\|") or f"`{value}`"
     return f"**{names}**" if action.dest in most_used else names

@@ -78,7 +78,7 @@ def parameters_table() -> str:
     """Parameters that shape the answer, with the values that they may have."""
     rows = []
     for name in _names(parameters._CHAT_READERS, parameters._COMPLETION_READERS):
-        wanted = {}
+        wanted: dict[str, list[str]] = {}
         for where, readers in (
             ("chat", parameters._CHAT_READERS),
             ("completions", parameters._COMPLETION_READERS),
@@ -97,7 +97,7 @@ def neutral_table() -> str:
         places = [where for where, of in (("chat", chat), ("completions", completions)) if name in of]
         values = chat.get(name, completions.get(name, ()))
         rows.append((f"`{name}`", _where(places), " or ".join(f"`{json.dumps(value)}`" for value in values) or "none"))
-    return _table(("parameter", "endpoint", "accepted value"), rows)
+    return _table(("parameter", "endpoint", "accepted value besides `null`"), rows)
 
 
 def ignored_list() -> str:

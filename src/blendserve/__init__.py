@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from blendserve.engines.settings import HttpSettings, NativeSettings, ReplicaSettings, VllmSettings
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.job.job import JobProgress, JobReport
+    from blendserve.job.reader import ReadLimits
     from blendserve.offline.batch import run_batch
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
@@ -21,6 +22,7 @@ __all__ = [
     "JobProgress",
     "JobReport",
     "NativeSettings",
+    "ReadLimits",
     "ReplicaSettings",
     "RequestOutput",
     "SamplingParams",
@@ -32,6 +34,7 @@ _NAMES_BY_MODULE = {
     "blendserve.engines.settings": ("HttpSettings", "NativeSettings", "ReplicaSettings", "VllmSettings"),
     "blendserve.job.interrupts": ("JobInterrupted",),
     "blendserve.job.job": ("JobProgress", "JobReport"),
+    "blendserve.job.reader": ("ReadLimits",),
     "blendserve.offline.batch": ("run_batch",),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),

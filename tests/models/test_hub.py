@@ -257,7 +257,7 @@ def test_malformed_hub_ids(tmp_path: Path) -> None:
     """Refused by the hub's own rules for names, before any network."""
     with pytest.raises(ConfigError, match="cannot get a b/c d"):
         resolve("a b/c d", tmp_path)
-    with pytest.raises(ConfigError, match="'X@refs/pr/1' is no hub id: it is written owner/name"):
+    with pytest.raises(ConfigError, match="'X@refs/pr/1' is not a hub id; a hub id is written owner/name"):
         resolve("X@refs/pr/1", tmp_path)
 
 

@@ -186,7 +186,9 @@ def load_calibration(cache_directory: Path, dtype: Dtype = "bf16") -> Calibratio
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"calibration at {path} cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
     if calibration.dtype != dtype:
-        raise ConfigError(f"calibration at {path} is of {calibration.dtype}, not {dtype}; {_CALIBRATE_AGAIN}")
+        raise ConfigError(
+            f"calibration at {path} was made for {calibration.dtype}, not for {dtype}; {_CALIBRATE_AGAIN}"
+        )
     return calibration
 
 

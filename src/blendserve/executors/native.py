@@ -189,7 +189,9 @@ class NativeExecutor:
                 plan.block_tables,
             )
         except (ValueError, TypeError) as error:
-            raise ExecutorError(f"the native core refused a step of {len(plan.slots)} sequences: {error}") from error
+            raise ExecutorError(
+                f"the native engine could not run a step of {len(plan.slots)} requests: {error}"
+            ) from error
         logprob_by_position = {
             position: TokenLogprob(int(token_ids[position]), logprob, tuple(top)) for position, logprob, top in logprobs
         }

@@ -95,7 +95,9 @@ def _checked(
         if isinstance(token_ids, RequestError):
             return RequestError(token_ids.message, code=token_ids.code, param=token_ids.param or param)
         if not len(token_ids):
-            return RequestError(f"{param} holds no token; write something", code="invalid_value", param=param)
+            return RequestError(
+                f"{param} is empty: it comes to no token; write at least one word", code="invalid_value", param=param
+            )
         if max_model_len and len(token_ids) >= max_model_len:
             return RequestError(
                 f"the prompt has {len(token_ids)} tokens, the context is {max_model_len}, and an answer needs at least "

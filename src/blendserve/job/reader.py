@@ -41,7 +41,12 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True, slots=True)
 class ReadLimits:
-    """What a file may ask for. `max_requests`: choices of all its lines, one that cannot be served counting as one."""
+    """How much a batch file may ask for. `n` and lists of prompts count as so many answers.
+
+    - `max_line_bytes`: longest line, in bytes (default: 33554432, which is 32 MiB). A longer one becomes an error row.
+    - `max_line_requests`: most answers to one line (default: 2048). A line that asks for more becomes an error row.
+    - `max_requests`: most answers to the whole file (default: 5000000). A file that asks for more is refused.
+    """
 
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
     max_line_requests: int = DEFAULT_MAX_LINE_REQUESTS

@@ -217,7 +217,7 @@ def _check_writable(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is not a regular file; give the path of a file to write")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is no directory; make it first: mkdir -p {path.parent}")
+        raise ConfigError(f"{path.parent} is not a directory; make it first: mkdir -p {path.parent}")
     try:
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".probe", dir=path.parent):
             pass

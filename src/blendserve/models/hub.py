@@ -159,7 +159,7 @@ def _from_hub(name: str, notify: Notify, patterns: tuple[str, ...]) -> ModelFile
 
     repository, _, revision = name.partition("@")
     if "/" not in repository:
-        raise ConfigError(f"{name!r} is no hub id: it is written owner/name, or owner/name@revision")
+        raise ConfigError(f"{name!r} is not a hub id; a hub id is written owner/name, or owner/name@revision")
     owner, model, *inner = repository.split("/")
     repository, file_name = f"{owner}/{model}", "/".join(inner)
     notify(f"looking for {name} on the Hugging Face hub")

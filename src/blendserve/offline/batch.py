@@ -49,7 +49,7 @@ def run_batch(
       engine.
     - `ordered`: write answers in the order of the input (default: in the order in which they finish).
     - `fresh`: discard what an earlier run of this job has finished (default: go on where it stopped).
-    - `limits`: what the file and each of its lines may ask for.
+    - `limits`: how much the file and each of its lines may ask for (default: that of `ReadLimits`).
     - `on_progress`: called at the beginning and after every answer, always with the same object, which is updated.
 
     Finished answers are kept in the directory `OUT.jsonl.journal`: the same call goes on where an earlier one stopped.

@@ -114,7 +114,7 @@ def test_without_restarts_the_others_take_over(address: str, tmp_path: Path, job
     replicas = Replicas(address, FakeReplicaEngine(answer_s=0.01, fail=fail), max_restarts=0)
     run(job_input, tmp_path / "out.jsonl", replicas)
     assert_same_files(tmp_path / "out.jsonl", whole)
-    assert sum("for good" in text for text in replicas.told) == 1
+    assert sum("will not be started again" in text for text in replicas.told) == 1
     assert replicas.ledger.num_stolen > 0
 
 
