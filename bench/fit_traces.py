@@ -1,4 +1,4 @@
-"""Fit the tables of `blendserve.workloads.fitted` from trace files and print them; the files themselves stay outside.
+"""Fit the tables of `simulator.workloads.fitted` from trace files and print them; the files themselves stay outside.
 
 Usage: python bench/fit_traces.py DIRECTORY, which holds the csv files (input_tokens, output_tokens) and the MMLU
 questions named below. What is printed are statistics: quantiles, one correlation per trace, and per MMLU subject

@@ -21,19 +21,20 @@ from tempfile import TemporaryDirectory
 from common import print_header
 from scheduler import TokenSimulator
 
-from blendserve.batchfile.check import check_file
-from blendserve.batchfile.codec import ModelCodec
-from blendserve.batchfile.schema import ServedModel
-from blendserve.batchfile.store import PendingRequests
-from blendserve.cli.native_run import windows_of
-from blendserve.config import BLOCK_SIZE, EngineConfig, cache_dir
-from blendserve.cost import CostModel
+from blendserve.config import BLOCK_SIZE, EngineConfig
+from blendserve.costs.model_cost import CostModel
+from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.schema import ServedModel
 from blendserve.engine.loop import EngineLoop
-from blendserve.job import BatchJob, run_job
+from blendserve.engine.planned import plan_requests, run_planned, run_windowed
+from blendserve.engines.native.engine import windows_of
+from blendserve.host import cache_dir
+from blendserve.job.check import check_file
+from blendserve.job.job import BatchJob, run_job
+from blendserve.job.pending import PendingRequests
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.request import SequenceOutput
-from blendserve.session import plan_requests, run_planned, run_windowed
 
 MAX_TOKENS = 4
 NUM_SEQS = 4096

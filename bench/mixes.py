@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blendserve.config import cache_dir
+from blendserve.host import cache_dir
 from blendserve.models.hub import DEFAULT_MODEL, resolve
 from blendserve.models.load import load_model
 from blendserve.request import TokenIds

@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 
 from common import print_header, summarise, table
 
-from blendserve.config import OVERLAP_MODES, usable_cores
-from blendserve.hardware import OverlapCost, Peaks
+from blendserve.calibration.step_probe import Probe, Work, median
+from blendserve.config import OVERLAP_MODES
+from blendserve.costs.hardware import Peaks
+from blendserve.costs.step_cost import OverlapCost
+from blendserve.costs.this_machine import overlap_cost_of
+from blendserve.host import usable_cores
 from blendserve.models.known import SMOLLM2_135M
-from blendserve.probe import Probe, Work, median
-from blendserve.session import overlap_cost_of
 
 SHAPE = replace(SMOLLM2_135M, num_layers=SMOLLM2_135M.num_layers // 5, vocab_size=256)
 

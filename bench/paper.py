@@ -37,14 +37,15 @@ from paper_cells import (
 )
 from paper_plots import bars, heat_map, lines
 
-from blendserve.cost import ModelCost
-from blendserve.hardware import A100_80G, gpu_step_cost
+from blendserve.costs.hardware import A100_80G
+from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.step_cost import gpu_step_cost
 from blendserve.models.known import LLAMA_3_8B
-from blendserve.simulate import plan_workload
-from blendserve.workloads.blend import PAPER_TRACES, paper_cost_model
-from blendserve.workloads.knowledge import EXACT
-from blendserve.workloads.traces import make_trace
-from blendserve.workloads.workload import mix
+from blendserve.simulator.simulate import plan_workload
+from blendserve.simulator.workloads.blend import PAPER_TRACES, paper_cost_model
+from blendserve.simulator.workloads.knowledge import EXACT
+from blendserve.simulator.workloads.traces import make_trace
+from blendserve.simulator.workloads.workload import mix
 
 DEFAULT_SCALE = 0.1
 """The least at which all blends exist: below it videos are so short that density 0.9 needs nothing else."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s, Policy, SchedulerView
 from blendserve.planner.blend import BlendPolicy
 from blendserve.planner.forecast import KvForecast

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from paper_ablation import ABLATIONS
 
-from blendserve.disaggregated import simulate_disaggregated
+from blendserve.costs.hardware import A100_80G
 from blendserve.errors import ConfigError
-from blendserve.hardware import A100_80G
 from blendserve.models.known import known_model
-from blendserve.simulate import EngineKind, Machine, gpu_machine, simulate
-from blendserve.workloads.blend import PAPER_TRACES, blend
-from blendserve.workloads.knowledge import LengthKnowledge
-from blendserve.workloads.traces import VIDEO_MEAN_TOKENS
-from blendserve.workloads.workload import Workload
+from blendserve.simulator.disaggregated import simulate_disaggregated
+from blendserve.simulator.simulate import EngineKind, Machine, gpu_machine, simulate
+from blendserve.simulator.workloads.blend import PAPER_TRACES, blend
+from blendserve.simulator.workloads.knowledge import LengthKnowledge
+from blendserve.simulator.workloads.traces import VIDEO_MEAN_TOKENS
+from blendserve.simulator.workloads.workload import Workload
 
 PAPER_REQUESTS = 400_000
 SYSTEMS: dict[str, tuple[str, EngineKind]] = {

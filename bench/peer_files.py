@@ -22,7 +22,7 @@ import mixes
 from peer_process import PeerError, PeerProcess
 from peers import RUN_TIMEOUT_S, start_entrants
 
-from blendserve.config import cache_dir
+from blendserve.host import cache_dir
 from blendserve.models.hub import resolve
 from blendserve.request import TokenIds
 

@@ -25,7 +25,7 @@ import common
 from peer_lineup import entrant, parse_override
 from peer_process import PeerError, PeerProcess, Run
 
-from blendserve.config import cache_dir
+from blendserve.host import cache_dir
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.gguf_spec import spec_from_gguf
 from blendserve.models.hub import resolve

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
 from blendserve.planner.base import RequestTable
 from blendserve.planner.lengths import LengthModel
 from blendserve.planner.plan import make_plan

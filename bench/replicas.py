@@ -23,10 +23,10 @@ from typing import Any
 import common
 from paper_cells import Cell, make_machine, make_workload
 
-from blendserve.parallel.cluster import open_cluster
+from blendserve.engines.replicas.cluster import open_cluster
 from blendserve.planner.partition import Partition, partition
-from blendserve.simulate import plan_workload, simulate
-from blendserve.workloads.knowledge import SAMPLED
+from blendserve.simulator.simulate import plan_workload, simulate
+from blendserve.simulator.workloads.knowledge import SAMPLED
 
 BLENDS = {"trace #1": (1.4, 0.35), "trace #4": (0.9, 0.05)}
 COUNTS = (1, 2, 4, 8, 16, 32, 64)

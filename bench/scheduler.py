@@ -18,15 +18,15 @@ from collections.abc import Hashable
 import numpy as np
 
 from blendserve.config import EngineConfig
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
 from blendserve.engine.fake import FakeSimulator, FifoPolicy
 from blendserve.engine.loop import EngineLoop
+from blendserve.engine.planned import PlannedRequests
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.policies import make_policy
 from blendserve.planner.tree import PrefixTree
 from blendserve.request import Request, SamplingParams
-from blendserve.session import PlannedRequests
 
 PROMPT = np.ones(2048, np.int32)
 BLOCK_SIZE = 16

@@ -16,14 +16,14 @@ import numpy as np
 from scheduler import TokenSimulator
 
 from blendserve.config import BLOCK_SIZE, EngineConfig
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
 from blendserve.engine.loop import EngineLoop
+from blendserve.engine.planned import PlannedRequests, plan_requests
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import Plan
 from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.planner.sorting import flatten
 from blendserve.request import Request, SamplingParams, TokenIds
-from blendserve.session import PlannedRequests, plan_requests
 
 # SmolLM2-135M on two cores with 256-bit vectors, as `blendserve run` plans without a calibration.
 COST = CostModel(token_s=2 * 134.5e6 / 180e9, kv_token_s=23_040 / 24e9)

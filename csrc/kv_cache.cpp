@@ -7,19 +7,26 @@
 #include <string>
 
 #include "ops/bf16.h"
+#include "ops/pointwise.h"
 #include "ops/rotation.h"
 
 namespace blendserve {
 namespace {
 
-void write_bf16(uint16_t* block, int64_t head_dim, int64_t offset, const float* key, const float* value) {
-  uint16_t* key_pair = block + 2 * offset;
-  for (int64_t i = 0; i < head_dim; i += 2, key_pair += 2 * kBlockSize) {
-    key_pair[0] = bf16_from_float(key[i]);
-    key_pair[1] = bf16_from_float(key[i + 1]);
+// Rounding takes vectors. What it leaves is stored word by word: the neighbours belong to other tokens, which another
+// thread may be writing.
+void write_bf16(Isa isa, uint16_t* block, int64_t head_dim, int64_t offset, const float* key, const float* value) {
+  constexpr int64_t kChunk = 64;
+  uint16_t rounded[kChunk];
+  uint16_t* key_pairs = block + 2 * offset;
+  uint16_t* value_halves = block + kBlockSize * head_dim + offset / 2 * 2 * head_dim + offset % 2;
+  for (int64_t begin = 0; begin < head_dim; begin += kChunk) {
+    const int64_t count = std::min(kChunk, head_dim - begin);
+    round_row(isa, key + begin, count, rounded);
+    for (int64_t i = 0; i < count; i += 2) std::copy_n(rounded + i, 2, key_pairs + (begin + i) * kBlockSize);
+    round_row(isa, value + begin, count, rounded);
+    for (int64_t i = 0; i < count; ++i) value_halves[2 * (begin + i)] = rounded[i];
   }
-  uint16_t* value_pair = block + kBlockSize * head_dim + offset / 2 * 2 * head_dim + offset % 2;
-  for (int64_t i = 0; i < head_dim; ++i) value_pair[2 * i] = bf16_from_float(value[i]);
 }
 
 // The largest magnitude, not below what makes sums of weights over scales overflow; a NaN anywhere makes it NaN.
@@ -70,10 +77,10 @@ KvCache::KvCache(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, i
   }
 }
 
-void KvCache::write(int64_t layer, int64_t kv_head, int64_t block, int64_t offset, const float* key,
+void KvCache::write(Isa isa, int64_t layer, int64_t kv_head, int64_t block, int64_t offset, const float* key,
                     const float* value) {
   uint16_t* words = head(layer, kv_head) + block * block_stride();
-  if (dtype_ == KvDtype::kBf16) return write_bf16(words, head_dim_, offset, key, value);
+  if (dtype_ == KvDtype::kBf16) return write_bf16(isa, words, head_dim_, offset, key, value);
   float rotated[kMaxRotatedHead];
   auto* bytes = reinterpret_cast<uint8_t*>(words);
   uint16_t* scales = words + kBlockSize * head_dim_;

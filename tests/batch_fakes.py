@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from blendserve.batchfile.schema import Message, ServedModel
-from blendserve.batchfile.store import PendingRequests
+from blendserve.dialect.schema import Message, ServedModel
 from blendserve.errors import RequestError
-from blendserve.job import BatchJob, Generate, JobReport, run_job
+from blendserve.job.job import BatchJob, Generate, JobReport, run_job
+from blendserve.job.pending import PendingRequests
 from blendserve.request import Request, SequenceOutput, TokenLogprob
 
 EOS = 0

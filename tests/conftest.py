@@ -8,8 +8,8 @@ import pytest
 from batch_fakes import NUM_JOB_LINES, mixed_lines, run_fake, write_lines
 from parallel_cases import pending_of, plan_of_pending
 
-from blendserve.batchfile.store import PendingRequests
-from blendserve.parallel.part import SharedJob
+from blendserve.engines.replicas.part import SharedJob
+from blendserve.job.pending import PendingRequests
 
 
 @pytest.fixture

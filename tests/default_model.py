@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from blendserve.config import cache_dir
+from blendserve.host import cache_dir
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel, load_model
 

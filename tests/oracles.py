@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
 
 Prompt = tuple[int, ...]
 

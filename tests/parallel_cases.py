@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from batch_fakes import SERVED, FakeCodec, answer
 
-from blendserve.batchfile.ingest import encode_lines
-from blendserve.batchfile.reader import BatchReader
-from blendserve.batchfile.store import PendingRequests, StoreWriter, TokenStore
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
+from blendserve.engines.replicas.cluster import ReplicaShape
+from blendserve.engines.replicas.events import Batch, Command, Ready
+from blendserve.engines.replicas.ledger import Ledger
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
-from blendserve.parallel.cluster import ReplicaShape
-from blendserve.parallel.events import Batch, Command, Ready
-from blendserve.parallel.ledger import Ledger
+from blendserve.job.ingest import encode_lines
+from blendserve.job.pending import PendingRequests, plan_pending
+from blendserve.job.reader import BatchReader
+from blendserve.job.store import StoreWriter, TokenStore
 from blendserve.planner.plan import Plan
 from blendserve.request import Request, SequenceOutput
-from blendserve.session import plan_pending
 
 COST = CostModel(token_s=1.0, kv_token_s=0.1)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from oracles import Prompt
 
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
 from blendserve.planner.base import Int64s, Policy, RequestTable
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.tree import PrefixTree

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from blendserve.config import EngineConfig, available_memory_bytes, cache_dir, parse_bytes, usable_cores
+from blendserve.config import EngineConfig, parse_bytes
 from blendserve.errors import ConfigError
+from blendserve.host import available_memory_bytes, cache_dir, usable_cores
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

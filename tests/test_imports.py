@@ -1,68 +1,66 @@
-"""Imports point one way: a module may import its own layer's package and the layers below, never above."""
+"""Imports point down: the package stands on a few floors, and no two of its parts import each other."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "blendserve"
-LAYERS = (
-    ("errors",),
-    ("request", "config", "seeds", "process"),
-    ("outputs",),
-    ("models",),
-    ("cost",),
-    ("hardware",),
-    ("calibration",),
-    ("planner", "detokenize"),
-    ("workloads",),
-    ("engine",),
-    ("executors", "batchfile"),
-    ("bounds",),
-    ("adapters",),
-    ("probe",),
-    ("calibrate_overlap",),
-    ("job", "session", "simulate", "calibrate"),
-    ("disaggregated", "parallel"),
-    ("report",),
-    ("assembler",),
-    ("llm",),
-    ("cli",),
-)
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FLOORS = {
+    "vocabulary": ("errors", "request", "config", "seeds", "host", "_native"),
+    "costs": ("models", "costs"),
+    "plans": ("planner", "dialect"),
+    "work": ("engine", "executors", "job"),
+    "engines": ("engines", "calibration"),
+    "doors": ("offline", "simulator"),
+    "people": ("report", "cli"),
+}
+"""From the ground up. A part may import its own floor and those below."""
+FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS.values()) for part in parts}
+ENTRY = ("__init__.py", "__main__.py")
 
 
-def top_name(path: Path) -> str:
+def part_of(path: Path) -> str:
+    """The package or top-level module that a file belongs to."""
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_names(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("blendserve."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "blendserve":
-            names.update(alias.name for alias in node.names)
+def imported_parts(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "blendserve":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("blendserve."):
+            yield node.module.split(".")[1]
         elif isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("blendserve."))
-    return {name for name in names if not name.startswith("_")}
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("blendserve."))
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+SOURCES = [path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURCE).as_posix() not in ENTRY]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_point_down(path: Path) -> None:
-    own = top_name(path)
-    if own.startswith("__"):
-        return
-    assert own in RANK, f"give {own} a place in LAYERS"
-    for name in imported_names(path):
-        assert name == own or RANK[name] < RANK[own], (
-            f"{path.relative_to(SOURCE)} imports {name}, which is not below {own}"
-        )
+    part = part_of(path)
+    assert part in FLOOR_OF, f"give {part} a place in FLOORS"
+    for name in imported_parts(path):
+        assert FLOOR_OF[name] <= FLOOR_OF[part], f"{path.relative_to(SOURCE)} imports {name}, which stands above {part}"
+
+
+def test_no_two_parts_import_each_other() -> None:
+    below: dict[str, set[str]] = {}
+    for path in SOURCES:
+        below.setdefault(part_of(path), set()).update(set(imported_parts(path)) - {part_of(path)})
+    assert list(TopologicalSorter(below).static_order())  # raises CycleError with the circle
+
+
+def test_the_executors_alone_import_the_compiled_core() -> None:
+    assert {part_of(path) for path in SOURCES if "_native" in set(imported_parts(path))} == {"executors"}
 
 
 def test_the_package_imports_without_heavy_or_optional_modules() -> None:

@@ -10,16 +10,16 @@ from typing import Any
 
 from batch_fakes import FakeCodec, read_rows
 
-from blendserve.adapters.estimates import remote_cost
-from blendserve.adapters.fake_vllm import FakeVllm, answer_to
-from blendserve.adapters.vllm_engine import VllmEngine
-from blendserve.batchfile.extras import Abilities
-from blendserve.batchfile.schema import ServedModel
-from blendserve.batchfile.store import PendingRequests
-from blendserve.job import BatchJob, JobReport, run_job
+from blendserve.dialect.extras import Abilities
+from blendserve.dialect.schema import ServedModel
+from blendserve.engine.planned import plan_requests
+from blendserve.engines.estimates import remote_cost
+from blendserve.engines.vllm.driver import VllmDriver
+from blendserve.engines.vllm.fake import FakeVllm, answer_to
+from blendserve.job.job import BatchJob, JobReport, run_job
+from blendserve.job.pending import PendingRequests
 from blendserve.planner.policies import make_policy
 from blendserve.request import SequenceOutput
-from blendserve.session import plan_requests
 
 ABLE = ServedModel(
     ("tiny",),
@@ -30,7 +30,7 @@ ABLE = ServedModel(
 )
 EMBEDDER = ServedModel(("tiny",), vocab_size=256, max_model_len=1024, abilities=Abilities(embeds=True))
 ADAPTERS = {"pirate": "/adapters/pirate", "poet": "/adapters/poet"}
-BY_SCHEDULER = {"scheduler_cls": "blendserve.adapters.vllm_scheduler.BlendScheduler"}
+BY_SCHEDULER = {"scheduler_cls": "blendserve.engines.vllm.scheduler.BlendScheduler"}
 
 
 def line(custom_id: str, url: str = "/v1/chat/completions", **body: Any) -> str:
@@ -52,10 +52,10 @@ def mixed_job(path: Path, num_lines: int) -> Path:
     return path
 
 
-def vllm_engine(api: FakeVllm, arguments: dict[str, Any] | None = None, **fields: Any) -> VllmEngine:
+def vllm_engine(api: FakeVllm, arguments: dict[str, Any] | None = None, **fields: Any) -> VllmDriver:
     """An engine on the fake, with a clock that counts its readings."""
     ticks = iter(range(10**9))
-    return VllmEngine(api, arguments or {}, ADAPTERS, clock=lambda: float(next(ticks)), **fields)
+    return VllmDriver(api, arguments or {}, ADAPTERS, clock=lambda: float(next(ticks)), **fields)
 
 
 class StopError(Exception):
@@ -63,7 +63,7 @@ class StopError(Exception):
 
 
 def run_vllm(
-    engine: VllmEngine,
+    engine: VllmDriver,
     source: Path,
     target: Path,
     *,

@@ -6,7 +6,7 @@ from typing import Any
 
 from worker_loop import serve
 
-from blendserve.llm import LLM
+from blendserve.offline.llm import LLM
 from blendserve.request import SamplingParams
 
 

@@ -250,7 +250,7 @@ class Sequence {
     for (; num_written_ < end; ++num_written_) {
       const auto at = static_cast<size_t>(num_written_ * shape_.head_dim);
       const int64_t block = table_[static_cast<size_t>(num_written_ / kBlockSize)];
-      cache_.write(1, 1, block, num_written_ % kBlockSize, &k_[at], &v_[at]);
+      cache_.write(path_.isa, 1, 1, block, num_written_ % kBlockSize, &k_[at], &v_[at]);
       tokens_.push_back(stored_token(cache_.head(1, 1) + block * cache_.block_stride(), path_.dtype, shape_.head_dim,
                                      num_written_ % kBlockSize));
     }
@@ -301,7 +301,7 @@ class Family {
         if (position % kBlockSize == 0) table.push_back(--next_block);
         for (auto* values : {&key, &value})
           for (float& x : *values) x = 2.0f * random.unit();
-        cache_.write(0, 0, table.back(), position % kBlockSize, key.data(), value.data());
+        cache_.write(best_isa(), 0, 0, table.back(), position % kBlockSize, key.data(), value.data());
       }
       if (m == 0) shared.assign(table.begin(), table.begin() + num_shared / kBlockSize);
     }
@@ -438,7 +438,7 @@ void cache_rounds_to_bf16_and_keeps_its_layout() {
     key[static_cast<size_t>(i)] = 1.0f + static_cast<float>(i) / 3.0f;
     value[static_cast<size_t>(i)] = -key[static_cast<size_t>(i)];
   }
-  cache.write(1, 1, 2, 5, key.data(), value.data());
+  cache.write(best_isa(), 1, 1, 2, 5, key.data(), value.data());
   const uint16_t* keys = cache.head(1, 1) + 2 * cache.block_stride();
   const uint16_t* values = keys + kBlockSize * 16;
   for (int64_t i = 0; i < 16; ++i) {
@@ -458,7 +458,7 @@ void cache_rounds_to_int8() {
       for (auto* values : {&key, &value})
         for (float& x : *values) x = size * random.unit();
       value[5] *= 8.0f;
-      cache.write(0, 0, 0, offset, key.data(), value.data());
+      cache.write(best_isa(), 0, 0, 0, offset, key.data(), value.data());
       const Token token = stored_token(cache.head(0, 0), KvDtype::kInt8, d, offset);
       const auto check = [&](const std::vector<float>& written, const std::vector<double>& stored, double slack) {
         const std::vector<double> exact = rotated({written.begin(), written.end()});

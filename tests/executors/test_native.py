@@ -12,22 +12,25 @@ from tiny_models import CHANGES_BY_NAME, random_tokens, random_weights, tiny_spe
 
 from blendserve import _native
 from blendserve.config import Dtype, EngineConfig
+from blendserve.costs.step_cost import Interference, OverlapCost
 from blendserve.engine.step import Executor, StepPlan
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.reference import Precision, ReferenceExecutor, ReferenceModel, prompt_logits
-from blendserve.hardware import Interference, OverlapCost
+from blendserve.executors.sampling import sample, token_logprob
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import MemoryWeights
-from blendserve.request import Request, SamplingParams, TokenLogprob
+from blendserve.request import Request, SamplingParams, TokenIds, TokenLogprob
 
 MAX_LEN = 256
 BLOCKS_EACH = MAX_LEN // 16
 NUM_SLOTS = 4
 NUM_BLOCKS = NUM_SLOTS * BLOCKS_EACH
 ISAS = [isa for isa in ("portable", "avx2", "avx512bf16") if _native.is_supported(isa)]
-INT8_ISAS = [isa for isa in ("portable", "avx2", "avxvnni", "avx512vnni") if _native.is_supported(isa)]
+INT8_ISAS = [isa for isa in ("portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16") if _native.is_supported(isa)]
 KERNELS: list[tuple[Dtype, str]] = [*(("bf16", isa) for isa in ISAS), *(("int8", isa) for isa in INT8_ISAS)]
+ROUNDING_ISAS = ("avx512bf16",)
+"""Their bfloat16 products take activations in bfloat16 too."""
 LENGTHS = (150, 5, 16, 67)
 
 
@@ -44,8 +47,9 @@ def native(
     return NativeExecutor(spec, random_weights(spec), config, num_blocks=NUM_BLOCKS, isa=isa)
 
 
-def reference(spec: ModelSpec, precision: Precision = "bf16") -> ReferenceExecutor:
-    return ReferenceExecutor(ReferenceModel(spec, random_weights(spec), precision), NUM_BLOCKS)
+def specification(spec: ModelSpec, precision: Precision = "bf16", isa: str = "portable") -> ReferenceModel:
+    """What the kernels of an instruction set must compute, rounded where they round."""
+    return ReferenceModel(spec, random_weights(spec), precision, has_bf16_products=isa in ROUNDING_ISAS)
 
 
 def requests_of(spec: ModelSpec, **sampling: Any) -> list[Request]:
@@ -103,79 +107,98 @@ class Table:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", CHANGES_BY_NAME)
 def test_logits_are_those_of_the_specification(name: str, isa: str) -> None:
-    """Rounding differently may move logits by a quarter, at most, of what rounding KV to bfloat16 moves them by.
-
-    With activations in bfloat16 as well, which the specification keeps in float32, by four times as much.
-    """
+    """Sums in another order may move logits by a quarter, at most, of what rounding to bfloat16 moves them by."""
     spec = tiny_spec(name)
-    tokens = random_tokens(spec, 150)
-    rounded, exact = (
-        prompt_logits(ReferenceModel(spec, random_weights(spec), precision), tokens)
-        for precision in ("bf16", "float64")
-    )
+    assert_logits_are_specified(spec, random_tokens(spec, 150), isa)
+
+
+def assert_logits_are_specified(spec: ModelSpec, tokens: TokenIds, isa: str) -> None:
+    if isa in ROUNDING_ISAS:
+        return assert_rounded_logits_are_specified(spec, tokens, isa, "bf16")
+    rounded = prompt_logits(specification(spec, "bf16", isa), tokens)
+    exact = prompt_logits(specification(spec, "float64"), tokens)
     logits = native(spec, isa=isa).logits(tokens)
-    share = 4.0 if isa == "avx512bf16" else 0.25
-    assert root_mean_square(logits - rounded) <= share * root_mean_square(rounded - exact)
+    assert root_mean_square(logits - rounded) <= 0.25 * root_mean_square(rounded - exact)
+    return None
+
+
+def assert_rounded_logits_are_specified(spec: ModelSpec, tokens: TokenIds, isa: str, dtype: Dtype) -> None:
+    """For kernels that round their inputs. In one layer a tenth of the rows, at least, agree to the last bits.
+
+    In the others a sum in another order brought an activation or a KV element to the neighbouring number, which moves
+    all that follows; in all layers by less than rounding does.
+    """
+    for layers in (replace(spec, num_layers=1), spec):
+        expected = prompt_logits(specification(layers, dtype, isa), tokens)
+        exact = prompt_logits(specification(layers, "float64"), tokens)
+        logits = native(layers, dtype=dtype, isa=isa).logits(tokens)
+        change = root_mean_square(expected - exact)
+        assert root_mean_square(logits - expected) <= change <= 0.2 * root_mean_square(exact)
+        if layers.num_layers == 1:
+            assert np.quantile(np.abs(logits - expected).max(axis=1), 0.1) <= 0.001 * change
 
 
 @pytest.mark.parametrize("isa", INT8_ISAS)
 @pytest.mark.parametrize("name", CHANGES_BY_NAME)
 def test_int8_logits_are_those_of_the_specification(name: str, isa: str) -> None:
-    """In one layer a tenth of the rows, at least, agree to the last bits.
-
-    In the others a sum in another order brought an activation or a KV element to the neighbouring number, which moves
-    all that follows; in all layers by less than making integers does.
-    """
-    tokens = random_tokens(tiny_spec(name), 150)
-    for spec in (replace(tiny_spec(name), num_layers=1), tiny_spec(name)):
-        expected, exact = (
-            prompt_logits(ReferenceModel(spec, random_weights(spec), precision), tokens)
-            for precision in ("int8", "float64")
-        )
-        logits = native(spec, dtype="int8", isa=isa).logits(tokens)
-        change = root_mean_square(expected - exact)
-        assert root_mean_square(logits - expected) <= change <= 0.2 * root_mean_square(exact)
-        if spec.num_layers == 1:
-            assert np.quantile(np.abs(logits - expected).max(axis=1), 0.1) <= 0.001 * change
+    spec = tiny_spec(name)
+    assert_rounded_logits_are_specified(spec, random_tokens(spec, 150), isa, "int8")
 
 
 def root_mean_square(values: NDArray[np.floating[Any]]) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("head_dim", [10, 72, 80, 96, 128])
-def test_head_sizes_that_need_padding_or_a_tail_of_columns(head_dim: int) -> None:
+def test_head_sizes_that_need_padding_or_a_tail_of_columns(head_dim: int, isa: str) -> None:
     spec = tiny_spec("qwen3", head_dim=head_dim, has_qkv_bias=True, num_heads=4, num_kv_heads=2, num_layers=2)
-    tokens = random_tokens(spec, 70)
-    expected = prompt_logits(ReferenceModel(spec, random_weights(spec), "bf16"), tokens)
-    exact = prompt_logits(ReferenceModel(spec, random_weights(spec), "float64"), tokens)
-    assert root_mean_square(native(spec).logits(tokens) - expected) <= 0.25 * root_mean_square(expected - exact)
+    assert_logits_are_specified(spec, random_tokens(spec, 70), isa)
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 0.0},
-        {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1},
-        {"temperature": 1.0},
-        {"temperature": 0.7, "top_k": 5},
-        {"temperature": 1.2, "top_p": 0.8},
-        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1},
-        {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "stop_token_ids": (7,)},
-        {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "ignore_eos": True},
-    ],
-    ids=str,
-)
-def test_tokens_and_logprobs_are_those_of_the_specification(sampling: dict[str, Any]) -> None:
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.2, "top_p": 0.8},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1},
+    {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "stop_token_ids": (7,)},
+    {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "ignore_eos": True},
+]
+
+
+@pytest.mark.parametrize("isa", sorted(set(ISAS) - set(ROUNDING_ISAS)))
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_tokens_and_logprobs_are_those_of_the_specification(sampling: dict[str, Any], isa: str) -> None:
     spec = tiny_spec()
     requests = requests_of(spec, logprobs=2, **sampling)
-    ours, theirs = Table(native(spec), requests), Table(reference(spec), requests)
+    reference = ReferenceExecutor(specification(spec, "bf16", isa), NUM_BLOCKS)
+    ours, theirs = Table(native(spec, isa=isa), requests), Table(reference, requests)
     assert ours.run(10) == theirs.run(10)
     for slot in range(NUM_SLOTS):
         for here, there in zip(ours.logprobs[slot], theirs.logprobs[slot], strict=True):
             assert here.token_id == there.token_id
             assert here.logprob == pytest.approx(there.logprob, abs=0.01)
             assert [token for token, _ in here.top] == [token for token, _ in there.top]
+
+
+@pytest.mark.parametrize(("dtype", "isa"), KERNELS)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_tokens_are_sampled_from_the_logits_as_specified(sampling: dict[str, Any], dtype: Dtype, isa: str) -> None:
+    spec = tiny_spec()
+    requests = requests_of(spec, logprobs=2, **sampling)
+    executor = native(spec, dtype=dtype, isa=isa)
+    table = Table(executor, requests)
+    for request, outputs, logprobs in zip(requests, table.run(10), table.logprobs.values(), strict=True):
+        tokens = np.array([*request.prompt_token_ids, *outputs], dtype=np.int32)
+        rows = executor.logits(tokens)[request.num_prompt_tokens - 1 : -1].astype(np.float64)
+        for i, (row, token) in enumerate(zip(rows, outputs, strict=True)):
+            made = np.array(outputs[:i], dtype=np.int32)
+            assert token == sample(row, request, made, executor.eos_token_ids)
+            expected = token_logprob(row, token, 2)
+            assert logprobs[i].logprob == pytest.approx(expected.logprob, abs=1e-4)
+            assert [other for other, _ in logprobs[i].top] == [other for other, _ in expected.top]
 
 
 @pytest.mark.parametrize(("dtype", "isa"), KERNELS)

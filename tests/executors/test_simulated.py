@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 from blendserve.config import EngineConfig
-from blendserve.cost import ModelCost
+from blendserve.costs.hardware import A100_80G
+from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.step_cost import NANOFLOW, SEQUENTIAL, Interference, StepCost, gpu_step_cost
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError
 from blendserve.executors.simulated import SimulatedExecutor
-from blendserve.hardware import A100_80G, NANOFLOW, SEQUENTIAL, Interference, StepCost, gpu_step_cost
 from blendserve.models.known import LLAMA_3_8B
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import make_policy
-from blendserve.workloads.blend import blend
-from blendserve.workloads.source import WorkloadSource, prefix_tree
+from blendserve.simulator.workloads.blend import blend
+from blendserve.simulator.workloads.source import WorkloadSource, prefix_tree
 
 COST = gpu_step_cost(ModelCost.from_spec(LLAMA_3_8B), A100_80G, has_prefill_attention=True)
 

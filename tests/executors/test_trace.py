@@ -9,11 +9,11 @@ from tiny_models import random_tokens, random_weights, tiny_spec
 
 from blendserve import _native
 from blendserve.config import EngineConfig
-from blendserve.cost import CostModel
+from blendserve.costs.hardware import Peaks
+from blendserve.costs.model_cost import CostModel
 from blendserve.engine.loop import EngineLoop
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import SPAN_COLUMNS, StepTrace
-from blendserve.hardware import Peaks
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import make_policy
 from blendserve.planner.sorting import flatten

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from blendserve.cli.options import add_dtype, positive_integer, tell
-from blendserve.config import cache_dir, usable_cores
-from blendserve.hardware import SEQUENTIAL, Interference
+from blendserve.costs.step_cost import SEQUENTIAL, Interference
+from blendserve.host import cache_dir, usable_cores
 from blendserve.report.format import plural
 
 if TYPE_CHECKING:
-    from blendserve.calibrate import Measurements, SideBySide, Spread
+    from blendserve.calibration.measure import Measurements, SideBySide, Spread
 
 _BUSY_LOAD_PER_CORE = 0.5
 
@@ -38,7 +38,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, store and print."""
-    from blendserve.calibrate import FULL, QUICK, calibrate  # loads the native core, which --help does not need
+    from blendserve.calibration.measure import (  # loads the native core, which --help does not need
+        FULL,
+        QUICK,
+        calibrate,
+    )
 
     num_threads = args.threads or usable_cores()
     load = os.getloadavg()[0]

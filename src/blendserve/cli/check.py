@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from blendserve.batchfile.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
-from blendserve.batchfile.codec import ModelCodec
 from blendserve.cli.options import add_model, find_model, served_model
+from blendserve.dialect.codec import ModelCodec
+from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
 from blendserve.models.load import load_model
 
 EXIT_HAS_ERRORS = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from blendserve.cli.options import tell
-from blendserve.config import cache_dir
+from blendserve.host import cache_dir
 from blendserve.models.hub import DEFAULT_MODEL, PACKAGED_MODELS, list_cached, pull
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from blendserve.cli.batch_input import BatchInput, read_batch
 from blendserve.cli.options import positive_integer, tell
 from blendserve.cli.targets import (
     DEFAULT_HARDWARE,
@@ -21,6 +20,7 @@ from blendserve.cli.targets import (
     name_list,
     write_page,
 )
+from blendserve.job.batch_input import BatchInput, read_batch
 from blendserve.models.hub import DEFAULT_MODEL
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.planner.base import RequestTable
@@ -28,12 +28,12 @@ from blendserve.planner.lengths import Lengths
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.tree import PrefixTree
-from blendserve.report.forecast import forecast, planned_workload, sampled
 from blendserve.report.plan_page import plan_page
 from blendserve.report.plan_summary import summarize_plan
 from blendserve.report.plan_text import LENGTHS_NOTE, PlanReport, part_notes
-from blendserve.simulate import Machine
-from blendserve.workloads.knowledge import GivenLengths
+from blendserve.simulator.forecast import forecast, planned_workload, sampled
+from blendserve.simulator.simulate import Machine
+from blendserve.simulator.workloads.knowledge import GivenLengths
 
 DEFAULT_POLICIES = ("fcfs", "random", "dfs", "lexical-buckets", "paper", "blend")
 DEFAULT_MAX_SIMULATED = 4000

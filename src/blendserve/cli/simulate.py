@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from blendserve.cli.batch_input import read_batch
 from blendserve.cli.options import not_negative, positive_integer, tell
 from blendserve.cli.plan import add_forecast, add_output, assumption_notes, plan_batch
 from blendserve.cli.targets import (
@@ -24,16 +23,17 @@ from blendserve.cli.targets import (
     name_list,
     write_page,
 )
+from blendserve.costs.hardware import A100_80G, HARDWARE_BY_NAME
 from blendserve.errors import ConfigError
-from blendserve.hardware import A100_80G, HARDWARE_BY_NAME
-from blendserve.report.forecast import Forecasts, Part, forecast, planned_workload, sampled
+from blendserve.job.batch_input import read_batch
 from blendserve.report.plan_text import part_notes
 from blendserve.report.simulate_page import simulate_page
 from blendserve.report.simulate_text import POWER_NOTE, SimulateReport
-from blendserve.simulate import EngineKind, Machine
-from blendserve.workloads.blend import blend
-from blendserve.workloads.traces import VIDEO_MEAN_TOKENS
-from blendserve.workloads.workload import Workload
+from blendserve.simulator.forecast import Forecasts, Part, forecast, planned_workload, sampled
+from blendserve.simulator.simulate import EngineKind, Machine
+from blendserve.simulator.workloads.blend import blend
+from blendserve.simulator.workloads.traces import VIDEO_MEAN_TOKENS
+from blendserve.simulator.workloads.workload import Workload
 
 DEFAULT_POLICIES = ("dfs", "random", "paper", "blend")
 DEFAULT_MAX_SIMULATED = 5000

@@ -7,19 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blendserve.calibration import load_calibration
 from blendserve.cli.options import positive_integer, tell
-from blendserve.config import cache_dir
-from blendserve.cost import ModelCost
+from blendserve.costs.hardware import HARDWARE_BY_NAME, known_hardware
+from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.step_cost import SEQUENTIAL
+from blendserve.costs.stored_calibration import load_calibration
+from blendserve.engine.limits import MAX_KV_SHARE
 from blendserve.errors import CapacityError, ConfigError
-from blendserve.hardware import HARDWARE_BY_NAME, SEQUENTIAL, known_hardware
+from blendserve.host import cache_dir
 from blendserve.models.hub import DEFAULT_MODEL, DESCRIPTION_PATTERNS, ModelFiles, resolve
 from blendserve.models.known import MODEL_BY_NAME
 from blendserve.models.load import load_tokenizer
 from blendserve.models.spec import ModelSpec, spec_from_hf_config
 from blendserve.models.tokenizer import Tokenizer, read_json
-from blendserve.session import MAX_KV_SHARE
-from blendserve.simulate import EngineKind, Machine, gpu_machine
+from blendserve.simulator.simulate import EngineKind, Machine, gpu_machine
 
 THIS_MACHINE = "this-machine"
 DEFAULT_HARDWARE = "a100-80g"

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve import _native
-from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig, usable_cores
+from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig
+from blendserve.costs.hardware import Peaks
+from blendserve.costs.step_cost import OverlapCost
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError, ConfigError, ExecutorError
 from blendserve.executors.trace import StepTrace
-from blendserve.hardware import OverlapCost, Peaks
+from blendserve.host import usable_cores
 from blendserve.models.rope import inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, check_weights
@@ -27,8 +29,18 @@ Floats = NDArray[np.float32]
 
 _MAX_LOADING_THREADS = 4  # each holds a layer in float32
 
-KERNEL_REVISION = 1
+KERNEL_REVISION = 2
 """Raised when a change of the kernels changes tokens: a journal begun by other kernels is not continued."""
+
+
+def best_isa() -> str:
+    """The best instruction set of this processor."""
+    return _native.best_isa()
+
+
+def op_names() -> tuple[str, ...]:
+    """Names of the operations that a trace counts, by their numbers."""
+    return tuple(_native.op_names())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from blendserve.config import BLOCK_SIZE
+from blendserve.costs.step_cost import StepCost
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError
-from blendserve.hardware import StepCost
 from blendserve.request import Request
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.cost import CostModel, Floats, ratio
+from blendserve.costs.model_cost import CostModel, Floats, ratio
 from blendserve.planner.base import Int64s
 from blendserve.planner.tree import PrefixTree
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s, SchedulerView
 from blendserve.planner.forecast import KvForecast
 from blendserve.planner.learner import Learner

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 
 MAX_SPANS = 64
 """Ends are grouped into this many spans, each with its highest load: an admission costs microseconds."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s, SchedulerView
 from blendserve.planner.plan import Plan
 from blendserve.planner.schedule import Schedule

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.strata import choose_samples, find_strata, split_by_prompt
 from blendserve.planner.survival import SurvivalTable, hazards, make_edges

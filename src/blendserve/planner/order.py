@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.cost import CostModel, Floats
+from blendserve.costs.model_cost import CostModel, Floats
 from blendserve.planner.aggregates import LeafCosts, kept_lcp, node_costs
 from blendserve.planner.base import Int64s
 from blendserve.planner.tree import PrefixTree

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blendserve.cost import Floats, partition_memory
+from blendserve.costs.model_cost import Floats, partition_memory
 from blendserve.planner.base import Int64s, SchedulerView
 from blendserve.planner.forecast import KvForecast
 from blendserve.planner.plan import Plan

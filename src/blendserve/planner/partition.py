@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blendserve.config import BLOCK_SIZE
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.errors import ConfigError
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.plan import Plan

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from blendserve.config import BLOCK_SIZE
-from blendserve.cost import CostModel, Floats
+from blendserve.costs.model_cost import CostModel, Floats
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.lengths import DEFAULT_SAMPLE_RATE, LengthModel, Lengths
 from blendserve.planner.order import DEFAULT_KEPT_SHARING

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blendserve.cost import CostModel, Floats
+from blendserve.costs.model_cost import CostModel, Floats
 from blendserve.planner.aggregates import leaf_costs, node_costs
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.lengths import Lengths

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blendserve.cost import Floats
+from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s
 
 EDGE_RATIO = 1.1

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blendserve.cost import CostModel
+from blendserve.costs.model_cost import CostModel
 from blendserve.planner.base import Int64s, Policy, RequestTable, SchedulerView
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.sorting import FlatPrompts

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blendserve.report.forecast import Forecasts
 from blendserve.report.format import format_count, format_duration, format_figure, format_number, format_share, plural
 from blendserve.report.plan_summary import EndSummary, PlanSummary
+from blendserve.simulator.forecast import Forecasts
 
 LENGTHS_NOTE = (
     "Output lengths that no request fixes are assumed: half are under about 100 tokens, a few run to max_tokens; "

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blendserve.hardware import HARDWARE_BY_NAME
-from blendserve.report.forecast import Forecast, Forecasts
+from blendserve.costs.hardware import HARDWARE_BY_NAME
 from blendserve.report.format import format_count, format_duration, format_figure, format_number, format_share, plural
 from blendserve.report.plan_text import describe_part, describe_refused, finite, target_name, text_table
+from blendserve.simulator.forecast import Forecast, Forecasts
 
 POWER_NOTE = "Energy is board power times time: an upper estimate, without the rest of the computer."
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from blendserve.report.forecast import Forecast
 from blendserve.report.format import format_duration, format_number, format_share, time_unit
 from blendserve.report.html import Html, figure
 from blendserve.report.series import Floats, Timeline, slice_steps
 from blendserve.report.svg import Axis, Chart
+from blendserve.simulator.forecast import Forecast
 
 NUM_SLICES = 240
 _NUM_HOVERS = 60

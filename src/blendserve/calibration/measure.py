@@ -1,0 +1,236 @@
+"""Measures this machine with the native engine's own steps on random weights: what is calibrated is what runs.
+
+A round takes every probe of a phase once, so that what else the machine does disturbs all of them alike; medians of the
+rounds are kept. Rates are those of ops that run one after the other; what running them side by side in each core saves
+is measured too (calibrate_overlap), and how well separate cores share the machine.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from blendserve.calibration.overlap_trials import CONTEXT, OverlapTrial, best_overlap, measure_overlap
+from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
+from blendserve.config import BYTES_PER_WEIGHT, Dtype
+from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.stored_calibration import Calibration, machine_name
+from blendserve.host import available_memory_bytes
+from blendserve.models.known import SMOLLM2_135M
+from blendserve.models.spec import ModelSpec
+
+SHAPE = replace(SMOLLM2_135M, vocab_size=256)
+"""The default model but for its head: the head is no part of what every token costs."""
+
+_BESIDE_TOKENS = 128  # of the step that shares the machine: enough for the full rate of matrix products
+
+
+FULL = Effort(30, (1, 8, 32, 64, 128, 256, 512, 1024), longest_step_s=2.0, phase_s=12.0, max_rounds=9)
+QUICK = Effort(12, (1, 16, 64, 256), longest_step_s=0.25, phase_s=0.8, max_rounds=5)
+
+
+class Spread(NamedTuple):
+    """The median of repeats, and the least and most of them."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Spread:
+        return cls(min(samples), float(np.median(samples)), max(samples))
+
+
+class GemmPoint(NamedTuple):
+    """Matrix products of a step of so many tokens; the step without attention as measured, and as the stored numbers
+    have it."""
+
+    num_tokens: int
+    flop_per_s: Spread
+    step_s: float
+    modelled_s: float
+
+
+class SideBySide(NamedTuple):
+    """Rates on half of the threads, as shares of the rate on all: alone, and beside each other."""
+
+    gemm_alone: Spread
+    gemm_beside: Spread
+    attention_alone: Spread
+    attention_beside: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """A calibration with the repeats behind it. `side_by_side` is None on one thread: there is no half of it."""
+
+    calibration: Calibration
+    gemm: tuple[GemmPoint, ...]
+    kv_bytes_per_s_by_threads: tuple[tuple[int, Spread], ...]
+    weight_bytes_per_s: Spread
+    prefill_attention_flop_per_s: Spread
+    constant_s: Spread
+    side_by_side: SideBySide | None
+    overlap: tuple[OverlapTrial, ...]
+
+
+def calibrate(
+    num_threads: int,
+    effort: Effort = FULL,
+    *,
+    dtype: Dtype = "bf16",
+    shape: ModelSpec = SHAPE,
+    clock: Clock = time.perf_counter,
+) -> Measurements:
+    """Measure this machine with so many threads and weights of `dtype`. Nothing is stored:
+    `Measurements.calibration.save` does that."""
+    memory_bytes = available_memory_bytes()
+    spec = replace(shape, num_layers=effort.num_layers)
+    steps = _measure_steps(spec, num_threads, dtype, effort, clock)
+    points, prefill = _measure_attention(spec, num_threads, effort, clock)
+    side_by_side = _measure_side_by_side(spec, num_threads, dtype, effort, clock) if num_threads > 1 else None
+    trials = measure_overlap(spec, num_threads, effort, clock, dtype)
+    largest, smallest = steps[max(steps)], steps[min(steps)]
+    weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
+    constant = Spread.of([work.elapsed_s - work.matmul_s - work.attention_s for work in smallest])
+    gemm = {count: Spread.of([work.matmul_flop_per_s for work in works]) for count, works in steps.items()}
+    cost = best_overlap(trials, trials[0].off[0].weight_bytes / weights.median)
+    calibration = Calibration(
+        machine=machine_name(),
+        dtype=dtype,
+        num_threads=num_threads,
+        # With the norms, rotations and packing of a large step, which cost every token its share.
+        gemm_flop_per_s=median([work.matmul_flop / (work.elapsed_s - work.attention_s) for work in largest]),
+        weight_bytes_per_s=weights.median,
+        kv_bytes_per_s=points[num_threads].median,
+        prefill_attention_flop_per_s=prefill.median,
+        constant_s=constant.median,
+        compute_delay=cost.interference.compute_delay,
+        memory_delay=cost.interference.memory_delay,
+        memory_bytes=float(memory_bytes),
+        gemm_points=tuple((count, spread.median) for count, spread in gemm.items()),
+        bandwidth_points=tuple((count, spread.median) for count, spread in points.items()),
+        gemm_share=side_by_side.gemm_beside.median if side_by_side else 0.0,
+        attention_share=side_by_side.attention_beside.median if side_by_side else 0.0,
+        chunk_bytes=cost.chunk_bytes,
+        tile_flop=cost.tile_flop,
+        step_bytes=cost.step_bytes,
+        memory_lanes=cost.memory_lanes,
+    )
+    cost_model = calibration.step_cost(ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype]))
+    step_s = {count: median([work.elapsed_s - work.attention_s for work in works]) for count, works in steps.items()}
+    return Measurements(
+        calibration=calibration,
+        gemm=tuple(GemmPoint(count, gemm[count], step_s[count], cost_model.compute_s(count)) for count in steps),
+        kv_bytes_per_s_by_threads=tuple(points.items()),
+        weight_bytes_per_s=weights,
+        prefill_attention_flop_per_s=prefill,
+        constant_s=constant,
+        side_by_side=side_by_side,
+        overlap=trials,
+    )
+
+
+def _measure_steps(
+    spec: ModelSpec, num_threads: int, dtype: Dtype, effort: Effort, clock: Clock
+) -> dict[int, list[Work]]:
+    """Steps of each number of tokens that is not too long for this machine."""
+    with closing(_step_probe(spec, num_threads, dtype, max(effort.token_counts))) as probe:
+        counts = _affordable(probe, effort)
+        rounds = rounds_within(lambda: [probe.prefill(count) for count in counts], effort, clock, effort.phase_s)
+    return {count: [works[i] for works in rounds] for i, count in enumerate(counts)}
+
+
+def _affordable(probe: Probe, effort: Effort) -> list[int]:
+    """Numbers of tokens up to the longest step allowed. Running them also touches every weight for the first time."""
+    counts: list[int] = []
+    for count in effort.token_counts:
+        counts.append(count)
+        if 2 * probe.prefill(count).elapsed_s > effort.longest_step_s:
+            break
+    return counts
+
+
+def _measure_attention(
+    spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock
+) -> tuple[dict[int, Spread], Spread]:
+    """Rate at which decodes read KV by number of threads, and flop/s of prefill attention on all of them."""
+    counts = thread_counts(num_threads)
+    points: dict[int, Spread] = {}
+    for count in counts:
+        with closing(_attention_probe(spec, count, num_threads, effort)) as probe:
+            measure = partial(_decode_and_prefill, probe)
+            rounds = rounds_within(measure, effort, clock, effort.phase_s / len(counts))
+        points[count] = Spread.of([decode.kv_bytes_per_s for decode, _ in rounds])
+        prefill = Spread.of([work.attention_flop / work.attention_s for _, work in rounds])
+    return points, prefill
+
+
+def _decode_and_prefill(probe: Probe) -> tuple[Work, Work]:
+    return probe.decode(), probe.prefill(CONTEXT)
+
+
+def _measure_side_by_side(spec: ModelSpec, num_threads: int, dtype: Dtype, effort: Effort, clock: Clock) -> SideBySide:
+    half = num_threads // 2
+    num_tokens = min(_BESIDE_TOKENS, max(effort.token_counts))
+    with (
+        closing(_step_probe(spec, num_threads, dtype, num_tokens)) as gemm_all,
+        closing(_step_probe(spec, half, dtype, num_tokens)) as gemm_half,
+        closing(_attention_probe(spec, num_threads, num_threads, effort)) as attention_all,
+        closing(_attention_probe(spec, half, num_threads, effort)) as attention_half,
+    ):
+
+        def measure() -> tuple[float, float, float, float]:
+            gemm, attention = gemm_all.prefill(num_tokens).matmul_flop_per_s, attention_all.decode().kv_bytes_per_s
+            gemm_alone = gemm_half.prefill(num_tokens).matmul_flop_per_s
+            attention_alone = attention_half.decode().kv_bytes_per_s
+            gemm_beside, attention_beside = _run_beside(gemm_half, num_tokens, attention_half)
+            return gemm_alone / gemm, gemm_beside / gemm, attention_alone / attention, attention_beside / attention
+
+        columns = zip(*rounds_within(measure, effort, clock, effort.phase_s), strict=True)
+        return SideBySide(*(Spread.of(list(column)) for column in columns))
+
+
+def _run_beside(gemm: Probe, num_tokens: int, attention: Probe) -> tuple[float, float]:
+    """Flop/s of a step's matrix products and bytes/s of decode attention while both run; the core frees the GIL."""
+    is_done = threading.Event()
+
+    def attend() -> list[float]:
+        rates = [attention.decode().kv_bytes_per_s]
+        while not is_done.is_set():
+            rates.append(attention.decode().kv_bytes_per_s)
+        return rates
+
+    with ThreadPoolExecutor(1) as pool:
+        attending = pool.submit(attend)
+        try:
+            gemm_flop_per_s = gemm.prefill(num_tokens).matmul_flop_per_s
+        finally:
+            is_done.set()
+        return gemm_flop_per_s, median(attending.result())
+
+
+def _step_probe(spec: ModelSpec, num_threads: int, dtype: Dtype, max_tokens: int) -> Probe:
+    return Probe(spec, num_threads=num_threads, num_sequences=1, max_tokens=max_tokens, context=max_tokens, dtype=dtype)
+
+
+def _attention_probe(spec: ModelSpec, num_threads: int, most_threads: int, effort: Effort) -> Probe:
+    """One layer with the heads of `spec` and next to no matrices, its KV memory in place."""
+    small = replace(spec, num_layers=1, hidden_size=64, intermediate_size=64, vocab_size=64)
+    num_bytes = min(effort.kv_bytes * (1 + most_threads / 4), available_memory_bytes() / 8)
+    num_sequences = max(1, int(num_bytes / (small.kv_bytes_per_token() * CONTEXT)))
+    probe = Probe(small, num_threads=num_threads, num_sequences=num_sequences, max_tokens=CONTEXT, context=CONTEXT)
+    probe.touch()
+    return probe
+
+
+def thread_counts(num_threads: int) -> list[int]:
+    """Powers of two below the number of threads, and that number."""
+    return [1 << i for i in range(num_threads.bit_length()) if 1 << i < num_threads] + [num_threads]

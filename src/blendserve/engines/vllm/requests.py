@@ -1,0 +1,145 @@
+"""A request of ours -> what vLLM's `add_request` takes, and back: vLLM's output -> the end of that request."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from blendserve.dialect.extras import Extras
+from blendserve.engines.vllm.api import VllmApi
+from blendserve.errors import RequestError
+from blendserve.request import FinishReason, Request, SequenceOutput, TokenLogprob
+
+NO_TOKENS = np.zeros(0, np.int32)
+
+
+class VllmArguments(NamedTuple):
+    """Arguments of `add_request` after the id."""
+
+    prompt: Any
+    params: Any
+    lora_request: Any | None
+
+
+def arguments_of(
+    request: Request, extras: Extras, api: VllmApi, engine: Any, adapters: Mapping[str, Any], *, embeds: bool
+) -> VllmArguments:
+    """Translate a request. Raises: RequestError where vLLM cannot make a prompt of its messages, or ValueError where it
+    refuses a parameter.
+    """
+    lora = adapters[extras.adapter] if extras.adapter is not None else None
+    if embeds:
+        prompt = api.tokens_prompt(request.prompt_token_ids.tolist())
+        return VllmArguments(prompt, api.embedding_params(extras.dimensions), lora)
+    if not extras.messages:
+        prompt = api.tokens_prompt(request.prompt_token_ids.tolist())
+        return VllmArguments(prompt, _sampling_params(request, extras, api, request.max_output_tokens), lora)
+    # how long the prompt is, only vLLM knows: the limit stays the user's
+    params = _sampling_params(request, extras, api, request.sampling.max_tokens)
+    return VllmArguments(_chat_prompt(extras, api, engine), params, lora)
+
+
+def _chat_prompt(extras: Extras, api: VllmApi, engine: Any) -> Any:
+    try:
+        return api.chat_prompt(engine, extras.messages)
+    except Exception as error:  # fetching and decoding pictures fails in every way there is
+        raise RequestError(
+            f"the messages cannot be turned into a prompt: {error}", code="invalid_value", param="messages"
+        ) from error
+
+
+def _sampling_params(request: Request, extras: Extras, api: VllmApi, max_tokens: int | None) -> Any:
+    """Only a seed that the user gave is passed on: vLLM samples seeded requests one by one."""
+    sampling = request.sampling
+    return api.sampling_params(
+        extras.structure,
+        max_tokens=max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=None if sampling.seed is None else request.seed,
+        stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        logit_bias=dict(sampling.logit_bias) or None,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        detokenize=bool(sampling.stop),
+        skip_special_tokens=True,
+    )
+
+
+def was_aborted(output: Any) -> bool:
+    """Did vLLM end this request without an end of its own?"""
+    return not hasattr(output.outputs, "data") and any(choice.finish_reason == "abort" for choice in output.outputs)
+
+
+def output_of(index: int, output: Any, request: Request, extras: Extras) -> SequenceOutput:
+    """The end of row `index`, from vLLM's `RequestOutput` or `PoolingRequestOutput`."""
+    num_prompt_tokens, num_cached_tokens = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
+    if hasattr(output.outputs, "data"):
+        vector = np.asarray(output.outputs.data, dtype=np.float32)
+        if not np.isfinite(vector).all():
+            message = "vLLM's embedding holds infinities or NaNs; a wider --vllm-arg dtype may help"
+            return failed_output(index, RequestError(message, code="engine_error", status_code=500))
+        return SequenceOutput(
+            index=index,
+            token_ids=NO_TOKENS,
+            finish_reason="stop",
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=num_cached_tokens,
+            embedding=_encoded(vector, extras),
+        )
+    (choice,) = output.outputs
+    if choice.finish_reason not in ("stop", "length"):
+        message = f"vLLM ended the request with {choice.finish_reason!r}, for a reason that it wrote to its log"
+        return failed_output(index, RequestError(message, code="engine_error", status_code=500))
+    reason: FinishReason = choice.finish_reason
+    return SequenceOutput(
+        index=index,
+        token_ids=np.array(choice.token_ids, np.int32),
+        finish_reason=reason,
+        num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=num_cached_tokens,
+        logprobs=_logprobs(choice.token_ids, choice.logprobs, request.sampling.logprobs or 0),
+        stop_reason=choice.stop_reason,
+    )
+
+
+def failed_output(index: int, error: Exception) -> SequenceOutput:
+    """The end of a request that has no answer."""
+    return SequenceOutput(
+        index=index, token_ids=NO_TOKENS, finish_reason="error", num_prompt_tokens=0, num_cached_tokens=0, error=error
+    )
+
+
+def _encoded(vector: np.ndarray[Any, np.dtype[np.float32]], extras: Extras) -> tuple[float, ...] | str:
+    if extras.encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return tuple(vector.tolist())
+
+
+def _logprobs(
+    token_ids: Sequence[int], positions: Sequence[Mapping[int, Any]] | None, num_best: int
+) -> tuple[TokenLogprob, ...]:
+    """vLLM lists the best and, beside them, the sampled token; `top` holds the `num_best` best, best first."""
+    if positions is None:
+        return ()
+    return tuple(
+        TokenLogprob(int(token_id), float(of_token[token_id].logprob), _best(of_token, num_best))
+        for token_id, of_token in zip(token_ids, positions, strict=True)
+    )
+
+
+def _best(of_token: Mapping[int, Any], num_best: int) -> tuple[tuple[int, float], ...]:
+    best = sorted(
+        (entry.rank, token_id, entry.logprob) for token_id, entry in of_token.items() if entry.rank <= num_best
+    )
+    return tuple((int(token_id), float(logprob)) for _, token_id, logprob in best)

@@ -1,0 +1,64 @@
+"""A batch file as a plan needs it: tokens and limits of every request, without a job or a journal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.schema import ServedModel
+from blendserve.errors import ConfigError
+from blendserve.job.ingest import encode_lines
+from blendserve.job.pending import PendingRequests
+from blendserve.job.reader import BadLine, BatchReader
+from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.models.spec import ModelSpec
+from blendserve.models.tokenizer import Tokenizer
+from blendserve.planner.base import RequestTable
+from blendserve.planner.sorting import FlatPrompts
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInput:
+    """The requests of a file. `num_refused_by_code` counts the lines that a run would refuse."""
+
+    num_lines: int
+    num_refused_by_code: Mapping[str, int]
+    prompts: FlatPrompts
+    table: RequestTable
+
+
+@contextmanager
+def read_batch(path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Iterator[BatchInput]:
+    """Tokenize a file into a temporary store that is gone afterwards. Raises: ConfigError when it cannot be read, or
+    holds no request.
+    """
+    served = ServedModel((spec.name,), accepts_any_name=True, vocab_size=0, max_model_len=spec.max_position)
+    refused: Counter[str] = Counter()
+
+    def refuse(line: BadLine) -> None:
+        refused[line.error.code] += 1
+
+    with TemporaryDirectory(prefix="blendserve-") as name:
+        reader = BatchReader(path, served)
+        directory = Path(name) / "store"
+        writer = StoreWriter(directory)
+        try:
+            encode_lines(reader, ModelCodec(tokenizer), spec.max_position, writer.add, refuse)
+            sizes = writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        store = TokenStore.open(directory, sizes, spec.max_position)
+        if not store.num_requests:
+            codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
+            reason = f"all {reader.num_lines} lines are refused ({codes})" if refused else "it is empty"
+            raise ConfigError(f"{path} holds no request to plan: {reason}; see `blendserve check`")
+        pending = PendingRequests(store, np.arange(store.num_requests))
+        yield BatchInput(reader.num_lines, dict(sorted(refused.items())), pending.flat_prompts(), pending.table())

@@ -1,0 +1,67 @@
+"""What a run would refuse, found without one: counts by error code, with the first lines of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blendserve.dialect.responses import Codec
+from blendserve.dialect.schema import BatchLine, ServedModel
+from blendserve.job.ingest import TokenLists, encode_lines
+from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES, BadLine, BatchReader
+
+MAX_LISTED_LINES = 10
+
+
+@dataclass(slots=True)
+class CodeCount:
+    """Lines with one error code. `line_numbers` lists the first few, `message` is that of the first."""
+
+    message: str
+    num_lines: int = 0
+    line_numbers: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What a file holds. Units: `num_requests` counts choices, `num_prompt_tokens` is 0 where no codec was given."""
+
+    num_lines: int = 0
+    num_valid: int = 0
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    requested_model: str | None = None
+    errors: dict[str, CodeCount] = field(default_factory=dict)
+
+
+def check_file(
+    path: Path, served: ServedModel, codec: Codec | None = None, *, max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+) -> CheckReport:
+    """Validate every line; with a codec also encode it, and hold it against the context.
+
+    Raises: ConfigError when the file cannot be read at all.
+    """
+    report = CheckReport()
+    reader = BatchReader(path, served, max_line_bytes)
+
+    def refuse(line: BadLine) -> None:
+        count = report.errors.setdefault(line.error.code, CodeCount(line.error.message))
+        count.num_lines += 1
+        if len(count.line_numbers) < MAX_LISTED_LINES:
+            count.line_numbers.append(line.line_number)
+
+    def accept(line: BatchLine, token_ids: TokenLists) -> None:
+        report.num_valid += 1
+        report.num_requests += line.num_choices
+        report.num_prompt_tokens += sum(map(len, token_ids)) * line.sampling.n
+
+    if codec is None:
+        for line in reader:
+            if isinstance(line, BadLine):
+                refuse(line)
+            else:
+                accept(line, ())
+    else:
+        encode_lines(reader, codec, served.max_model_len, accept, refuse)
+    report.num_lines, report.requested_model = reader.num_lines, reader.requested_model
+    return report

@@ -1,0 +1,123 @@
+"""A batch file -> prompts in the store, and one journal row per line that cannot be served.
+
+Lines are encoded in batches, so that the tokenizer may use all cores; a bad line never takes its batch along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from blendserve.dialect.responses import Codec, EncodedPrompt
+from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Prompt
+from blendserve.errors import RequestError
+from blendserve.job.reader import BadLine
+
+MAX_BATCH_LINES = 1024
+MAX_BATCH_CHARACTERS = 4 << 20
+"""Bounds what is held as text at a time; both large enough to keep every core's tokenizer busy."""
+
+_PROMPT_FIELD_BY_URL = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt", EMBEDDINGS_URL: "input"}
+
+TokenLists = Sequence[EncodedPrompt]
+
+
+def encode_lines(
+    lines: Iterable[BatchLine | BadLine],
+    codec: Codec,
+    max_model_len: int,
+    accept: Callable[[BatchLine, TokenLists], None],
+    refuse: Callable[[BadLine], None],
+) -> None:
+    """Hand every line to `accept` with the tokens of its prompts, or to `refuse`; both in the order of the file."""
+    batch: list[BatchLine | BadLine] = []
+    num_characters = 0
+
+    def flush() -> None:
+        for line, outcome in zip(batch, _encode_batch(batch, codec, max_model_len), strict=True):
+            if isinstance(line, BadLine):
+                refuse(line)
+            elif isinstance(outcome, RequestError):
+                refuse(BadLine(line.line_number, line.custom_id, outcome))
+            else:
+                accept(line, outcome)
+        batch.clear()
+
+    for line in lines:
+        batch.append(line)
+        num_characters += _num_characters(line)
+        if len(batch) >= MAX_BATCH_LINES or num_characters >= MAX_BATCH_CHARACTERS:
+            flush()
+            num_characters = 0
+    flush()
+
+
+def _encode_batch(
+    lines: Sequence[BatchLine | BadLine], codec: Codec, max_model_len: int
+) -> list[TokenLists | RequestError]:
+    prompts = [prompt for line in lines if isinstance(line, BatchLine) for prompt in line.prompts]
+    encoded = iter(_encode_texts(prompts, codec))
+    outcomes: list[TokenLists | RequestError] = []
+    for line in lines:
+        of_line = [next(encoded) for _ in line.prompts] if isinstance(line, BatchLine) else []
+        outcomes.append(_checked(line, of_line, max_model_len) if isinstance(line, BatchLine) else [])
+    return outcomes
+
+
+def _encode_texts(prompts: Sequence[Prompt], codec: Codec) -> list[EncodedPrompt | RequestError]:
+    """Encode what is text; prompts given as token ids pass through."""
+    outcomes: list[EncodedPrompt | RequestError] = list(prompts)  # type: ignore[arg-type]
+    positions = [position for position, prompt in enumerate(prompts) if _is_text(prompt)]
+    texts = [prompts[position] for position in positions]
+    for position, outcome in zip(positions, _encode_or_isolate(texts, codec), strict=True):
+        outcomes[position] = outcome
+    return outcomes
+
+
+def _encode_or_isolate(texts: list[Prompt], codec: Codec) -> Sequence[EncodedPrompt | RequestError]:
+    """One call for all; when it fails, halves, so that k bad texts of n cost about k log n calls more."""
+    if not texts:
+        return []
+    try:
+        return codec.encode(texts)  # type: ignore[arg-type]
+    except RequestError as error:
+        if len(texts) == 1:
+            return [error]
+    middle = len(texts) // 2
+    return [*_encode_or_isolate(texts[:middle], codec), *_encode_or_isolate(texts[middle:], codec)]
+
+
+def _checked(
+    line: BatchLine, encoded: Sequence[EncodedPrompt | RequestError], max_model_len: int
+) -> TokenLists | RequestError:
+    param = _PROMPT_FIELD_BY_URL[line.url]
+    token_lists: list[EncodedPrompt] = []
+    for token_ids in encoded:
+        if isinstance(token_ids, RequestError):
+            return token_ids
+        if not len(token_ids):
+            return RequestError(f"{param} holds no token; write something", code="invalid_value", param=param)
+        if max_model_len and len(token_ids) >= max_model_len:
+            return RequestError(
+                f"the prompt has {len(token_ids)} tokens, the context is {max_model_len}, and an answer needs at least "
+                "one: shorten the prompt, or raise --max-model-len where the model allows",
+                code="context_length_exceeded",
+                param=param,
+            )
+        token_lists.append(token_ids)
+    return token_lists
+
+
+def _is_text(prompt: Prompt) -> bool:
+    return isinstance(prompt, str) or not isinstance(prompt[0], int)
+
+
+def _num_characters(line: BatchLine | BadLine) -> int:
+    if isinstance(line, BadLine):
+        return 0
+    return sum(_prompt_characters(prompt) for prompt in line.prompts)
+
+
+def _prompt_characters(prompt: Prompt) -> int:
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(4 if isinstance(part, int) else len(part["content"]) for part in prompt)

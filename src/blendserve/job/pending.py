@@ -1,0 +1,49 @@
+"""The requests that a job has yet to answer, and their plan."""
+
+from __future__ import annotations
+
+from blendserve.config import BLOCK_SIZE
+from blendserve.costs.model_cost import CostModel
+from blendserve.job.store import TokenStore
+from blendserve.planner.base import Int64s, RequestTable
+from blendserve.planner.plan import Plan, make_plan
+from blendserve.planner.sorting import FlatPrompts
+from blendserve.planner.tree import PrefixTree
+from blendserve.request import Request
+
+
+class PendingRequests:
+    """The requests that a run has yet to answer, dense from 0: a `RequestSource`.
+
+    An engine looks a row up when it starts on it, not before; where that raises RequestError, the error is the row's
+    end. Shapes: `numbers` int64[len(self)], the request of the store behind every row.
+    """
+
+    def __init__(self, store: TokenStore, numbers: Int64s) -> None:
+        self.store = store
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> Request:
+        return self.store.request(int(self.numbers[index]), index)
+
+    def table(self) -> RequestTable:
+        """Lengths and limits of every row, for a policy."""
+        return self.store.table(self.numbers)
+
+    def flat_prompts(self) -> FlatPrompts:
+        """All prompts end to end."""
+        return self.store.flat_prompts(self.numbers)
+
+    def prefix_tree(self) -> PrefixTree:
+        """All prompts as a tree, for a plan."""
+        return PrefixTree.from_flat(self.flat_prompts())
+
+
+def plan_pending(
+    pending: PendingRequests, table: RequestTable, cost: CostModel, *, block_size: int = BLOCK_SIZE
+) -> Plan:
+    """Plan what a job has yet to answer. Shapes: row i of `table` is row i of `pending`."""
+    return make_plan(pending.prefix_tree(), table, cost, block_size=block_size)

@@ -1,0 +1,306 @@
+"""The requests of a job on disk: prompts as token ids, one fixed-size record per line, sampling parameters interned.
+
+Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
+own, the rest is the system's page cache. Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE),
+`custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what else the engine is told
+(see `BatchLine`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.config import BLOCK_SIZE
+from blendserve.dialect.parameters import MAX_INT32
+from blendserve.dialect.responses import StoredLine
+from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Url
+from blendserve.engine.keys import block_keys
+from blendserve.errors import ConfigError
+from blendserve.job.disk import sync_directory, writing_to
+from blendserve.planner.base import Int64s, RequestTable
+from blendserve.planner.sorting import FlatPrompts, flatten
+from blendserve.planner.table import known_output_tokens
+from blendserve.request import Request, SamplingParams, TokenIds
+from blendserve.seeds import choice_seed, derived_seed
+
+LINE = np.dtype(
+    [
+        ("line_number", "<i8"),
+        ("first_prompt", "<i8"),
+        ("id_offset", "<i8"),
+        ("sampling_offset", "<i8"),
+        ("body_offset", "<i8"),
+        ("body_bytes", "<i8"),
+        ("seed", "<i8"),
+        ("id_bytes", "<i4"),
+        ("sampling_bytes", "<i4"),
+        ("max_tokens", "<i4"),
+        ("num_prompts", "<i4"),
+        ("n", "<i4"),
+        ("flags", "<u4"),
+    ]
+)
+_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI").pack
+_FILES: dict[str, np.dtype[Any]] = {
+    "tokens": np.dtype("<i4"),
+    "prompt_ends": np.dtype("<i8"),
+    "lines": LINE,
+    "custom_ids": np.dtype("u1"),
+    "sampling": np.dtype("u1"),
+    "bodies": np.dtype("u1"),
+}
+_HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
+_NO_LIMIT = -1
+_MAX_INTERNED = 1 << 16
+"""Distinct parameter sets remembered at a time: bounds memory, costs only repeated entries in the file."""
+
+_OWN_FIELDS = ("seed", "max_tokens", "logit_bias")
+_INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.name not in _OWN_FIELDS), "logit_bias")
+_interned_values = attrgetter(*_INTERNED_FIELDS)
+
+
+class StoreWriter:
+    """Writes a store into a new directory. Raises: CapacityError when the disk is full."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._sizes = dict.fromkeys(_FILES, 0)
+        self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._num_prompts = 0
+        with ExitStack() as stack, writing_to(directory):
+            directory.mkdir()
+            self._files = {name: stack.enter_context((directory / name).open("wb", 1 << 20)) for name in _FILES}
+            self._stack = stack.pop_all()
+
+    def add(self, line: BatchLine, token_ids: Sequence[Sequence[int] | TokenIds]) -> None:
+        """Append one line. `token_ids` holds one list per prompt."""
+        with writing_to(self._directory):
+            first_prompt = self._num_prompts
+            for prompt in token_ids:
+                self._write("tokens", np.asarray(prompt, np.int32).tobytes())
+                self._write("prompt_ends", (self._sizes["tokens"] // 4).to_bytes(8, "little"))
+            self._num_prompts += len(token_ids)
+            custom_id = line.custom_id.encode()
+            id_offset = self._write("custom_ids", custom_id)
+            sampling_offset, sampling_bytes = self._intern(line.sampling)
+            sampling = line.sampling
+            body_offset = self._write("bodies", line.body)
+            record = _PACK_LINE(
+                line.line_number,
+                first_prompt,
+                id_offset,
+                sampling_offset,
+                body_offset,
+                len(line.body),
+                sampling.seed or 0,
+                len(custom_id),
+                sampling_bytes,
+                _NO_LIMIT if sampling.max_tokens is None else sampling.max_tokens,
+                len(token_ids),
+                sampling.n,
+                _flags(line),
+            )
+            self._write("lines", record)
+
+    def finish(self) -> dict[str, int]:
+        """Make the store survive a power cut and close it. Returns: bytes of every file, for `TokenStore`."""
+        with writing_to(self._directory):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            sync_directory(self._directory)
+        self._stack.close()
+        return self._sizes
+
+    def abandon(self) -> None:
+        """Close the files whatever state they are in."""
+        for file in self._files.values():
+            file.raw.close() if hasattr(file, "raw") else file.close()
+
+    def _write(self, name: str, data: bytes) -> int:
+        offset = self._sizes[name]
+        self._files[name].write(data)
+        self._sizes[name] = offset + len(data)
+        return offset
+
+    def _intern(self, sampling: SamplingParams) -> tuple[int, int]:
+        values = _interned_values(sampling)
+        key = (*values[:-1], tuple(values[-1].items()))
+        place = self._interned.get(key)
+        if place is None:
+            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True))).encode()
+            if len(self._interned) >= _MAX_INTERNED:
+                self._interned.clear()
+            place = self._interned[key] = (self._write("sampling", data), len(data))
+        return place
+
+
+class TokenStore:
+    """A finished store, read through memory maps or from shared memory. Requests are numbered by line, then prompt,
+    then choice.
+
+    `arrays`: the content of every file. `max_model_len=0` means that no context limit is known.
+    """
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], max_model_len: int = 0) -> None:
+        self.arrays = arrays
+        self.max_model_len = max_model_len
+        self._tokens = arrays["tokens"]
+        self._prompt_ends = arrays["prompt_ends"]
+        self._lines = arrays["lines"]
+        self._custom_ids = arrays["custom_ids"]
+        self._sampling = arrays["sampling"]
+        self._bodies = arrays["bodies"]
+        self._sampling_by_offset: dict[int, SamplingParams] = {}
+        num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
+        self._first_requests = np.concatenate(([0], np.cumsum(num_choices)))
+        self.line_of_request = np.repeat(np.arange(len(self._lines), dtype=np.int32), num_choices)
+        """Shape: int32[num_requests], the row of every request's line."""
+
+    @classmethod
+    def open(cls, directory: Path, sizes: Mapping[str, int], max_model_len: int = 0) -> TokenStore:
+        """Map the files that `StoreWriter` left. Raises: ConfigError when one is not as `sizes` says."""
+        for name in _FILES:
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != sizes.get(name):
+                raise ConfigError(f"{path} is damaged; discard the journal with --fresh")
+        return cls({name: _mapped(directory / name, dtype) for name, dtype in _FILES.items()}, max_model_len)
+
+    @property
+    def num_lines(self) -> int:
+        return len(self._lines)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.line_of_request)
+
+    def line(self, row: int) -> StoredLine:
+        record = self._lines[row]
+        begin, size = int(record["id_offset"]), int(record["id_bytes"])
+        return StoredLine(
+            line_number=int(record["line_number"]),
+            custom_id=self._custom_ids[begin : begin + size].tobytes().decode(),
+            url=_url_of(int(record["flags"])),
+            num_prompts=int(record["num_prompts"]),
+            n=int(record["n"]),
+            first_request=int(self._first_requests[row]),
+        )
+
+    def body(self, row: int) -> bytes:
+        """What a remote server is sent for a line, or the `Extras` of one that is answered here."""
+        record = self._lines[row]
+        begin = int(record["body_offset"])
+        return self._bodies[begin : begin + int(record["body_bytes"])].tobytes()
+
+    def row_of(self, line_number: int) -> int | None:
+        """The row of a line, None where that line is not in the store."""
+        row = int(np.searchsorted(self._lines["line_number"], line_number))
+        return row if row < len(self._lines) and self._lines["line_number"][row] == line_number else None
+
+    def request(self, number: int, index: int) -> Request:
+        """Build request `number` of the store as row `index` of a run."""
+        row = int(self.line_of_request[number])
+        line = self._lines[row]
+        choice = number - int(self._first_requests[row])
+        prompt = int(line["first_prompt"]) + choice // int(line["n"])
+        token_ids = self.prompt(prompt)
+        seed = int(line["seed"]) if line["flags"] & _HAS_SEED else None
+        max_tokens = None if line["max_tokens"] == _NO_LIMIT else int(line["max_tokens"])
+        if seed is None:
+            resolved = derived_seed(b"id", self.line(row).custom_id.encode(), choice)
+        else:
+            resolved = choice_seed(seed, choice % int(line["n"]))
+        return Request(
+            index=index,
+            prompt_token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            sampling=replace(self._sampling_of(line), seed=seed, max_tokens=max_tokens),
+            max_output_tokens=self._limit(max_tokens, len(token_ids)),
+            seed=resolved,
+            block_keys=block_keys(token_ids, BLOCK_SIZE),
+        )
+
+    def prompt(self, prompt: int) -> TokenIds:
+        """Tokens of one prompt, a view of the map."""
+        begin = int(self._prompt_ends[prompt - 1]) if prompt else 0
+        return self._tokens[begin : int(self._prompt_ends[prompt])]
+
+    def prompts_of(self, numbers: Int64s) -> Int64s:
+        """The prompt of every request of `numbers`. Shapes: both int64[num_requests]."""
+        rows = self.line_of_request[numbers]
+        lines = self._lines
+        within = (numbers - self._first_requests[rows]) // np.maximum(lines["n"][rows], 1)
+        return np.asarray(lines["first_prompt"][rows] + within, np.int64)
+
+    def flat_prompts(self, numbers: Int64s) -> FlatPrompts:
+        """All prompts of `numbers` end to end; a view of the map where they are just the prompts of the store."""
+        prompts = self.prompts_of(numbers)
+        if len(prompts) == len(self._prompt_ends) and bool((np.diff(prompts) == 1).all()):
+            return FlatPrompts(self._tokens, np.concatenate(([0], self._prompt_ends)))
+        return flatten(self.prompt(int(prompt)) for prompt in prompts)
+
+    def table(self, numbers: Int64s) -> RequestTable:
+        """What a policy may know of the requests of `numbers` before they run."""
+        rows, prompts = self.line_of_request[numbers], self.prompts_of(numbers)
+        lengths = np.diff(self._prompt_ends, prepend=0)[prompts]
+        max_tokens = self._lines["max_tokens"][rows].astype(np.int64)
+        limits = np.where(max_tokens == _NO_LIMIT, MAX_INT32, max_tokens)
+        if self.max_model_len:
+            limits = np.minimum(limits, self.max_model_len - lengths)
+        is_known = (self._lines["flags"][rows] & _HAS_KNOWN_LENGTH) != 0
+        return RequestTable(lengths, limits, np.where(is_known, limits, -1))
+
+    def _limit(self, max_tokens: int | None, num_prompt_tokens: int) -> int:
+        limit = MAX_INT32 if max_tokens is None else max_tokens
+        return min(limit, self.max_model_len - num_prompt_tokens) if self.max_model_len else limit
+
+    def _sampling_of(self, line: np.void) -> SamplingParams:
+        offset = int(line["sampling_offset"])
+        sampling = self._sampling_by_offset.get(offset)
+        if sampling is None:
+            values = json.loads(self._sampling[offset : offset + int(line["sampling_bytes"])].tobytes())
+            if len(self._sampling_by_offset) >= _MAX_INTERNED:
+                self._sampling_by_offset.clear()
+            sampling = self._sampling_by_offset[offset] = _sampling_from(values)
+        return sampling
+
+
+def _flags(line: BatchLine) -> int:
+    sampling = line.sampling
+    limit = MAX_INT32 if sampling.max_tokens is None else sampling.max_tokens
+    return (
+        (_HAS_SEED if sampling.seed is not None else 0)
+        | (_IS_CHAT if line.url == CHAT_URL else 0)
+        | (_IS_EMBEDDING if line.url == EMBEDDINGS_URL else 0)
+        | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
+    )
+
+
+def _url_of(flags: int) -> Url:
+    if flags & _IS_EMBEDDING:
+        return EMBEDDINGS_URL
+    return CHAT_URL if flags & _IS_CHAT else COMPLETIONS_URL
+
+
+def _sampling_from(values: dict[str, Any]) -> SamplingParams:
+    values["stop"] = tuple(values["stop"])
+    values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
+    return SamplingParams(**values)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r"))

@@ -1,0 +1,202 @@
+"""Where a job writes, checked before it begins, and the two files it leaves, which appear whole or not at all.
+
+The rows are the journal's own bytes. Without error rows there is no error file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from blendserve.errors import ConfigError
+from blendserve.job.disk import sync_directory, writing_to
+from blendserve.job.record_log import RecordKind, RecordLog
+
+_OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
+_ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
+
+OwnSizes = Mapping[str, Sequence[int]]
+"""Sizes that files of a job have or may have had, by `JobPaths.name_of`: a file of another size is not its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPaths:
+    """The files of one job, symbolic links of `output` and `errors` resolved."""
+
+    input: Path
+    output: Path
+    errors: Path
+    journal: Path
+
+    def name_of(self, path: Path) -> str:
+        """A path as the journal has it: from the directory of the output, so that a job may move with its files."""
+        return os.path.relpath(path, self.output.parent)
+
+    def path_of(self, name: str) -> Path:
+        return self.output.parent / name
+
+    def partial_of(self, path: Path) -> Path:
+        """Where one of the two files is made before it takes its place. Jobs that share an error file, each of which
+        will refuse to replace the other's, make it under names of their own.
+        """
+        if path == self.output:
+            return path.with_name(path.name + ".partial")
+        key = hashlib.blake2b(os.fsencode(self.output), digest_size=4).hexdigest()
+        return path.with_name(f"{path.name}.{key}.partial")
+
+    def own_sizes_of(self, file_sizes: Mapping[str, int]) -> dict[str, list[int]]:
+        """From a finished job's record, in which older versions have whole paths."""
+        return {self.name_of(self.path_of(name)): [size] for name, size in file_sizes.items()}
+
+    def present_sizes(self) -> dict[str, list[int]]:
+        """What stands there now, taken for this job's own."""
+        paths = (self.output, self.errors)
+        return {self.name_of(path): [path.stat().st_size] for path in paths if path.exists()}
+
+
+def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None = None) -> JobPaths:
+    """Fix the paths of a job; the error file is OUT.errors.jsonl unless given.
+
+    Raises: ConfigError when one of them is another one in disguise (links included), or cannot be written.
+    """
+    output = Path(os.path.realpath(output_path))
+    errors = Path(os.path.realpath(errors_path)) if errors_path else output.with_name(_errors_name(output.name))
+    journal = output.with_name(output.name + ".journal")
+    paths = JobPaths(input_path, output, errors, journal)
+    partials = paths.partial_of(output), paths.partial_of(errors)
+    for path, other, what in (
+        *((path, input_path, "the input file") for path in (output, errors, *partials)),
+        *((path, output, "the output file") for path in (errors, partials[1])),
+        (partials[0], errors, "the error file"),
+    ):
+        if _is_same_file(path, other):
+            raise ConfigError(f"{path} is {what}; a job never writes over what it reads: choose another path")
+    for path in (output, errors):
+        _check_writable(path)
+    if journal.exists() and not journal.is_dir():
+        raise ConfigError(f"{journal} must be a directory, the journal of this job; move that file away")
+    return paths
+
+
+def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
+    """Raises: ConfigError when the job would replace or remove what it did not write."""
+    for path in (paths.output, paths.errors):
+        size = path.stat().st_size if path.exists() else 0
+        if size and size not in own_sizes.get(paths.name_of(path), ()):
+            raise ConfigError(
+                f"{path} exists ({size} bytes) and is not of this job; move it away, write to another file, or replace "
+                "it with --fresh"
+            )
+
+
+def check_same_errors(paths: JobPaths, recorded: str | None) -> None:
+    """Raises: ConfigError when the job of a journal has another error file; None where an older version began it."""
+    if recorded is not None and recorded != paths.name_of(paths.errors):
+        raise ConfigError(
+            f"{paths.journal} belongs to a job whose error file is {paths.path_of(recorded)}, and this one's is "
+            f"{paths.errors}; run it with --errors {paths.path_of(recorded)}, write to another file (-o), or discard "
+            "that job with --fresh"
+        )
+
+
+def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:
+    """Raises: ConfigError when one of `others`, paths by option, is a file of the job, or another of them."""
+    taken = {
+        "the input file": paths.input,
+        "the output file": paths.output,
+        "the error file": paths.errors,
+        "the journal": paths.journal,
+        "where the output file is made": paths.partial_of(paths.output),
+        "where the error file is made": paths.partial_of(paths.errors),
+    }
+    for option, path in others.items():
+        for what, other in taken.items():
+            if _is_same_file(Path(os.path.realpath(path)), other):
+                raise ConfigError(f"{option} {path} is {what}; choose another path")
+        taken[f"also {option}"] = path
+
+
+def write_partials(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict[str, int]:
+    """Write the rows of the journal beside both files: in input order, or in the order in which lines finished.
+
+    Returns: bytes by `JobPaths.name_of`, of the error file only where it has any. Raises: CapacityError when the disk
+    is full.
+    """
+    sizes: dict[str, int] = {}
+    for kinds, path in ((_ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
+        size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), paths.partial_of(path))
+        if size or kinds is _OUTPUT_KINDS:
+            sizes[paths.name_of(path)] = size
+        else:
+            paths.partial_of(path).unlink()
+    return sizes
+
+
+def replace_files(paths: JobPaths, sizes: Mapping[str, int]) -> None:
+    """Put what `write_partials` wrote in place of what the job may replace; without error rows no error file stays."""
+    for path in (paths.errors, paths.output):
+        with writing_to(path):
+            if paths.name_of(path) in sizes:
+                paths.partial_of(path).replace(path)
+            else:
+                path.unlink(missing_ok=True)
+            sync_directory(path.parent)
+
+
+def _rows(log: RecordLog, kinds: frozenset[RecordKind], *, is_ordered: bool) -> Iterable[bytes]:
+    if not is_ordered:
+        return (record.body for record in log.records() if record.kind in kinds)
+    return _ordered_rows(log, kinds)
+
+
+def _ordered_rows(log: RecordLog, kinds: frozenset[RecordKind]) -> Iterator[bytes]:
+    """Sorted by line number: 16 bytes of memory per row, the rows themselves are read back one by one."""
+    line_numbers, offsets = array("q"), array("q")
+    for record in log.records():
+        if record.kind in kinds:
+            line_numbers.append(record.line_number)
+            offsets.append(record.offset)
+    for position in np.argsort(np.asarray(line_numbers)):
+        yield log.read(offsets[position]).body
+
+
+def _write_rows(rows: Iterable[bytes], path: Path) -> int:
+    with writing_to(path):
+        try:
+            with path.open("wb", 1 << 20) as file:
+                file.writelines(rows)
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _errors_name(output_name: str) -> str:
+    return output_name.removesuffix(".jsonl") + ".errors.jsonl"
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return path == Path(os.path.realpath(other))
+
+
+def _check_writable(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is not a regular file; give the path of a file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is no directory; make it first: mkdir -p {path.parent}")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write in {path.parent}: {error.strerror}") from error

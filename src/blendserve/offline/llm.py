@@ -1,0 +1,323 @@
+"""`LLM`: a model, its engine and its tokenizer in one object, in the shape of vLLM's offline API.
+
+Batch files add a journal around the same engine (`job`); everything else between a prompt and its answer is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import islice, repeat, zip_longest
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from blendserve.config import Dtype, EngineConfig
+from blendserve.costs.this_machine import cost_of
+from blendserve.dialect.parameters import shown
+from blendserve.engine.limits import resolve_limits
+from blendserve.engine.planned import plan_requests, run_planned, run_windowed
+from blendserve.engine.stats import RunStats
+from blendserve.engines.native.loop import open_loop
+from blendserve.errors import ConfigError, ExecutorError, RequestError
+from blendserve.host import cache_dir
+from blendserve.models.hub import resolve
+from blendserve.models.load import load_model
+from blendserve.offline.assembler import OutputAssembler
+from blendserve.offline.outputs import RequestOutput
+from blendserve.planner.base import RequestTable
+from blendserve.planner.policies import POLICY_NAMES
+from blendserve.planner.sorting import flatten
+from blendserve.planner.table import request_table
+from blendserve.planner.windows import Window
+from blendserve.request import Request, SamplingParams, TokenIds
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+Encoded = tuple[str | None, TokenIds | RequestError]
+
+DEFAULT_WINDOW = 4096
+"""Prompts that a stream reads and plans at a time: enough to find what they share, few enough to begin soon."""
+
+
+class LLM:
+    """Load a model once, then answer lists of prompts.
+
+    `model` is a directory with `config.json` and safetensors, a GGUF file, a hub id, or None for the default model.
+    `policy` orders the requests (`planner.policies.POLICY_NAMES`). Limits of 0 mean: decide from the machine and the
+    model. Answers do not depend on policy, limits, overlap or threads; they do depend on `dtype` ("bf16", or "int8" for
+    weights and activations of 8 bits), on `isa` and, where a request with temperature > 0 gives no seed, on `seed` and
+    the request's place in the list.
+    Raises: ConfigError when the model or a limit cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        policy: str = "blend",
+        kv_memory_bytes: int = 0,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int = 0,
+        num_threads: int = 0,
+        enable_prefix_caching: bool = True,
+        overlap: str = "auto",
+        dtype: Dtype = "bf16",
+        isa: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if policy not in POLICY_NAMES:
+            raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")
+        config = EngineConfig(
+            kv_memory_bytes=kv_memory_bytes,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            num_threads=num_threads,
+            enable_prefix_caching=enable_prefix_caching,
+            overlap=overlap,
+            dtype=dtype,
+        )
+        self.model = load_model(resolve(model, cache_dir()))
+        self.config = resolve_limits(config, self.model.spec)
+        self.policy = policy
+        self.seed = seed
+        notes: list[str] = []
+        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append, dtype)
+        self.notes = tuple(notes)
+        """Sentences that the user should read, such as why a calibration was not used."""
+        self._engine = open_loop(self.model, self.config, isa=isa)
+        self._is_closed = False
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts, each a text or its token ids; the outputs are in the order of the prompts.
+
+        `sampling_params` is one for all, one per prompt, or None for `SamplingParams()`. A prompt that cannot be served
+        (too long, or a parameter out of range) comes back with `error` set; the others are served. A generator of
+        prompts is read as `stream` reads it.
+        Raises: ConfigError when the numbers of prompts and parameters differ, or after `close`.
+        """
+        if not isinstance(prompts, str | Sequence | np.ndarray):
+            return _in_order(self.stream(prompts, sampling_params))
+        listed = _listed_prompts(prompts)  # type: ignore[arg-type]  # a generator is none of these
+        return self._answer(self._encode(listed), _listed_params(sampling_params, len(listed)))
+
+    def chat(
+        self,
+        messages: Conversation | Iterable[Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, formatted by the model's chat template; one conversation or several of them.
+
+        A conversation that the template does not take comes back with `error` set; the others are served. A generator
+        of conversations is read as `stream` reads it.
+        Raises: ConfigError when the model has no chat template, or after `close`.
+        """
+        if not isinstance(messages, Sequence):
+            return _in_order(self.stream(messages, sampling_params))
+        listed = _listed_conversations(messages)
+        return self._answer(self._encode(listed, are_chats=True), _listed_params(sampling_params, len(listed)))
+
+    def stream(
+        self,
+        prompts: Iterable[Prompt | Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        window: int = DEFAULT_WINDOW,
+    ) -> Iterator[RequestOutput]:
+        """Answer prompts and conversations as they come, and yield every output as it becomes whole: `request_id` is
+        its place among the prompts, counted from 0.
+
+        Prompts are read `window` at a time, each window while the ones before it run; what waits and what has come are
+        planned together. Memory holds what is unfinished, so the prompts may be endless. Another call of this LLM ends
+        a stream that is not read to its end.
+        Raises: ConfigError for a window below 1, after `close`, or when prompts and parameters differ in number;
+        ExecutorError when another call has ended the stream.
+        """
+        if window < 1:
+            raise ConfigError(f"window is {window}; it must be at least 1 prompt")
+        self._check_open()
+        return self._stream(_paired(prompts, sampling_params), window)
+
+    @property
+    def stats(self) -> RunStats:
+        """What the latest run did, and where its time went."""
+        return self._engine.stats
+
+    def close(self) -> None:
+        """Stop the threads and give the memory back. Closing again does nothing; prompts are refused from now on."""
+        self._is_closed = True
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this LLM is closed; make a new one")
+
+    def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
+        """Text and token ids of every prompt, or why it has none."""
+        texts: list[tuple[str | RequestError | None, bool]] = []
+        for prompt in prompts:
+            is_chat = are_chats or _is_conversation(prompt)
+            text = self._render(prompt) if is_chat else prompt if isinstance(prompt, str) else None  # type: ignore[arg-type]
+            texts.append((text, is_chat))
+        encoded = [
+            iter(
+                self.model.tokenizer.encode_batch(
+                    [text for text, is_chat in texts if isinstance(text, str) and is_chat == of_kind],
+                    add_special_tokens=not of_kind,
+                )
+            )
+            for of_kind in (False, True)
+        ]
+        found: list[Encoded] = []
+        for (text, is_chat), prompt in zip(texts, prompts, strict=True):
+            if isinstance(text, str):
+                found.append((text, next(encoded[is_chat])))
+            elif isinstance(text, RequestError):
+                found.append((None, text))
+            else:
+                found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
+        return found
+
+    def _render(self, conversation: Conversation) -> str | RequestError:
+        try:
+            return self.model.tokenizer.apply_chat_template(conversation)
+        except RequestError as error:
+            return error
+
+    def _assembler(self) -> OutputAssembler:
+        return OutputAssembler(
+            self.model.tokenizer,
+            vocab_size=self.model.spec.vocab_size,
+            max_model_len=self.config.max_model_len,
+            seed=self.seed,
+        )
+
+    def _answer(self, encoded: Sequence[Encoded], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """Plan all prompts together, run them, and return their outputs in order."""
+        self._check_open()
+        assembler = self._assembler()
+        requests: list[Request] = []
+        for (text, token_ids), sampling in zip(encoded, params, strict=True):
+            requests += assembler.add(text, token_ids, sampling)
+        if requests:
+            prompts = flatten(request.prompt_token_ids for request in requests)
+            plan = plan_requests(prompts, _table(requests), self._cost, seed=self.seed)
+            for output in run_planned(self._engine, requests, plan, self.policy):
+                assembler.apply(output)
+        return _in_order(assembler.take())
+
+    def _stream(
+        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int
+    ) -> Iterator[RequestOutput]:
+        self._check_open()
+        assembler = self._assembler()
+        windows = self._windows(pairs, window, assembler)
+        with closing(run_windowed(self._engine, assembler, windows, self._cost, self.policy)) as outputs:
+            for output in outputs:
+                assembler.apply(output)
+                yield from assembler.take()
+        if assembler.num_unfinished or next(pairs, None) is not None:
+            raise ExecutorError(
+                "another call of this LLM ended this stream before all of its prompts were answered; read a stream to "
+                "its end first, or use another LLM"
+            )
+        yield from assembler.take()
+
+    def _windows(
+        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], size: int, assembler: OutputAssembler
+    ) -> Iterator[Window]:
+        while taken := list(islice(pairs, size)):
+            requests: list[Request] = []
+            for (text, token_ids), (_, sampling) in zip(self._encode([p for p, _ in taken]), taken, strict=True):
+                requests += assembler.add(text, token_ids, sampling)
+            yield Window(flatten(request.prompt_token_ids for request in requests), _table(requests))
+
+
+def _table(requests: Sequence[Request]) -> RequestTable:
+    return request_table(
+        (request.num_prompt_tokens for request in requests),
+        ((request.sampling, request.max_output_tokens) for request in requests),
+    )
+
+
+def _in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
+    return sorted(outputs, key=lambda output: int(output.request_id))
+
+
+def _paired(
+    prompts: Iterable[Prompt | Conversation], params: SamplingParams | Iterable[SamplingParams] | None
+) -> Iterator[tuple[Prompt | Conversation, SamplingParams]]:
+    if params is None or isinstance(params, SamplingParams):
+        yield from zip(prompts, repeat(params or SamplingParams()))
+        return
+    missing = object()
+    for number, (prompt, sampling) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
+        if prompt is missing or sampling is missing:
+            few, more = ("prompts", "sampling parameters") if prompt is missing else ("sampling parameters", "prompts")
+            raise ConfigError(f"{number} {few} for more {more}; give one for all or one per prompt")
+        yield prompt, sampling  # type: ignore[misc]
+
+
+def _is_conversation(prompt: Prompt | Conversation) -> bool:
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and all(isinstance(prompt, int | np.integer) for prompt in prompts):
+        return [prompts]  # type: ignore[list-item]  # one prompt, given as its token ids
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _listed_params(params: SamplingParams | Iterable[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    listed = list(params)
+    if len(listed) != count:
+        raise ConfigError(f"{len(listed)} sampling parameters for {count} prompts; give one for all or one per prompt")
+    return listed
+
+
+def _listed_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    if len(messages) and isinstance(messages[0], Mapping):
+        return [messages]  # type: ignore[list-item]
+    return list(messages)  # type: ignore[arg-type]
+
+
+def _token_ids(prompt: Prompt, vocab_size: int) -> TokenIds | RequestError:
+    """A prompt given as token ids; an error where it is anything else."""
+    try:
+        token_ids = np.asarray(prompt)
+    except ValueError:  # lists of different lengths
+        token_ids = np.zeros((0, 0))
+    if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
+        return RequestError(
+            f"the prompt is {shown(prompt)}; it must be a text or a list of token ids",
+            code="invalid_type",
+            param="prompt",
+        )
+    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
+        return RequestError(
+            f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
+            f"{vocab_size - 1}",
+            code="invalid_token_id",
+            param="prompt",
+        )
+    return token_ids.astype(np.int32)

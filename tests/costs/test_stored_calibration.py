@@ -1,0 +1,119 @@
+"""Calibration files, what is refused, and the times that come of measured rates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from calibration_cases import CALIBRATION
+
+from blendserve.costs.hardware import A100_80G
+from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.step_cost import PERFECT, SEQUENTIAL, Interference, gpu_step_cost
+from blendserve.costs.stored_calibration import Calibration, load_calibration
+from blendserve.errors import ConfigError
+from blendserve.models.known import LLAMA_3_8B, SMOLLM2_135M
+
+MODEL = ModelCost.from_spec(LLAMA_3_8B)
+
+
+def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
+    path = CALIBRATION.save(tmp_path / "deep" / "cache")
+    assert path.name == "calibration.json"
+    assert load_calibration(tmp_path / "deep" / "cache") == CALIBRATION
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 2', '"version": 1')]
+)
+def test_a_bad_calibration_asks_for_a_new_one(text: str) -> None:
+    with pytest.raises(ConfigError, match="blendserve calibrate"):
+        Calibration.from_json(text)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_rates_that_cannot_be_are_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        replace(CALIBRATION, kv_bytes_per_s=rate)
+    with pytest.raises(ConfigError, match="positive"):
+        replace(CALIBRATION, gemm_points=((1, rate),))
+
+
+@pytest.mark.parametrize("wrong", [{"step_bytes": 0}, {"step_bytes": 65}, {"chunk_bytes": -1}, {"memory_lanes": -1}])
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"step_bytes.*calibrate"):
+        replace(CALIBRATION, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_calibration_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write"):
+        CALIBRATION.save(tmp_path / "file")
+
+
+def test_saving_replaces_as_a_whole(tmp_path: Path) -> None:
+    CALIBRATION.save(tmp_path)
+    replace(CALIBRATION, num_threads=4).save(tmp_path)
+    assert load_calibration(tmp_path).num_threads == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_shares_of_a_machine_become_overlap() -> None:
+    """NanoFlow's shares give NanoFlow's delays; two that do not exceed one machine are worth nothing."""
+    shared = replace(CALIBRATION, gemm_share=0.6, attention_share=0.8).separate_cores()
+    assert (shared.compute_delay, shared.memory_delay) == pytest.approx((0.5, 1 / 3))
+    assert replace(CALIBRATION, gemm_share=0.5, attention_share=0.3).separate_cores() == SEQUENTIAL
+    assert CALIBRATION.separate_cores() == SEQUENTIAL
+    assert replace(CALIBRATION, gemm_share=1.1, attention_share=1.1).separate_cores() == PERFECT
+
+
+def test_peaks_are_the_highest_rates_measured() -> None:
+    peaks = replace(
+        CALIBRATION, gemm_points=((1, 1e9), (64, 9e15)), bandwidth_points=((1, 8e15),), kv_bytes_per_s=1e9
+    ).peaks()
+    assert (peaks.flop_per_s, peaks.bytes_per_s, peaks.is_measured) == (9e15, 8e15, True)
+    none = replace(CALIBRATION, gemm_points=(), bandwidth_points=())
+    assert none.peaks().flop_per_s == none.gemm_flop_per_s
+    assert none.peaks().bytes_per_s == max(none.kv_bytes_per_s, none.weight_bytes_per_s)
+
+
+def test_planning_counts_prefill_attention_as_steps_do() -> None:
+    cost = CALIBRATION.step_cost(MODEL)
+    num_tokens = 4096
+    step_s = cost.compute_s(num_tokens, num_tokens * num_tokens / 2) - cost.constant_s
+    assert cost.cost_model().compute_s(num_tokens, 0) == pytest.approx(step_s)
+
+
+def test_no_calibration_asks_for_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run `blendserve calibrate --dtype bf16`"):
+        load_calibration(tmp_path)
+
+
+def test_calibrated_rates_become_step_times() -> None:
+    cost = CALIBRATION.step_cost(MODEL)
+    assert cost.token_s == pytest.approx(2 * MODEL.num_matmul_parameters / 2e11)
+    assert cost.constant_s == 1e-4
+    assert cost.memory_s(1000) == pytest.approx(1000 * 131072 / 3e10)
+    assert cost.interference == Interference(0.6, 0.5)
+    assert CALIBRATION.hardware().flop_per_s == 2e11
+    assert replace(CALIBRATION, constant_s=0.0).step_cost(MODEL).constant_s == 0.0
+
+
+def test_a_calibrated_step_multiplies_what_it_samples_by_the_vocabulary() -> None:
+    """The head of a small model is a quarter of its decode, and loading it a quarter of its smallest step."""
+    small = ModelCost.from_spec(SMOLLM2_135M)
+    cost = CALIBRATION.step_cost(small)
+    head = 49152 * 576
+    assert cost.head_s == pytest.approx(2 * head / 2e11)
+    assert cost.compute_s(64, num_sampled=64) - cost.compute_s(64) == pytest.approx(
+        max(2 * head / CALIBRATION.weight_bytes_per_s, 64 * 2 * head / 2e11)
+    )
+    num_weights = small.num_matmul_parameters + head
+    assert cost.compute_s(1, num_sampled=1) >= 2 * num_weights / CALIBRATION.weight_bytes_per_s * (1 - 1e-9)
+    assert cost.cost_model().decode_s == pytest.approx(2 * num_weights / 2e11)
+
+
+def test_only_the_native_engine_reads_shared_prefixes_once() -> None:
+    assert gpu_step_cost(MODEL, A100_80G).shared_kv_share == 1
+    assert 0 < CALIBRATION.step_cost(MODEL).shared_kv_share < 1

@@ -1,0 +1,337 @@
+"""One line: what is honoured, what is refused, and which parameter a refusal names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from batch_fakes import SERVED, batch_line
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blendserve.dialect.parameters import SMALLEST_TOP_P
+from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
+from blendserve.errors import RequestError
+from blendserve.request import SamplingParams
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT: dict[str, Any] = {"prompt": "hi"}
+
+
+def parse(body: dict[str, Any], **fields: Any) -> BatchLine:
+    return parse_line(batch_line("a", body, **fields), 1, SERVED)
+
+
+def refusal(value: object, served: ServedModel = SERVED) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        parse_line(value, 1, served)
+    return caught.value
+
+
+@pytest.mark.parametrize("body", [CHAT, TEXT], ids=["chat", "completions"])
+def test_every_shared_parameter_reaches_the_sampling_params(body: dict[str, Any]) -> None:
+    given_parameters = {
+        "max_tokens": 7,
+        "min_tokens": 2,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 40,
+        "min_p": 0.1,
+        "seed": -3,
+        "stop": ["a", "b", "c", "d", "e"],
+        "stop_token_ids": [5, 6],
+        "ignore_eos": True,
+        "n": 2,
+        "logit_bias": {"50": -100, "7": 2.5},
+        "presence_penalty": 1,
+        "frequency_penalty": -1.5,
+        "repetition_penalty": 1.2,
+    }
+    assert parse({**body, **given_parameters}).sampling == SamplingParams(
+        max_tokens=7,
+        min_tokens=2,
+        temperature=0.0,
+        top_p=0.5,
+        top_k=40,
+        min_p=0.1,
+        seed=-3,
+        stop=("a", "b", "c", "d", "e"),
+        stop_token_ids=(5, 6),
+        ignore_eos=True,
+        n=2,
+        logit_bias={50: -100.0, 7: 2.5},
+        presence_penalty=1.0,
+        frequency_penalty=-1.5,
+        repetition_penalty=1.2,
+    )
+
+
+def test_defaults_are_each_endpoints_own() -> None:
+    assert parse(CHAT).sampling == SamplingParams(max_tokens=None)
+    assert parse(TEXT).sampling == SamplingParams(max_tokens=16)
+
+
+@pytest.mark.parametrize("body", [CHAT, TEXT], ids=["chat", "completions"])
+def test_null_means_not_given(body: dict[str, Any]) -> None:
+    nulls = dict.fromkeys(("max_tokens", "temperature", "stop", "logprobs", "response_format", "seed", "stream", "n"))
+    assert parse({**body, **nulls}) == parse(body)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"max_completion_tokens": 9}, {"max_tokens": 9}),
+        ({"max_completion_tokens": 9, "max_tokens": 9}, {"max_tokens": 9}),
+        ({"stop": "x"}, {"stop": ("x",)}),
+        ({"stop": []}, {"stop": ()}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_p": 0}, {"top_p": SMALLEST_TOP_P}),
+        ({"logit_bias": {}}, {"logit_bias": {}}),
+    ],
+)
+def test_spellings_of_the_same_thing(parameters: dict[str, Any], expected: dict[str, Any]) -> None:
+    sampling = parse({**CHAT, **parameters}).sampling
+    assert {name: getattr(sampling, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({**CHAT, "logprobs": True}, 0),
+        ({**CHAT, "logprobs": True, "top_logprobs": 5}, 5),
+        ({**CHAT, "logprobs": False}, None),
+        ({**TEXT, "logprobs": 0}, 0),
+        ({**TEXT, "logprobs": 5}, 5),
+    ],
+)
+def test_logprobs_in_each_endpoints_style(body: dict[str, Any], expected: int | None) -> None:
+    assert parse(body).sampling.logprobs == expected
+
+
+HARMLESS = {
+    "user": "me",
+    "metadata": {"a": "b"},
+    "store": False,
+    "stream": False,
+    "response_format": {"type": "text"},
+    "best_of": 1,
+    "echo": False,
+    "service_tier": "auto",
+}
+
+
+@pytest.mark.parametrize("body", [CHAT, TEXT], ids=["chat", "completions"])
+def test_harmless_parameters_change_nothing(body: dict[str, Any]) -> None:
+    assert parse({**body, **HARMLESS}) == parse(body)
+    assert parse({**CHAT, "tools": [], "tool_choice": "none", "parallel_tool_calls": True}) == parse(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code"),
+    [
+        ({"tools": [{"type": "function"}]}, "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "unsupported_parameter"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "unsupported_parameter"),
+        ({"stream": True}, "unsupported_parameter"),
+        ({"stream": 0}, "unsupported_parameter"),
+        ({"store": True}, "unsupported_parameter"),
+        ({"echo": True}, "unsupported_parameter"),
+        ({"best_of": 2}, "unsupported_parameter"),
+        ({"reasoning_effort": "low"}, "unsupported_parameter"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "unsupported_parameter"),
+        ({"modalities": ["text", "audio"]}, "unsupported_parameter"),
+        ({"temprature": 1}, "unknown_parameter"),
+        ({"prompt": "hi"}, "unknown_parameter"),
+        ({"temprature": None}, "unknown_parameter"),
+        ({"temperature": 2.5}, "invalid_value"),
+        ({"temperature": -0.1}, "invalid_value"),
+        ({"temperature": math.inf}, "invalid_value"),
+        ({"temperature": math.nan}, "invalid_value"),
+        ({"temperature": 10**400}, "invalid_value"),
+        ({"temperature": "1"}, "invalid_type"),
+        ({"temperature": True}, "invalid_type"),
+        ({"top_p": 1.01}, "invalid_value"),
+        ({"top_k": 1.0}, "invalid_type"),
+        ({"top_k": -2}, "invalid_value"),
+        ({"min_p": [0]}, "invalid_type"),
+        ({"max_tokens": 0}, "invalid_value"),
+        ({"max_tokens": 10**5000}, "invalid_value"),
+        ({"max_tokens": True}, "invalid_type"),
+        ({"max_tokens": "16"}, "invalid_type"),
+        ({"min_tokens": -1}, "invalid_value"),
+        ({"n": 0}, "invalid_value"),
+        ({"n": 129}, "invalid_value"),
+        ({"seed": 2**63}, "invalid_value"),
+        ({"seed": 1.5}, "invalid_type"),
+        ({"stop": [1]}, "invalid_type"),
+        ({"stop": [""]}, "invalid_value"),
+        ({"stop": ["x"] * 65}, "invalid_value"),
+        ({"stop_token_ids": 5}, "invalid_type"),
+        ({"stop_token_ids": [True]}, "invalid_type"),
+        ({"stop_token_ids": [-1]}, "invalid_value"),
+        ({"stop_token_ids": [256]}, "invalid_value"),
+        ({"ignore_eos": 1}, "invalid_type"),
+        ({"logit_bias": []}, "invalid_type"),
+        ({"logit_bias": {"x": 1}}, "invalid_value"),
+        ({"logit_bias": {"²": 1}}, "invalid_value"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "invalid_value"),
+        ({"logit_bias": {"256": 1}}, "invalid_value"),
+        ({"logprobs": 3}, "invalid_type"),
+        ({"top_logprobs": 3}, "invalid_value"),
+        ({"presence_penalty": 3}, "invalid_value"),
+        ({"repetition_penalty": 0}, "invalid_value"),
+    ],
+)
+def test_a_refusal_names_the_parameter(parameters: dict[str, Any], code: str) -> None:
+    error = refusal(batch_line("a", {**CHAT, **parameters}) | {"url": "/v1/chat/completions"})
+    assert (error.code, error.param, error.status_code) == (code, next(iter(parameters)), 400)
+    assert error.param is not None
+    assert error.param in error.message
+    assert len(error.message) < 400
+
+
+def test_parameters_that_contradict_each_other() -> None:
+    assert refusal(batch_line("a", {**CHAT, "min_tokens": 5, "max_tokens": 4})).param == "min_tokens"
+    error = refusal(batch_line("a", {**CHAT, "max_tokens": 5, "max_completion_tokens": 4}))
+    assert error.param == "max_completion_tokens"
+
+
+def test_a_bias_out_of_range_names_its_token() -> None:
+    assert refusal(batch_line("a", {**CHAT, "logit_bias": {"5": 101}})).param == "logit_bias.5"
+
+
+def test_completions_take_no_boolean_logprobs() -> None:
+    assert refusal(batch_line("a", {**TEXT, "logprobs": True})).code == "invalid_type"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("hi", ("hi",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+        ([[1, 2], "b"], ((1, 2), "b")),
+    ],
+)
+def test_the_four_forms_of_a_prompt(prompt: Any, expected: tuple[Any, ...]) -> None:
+    line = parse({"prompt": prompt, "n": 3})
+    assert line.prompts == expected
+    assert line.num_choices == 3 * len(expected)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [""], [[]], [[], "a"], 5, {"a": 1}, [1, "a"], [1.5], [True], [256], [[256]], ["a"] * 2049, [None]],
+)
+def test_prompts_that_are_none(prompt: Any) -> None:
+    error = refusal(batch_line("a", {"prompt": prompt}))
+    assert error.param is not None
+    assert error.param.startswith("prompt")
+
+
+def test_messages_keep_roles_and_join_text_parts() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    line = parse(
+        {
+            "messages": [
+                {"role": "developer", "content": "be kind"},
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": "", "refusal": None, "tool_calls": []},
+            ]
+        }
+    )
+    assert line.prompts == (
+        (
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": "one\ntwo"},
+            {"role": "assistant", "content": ""},
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("hi", "messages"),
+        (["hi"], "messages[0]"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role"),
+        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([{"role": "user", "content": []}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": "x", "name": "bob"}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "contents": "y"}], "messages[0].contents"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    ],
+)
+def test_messages_that_are_none(messages: Any, param: str) -> None:
+    assert refusal(batch_line("a", {"messages": messages})).param == param
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"custom_id": None}, "missing_required_parameter"),
+        ({"custom_id": ""}, "invalid_custom_id"),
+        ({"custom_id": 7}, "invalid_custom_id"),
+        ({"method": "GET"}, "invalid_method"),
+        ({"method": None}, "invalid_method"),
+        ({"url": "/v1/embeddings"}, "invalid_url"),
+        ({"url": "v1/chat/completions"}, "invalid_url"),
+        ({"url": None}, "invalid_url"),
+        ({"body": None}, "missing_required_parameter"),
+        ({"body": []}, "missing_required_parameter"),
+        ({"max_tokens": 5}, "unknown_parameter"),
+    ],
+)
+def test_what_never_became_a_request_has_no_status(changes: dict[str, Any], code: str) -> None:
+    error = refusal({**batch_line("a"), **changes})
+    assert (error.code, error.status_code, error.param) == (code, 0, next(iter(changes)))
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], True, 1.5])
+def test_a_line_that_is_no_object(value: object) -> None:
+    assert refusal(value).code == "invalid_json_line"
+
+
+def test_notes_beside_the_body_are_the_users_own() -> None:
+    assert parse(CHAT, note="keep", metadata={"a": 1}) == parse(CHAT)
+
+
+def test_a_model_is_taken_by_each_of_its_names_and_no_other_unless_chosen() -> None:
+    assert parse({**CHAT, "model": "models/tiny"}).model == "models/tiny"
+    assert parse({**CHAT, "model": None}).model is None
+    error = refusal(batch_line("a", {**CHAT, "model": "gpt-4o-mini"}))
+    assert (error.code, error.status_code) == ("model_not_found", 404)
+    chosen = ServedModel(("tiny",), accepts_any_name=True)
+    assert parse_line(batch_line("a", {**CHAT, "model": "gpt-4o-mini"}), 1, chosen).model == "gpt-4o-mini"
+    assert refusal(batch_line("a", {**CHAT, "model": 5}), chosen).code == "invalid_type"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+names = st.sampled_from(
+    ["messages", "prompt", "stop", "logit_bias", "n", "tools", "logprobs", "max_tokens", "stop_token_ids"]
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(names, json_values, max_size=4), st.sampled_from(["/v1/chat/completions", "/v1/completions"]))
+def test_no_body_raises_anything_but_a_request_error(body: dict[str, Any], url: str) -> None:
+    try:
+        line = parse_line({"custom_id": "a", "method": "POST", "url": url, "body": body}, 1, SERVED)
+    except RequestError:
+        return
+    assert line.num_choices >= 1
