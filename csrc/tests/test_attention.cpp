@@ -1,22 +1,17 @@
 // Attention against a twin in double precision, and bit for bit against itself under any chunking.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
-#include <ostream>
 #include <span>
 #include <vector>
 
+#include "attention_cases.h"
 #include "check.h"
-#include "kv_cache.h"
-#include "ops/attention.h"
-#include "ops/bf16.h"
-#include "ops/pointwise.h"
-#include "ops/rotation.h"
 
 namespace blendserve {
 namespace {
 
+<<<<<<< HEAD
 // One kernel: an instruction set over one kind of cache.
 struct Path {
   Isa isa;
@@ -280,6 +275,8 @@ class Sequence {
   std::vector<int32_t> table_;
 };
 
+=======
+>>>>>>> kattn
 // Decodes of sequences with common first blocks, each at its own number of positions past them; what was never written
 // is NaN.
 class Family {
