@@ -19,7 +19,7 @@ void write_bf16(Isa isa, uint16_t* block, int64_t head_dim, int64_t offset, cons
   constexpr int64_t kChunk = 64;
   uint16_t rounded[kChunk];
   uint16_t* key_pairs = block + 2 * offset;
-  uint16_t* value_halves = block + kBlockSize * head_dim + offset / 2 * 2 * head_dim + 0 * offset;
+  uint16_t* value_halves = block + kBlockSize * head_dim + offset / 2 * 2 * head_dim + offset % 2;
   for (int64_t begin = 0; begin < head_dim; begin += kChunk) {
     const int64_t count = std::min(kChunk, head_dim - begin);
     round_row(isa, key + begin, count, rounded);

@@ -194,19 +194,6 @@ int64_t Layers::num_fetched_runs(int chain, int64_t op, int64_t tile) const {
   return num_prefetch_runs(w->format(), nano(chain).grid.tile(tile), w->k(), overlap_.step_bytes);
 }
 
-// The first columns of weights of the tile that this worker takes next, if the others take theirs as fast; those after
-// them the matmul fetches itself.
-int64_t Layers::list_next_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const {
-  const MatmulGrid& grid = nano(chain).grid;
-  const int64_t next = tile + team_.num_threads();
-  if (next >= grid.size() || grid.tile(next).col_begin == grid.tile(tile).col_begin) return 0;
-  const std::span<const uint16_t> columns = matrix_of(op)->columns(grid.tile(next).col_begin);
-  constexpr size_t kRunElements = kPrefetchRunBytes / sizeof(uint16_t);
-  int64_t count = 0;
-  for (size_t i = 0; i < columns.size() && count < max_runs; i += kRunElements) runs[count++] = columns.data() + i;
-  return count;
-}
-
 // Of a group: what is shared, then what each member reads alone.
 int64_t Layers::list_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const {
   const NanoBatch& nano = this->nano(chain);

@@ -40,7 +40,6 @@ class Layers : private Chains {
   int64_t num_awaited_ops(int chain, int64_t op) const override;
   OpTiles begin(int chain, int64_t op) override;
   int64_t num_fetched_runs(int chain, int64_t op, int64_t tile) const override;
-  int64_t list_next_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const override;
   void run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) override;
   void end(int chain, int64_t op) override;
   int64_t list_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const override;

@@ -66,6 +66,7 @@ std::span<const Sample> Model::step(const StepInput& input) {
                                 " slots; the executor was made for " + std::to_string(limits_.max_num_seqs));
   }
   const StepWork work = split_.look_at(input);
+  check_tokens_of_penalties(input);
   const bool is_split = overlap_pays(work, work_rates_, overlap_) && split_.split(input);
   if (!is_split) split_.keep_whole(input);
   layers_.forward(input, split_, cache_, is_split ? 2 : 1, counters_.op_s);

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "ops/prefetch.h"
+
 namespace blendserve {
 namespace {
 
@@ -14,9 +16,10 @@ constexpr double kMargin = 0.01;
 }  // namespace
 
 void check_overlap(const OverlapOptions& options) {
-  const bool is_step_fit = options.step_bytes >= 1 && options.step_bytes <= 64;
+  const bool is_step_fit = options.step_bytes >= 1 && options.step_bytes <= kMaxPrefetchStepBytes;
   if (options.chunk_bytes >= 1 && options.tile_flop >= 1 && is_step_fit) return;
-  throw std::invalid_argument("overlap needs chunk_bytes, tile_flop and step_bytes (at most 64) of 1 or more; got " +
+  throw std::invalid_argument("overlap needs chunk_bytes, tile_flop and step_bytes (at most " +
+                              std::to_string(kMaxPrefetchStepBytes) + ") of 1 or more; got " +
                               std::to_string(options.chunk_bytes) + ", " + std::to_string(options.tile_flop) + " and " +
                               std::to_string(options.step_bytes));
 }

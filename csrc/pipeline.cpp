@@ -65,9 +65,8 @@ void Pipeline::run_compute_tile(const Claim& compute, int worker) {
   if (capacity == 0) return run_tile(compute, worker, nullptr);
   Worker& mine = workers_[static_cast<size_t>(worker)];
   const int64_t max_runs = std::min(capacity, static_cast<int64_t>(mine.runs.size()));
-  int64_t num_runs = chains_->list_next_runs(compute.chain, compute.op, compute.tile, mine.runs.data(), max_runs);
   const bool has_lane = take_lane();
-  if (has_lane) num_runs = take_memory_tiles(mine, num_runs, max_runs);
+  const int64_t num_runs = has_lane ? take_memory_tiles(mine, max_runs) : 0;
   PrefetchRuns runs = {mine.runs.data(), mine.runs.data() + num_runs, options_.step_bytes};
   run_tile(compute, worker, num_runs > 0 ? &runs : nullptr);
   for (const Claim& held : mine.memory_tiles) run_tile(held, worker, nullptr);
@@ -85,7 +84,8 @@ bool Pipeline::take_lane() {
 }
 
 // Takes memory tiles as long as another one like the last fits into what can be fetched. Returns the number of runs.
-int64_t Pipeline::take_memory_tiles(Worker& mine, int64_t num_runs, int64_t max_runs) {
+int64_t Pipeline::take_memory_tiles(Worker& mine, int64_t max_runs) {
+  int64_t num_runs = 0;
   Claim held;
   int64_t last_runs = 1;
   while (num_runs + last_runs <= max_runs && mine.memory_tiles.size() < kMaxHeldTiles && claim_memory(held)) {

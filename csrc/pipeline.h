@@ -36,9 +36,6 @@ class Chains {
   virtual OpTiles begin(int chain, int64_t op) = 0;
   // How many runs of memory a compute tile can fetch beside its own work.
   virtual int64_t num_fetched_runs(int chain, int64_t op, int64_t tile) const = 0;
-  // Writes up to `max_runs` runs that the compute tile after this one reads, and returns their number.
-  virtual int64_t list_next_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs,
-                                 int64_t max_runs) const = 0;
   // `runs` is memory to fetch meanwhile, null for none.
   virtual void run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) = 0;
   virtual void end(int chain, int64_t op) = 0;
@@ -90,7 +87,7 @@ class Pipeline {
   bool claim_compute(Claim& claim);
   bool claim_memory(Claim& claim);
   bool take_lane();
-  int64_t take_memory_tiles(Worker& mine, int64_t num_runs, int64_t max_runs);
+  int64_t take_memory_tiles(Worker& mine, int64_t max_runs);
   void run_compute_tile(const Claim& compute, int worker);
   void run_tile(const Claim& claim, int worker, PrefetchRuns* runs);
   void go_on(int chain, int64_t op);

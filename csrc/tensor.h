@@ -43,7 +43,7 @@ class Buffer {
   Buffer() = default;
   // Throws std::invalid_argument for a size that no memory has, std::bad_alloc where this machine has not so much.
   explicit Buffer(int64_t size) : size_(size) {
-    if (size < 0 && size > kMaxBytes / static_cast<int64_t>(sizeof(T))) {
+    if (size < 0 || size > kMaxBytes / static_cast<int64_t>(sizeof(T))) {
       throw std::invalid_argument("an array of " + std::to_string(size) + " elements of " + std::to_string(sizeof(T)) +
                                   " bytes; the most is " + std::to_string(kMaxBytes) + " bytes");
     }

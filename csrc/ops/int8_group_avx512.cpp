@@ -42,7 +42,7 @@ __m512i bytes_of_four(const float* x, __m512 inverse) {
   const __m512i low = _mm512_packs_epi32(integers(0), integers(16));
   const __m512i high = _mm512_packs_epi32(integers(32), integers(48));
   // Packing works in quarters: lane l of the result has the l-th quads of all four vectors.
-  const __m512i order = _mm512_setr_epi32(0, 8, 4, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i packed = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
   return _mm512_xor_si512(packed, _mm512_set1_epi8(-128));
 }

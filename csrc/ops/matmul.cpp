@@ -97,12 +97,6 @@ void PackedMatrix::pack(std::span<const T> weights, WeightMemory* memory) {
   }
 }
 
-std::span<const uint16_t> PackedMatrix::columns(int64_t column) const {
-  const int64_t width = weight_panel(format_.isa);
-  const int64_t panel_size = width * round_up(k_, 2);
-  return {data() + column / width * panel_size, static_cast<size_t>(panel_size)};
-}
-
 void PackedMatrix::unpack_row(int64_t row, float* out) const {
   if (format_.dtype == Dtype::kInt8) return unpack_int8_row(row, out);
   const int64_t width = weight_panel(format_.isa);

@@ -55,7 +55,7 @@ BLENDSERVE_INLINE Vec keep_if_not_below(Vec v, Vec x, Vec bound) {
 }
 // a where x is a NaN, else b.
 BLENDSERVE_INLINE Bits choose_if_nan(Vec x, Bits a, Bits b) {
-  return _mm512_mask_mov_epi32(b, _mm512_cmp_ps_mask(x, x, _CMP_LT_OQ), a);
+  return _mm512_mask_mov_epi32(b, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), a);
 }
 // One bit per lane: a >= b.
 BLENDSERVE_INLINE uint32_t mask_at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
@@ -186,7 +186,7 @@ BLENDSERVE_INLINE float max_eight(__m256 v) {
 
 #if defined(BLENDSERVE_USE_AVX512)
 BLENDSERVE_INLINE __m256 low_half(Vec v) { return _mm512_castps512_ps256(v); }
-BLENDSERVE_INLINE __m256 high_half(Vec v) { return _mm512_extractf32x8_ps(v, 0); }
+BLENDSERVE_INLINE __m256 high_half(Vec v) { return _mm512_extractf32x8_ps(v, 1); }
 BLENDSERVE_INLINE float sum_lanes(Vec v) { return sum_eight(_mm256_add_ps(low_half(v), high_half(v))); }
 BLENDSERVE_INLINE float max_lanes(Vec v) { return max_eight(_mm256_max_ps(low_half(v), high_half(v))); }
 BLENDSERVE_INLINE float first_lane(Vec v) { return _mm256_cvtss_f32(low_half(v)); }

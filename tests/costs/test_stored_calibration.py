@@ -40,7 +40,7 @@ def test_rates_that_cannot_be_are_refused(rate: float) -> None:
         replace(CALIBRATION, gemm_points=((1, rate),))
 
 
-@pytest.mark.parametrize("wrong", [{"step_bytes": 0}, {"step_bytes": 65}, {"chunk_bytes": -1}, {"memory_lanes": -1}])
+@pytest.mark.parametrize("wrong", [{"step_bytes": 0}, {"step_bytes": 129}, {"chunk_bytes": -1}, {"memory_lanes": -1}])
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"step_bytes.*calibrate"):
         replace(CALIBRATION, **wrong)  # type: ignore[arg-type]

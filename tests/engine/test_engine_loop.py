@@ -143,7 +143,7 @@ def test_requests_that_outgrow_the_memory_fail_when_they_do_and_spare_the_others
 def test_a_prompt_larger_than_the_memory_is_refused() -> None:
     loop = make_loop(fake(num_blocks=10))
     outputs = run_checked(loop, [make_request(0, range(41), 1), make_request(1, range(3), 1)], FifoPolicy(2))
-    assert "needs 41 tokens" in str(outputs[0].error)
+    assert "needs KV memory for 41 tokens" in str(outputs[0].error)
     assert outputs[1].finish_reason == "length"
 
 
@@ -154,8 +154,8 @@ def test_a_request_that_outgrows_the_memory_is_an_error_output_and_the_run_goes_
     error = outputs[0].error
     assert outputs[0].finish_reason == "error"
     assert isinstance(error, CapacityError)
-    assert "needs 41 tokens" in str(error)
-    assert "40 are there" in str(error)
+    assert "needs KV memory for 41 tokens" in str(error)
+    assert "there is room for 40" in str(error)
     assert "--kv-memory" in str(error)
     assert outputs[1].finish_reason == "length"
     assert isinstance(outputs[2].error, RequestError)

@@ -66,7 +66,8 @@ def measure_overlap(
 
 def _overlap_settings(num_threads: int) -> list[OverlapCost]:
     default = OverlapCost()
-    settings = [default, replace(default, step_bytes=64), replace(default, chunk_bytes=192 << 10, tile_flop=2_500_000)]
+    fast = replace(default, step_bytes=128)
+    settings = [default, fast, replace(fast, chunk_bytes=192 << 10, tile_flop=2_500_000)]
     return settings + ([replace(default, memory_lanes=num_threads // 2)] if num_threads > 2 else [])
 
 

@@ -23,7 +23,7 @@ from blendserve.errors import ConfigError
 # Decode attention of the native engine over 1,024 shared of 1,124 tokens, and over copies of them, 3 query heads of 64
 # per KV head, one Zen 3 thread (build/dev/bench_attention): 0.84 and 1.40 ms, 0.125 of both for the 100 of its own.
 _NATIVE_SHARED_KV_SHARE = 0.56
-_MOST_STEP_BYTES = 64  # a cache line
+_MOST_STEP_BYTES = 128  # two cache lines
 _CALIBRATE_AGAIN = "run `blendserve calibrate` again"
 
 
