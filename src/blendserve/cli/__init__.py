@@ -17,8 +17,8 @@ from blendserve.errors import BlendServeError
 COMMANDS = ("run", "check", "plan", "simulate", "calibrate", "models")
 
 _OUT_OF_MEMORY = (
-    "out of memory; lower --kv-memory, plan in windows (run --window 100000) or use a smaller model. Finished requests "
-    "are kept: run the same command again to go on"
+    "out of memory; lower --kv-memory or --max-model-len, plan in windows (run --window 100000) or use a smaller model. "
+    "Finished requests are kept: run the same command again to go on"
 )
 
 EXIT_ERROR = 1
