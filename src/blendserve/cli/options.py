@@ -16,6 +16,7 @@ from blendserve.job.reader import DEFAULT_MAX_LINE_REQUESTS, DEFAULT_MAX_REQUEST
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
+from blendserve.report.format import printable, printable_line
 
 ISA_NAMES = ("auto", "portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16")
 
@@ -226,4 +227,9 @@ def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
 def tell(text: str) -> None:
     """A line for the person at the terminal, kept out of standard output; lost where nobody reads it any more."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable_line(text), file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """What a command answers, on standard output."""
+    print(printable(text))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blendserve.cli.options import add_reading, positive_integer, read_limits, tell
+from blendserve.cli.options import add_reading, positive_integer, read_limits, say, tell
 from blendserve.cli.targets import (
     DEFAULT_HARDWARE,
     THIS_MACHINE,
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))
         if args.html is not None:
             write_page(args.html, plan_page(report, plan, batch.prompts, tokenizer.decode))
-        print(json.dumps(report.to_json()) if args.json else report.to_text())
+        say(json.dumps(report.to_json()) if args.json else report.to_text())
     return 0
 
 

@@ -10,7 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.engines import add_engine_choice, open_run
-from blendserve.cli.options import add_engine, add_model, add_reading, add_replicas, add_watching, read_limits, tell
+from blendserve.cli.options import (
+    add_engine,
+    add_model,
+    add_reading,
+    add_replicas,
+    add_watching,
+    read_limits,
+    say,
+    tell,
+)
 from blendserve.job.job import BatchJob, JobInterrupted, run_job
 from blendserve.job.writer import check_apart, resolve_paths
 from blendserve.planner.policies import POLICY_NAMES
@@ -66,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         with closing(engine):
             report = run_job(job, engine.codec, engine.generate, on_progress=engine.note)
     except JobInterrupted as interrupt:
-        tell(f"\nblendserve: {interrupt}")
+        tell("")
+        tell(f"blendserve: {interrupt}")
         return interrupt.exit_code
     summary = RunSummary(
         report=replace(report, notes=(*report.notes, *engine.notes)),
@@ -77,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         run_s=engine.run_s,
         stats=engine.stats,
     )
-    print(json.dumps(summary.to_json()) if args.json else summary.to_text())
+    say(json.dumps(summary.to_json()) if args.json else summary.to_text())
     return 0
 
 
