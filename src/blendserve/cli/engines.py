@@ -20,6 +20,7 @@ ENGINE_NAMES = ("native", "http", "vllm")
 
 ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "isa"), ("native",)),
+    "revision": ("native", "vllm"),
     **dict.fromkeys(
         ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
         ("native", "vllm"),
@@ -28,7 +29,7 @@ ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
         ("base_url", "max_inflight", "kv_tokens", "request_timeout", "max_attempts", "max_outage", "tokenizer"),
         ("http",),
     ),
-    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg"), ("vllm",)),
+    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg", "image_domain"), ("vllm",)),
 }
 """Who looks at what; options that are not listed are for all."""
 
@@ -141,6 +142,13 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--own-process", action="store_true", help="run vLLM in a process of its own: its crash is not ours"
+    )
+    group.add_argument(
+        "--image-domain",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a host that pictures of lines may be fetched from; may be repeated; default: only pictures in lines",
     )
     group.add_argument(
         "--vllm-arg",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from blendserve.cli.observe import RunObserver
-from blendserve.cli.options import engine_config, find_model, served_model, tell
+from blendserve.cli.options import engine_config, find_model, identity_of, notes_of, served_model, tell
 from blendserve.config import EngineConfig
 from blendserve.costs.model_cost import CostModel
 from blendserve.costs.this_machine import cost_of
@@ -21,7 +21,6 @@ from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_is
 from blendserve.job.job import JobProgress
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.detokenize import StopChecker
-from blendserve.models.fingerprint import fingerprint
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.planner.plan import Plan
 from blendserve.planner.windows import Window
@@ -36,19 +35,21 @@ def open_native_run(args: argparse.Namespace) -> NativeRun:
     files = find_model(args)
     model = load_model(files)
     resolve_limits(config, model.spec)
-    return NativeRun(args, config, model, f"{model.spec.name} {fingerprint(files)}")
+    return NativeRun(args, config, model, identity_of(model.spec.name, files), notes_of(files))
 
 
 class NativeRun:
     """The engine's part of a job: opened only when requests are left to run, timed, and watched."""
 
-    def __init__(self, args: argparse.Namespace, config: EngineConfig, model: LoadedModel, identity: str) -> None:
+    def __init__(
+        self, args: argparse.Namespace, config: EngineConfig, model: LoadedModel, identity: str, notes: tuple[str, ...]
+    ) -> None:
         self.served = served_model(args, model)
         self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity
         self._isa: str = best_isa() if args.isa == "auto" else args.isa  # kernels round differently: never mix them
         self.settings = {"isa": self._isa, "dtype": config.dtype, "kernels": KERNEL_REVISION}
-        self.notes: tuple[str, ...] = ()
+        self.notes = notes
         self.load_s = self.plan_s = self.run_s = 0.0
         self.stats: RunStats | None = None
         self._model = model
@@ -84,7 +85,7 @@ class NativeRun:
             self.run_s = time.perf_counter() - planned_s
             engine.stats.resources = self._observer.resources(executor)
             self.stats = engine.stats
-            self.notes = self._observer.write(self._model.spec.name, self._policy, executor, engine.stats, plan)
+            self.notes += self._observer.write(self._model.spec.name, self._policy, executor, engine.stats, plan)
 
     def plan(self, pending: PendingRequests) -> Plan:
         """The order of `pending` on this machine."""

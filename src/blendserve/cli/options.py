@@ -13,6 +13,7 @@ from blendserve.engines.replicas.cluster import MAX_RESTARTS, PLACEMENTS
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.reader import DEFAULT_MAX_LINE_REQUESTS, DEFAULT_MAX_REQUESTS, ReadLimits
+from blendserve.models.fingerprint import fingerprint
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
@@ -73,6 +74,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a model directory, a .gguf file, a hub id (owner/name), or a name from `blendserve models`; "
         "default: SmolLM2-135M-Instruct",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="COMMIT",
+        help="which version of a hub model: a commit, a tag or a branch; default: newest",
     )
     parser.add_argument(
         "--max-model-len", type=count, default=0, metavar="TOKENS", help="context length; default: the model's"
@@ -207,8 +213,29 @@ def context_length(args: argparse.Namespace, spec: ModelSpec) -> int:
 
 
 def find_model(args: argparse.Namespace) -> ModelFiles:
-    """The files of the model that --model names, fetched if need be; what takes long is told on standard error."""
-    return resolve(args.model, cache_dir(), notify=tell)
+    """The files of the model that --model names, fetched if need be; what takes long is told on standard error.
+
+    Raises: ConfigError when there is no such model, or --revision is for no model of the hub.
+    """
+    name: str | None = args.model
+    if args.revision is not None:
+        if name is None or "/" not in name or "@" in name or Path(name).expanduser().exists():
+            raise ConfigError(
+                f"--revision {args.revision} is for a model of the Hugging Face hub, and --model is "
+                f"{name or 'not given'}; give --model owner/name, or leave --revision out"
+            )
+        name = f"{name}@{args.revision}"
+    return resolve(name, cache_dir(), notify=tell)
+
+
+def identity_of(name: str, files: ModelFiles) -> str:
+    """Which model exactly: its name, what its files hold, and the commit of one from the hub."""
+    return " ".join([name, fingerprint(files), *([f"revision {files.revision}"] if files.revision else [])])
+
+
+def notes_of(files: ModelFiles) -> tuple[str, ...]:
+    """What the summary says of where the model came from."""
+    return (f"Model {files.name.partition('@')[0]} is revision {files.revision}.",) if files.revision else ()
 
 
 def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from blendserve.cli.options import find_model, tell
+from blendserve.cli.options import find_model, identity_of, notes_of, tell
 from blendserve.config import BLOCK_SIZE
 from blendserve.costs.model_cost import ModelCost
 from blendserve.dialect.extras import Abilities
@@ -59,6 +59,7 @@ def prepare_environment(environment: MutableMapping[str, str], args: argparse.Na
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # only the first host is one that --image-domain allows
     }
     if is_cpu_build():
         defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(args.threads or usable_cores())}
@@ -86,10 +87,11 @@ class VllmRun:
                 structures=not embeds,
                 sees="vision_config" in config,
                 embeds=embeds,
+                image_domains=tuple(domain.lower() for domain in args.image_domain),
             ),
         )
         self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)
-        self.identity = f"{files.name} {fingerprint(files)}"
+        self.identity = identity_of(files.name, files)
         self.settings: dict[str, Any] = {
             "engine": "vllm",
             "vllm": api.version,
@@ -102,7 +104,7 @@ class VllmRun:
         self.load_s = self.plan_s = self.run_s = 0.0
         self.stats: RunStats | None = None
         self._is_cpu = is_cpu_build()
-        self._notes: list[str] = []
+        self._notes = [*notes_of(files)]
         arguments = self._arguments(args, files, adapters, api.version)
         self._engine = VllmEngine(api, arguments, adapters, embeds=embeds, totals=LoadTotals(self._model), notify=tell)
         self._policy: str = args.policy
@@ -173,6 +175,8 @@ class VllmRun:
         }
         if args.max_model_len:  # else vLLM knows better than one field of the configuration, as of scaled positions
             arguments["max_model_len"] = args.max_model_len
+        if args.image_domain:
+            arguments["allowed_media_domains"] = [domain.lower() for domain in args.image_domain]
         if self._is_cpu:
             most_bytes = int(available_memory_bytes() * MAX_KV_SHARE * args.memory_share)
             memory = args.kv_memory or default_kv_memory(
