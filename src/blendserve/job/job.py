@@ -102,15 +102,25 @@ class JobReport:
 
 
 class JobInterrupted(KeyboardInterrupt):
-    """A job stopped by Ctrl-C or SIGTERM, journal safe. The message says how to go on; `exit_code` is for the shell."""
+    """A job stopped by Ctrl-C or one of `END_SIGNALS`, journal safe. The message says how to go on; `exit_code` is for
+    the shell.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
+END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What ends a job in good order: systems that stop it, a terminal that closes, Slurm before the time is up."""
+
+
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as it travels through the engine."""
+    """One of `END_SIGNALS`, as it travels through the engine."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 def run_job(
@@ -153,7 +163,8 @@ class _Run:
             with _terminable():
                 return self._run(generate, on_progress)
         except KeyboardInterrupt as interrupt:
-            raise JobInterrupted(self._how_to_go_on(), 143 if isinstance(interrupt, _Terminated) else 130) from None
+            exit_code = interrupt.exit_code if isinstance(interrupt, _Terminated) else 130
+            raise JobInterrupted(self._how_to_go_on(), exit_code) from None
 
     def _run(self, generate: Generate, on_progress: Callable[[JobProgress], None]) -> JobReport:
         own_sizes: OwnSizes = {}
@@ -386,16 +397,20 @@ def _left_of(outputs: Iterator[SequenceOutput], interrupt: KeyboardInterrupt) ->
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a job as Ctrl-C does. Signals reach only the main thread; elsewhere this does nothing."""
+    """Let `END_SIGNALS` end a job as Ctrl-C does, but for those that are ignored, as under nohup. Signals reach only
+    the main thread; elsewhere this does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise _Terminated
+        raise _Terminated(signum)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    heard = [number for number in END_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, terminate) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -227,7 +227,12 @@ def _locked(directory: Path) -> Iterator[None]:
             f"cannot write to the model cache {directory}: {error.strerror}; set BLENDSERVE_CACHE"
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot lock the model cache {directory}: {error.strerror}; set BLENDSERVE_CACHE to a local disk"
+            ) from error
         for left in directory.glob(".partial-*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
