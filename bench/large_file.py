@@ -21,13 +21,13 @@ from tempfile import TemporaryDirectory
 from common import print_header
 from scheduler import TokenSimulator
 
-from blendserve.cli.native_run import windows_of
 from blendserve.config import BLOCK_SIZE, EngineConfig
 from blendserve.costs.model_cost import CostModel
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import plan_requests, run_planned, run_windowed
+from blendserve.engines.native.engine import windows_of
 from blendserve.host import cache_dir
 from blendserve.job.check import check_file
 from blendserve.job.job import BatchJob, run_job

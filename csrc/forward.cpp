@@ -60,7 +60,6 @@ void Model::forward(const StepInput& input, KvCache& cache, int num_nano_batches
 void Model::place(NanoBatch& nano, int64_t first_row) {
   const int64_t widest = std::max({shape_.hidden_size, shape_.q_width(), shape_.intermediate_size});
   nano.residual = residual_.data() + first_row * shape_.hidden_size;
-  nano.normed = normed_.data() + first_row * shape_.hidden_size;
   nano.qkv = qkv_.data() + first_row * shape_.qkv_width();
   nano.gate_up = gate_up_.data() + first_row * 2 * shape_.intermediate_size;
   nano.packed = packed_.data() + round_up(activation_bytes(format_, first_row, widest), 64);
@@ -168,7 +167,7 @@ void Model::run_tile(int chain, int64_t op, int64_t tile, int worker, PrefetchRu
     case Stage::kEmbed:
       return embed(nano, tile);
     case Stage::kInputNorm:
-      return norm_and_pack(nano, layer.input_norm, tile);
+      return norm_and_pack(nano, layer.input_norm, tile, worker);
     case Stage::kQkv:
       return multiply(layer.qkv, layer.qkv_bias, false, nano.qkv, shape_.qkv_width());
     case Stage::kRotate:
@@ -184,11 +183,11 @@ void Model::run_tile(int chain, int64_t op, int64_t tile, int worker, PrefetchRu
     case Stage::kOutput:
       return multiply(layer.o, {}, true, nano.residual, shape_.hidden_size);
     case Stage::kPostNorm:
-      return norm_and_pack(nano, layer.post_attention_norm, tile);
+      return norm_and_pack(nano, layer.post_attention_norm, tile, worker);
     case Stage::kGateUp:
       return multiply(layer.gate_up, {}, false, nano.gate_up, 2 * shape_.intermediate_size);
     case Stage::kActivate:
-      return activate_and_pack(nano, tile);
+      return activate_and_pack(nano, tile, worker);
     case Stage::kDown:
       return multiply(layer.down, {}, true, nano.residual, shape_.hidden_size);
   }
@@ -251,14 +250,24 @@ void Model::embed(NanoBatch& nano, int64_t panel) {
   }
 }
 
-void Model::norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, int64_t panel) {
+RowPanel Model::row_panel(int worker, int64_t width) {
+  return {panels_.data() + worker * panel_floats_, width, RowPanel::stride_of(width)};
+}
+
+void Model::pack_panel(const RowPanel& rows, int64_t num_rows, int64_t panel, uint8_t* packed) const {
+  pack_activations(format_, rows.data, rows.stride, 0, num_rows, rows.width,
+                   packed + activation_bytes(format_, panel * kRowPanel, rows.width));
+}
+
+void Model::norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, int64_t panel, int worker) {
   const int64_t hidden = shape_.hidden_size;
   const RowRange rows = panel_rows(panel, nano.num_rows());
+  const RowPanel normed = row_panel(worker, hidden);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     rms_norm_row(isa_, nano.residual + row * hidden, weight.data(), shape_.rms_norm_eps, hidden,
-                 nano.normed + row * hidden);
+                 normed.row(row - rows.begin));
   }
-  pack_activations(format_, nano.normed, hidden, rows.begin, rows.end, hidden, nano.packed);
+  pack_panel(normed, rows.end - rows.begin, panel, nano.packed);
 }
 
 // Beside attention a tile takes as long as fetching one chunk, else the grid is that of the matmul alone.
@@ -288,7 +297,7 @@ void Model::rotate_and_cache(NanoBatch& nano, int64_t layer, int64_t tile) {
     for (int64_t h = 0; h < shape_.num_heads; ++h, head += stride) norm_and_rotate(weights.q_norm, q_scale);
     for (int64_t h = 0; h < shape_.num_kv_heads; ++h, head += stride) {
       norm_and_rotate(weights.k_norm, 1.0f);
-      step_cache_->write(layer, h, at.block, at.position % kBlockSize, head, head + shape_.kv_width());
+      step_cache_->write(isa_, layer, h, at.block, at.position % kBlockSize, head, head + shape_.kv_width());
     }
   }
 }
@@ -343,26 +352,28 @@ void Model::pack_attention(NanoBatch& nano, int64_t panel) {
   pack_activations(format_, nano.qkv, shape_.qkv_width(), rows.begin, rows.end, shape_.q_width(), nano.packed);
 }
 
-void Model::activate_and_pack(NanoBatch& nano, int64_t panel) {
+void Model::activate_and_pack(NanoBatch& nano, int64_t panel, int worker) {
   const int64_t width = shape_.intermediate_size;
   const RowRange rows = panel_rows(panel, nano.num_rows());
+  const RowPanel activated = row_panel(worker, width);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    float* gate = nano.gate_up + row * 2 * width;
-    silu_mul_row(isa_, gate, gate + width, width);
+    const float* gate = nano.gate_up + row * 2 * width;
+    silu_mul_row(isa_, gate, gate + width, width, activated.row(row - rows.begin));
   }
-  pack_activations(format_, nano.gate_up, 2 * width, rows.begin, rows.end, width, nano.packed);
+  pack_panel(activated, rows.end - rows.begin, panel, nano.packed);
 }
 
 void Model::head(std::span<const float* const> rows) {
   const auto num_rows = static_cast<int64_t>(rows.size());
   const int64_t hidden = shape_.hidden_size;
-  run(Op::kHeadNorm, num_panels(num_rows), [&](int64_t panel, int) {
+  run(Op::kHeadNorm, num_panels(num_rows), [&](int64_t panel, int worker) {
     const RowRange range = panel_rows(panel, num_rows);
+    const RowPanel normed = row_panel(worker, hidden);
     for (int64_t row = range.begin; row < range.end; ++row) {
       rms_norm_row(isa_, rows[static_cast<size_t>(row)], weights_.norm.data(), shape_.rms_norm_eps, hidden,
-                   normed_.data() + row * hidden);
+                   normed.row(row - range.begin));
     }
-    pack_activations(format_, normed_.data(), hidden, range.begin, range.end, hidden, packed_.data());
+    pack_panel(normed, range.end - range.begin, panel, packed_.data());
   });
   const PackedMatrix& w = weights_.lm_head;
   const MatmulGrid grid = suggest_grid(format_, num_rows, w.n(), w.k(), team_.num_threads(), l2_bytes_);

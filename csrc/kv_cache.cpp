@@ -1,6 +1,8 @@
 #include "kv_cache.h"
 
-#include "ops/bf16.h"
+#include <algorithm>
+
+#include "ops/pointwise.h"
 
 namespace blendserve {
 
@@ -10,17 +12,23 @@ KvCache::KvCache(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, i
       head_dim_(head_dim),
       data_(num_layers * num_blocks * num_kv_heads * 2 * kBlockSize * head_dim) {}
 
-void KvCache::write(int64_t layer, int64_t kv_head, int64_t block, int64_t offset, const float* key,
+// Rounding takes vectors. What it leaves is stored word by word: the neighbours belong to other tokens, which another
+// thread may be writing.
+void KvCache::write(Isa isa, int64_t layer, int64_t kv_head, int64_t block, int64_t offset, const float* key,
                     const float* value) {
+  constexpr int64_t kChunk = 64;
+  uint16_t rounded[kChunk];
   uint16_t* keys = head(layer, kv_head) + block * block_stride();
   uint16_t* values = keys + kBlockSize * head_dim_;
-  uint16_t* key_pair = keys + 2 * offset;
-  for (int64_t i = 0; i < head_dim_; i += 2, key_pair += 2 * kBlockSize) {
-    key_pair[0] = bf16_from_float(key[i]);
-    key_pair[1] = bf16_from_float(key[i + 1]);
+  uint16_t* key_pairs = keys + 2 * offset;
+  uint16_t* value_halves = values + offset / 2 * 2 * head_dim_ + offset % 2;
+  for (int64_t begin = 0; begin < head_dim_; begin += kChunk) {
+    const int64_t count = std::min(kChunk, head_dim_ - begin);
+    round_row(isa, key + begin, count, rounded);
+    for (int64_t i = 0; i < count; i += 2) std::copy_n(rounded + i, 2, key_pairs + (begin + i) * kBlockSize);
+    round_row(isa, value + begin, count, rounded);
+    for (int64_t i = 0; i < count; ++i) value_halves[2 * (begin + i)] = rounded[i];
   }
-  uint16_t* value_pair = values + offset / 2 * 2 * head_dim_ + offset % 2;
-  for (int64_t i = 0; i < head_dim_; ++i) value_pair[2 * i] = bf16_from_float(value[i]);
 }
 
 }  // namespace blendserve

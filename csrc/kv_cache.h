@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "ops/isa.h"
 #include "tensor.h"
 
 namespace blendserve {
@@ -27,8 +28,10 @@ class KvCache {
   uint16_t* head(int64_t layer, int64_t kv_head) { return data_.data() + head_offset(layer, kv_head); }
   const uint16_t* head(int64_t layer, int64_t kv_head) const { return data_.data() + head_offset(layer, kv_head); }
 
-  // Rounds and stores key[head_dim] and value[head_dim] of the token at `offset` in `block`.
-  void write(int64_t layer, int64_t kv_head, int64_t block, int64_t offset, const float* key, const float* value);
+  // Rounds and stores key[head_dim] and value[head_dim] of the token at `offset` in `block`. Different threads may
+  // write tokens of one block.
+  void write(Isa isa, int64_t layer, int64_t kv_head, int64_t block, int64_t offset, const float* key,
+             const float* value);
 
  private:
   int64_t head_stride() const { return 2 * kBlockSize * head_dim_; }

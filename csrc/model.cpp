@@ -114,11 +114,12 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
   const int64_t rows = round_up(std::max(limits.max_num_batched_tokens, kHeadRows), kRowPanel) + kRowPanel;
   const int64_t widest = std::max({shape.hidden_size, shape.q_width(), shape.intermediate_size});
   residual_ = Buffer<float>(rows * shape.hidden_size);
-  normed_ = Buffer<float>(rows * shape.hidden_size);
   qkv_ = Buffer<float>(rows * shape.qkv_width());
   gate_up_ = Buffer<float>(rows * 2 * shape.intermediate_size);
   packed_ = Buffer<uint8_t>(activation_bytes(format_, rows, widest));
   logits_ = Buffer<float>(kHeadRows * shape.vocab_size);
+  panel_floats_ = kRowPanel * RowPanel::stride_of(std::max(shape.hidden_size, shape.intermediate_size));
+  panels_ = Buffer<float>(num_threads * panel_floats_);
   attention_scratch_ = Buffer<float>(num_threads * attention_scratch_floats(shape.group(), shape.head_stride()));
   params_by_slot_.resize(static_cast<size_t>(limits.max_num_seqs));
   samples_.resize(static_cast<size_t>(limits.max_num_seqs));
@@ -278,7 +279,7 @@ int64_t Model::num_weight_bytes() const {
 int64_t Model::num_workspace_bytes() const {
   int64_t bytes = packed_.num_bytes();
   for (const NanoBatch& nano : nano_batches_) bytes += nano.partials.num_bytes();
-  for (const auto* buffer : {&residual_, &normed_, &qkv_, &gate_up_, &logits_, &attention_scratch_, &cosine_, &sine_}) {
+  for (const auto* buffer : {&residual_, &qkv_, &gate_up_, &logits_, &panels_, &attention_scratch_, &cosine_, &sine_}) {
     bytes += buffer->num_bytes();
   }
   return bytes;

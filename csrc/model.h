@@ -125,13 +125,23 @@ struct NanoBatch {
   Batch batch;
   Buffer<float> partials;  // of split sequences
   float* residual = nullptr;
-  float* normed = nullptr;
   float* qkv = nullptr;
   float* gate_up = nullptr;
   uint8_t* packed = nullptr;
   MatmulGrid grid = {};  // of the matmul at hand
   std::chrono::steady_clock::time_point started;
   std::array<double, kNumOps> op_s = {};
+};
+
+// A panel of rows that stays in cache between an op and its packing.
+struct RowPanel {
+  // An odd number of cache lines: rows a multiple of 4 KiB apart would share few cache sets.
+  static constexpr int64_t stride_of(int64_t width) { return (div_up(width, 16) | 1) * 16; }
+  float* row(int64_t i) const { return data + i * stride; }
+
+  float* data;
+  int64_t width;
+  int64_t stride;
 };
 
 class Model : private Chains {
@@ -187,13 +197,15 @@ class Model : private Chains {
                           const uint16_t** runs, int64_t max_runs) const;
   void place(NanoBatch& nano, int64_t first_row);
   void embed(NanoBatch& nano, int64_t panel);
-  void norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, int64_t panel);
+  void norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, int64_t panel, int worker);
   void rotate_and_cache(NanoBatch& nano, int64_t layer, int64_t tile);
   void attend(NanoBatch& nano, int64_t layer, const AttentionTask& task, int worker);
   void attend_group(NanoBatch& nano, int64_t layer, const AttentionTask& task, float* scratch);
   void merge_segments(NanoBatch& nano, int64_t layer, const AttentionSplit& split);
   void pack_attention(NanoBatch& nano, int64_t panel);
-  void activate_and_pack(NanoBatch& nano, int64_t panel);
+  void activate_and_pack(NanoBatch& nano, int64_t panel, int worker);
+  RowPanel row_panel(int worker, int64_t width);
+  void pack_panel(const RowPanel& rows, int64_t num_rows, int64_t panel, uint8_t* packed) const;
   const PackedMatrix* matrix_of(int64_t op) const;  // null where the op is no matmul
   OpTiles cut_matmul(NanoBatch& nano, const PackedMatrix& w, Stage stage);
   AttentionTile attention_of(const NanoBatch& nano, const AttentionTask& task, int64_t layer) const;
@@ -232,12 +244,13 @@ class Model : private Chains {
   std::vector<const BatchEntry*> head_entries_;
   Buffer<float> cosine_, sine_;  // [max_model_len, head_dim / 2]
   // Rows of one step, those of the second nano-batch after those of the first.
-  Buffer<float> residual_;           // [rows, hidden_size]
-  Buffer<float> normed_;             // [rows, hidden_size]
-  Buffer<float> qkv_;                // [rows, qkv_width]; attention leaves its output in place of q
-  Buffer<float> gate_up_;            // [rows, 2 * intermediate_size]
-  Buffer<uint8_t> packed_;           // the input of the matmul at hand
-  Buffer<float> logits_;             // [kHeadRows, vocab_size]
+  Buffer<float> residual_;  // [rows, hidden_size]
+  Buffer<float> qkv_;       // [rows, qkv_width]; attention leaves its output in place of q
+  Buffer<float> gate_up_;   // [rows, 2 * intermediate_size]
+  Buffer<uint8_t> packed_;  // the input of the matmul at hand
+  Buffer<float> logits_;    // [kHeadRows, vocab_size]
+  int64_t panel_floats_;
+  Buffer<float> panels_;             // per worker: a panel of rows on their way into packed_
   Buffer<float> attention_scratch_;  // per worker
   std::vector<SampleScratch> sample_scratch_;
 };

@@ -19,7 +19,7 @@ from blendserve.dialect.schema import ServedModel
 from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import EstimatingCodec, remote_cost, remote_table
 from blendserve.engines.http.client import ApiKey, ServerAddress
-from blendserve.engines.http.dispatch import HttpEngine, HttpSettings
+from blendserve.engines.http.dispatch import HttpDispatcher, HttpLimits
 from blendserve.engines.http.fake_server import FakeServer
 from blendserve.engines.http.pacing import RetrySettings
 from blendserve.job.job import BatchJob, JobReport, run_job
@@ -70,15 +70,15 @@ def write_input(path: Path, num_lines: int) -> Path:
     return path
 
 
-def engine_for(server: FakeServer | str, **fields: Any) -> HttpEngine:
+def engine_for(server: FakeServer | str, **fields: Any) -> HttpDispatcher:
     """An engine that retries fast, at a fixed seed."""
     base_url = server if isinstance(server, str) else server.base_url
     retry = RetrySettings(**{"max_attempts": 6, "max_outage_s": 600.0, **fields.pop("retry", {})})
     limits = {"max_inflight": 8, "timeout_s": 5.0, **fields.pop("settings", {})}
-    return HttpEngine(
+    return HttpDispatcher(
         ServerAddress.parse(base_url),
         ApiKey(KEY),
-        HttpSettings(**limits, retry=retry),
+        HttpLimits(**limits, retry=retry),
         clock=fields.pop("clock", None) or FakeClock(),
         random_source=random.Random(7),
         **fields,
@@ -86,7 +86,7 @@ def engine_for(server: FakeServer | str, **fields: Any) -> HttpEngine:
 
 
 def run_http(
-    engine: HttpEngine,
+    engine: HttpDispatcher,
     source: Path,
     output: Path,
     *,

@@ -14,7 +14,7 @@ from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import remote_cost
-from blendserve.engines.vllm.driver import VllmEngine
+from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.engines.vllm.fake import FakeVllm, answer_to
 from blendserve.job.job import BatchJob, JobReport, run_job
 from blendserve.job.pending import PendingRequests
@@ -52,10 +52,10 @@ def mixed_job(path: Path, num_lines: int) -> Path:
     return path
 
 
-def vllm_engine(api: FakeVllm, arguments: dict[str, Any] | None = None, **fields: Any) -> VllmEngine:
+def vllm_engine(api: FakeVllm, arguments: dict[str, Any] | None = None, **fields: Any) -> VllmDriver:
     """An engine on the fake, with a clock that counts its readings."""
     ticks = iter(range(10**9))
-    return VllmEngine(api, arguments or {}, ADAPTERS, clock=lambda: float(next(ticks)), **fields)
+    return VllmDriver(api, arguments or {}, ADAPTERS, clock=lambda: float(next(ticks)), **fields)
 
 
 class StopError(Exception):
@@ -63,7 +63,7 @@ class StopError(Exception):
 
 
 def run_vllm(
-    engine: VllmEngine,
+    engine: VllmDriver,
     source: Path,
     target: Path,
     *,

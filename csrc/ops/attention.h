@@ -36,6 +36,8 @@ struct AttentionTile {
 
 // How many tokens a tile should have: enough query rows to reuse each load of keys and values about 8 times.
 constexpr int64_t attention_tile_tokens(int64_t group) { return group >= 48 ? 1 : 48 / group; }
+inline constexpr int64_t kAttentionSumLanes = 16;                    // partial sums that a kernel may keep per row
+inline constexpr int64_t kAttentionScoreFloats = 12 * kChunkTokens;  // scores and weights of 8 rows
 // Floats of working memory that a tile needs.
 int64_t attention_scratch_floats(int64_t group, int64_t head_dim);
 void attention_tile(Isa isa, const AttentionTile& tile, float* scratch);
@@ -50,7 +52,9 @@ void attention_group(Isa isa, std::span<const AttentionTile> members, int64_t nu
 
 // The same for one query token, segment by segment: each writes one partial result, the merge writes `out`. Bitwise
 // equal to attention_tile.
-constexpr int64_t attention_partial_floats(int64_t group, int64_t head_dim) { return group * (head_dim + 2); }
+constexpr int64_t attention_partial_floats(int64_t group, int64_t head_dim) {
+  return group * (head_dim + kAttentionSumLanes) + round_up(group, 16);
+}
 constexpr int64_t num_attention_segments(int64_t num_tokens) { return div_up(num_tokens, kSegmentTokens); }
 void attention_segment(Isa isa, const AttentionTile& tile, int64_t segment, float* partial, float* scratch);
 void merge_attention_segments(Isa isa, const AttentionTile& tile, int64_t num_segments, float* partials);

@@ -1,7 +1,5 @@
 // The source of attention_<isa>.cpp: compiled once for each instruction set, see simd.h.
-#include <math.h>
-
-#include "ops/attention.h"
+#include "ops/attention_walk.h"
 #include "ops/simd.h"
 
 namespace blendserve::BLENDSERVE_KERNELS {
@@ -12,20 +10,6 @@ namespace {
 constexpr int kPassRows = 6;
 constexpr int kPassVectors[kPassRows + 1] = {0, 8, 4, 4, 2, 2, 2};
 constexpr int kBlockVectors = kBlockSize / kWidth;
-
-// Running softmax of `rows` queries: weighted values, largest score, sum of weights.
-struct Softmax {
-  float* out;  // [rows][head_dim]
-  float* max;  // [rows]
-  float* sum;  // [rows]
-};
-
-struct Chunk {
-  const uint16_t* blocks[kChunkBlocks];
-  const uint16_t* next[kChunkBlocks];  // of the following chunk, to be prefetched
-  int64_t num_blocks;                  // that hold tokens this tile may see; blocks[] repeats the last one
-  int64_t num_tokens;
-};
 
 // The two steps that use all 16 registers are written out for AVX2: compilers load ahead of them and spill sums.
 BLENDSERVE_INLINE void add_products_of_row(const float* x, Vec v0, Vec v1, Vec& sum0, Vec& sum1) {
@@ -77,7 +61,11 @@ BLENDSERVE_INLINE void add_products_of_vector(const uint16_t* words, Vec f0, Vec
 #endif
 }
 
-BLENDSERVE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into L2: there are fewer outstanding requests for L1, which made decodes from memory wait a third longer.
+BLENDSERVE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+BLENDSERVE_INLINE const uint16_t* asked(const Chunk& chunk, int64_t block) {
+  return chunk.is_next_wanted ? chunk.next[block] : chunk.blocks[block];
+}
 
 // acc[r][c] += x[r * stride] * half of words(c). The shorter side is held in registers (12 accumulators leave 4), the
 // longer one streams.
@@ -124,7 +112,7 @@ BLENDSERVE_INLINE void score_pass(const float* q, int64_t head_dim, const Chunk&
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b) {
     keys[b] = chunk.blocks[first / kBlockVectors + b] + first % kBlockVectors * 2 * kWidth;
-    next[b] = chunk.next[first / kBlockVectors + b];
+    next[b] = asked(chunk, first / kBlockVectors + b);
   }
   for (int64_t i = 0; i < head_dim; i += 2) {
     const int64_t offset = i * kBlockSize;
@@ -156,7 +144,7 @@ BLENDSERVE_INLINE void value_pass(const float* weights, const float* decay, cons
   const int64_t first = kBlockSize * head_dim + 2 * column;
   for (int64_t block = 0; block < chunk.num_blocks; ++block) {
     const uint16_t* values = chunk.blocks[block] + first;
-    const uint16_t* next = chunk.next[block] + first;
+    const uint16_t* next = asked(chunk, block) + first;
     const int64_t begin = block * kBlockSize;
     const int64_t end = begin + kBlockSize < chunk.num_tokens ? begin + kBlockSize : chunk.num_tokens;
     for (int64_t t = begin; t < end; t += 2, values += 2 * head_dim, next += 2 * head_dim) {
@@ -221,174 +209,49 @@ using ChunkPass = void (*)(const float*, int64_t, const Chunk&, const int64_t*, 
 constexpr ChunkPass kChunkPasses[kPassRows + 1] = {nullptr,       chunk_pass<1>, chunk_pass<2>, chunk_pass<3>,
                                                    chunk_pass<4>, chunk_pass<5>, chunk_pass<6>};
 
-Chunk chunk_at(const AttentionTile& tile, int64_t begin, int64_t end) {
-  Chunk chunk;
-  const int64_t first = begin / kBlockSize;
-  const int64_t last = (end - 1) / kBlockSize;
-  chunk.num_tokens = end - begin < kChunkTokens ? end - begin : kChunkTokens;
-  chunk.num_blocks = div_up(chunk.num_tokens, kBlockSize);
-  for (int64_t b = 0; b < kChunkBlocks; ++b) {
-    const int64_t here = first + b < last ? first + b : last;
-    const int64_t next = here + kChunkBlocks < last ? here + kChunkBlocks : last;
-    chunk.blocks[b] = tile.cache + tile.block_table[here] * tile.block_stride;
-    chunk.next[b] = tile.cache + tile.block_table[next] * tile.block_stride;
-  }
-  return chunk;
-}
+struct Kernel {
+  static constexpr int64_t kSumLanes = 1;
+  static constexpr int64_t kMaxPassRows = kPassRows;
+  static constexpr float kNoScore = -INFINITY;
+  using Query = float*;  // [rows][head_dim]
 
-Softmax rows_from(Softmax softmax, int64_t row, int64_t head_dim) {
-  return {softmax.out + row * head_dim, softmax.max + row, softmax.sum + row};
-}
+  static int64_t pass_rows(int64_t num_rows) { return num_rows < kPassRows ? num_rows : kPassRows; }
 
-// Adds positions [begin, end) to the softmax of all rows of the tile; q is [rows][head_dim].
-void add_positions(const AttentionTile& tile, const float* q, int64_t begin, int64_t end, Softmax softmax,
-                   float* scores) {
-  const int64_t num_rows = tile.num_tokens * tile.group;
-  for (int64_t start = begin; start < end; start += kChunkTokens) {
-    Chunk chunk = chunk_at(tile, start, end);
-    const int64_t first_token = start > tile.first_position ? start - tile.first_position : 0;
-    for (int64_t row = first_token * tile.group; row < num_rows;) {
-      const int64_t rows = num_rows - row < kPassRows ? num_rows - row : kPassRows;
-      int64_t num_visible[kPassRows];
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t visible = tile.first_position + (row + r) / tile.group + 1 - start;
-        num_visible[r] = visible < kChunkTokens ? visible : kChunkTokens;
-      }
-      kChunkPasses[rows](q + row * tile.head_dim, tile.head_dim, chunk, num_visible,
-                         rows_from(softmax, row, tile.head_dim), scores);
-      row += rows;
-      for (int64_t b = 0; b < kChunkBlocks; ++b) chunk.next[b] = chunk.blocks[b];  // one pass has prefetched it
+  static Query lay_out(float*& memory, int64_t num_rows, int64_t head_dim) { return take(memory, num_rows * head_dim); }
+
+  static void pack(const AttentionTile& tile, int64_t first_row, Query query) {
+    const int64_t count = tile.group * tile.head_dim;
+    float* to = query + first_row * tile.head_dim;
+    for (int64_t token = 0; token < tile.num_tokens; ++token) {
+      memcpy(to + token * count, tile.q + token * tile.row_stride, static_cast<size_t>(count) * sizeof(float));
     }
   }
-}
 
-void clear(Softmax softmax, int64_t first_row, int64_t num_rows, int64_t head_dim) {
-  for (int64_t row = first_row; row < num_rows; ++row) {
-    softmax.max[row] = -INFINITY;
-    softmax.sum[row] = 0.0f;
+  static void add_chunk(Query query, int64_t row, int64_t num_rows, int64_t head_dim, const Chunk& chunk,
+                        const int64_t* num_visible, Softmax softmax, float* scores) {
+    kChunkPasses[num_rows](query + row * head_dim, head_dim, chunk, num_visible, softmax, scores);
   }
-  for (int64_t i = first_row * head_dim; i < num_rows * head_dim; i += kWidth) store(softmax.out + i, Vec{});
-}
 
-// total = total merged with part, which holds later positions.
-void merge(Softmax total, Softmax part, int64_t first_row, int64_t num_rows, int64_t head_dim) {
-  for (int64_t row = first_row; row < num_rows; ++row) {
-    const float new_max = part.max[row] > total.max[row] ? part.max[row] : total.max[row];
-    const Vec keep = exp(set(total.max[row] - new_max));
-    const Vec add = exp(set(part.max[row] - new_max));
-    total.max[row] = new_max;
-    total.sum[row] = total.sum[row] * first_lane(keep) + part.sum[row] * first_lane(add);
-    float* out = total.out + row * head_dim;
-    const float* more = part.out + row * head_dim;
-    for (int64_t i = 0; i < head_dim; i += kWidth) store(out + i, load(out + i) * keep + load(more + i) * add);
+  static void merge_row(Softmax total, Softmax part, int64_t head_dim) {
+    const float new_max = *part.max > *total.max ? *part.max : *total.max;
+    const Vec keep = exp(set(*total.max - new_max));
+    const Vec add = exp(set(*part.max - new_max));
+    *total.max = new_max;
+    *total.sum = *total.sum * first_lane(keep) + *part.sum * first_lane(add);
+    for (int64_t i = 0; i < head_dim; i += kWidth) {
+      store(total.out + i, load(total.out + i) * keep + load(part.out + i) * add);
+    }
   }
-}
 
-void write_out(const AttentionTile& tile, Softmax softmax) {
-  for (int64_t row = 0; row < tile.num_tokens * tile.group; ++row) {
-    const Vec inverse = set(1.0f / softmax.sum[row]);
-    const float* from = softmax.out + row * tile.head_dim;
-    float* to = tile.out + row / tile.group * tile.row_stride + row % tile.group * tile.head_dim;
+  static void write_row(Softmax row, int64_t head_dim, float* to) {
+    const Vec inverse = set(1.0f / *row.sum);
     // + 0: a masked token's 0 * value may have turned a -0 into 0, depending on the tile; here all zeros become +0.
-    for (int64_t i = 0; i < tile.head_dim; i += kWidth) store(to + i, load(from + i) * inverse + Vec{});
+    for (int64_t i = 0; i < head_dim; i += kWidth) store(to + i, load(row.out + i) * inverse + Vec{});
   }
-}
-
-struct Scratch {
-  float* q;
-  Softmax total, part;
-  float* scores;
 };
-
-BLENDSERVE_INLINE float* take(float*& memory, int64_t count) {
-  float* start = memory;
-  memory += round_up(count, 16);
-  return start;
-}
-
-Scratch lay_out(float* memory, int64_t num_rows, int64_t head_dim) {
-  Scratch scratch;
-  scratch.scores = take(memory, kPassRows * kChunkTokens);
-  scratch.q = take(memory, num_rows * head_dim);
-  for (Softmax* softmax : {&scratch.total, &scratch.part}) {
-    softmax->out = take(memory, num_rows * head_dim);
-    softmax->max = take(memory, num_rows);
-    softmax->sum = take(memory, num_rows);
-  }
-  return scratch;
-}
-
-// Adds what the tile sees from position `begin` on and writes its result; its rows are those of the scratch from
-// `first_row` on. The segment in which `begin` lies has been started unless it starts there.
-void attend_from(const AttentionTile& tile, int64_t begin, const Scratch& scratch, int64_t first_row) {
-  const int64_t num_rows = tile.num_tokens * tile.group;
-  const int64_t end = tile.first_position + tile.num_tokens;
-  const Softmax total = rows_from(scratch.total, first_row, tile.head_dim);
-  const Softmax part = rows_from(scratch.part, first_row, tile.head_dim);
-  while (begin < end) {
-    const int64_t segment = begin / kSegmentTokens * kSegmentTokens;
-    const int64_t segment_end = segment + kSegmentTokens < end ? segment + kSegmentTokens : end;
-    const int64_t first = segment > tile.first_position ? (segment - tile.first_position) * tile.group : 0;
-    const Softmax softmax = segment == 0 ? total : part;
-    if (begin == segment) clear(softmax, first, num_rows, tile.head_dim);
-    add_positions(tile, scratch.q + first_row * tile.head_dim, begin, segment_end, softmax, scratch.scores);
-    if (segment > 0) merge(total, part, first, num_rows, tile.head_dim);
-    begin = segment_end;
-  }
-  write_out(tile, total);
-}
-
-Softmax partial_at(const AttentionTile& tile, float* partials, int64_t segment) {
-  float* start = partials + segment * attention_partial_floats(tile.group, tile.head_dim);
-  return {start, start + tile.group * tile.head_dim, start + tile.group * (tile.head_dim + 1)};
-}
 
 }  // namespace
 
-void attention_tile(const AttentionTile& tile, float* memory) {
-  const Scratch scratch = lay_out(memory, tile.num_tokens * tile.group, tile.head_dim);
-  for (int64_t token = 0; token < tile.num_tokens; ++token) {
-    const int64_t count = tile.group * tile.head_dim;
-    memcpy(scratch.q + token * count, tile.q + token * tile.row_stride, static_cast<size_t>(count) * sizeof(float));
-  }
-  attend_from(tile, 0, scratch, 0);
-}
-
-void attention_group(const AttentionTile* members, int64_t num_members, int64_t num_shared_tokens, float* memory) {
-  AttentionTile together = members[0];  // as a tile of so many tokens, all of which see the whole prefix
-  together.num_tokens = num_members;
-  together.first_position = num_shared_tokens;
-  const int64_t num_rows = num_members * together.group;
-  const Scratch scratch = lay_out(memory, num_rows, together.head_dim);
-  const int64_t count = together.group * together.head_dim;
-  for (int64_t m = 0; m < num_members; ++m) {
-    memcpy(scratch.q + m * count, members[m].q, static_cast<size_t>(count) * sizeof(float));
-  }
-  for (int64_t begin = 0; begin < num_shared_tokens; begin += kSegmentTokens) {
-    const Softmax softmax = begin == 0 ? scratch.total : scratch.part;
-    const int64_t end = begin + kSegmentTokens;
-    clear(softmax, 0, num_rows, together.head_dim);
-    add_positions(together, scratch.q, begin, end < num_shared_tokens ? end : num_shared_tokens, softmax,
-                  scratch.scores);
-    if (begin > 0 && end <= num_shared_tokens) merge(scratch.total, scratch.part, 0, num_rows, together.head_dim);
-  }
-  for (int64_t m = 0; m < num_members; ++m) attend_from(members[m], num_shared_tokens, scratch, m * together.group);
-}
-
-void attention_segment(const AttentionTile& tile, int64_t segment, float* partial, float* memory) {
-  const Softmax softmax = partial_at(tile, partial, 0);
-  clear(softmax, 0, tile.group, tile.head_dim);
-  const int64_t begin = segment * kSegmentTokens;
-  const int64_t end = tile.first_position + 1;
-  add_positions(tile, tile.q, begin, begin + kSegmentTokens < end ? begin + kSegmentTokens : end, softmax, memory);
-}
-
-void merge_attention_segments(const AttentionTile& tile, int64_t num_segments, float* partials) {
-  const Softmax total = partial_at(tile, partials, 0);
-  for (int64_t segment = 1; segment < num_segments; ++segment) {
-    merge(total, partial_at(tile, partials, segment), 0, tile.group, tile.head_dim);
-  }
-  write_out(tile, total);
-}
+const AttentionKernels attention_kernels = kWalk<Kernel>;
 
 }  // namespace blendserve::BLENDSERVE_KERNELS

@@ -48,7 +48,7 @@ class PackedMatrix {
   const uint16_t* data() const { return static_cast<const uint16_t*>(data_.get()); }
   const int8_t* int8_data() const { return static_cast<const int8_t*>(data_.get()); }
   const float* scales() const { return scales_.data(); }      // int8: per column, padded to whole panels
-  const int32_t* offsets() const { return offsets_.data(); }  // int8: what to subtract from sums, per group and column
+  const int32_t* offsets() const { return offsets_.data(); }  // int8: what sums start from, per group and column
   // The packed weights of the panel that begins at column `column`, a multiple of kColumnPanel; bf16 only.
   std::span<const uint16_t> columns(int64_t column) const;
   // Writes row `row` (k values) as float32: the embedding of a token where the head is tied to it.

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "ops/matmul_kernels.h"
+#include "ops/prefetch_schedule.h"
 
 namespace blendserve::kernels {
 namespace {
@@ -28,13 +29,10 @@ struct Block {
   int64_t num_k;
   float* y;
   int64_t ldy;
-  float* kept;                            // one panel as float32, [num_k][16]; null where nothing is kept
-  bool is_loaded;                         // start from y instead of 0
-  const float* bias;                      // added last; may be null
-  const uint16_t* prefetch;               // one line per panel and two k is fetched into L2 from here ...
-  int64_t prefetch_step;                  // ... moving on by so many elements: 32, or 0 where there is nothing to fetch
-  const uint16_t* const* runs = nullptr;  // instead, where not null: the next run every `run_steps` steps
-  int64_t run_steps = 0;
+  float* kept;        // one panel as float32, [num_k][16]; null where nothing is kept
+  bool is_loaded;     // start from y instead of 0
+  const float* bias;  // added last; may be null
+  PrefetchSchedule schedule;
 };
 
 template <int kRows, int kVectors>
@@ -65,60 +63,73 @@ template <int kRows, int kVectors>
 alignas(32) constexpr uint32_t kHighHalves[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
                                                  0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
 
+// Where a kernel stands in k.
+struct Cursor {
+  const float* x;
+  const uint16_t* w;
+  float* kept;
+};
+
+// sums += two values of each row by two weights of each column.
+template <int kRows, int kPanels, Source kSource>
+[[gnu::always_inline]] inline void add_pair(const Block& b, Cursor& at, __m256 (&sums)[kRows][2 * kPanels]) {
+  const uint32_t* high_halves = kHighHalves;
+#pragma GCC unroll 4
+  for (int p = 0; p < kPanels; ++p) {
+    const __m256i* lanes = reinterpret_cast<const __m256i*>(at.w + p * b.panel_stride);
+    // With 12 sums there is no register for the mask: hide that it stays the same, so that it is read from memory.
+    if constexpr (kRows * kPanels >= kMaxRows) asm("" : "+r"(high_halves));
+    const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(high_halves));
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      __m256 w0, w1;
+      if constexpr (kSource == Source::kKept) {
+        w0 = _mm256_load_ps(at.kept + odd * kWeightPanel);
+        w1 = _mm256_load_ps(at.kept + odd * kWeightPanel + 8);
+      } else {
+        const __m256i raw0 = _mm256_load_si256(lanes);
+        const __m256i raw1 = _mm256_load_si256(lanes + 1);
+        w0 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw0, high) : _mm256_slli_epi32(raw0, 16));
+        w1 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw1, high) : _mm256_slli_epi32(raw1, 16));
+      }
+      if constexpr (kSource == Source::kPackedAndKept) {
+        _mm256_store_ps(at.kept + odd * kWeightPanel, w0);
+        _mm256_store_ps(at.kept + odd * kWeightPanel + 8, w1);
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const __m256 value = _mm256_broadcast_ss(at.x + r * b.ldx + odd);
+        sums[r][2 * p] = _mm256_fmadd_ps(value, w0, sums[r][2 * p]);
+        sums[r][2 * p + 1] = _mm256_fmadd_ps(value, w1, sums[r][2 * p + 1]);
+      }
+    }
+  }
+  at.x += 2;
+  at.w += 2 * kWeightPanel;
+  if constexpr (kSource != Source::kPacked) at.kept += 2 * kWeightPanel;
+}
+
+// One row reads as fast as memory gives, on four panels at once, and is slower with prefetches.
+constexpr bool can_ask(int64_t num_rows) { return num_rows > 1; }
+
 template <int kRows, int kPanels, Source kSource>
 void kernel(const Block& b) {
-  const uint32_t* high_halves = kHighHalves;
-  const float* x = b.x;
-  const int64_t ldx = b.ldx;
-  const uint16_t* w = b.w;
-  const int64_t panel_stride = b.panel_stride;
-  float* kept = b.kept;
-  const uint16_t* prefetch = b.prefetch;
+  Cursor at = {b.x, b.w, b.kept};
   __m256 sums[kRows][2 * kPanels];
   load_sums<kRows, 2 * kPanels>(b, sums);
-  const uint16_t* const* runs = b.runs;
-  int64_t pair = b.num_k / 2;
-  do {
-    const int64_t end = runs != nullptr && pair > b.run_steps ? pair - b.run_steps : 0;
-    if (runs != nullptr) prefetch = *runs++;
-    for (; pair > end; --pair) {
-#pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) {
-        const __m256i* lanes = reinterpret_cast<const __m256i*>(w + p * panel_stride);
-        _mm_prefetch(reinterpret_cast<const char*>(prefetch + p * panel_stride), _MM_HINT_T1);
-        // With 12 sums there is no register for the mask: hide that it stays the same, so that it is read from memory.
-        if constexpr (kRows * kPanels >= kMaxRows) asm("" : "+r"(high_halves));
-        const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(high_halves));
-#pragma GCC unroll 2
-        for (int odd = 0; odd < 2; ++odd) {
-          __m256 w0, w1;
-          if constexpr (kSource == Source::kKept) {
-            w0 = _mm256_load_ps(kept + odd * kWeightPanel);
-            w1 = _mm256_load_ps(kept + odd * kWeightPanel + 8);
-          } else {
-            const __m256i raw0 = _mm256_load_si256(lanes);
-            const __m256i raw1 = _mm256_load_si256(lanes + 1);
-            w0 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw0, high) : _mm256_slli_epi32(raw0, 16));
-            w1 = _mm256_castsi256_ps(odd ? _mm256_and_si256(raw1, high) : _mm256_slli_epi32(raw1, 16));
-          }
-          if constexpr (kSource == Source::kPackedAndKept) {
-            _mm256_store_ps(kept + odd * kWeightPanel, w0);
-            _mm256_store_ps(kept + odd * kWeightPanel + 8, w1);
-          }
-#pragma GCC unroll 6
-          for (int r = 0; r < kRows; ++r) {
-            const __m256 value = _mm256_broadcast_ss(x + r * ldx + odd);
-            sums[r][2 * p] = _mm256_fmadd_ps(value, w0, sums[r][2 * p]);
-            sums[r][2 * p + 1] = _mm256_fmadd_ps(value, w1, sums[r][2 * p + 1]);
-          }
-        }
-      }
-      x += 2;
-      w += 2 * kWeightPanel;
-      if constexpr (kSource != Source::kPacked) kept += 2 * kWeightPanel;
-      prefetch += b.prefetch_step;
+  int64_t pairs = b.num_k / 2;
+  Prefetcher<kPanels <= 2 ? kPanels : 2> prefetcher(b.schedule);
+  for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
+    prefetcher.begin_turn(at.w);
+    for (int step = 0; step < kTurnSteps; ++step) {
+      prefetcher.ask(step, sums[0][0]);
+      add_pair<kRows, kPanels, kSource>(b, at, sums);
     }
-  } while (pair > 0);
+  }
+  for (; pairs > 0; --pairs) {
+    if constexpr (can_ask(kRows)) prefetcher.ask_for_share();
+    add_pair<kRows, kPanels, kSource>(b, at, sums);
+  }
   store_sums<kRows, 2 * kPanels>(b, sums);
 }
 
@@ -176,51 +187,41 @@ void prefetch_rows(const float* y, int64_t ldy, int64_t num_rows) {
 // Columns [col, col_end) of a strip, for all row groups of the tile and `block_num_k` values of k from `k` on.
 void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t block_num_k, int64_t col,
                int64_t col_end) {
-  const int64_t num_k = round_up(a.k, 2);
-  const int64_t panel_stride = num_k * kWeightPanel;
-  const int64_t ldx = row_stride(a.k);
+  const int64_t num_k = round_up(a.k, 2), panel_stride = num_k * kWeightPanel, ldx = row_stride(a.k);
+  const int64_t num_columns = col_end - col, num_panels = ceil_div(num_columns, kWeightPanel);
+  const uint16_t* w = a.w + col / kWeightPanel * panel_stride + k * kWeightPanel;
   alignas(32) float kept[kMaxResidentK * kWeightPanel];
   const bool is_kept = groups.count >= kMinKeptGroups;
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t row = a.tile.row_begin + groups.begin(group);
     const int64_t next_row = a.tile.row_begin + groups.begin(group + 1);
-    const int64_t step = num_strip_panels(next_row - row) * kWeightPanel;
-    for (int64_t c = col; c < col_end; c += step) {
-      const int64_t num_columns = min64(step, col_end - c);
-      const int64_t num_panels = ceil_div(num_columns, kWeightPanel);
-      const uint16_t* w = a.w + c / kWeightPanel * panel_stride + k * kWeightPanel;
-      // The first group streams the weights in; meanwhile it fetches those of the strip that follows. One row alone
-      // reads as fast as memory gives, on four panels at once, and is slower with fetches.
-      const int64_t ahead = c + (col_end - col);
-      const bool can_fetch = group == 0 && groups.num_rows > 1 && ahead + step <= a.tile.col_end;
-      const int64_t num_runs = a.runs != nullptr ? ceil_div(block_num_k / 2, run_steps(a.runs->step_bytes)) : 0;
-      const bool can_fetch_runs = num_runs > 0 && group > 0 && next_row - row > 2 && a.runs->left() >= num_runs;
-      float* y = a.y + row * a.ldy + c;
-      prefetch_rows(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row));
-      const Block b{.x = static_cast<const float*>(a.x) + row * ldx + k,
-                    .ldx = ldx,
-                    .w = w,
-                    .panel_stride = panel_stride,
-                    .num_k = block_num_k,
-                    .y = y,
-                    .ldy = a.ldy,
-                    .kept = is_kept ? kept : nullptr,
-                    .is_loaded = a.accumulate || k > 0,
-                    .bias = a.bias != nullptr && k + block_num_k == num_k ? a.bias + c : nullptr,
-                    .prefetch = can_fetch ? w + (ahead - c) / kWeightPanel * panel_stride : w,
-                    .prefetch_step = can_fetch_runs ? a.runs->step_bytes / 2
-                                     : can_fetch    ? 2 * kWeightPanel
-                                                    : 0,
-                    .runs = can_fetch_runs ? a.runs->take(num_runs) : nullptr,
-                    .run_steps = can_fetch_runs ? run_steps(a.runs->step_bytes) : 0};
-      const auto run_block = [rows = next_row - row, num_panels, group](const Block& block) {
-        return block.kept != nullptr ? run_kept(block, rows, group == 0) : run(block, rows, num_panels);
-      };
-      if (num_columns == num_panels * kWeightPanel) {
-        run_block(b);
-      } else {
-        run_padded<kMaxRows, kMaxPanels * kWeightPanel>(b, next_row - row, num_columns, run_block);
-      }
+    PrefetchSchedule schedule = {.share = w};
+    if (col_end < a.tile.col_end) {
+      schedule =
+          ask_for_strip(w + num_panels * panel_stride, num_panels * kWeightPanel * block_num_k * int64_t{sizeof(*w)},
+                        group, groups.count, block_num_k / 2, w);
+    }
+    if (groups.count > 1) schedule.runs = a.runs;
+    float* y = a.y + row * a.ldy + col;
+    prefetch_rows(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row));
+    const Block b{.x = static_cast<const float*>(a.x) + row * ldx + k,
+                  .ldx = ldx,
+                  .w = w,
+                  .panel_stride = panel_stride,
+                  .num_k = block_num_k,
+                  .y = y,
+                  .ldy = a.ldy,
+                  .kept = is_kept ? kept : nullptr,
+                  .is_loaded = a.accumulate || k > 0,
+                  .bias = a.bias != nullptr && k + block_num_k == num_k ? a.bias + col : nullptr,
+                  .schedule = schedule};
+    const auto run_block = [rows = next_row - row, num_panels, group](const Block& block) {
+      return block.kept != nullptr ? run_kept(block, rows, group == 0) : run(block, rows, num_panels);
+    };
+    if (num_columns == num_panels * kWeightPanel) {
+      run_block(b);
+    } else {
+      run_padded<kMaxRows, kMaxPanels * kWeightPanel>(b, next_row - row, num_columns, run_block);
     }
   }
 }
@@ -234,14 +235,14 @@ int64_t block_size(int64_t num_rows, int64_t k) {
 
 }  // namespace
 
-// Every group of rows but the first, which fetches weights, on every panel.
+// None beside one group of rows: that waits for its own weights.
 int64_t num_prefetch_runs_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
   const RowGroups groups(tile.row_end - tile.row_begin);
-  if (groups.num_rows <= 2 * groups.count) return 0;
-  const int64_t block_k = block_size(groups.num_rows, k);
+  if (groups.count == 1) return 0;
+  const int64_t num_k = round_up(k, 2), block_k = block_size(groups.num_rows, k);
+  const int64_t num_turns = num_k / block_k * (block_k / 2 / kTurnSteps) + num_k % block_k / 2 / kTurnSteps;
   const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kWeightPanel);
-  const int64_t num_blocks = ceil_div(round_up(k, 2), block_k);
-  return (groups.count - 1) * num_panels * num_blocks * ceil_div(block_k / 2, run_steps(step_bytes));
+  return num_runs_of_turns<1>(groups.count * num_panels * num_turns, step_bytes);
 }
 
 void tile_avx2(const TileArgs& args) {

@@ -1,8 +1,8 @@
 // bf16 dot products of AVX512-BF16 (vdpbf16ps): two neighbours in k per lane and step, summed into float32. Activations
 // are rounded to bf16. An output element is one chain of these over rising k in every kernel here.
 #include "ops/avx512.h"
-#include "ops/bf16.h"
 #include "ops/matmul_kernels.h"
+#include "ops/prefetch_schedule.h"
 
 namespace blendserve::kernels {
 namespace {
@@ -20,12 +20,35 @@ struct Block {
   int64_t num_pairs;
   float* y;
   int64_t ldy;
-  bool is_loaded;               // start from y instead of 0
-  const float* bias;            // added last; may be null
-  const uint16_t* const* runs;  // to be fetched, the next one every `run_steps` pairs; null for none
-  int64_t run_steps;
-  int64_t prefetch_step;  // elements, per pair
+  bool is_loaded;     // start from y instead of 0
+  const float* bias;  // added last; may be null
+  PrefetchSchedule schedule;
 };
+
+// Panels that `num_rows` rows take at once.
+constexpr int64_t panels_at_once(int64_t num_rows) { return num_rows == 1 ? kMaxPanels : num_rows <= 3 ? 2 : 1; }
+
+// Few rows wait for their own weights: hardware fetches those, and to ask for more costs time.
+constexpr bool can_ask(int64_t num_rows) { return num_rows > 3; }
+
+// sums += two values of each row by two weights of each column.
+template <int kRows, int kVectors>
+[[gnu::always_inline]] inline void add_pair(const uint16_t* x, const uint16_t* w, int64_t panel_stride,
+                                            __m512 (&sums)[kRows][kVectors]) {
+  __m512bh weights[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    weights[v] = (__m512bh)_mm512_loadu_si512(w + v / 2 * panel_stride + v % 2 * 32);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    int lane;
+    __builtin_memcpy(&lane, x + 2 * r, sizeof(lane));
+    const __m512bh value = (__m512bh)_mm512_set1_epi32(lane);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], value, weights[v]);
+  }
+}
 
 template <int kRows, int kPanels>
 void kernel(const Block& b) {
@@ -40,30 +63,20 @@ void kernel(const Block& b) {
   }
   const uint16_t* x = b.x;
   const uint16_t* w = b.w;
-  const uint16_t* const* runs = b.runs;
-  const uint16_t* prefetch = w;
-  int64_t pairs_to_run = 0;
-  for (int64_t pair = 0; pair < b.num_pairs; ++pair) {
-    if (runs != nullptr && pairs_to_run-- == 0) {
-      prefetch = *runs++;
-      pairs_to_run = b.run_steps - 1;
+  int64_t pairs = b.num_pairs;
+  Prefetcher<2> prefetcher(b.schedule);
+  for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
+    prefetcher.begin_turn(w);
+#pragma GCC unroll 16
+    for (int step = 0; step < kTurnSteps; ++step) {
+      prefetcher.ask(step, sums[0][0]);
+      add_pair<kRows, kVectors>(x + step * 2 * kRowPanel, w + step * 2 * kPanel, b.panel_stride, sums);
     }
-    _mm_prefetch(reinterpret_cast<const char*>(prefetch), _MM_HINT_T1);
-    prefetch += b.prefetch_step;
-    __m512bh weights[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const uint16_t* lanes = w + v / 2 * b.panel_stride + v % 2 * 32;
-      weights[v] = (__m512bh)_mm512_loadu_si512(lanes);
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      int lane;
-      __builtin_memcpy(&lane, x + 2 * r, sizeof(lane));
-      const __m512bh value = (__m512bh)_mm512_set1_epi32(lane);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], value, weights[v]);
-    }
+    x += kTurnSteps * 2 * kRowPanel;
+    w += kTurnSteps * 2 * kPanel;
+  }
+  for (; pairs > 0; --pairs) {
+    add_pair<kRows, kVectors>(x, w, b.panel_stride, sums);
     x += 2 * kRowPanel;
     w += 2 * kPanel;
   }
@@ -78,9 +91,6 @@ void kernel(const Block& b) {
     for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(b.y + r * b.ldy + v * 16, sums[r][v]);
   }
 }
-
-// Panels that `num_rows` rows take at once.
-int64_t panels_at_once(int64_t num_rows) { return num_rows == 1 ? kMaxPanels : num_rows <= 3 ? 2 : 1; }
 
 template <int kRows>
 void run_panels(const Block& b, int64_t num_panels) {
@@ -124,64 +134,109 @@ void run(const Block& b, int64_t num_rows, int64_t num_panels) {
   }
 }
 
-}  // namespace
-
-// Every panel of rows but the first, on every panel of columns; none of three rows or fewer.
-int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  const int64_t num_rows = tile.row_end - tile.row_begin;
-  const int64_t last = (num_rows - 1) % kRowPanel + 1;
-  const int64_t num_others = ceil_div(num_rows, kRowPanel) - (panels_at_once(last) > 1 ? 2 : 1);
-  const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kPanel);
-  return num_others < 1 ? 0 : num_others * num_panels * ceil_div(round_up(k, 2) / 2, run_steps(step_bytes));
+// 16 pairs of four rows, each as one vector, become [16][kRowPanel][2] from `out` on; the first `num_pairs` are
+// written.
+[[gnu::always_inline]] inline void store_pairs(const __m512i (&rows)[4], int64_t num_pairs, uint16_t* out) {
+  const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  // Lane l of 128 bits in pairs[j] is pair 4 l + j of the four rows.
+  const __m512i pairs[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                            _mm512_unpackhi_epi64(b, d)};
+  const auto store = [&](int64_t pair, __m128i lane) {
+    if (pair < num_pairs) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + pair * 2 * kRowPanel), lane);
+  };
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    store(j, _mm512_castsi512_si128(pairs[j]));
+    store(j + 4, _mm512_extracti32x4_epi32(pairs[j], 1));
+    store(j + 8, _mm512_extracti32x4_epi32(pairs[j], 2));
+    store(j + 12, _mm512_extracti32x4_epi32(pairs[j], 3));
+  }
 }
 
-void tile_avx512bf16(const TileArgs& a) {
-  const int64_t num_k = round_up(a.k, 2);
-  const int64_t panel_stride = num_k * kPanel;
-  const MatmulTile& t = a.tile;
-  // Strips as wide as the kernel of the last, shortest row panel; all row panels visit a strip while its weights are
-  // near.
-  const int64_t num_runs = a.runs != nullptr ? ceil_div(num_k / 2, run_steps(a.runs->step_bytes)) : 0;
-  const int64_t strip = panels_at_once((t.row_end - t.row_begin - 1) % kRowPanel + 1) * kPanel;
-  for (int64_t begin = t.col_begin; begin < t.col_end; begin += strip) {
-    const int64_t end = min64(begin + strip, t.col_end);
-    for (int64_t row = t.row_begin; row < t.row_end; row += kRowPanel) {
-      const int64_t num_rows = min64(kRowPanel, t.row_end - row);
-      const int64_t step = min64(panels_at_once(num_rows) * kPanel, strip);
-      for (int64_t col = begin; col < end; col += step) {
-        const int64_t num_columns = min64(step, end - col);
-        // The first rows wait for their weights.
-        const bool can_fetch =
-            num_runs > 0 && row > t.row_begin && panels_at_once(num_rows) == 1 && a.runs->left() >= num_runs;
-        const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
-                      .w = a.w + col / kPanel * panel_stride,
-                      .panel_stride = panel_stride,
-                      .num_pairs = num_k / 2,
-                      .y = a.y + row * a.ldy + col,
-                      .ldy = a.ldy,
-                      .is_loaded = a.accumulate,
-                      .bias = a.bias != nullptr ? a.bias + col : nullptr,
-                      .runs = can_fetch ? a.runs->take(num_runs) : nullptr,
-                      .run_steps = can_fetch ? run_steps(a.runs->step_bytes) : 0,
-                      .prefetch_step = can_fetch ? a.runs->step_bytes / 2 : 0};
-        const int64_t num_panels = ceil_div(num_columns, kPanel);
-        if (num_columns == num_panels * kPanel) {
-          run(b, num_rows, num_panels);
-        } else {
-          run_padded<kRowPanel, kMaxPanels * kPanel>(b, num_rows, num_columns,
-                                                     [=](const Block& p) { run(p, num_rows, num_panels); });
-        }
-      }
+// The first `count` of 32 floats, rounded; zeros behind them.
+[[gnu::always_inline]] inline __m512i rounded(const float* x, int64_t count) {
+  const uint32_t mask = count >= 32 ? 0xffffffffu : (1u << count) - 1;
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), x);
+  const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), x + 16);
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// How the rows of a tile are cut. Strips are as wide as the kernel of the last, shortest panel of rows.
+struct RowSets {
+  explicit RowSets(const MatmulTile& t) : count(ceil_div(t.row_end - t.row_begin, kRowPanel)) {
+    const int64_t last = (t.row_end - t.row_begin - 1) % kRowPanel + 1;
+    num_asking = count - (can_ask(last) ? 0 : 1);
+    strip = panels_at_once(last) * kPanel;
+  }
+  int64_t count, num_asking, strip;
+};
+
+// One set of rows on the columns of a strip.
+void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin, int64_t end) {
+  const int64_t num_k = round_up(a.k, 2), num_pairs = num_k / 2, panel_stride = num_k * kPanel;
+  const int64_t row = a.tile.row_begin + set * kRowPanel, num_rows = min64(kRowPanel, a.tile.row_end - row);
+  const int64_t step = min64(panels_at_once(num_rows) * kPanel, sets.strip);
+  for (int64_t col = begin; col < end; col += step) {
+    const int64_t num_columns = min64(step, end - col), num_panels = ceil_div(num_columns, kPanel);
+    const uint16_t* w = a.w + col / kPanel * panel_stride;
+    PrefetchSchedule schedule = {.share = w};
+    if (set < sets.num_asking && col + sets.strip < a.tile.col_end) {
+      schedule = ask_for_strip(w + sets.strip / kPanel * panel_stride, panel_stride * int64_t{sizeof(*w)}, set,
+                               sets.num_asking, num_pairs, w);
+    }
+    if (sets.count > 1) schedule.runs = a.runs;
+    const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
+                  .w = w,
+                  .panel_stride = panel_stride,
+                  .num_pairs = num_pairs,
+                  .y = a.y + row * a.ldy + col,
+                  .ldy = a.ldy,
+                  .is_loaded = a.accumulate,
+                  .bias = a.bias != nullptr ? a.bias + col : nullptr,
+                  .schedule = schedule};
+    if (num_columns == num_panels * kPanel) {
+      run(b, num_rows, num_panels);
+    } else {
+      run_padded<kRowPanel, kMaxPanels * kPanel>(b, num_rows, num_columns,
+                                                 [=](const Block& p) { run(p, num_rows, num_panels); });
     }
   }
 }
 
+}  // namespace
+
+// None beside one panel of rows: that waits for its own weights.
+int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+  const RowSets sets(tile);
+  if (sets.count == 1) return 0;
+  const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kPanel);
+  return num_runs_of_turns<2>(sets.num_asking * num_panels * (ceil_div(k, 2) / kTurnSteps), step_bytes);
+}
+
+// All sets of rows visit a strip while its weights are near, and ask for their share of the next one's.
+void tile_avx512bf16(const TileArgs& a) {
+  const RowSets sets(a.tile);
+  for (int64_t begin = a.tile.col_begin; begin < a.tile.col_end; begin += sets.strip) {
+    const int64_t end = min64(begin + sets.strip, a.tile.col_end);
+    for (int64_t set = 0; set < sets.count; ++set) run_rows(a, sets, set, begin, end);
+  }
+}
+
+// Four rows of 32 values at a time. Rows of a panel that are not there become zeros.
 void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed) {
   const int64_t num_k = round_up(k, 2);
-  for (int64_t row = row_begin; row < row_end; ++row) {
+  for (int64_t row = row_begin; row < row_end; row += 4) {
     uint16_t* out = static_cast<uint16_t*>(packed) + row / kRowPanel * kRowPanel * num_k + row % kRowPanel * 2;
-    for (int64_t i = 0; i < k; ++i) out[(i & ~int64_t{1}) * kRowPanel + (i & 1)] = bf16_from_float(x[row * ldx + i]);
-    if (k % 2 != 0) out[(k - 1) * kRowPanel + 1] = 0;
+    const float* from = x + row * ldx;
+    for (int64_t i = 0; i < k; i += 32, from += 32, out += 32 * kRowPanel) {
+      __m512i rows[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        rows[r] = row + r < row_end ? rounded(from + r * ldx, k - i) : _mm512_setzero_si512();
+      }
+      store_pairs(rows, (num_k - i) / 2, out);
+    }
   }
 }
 

@@ -59,7 +59,7 @@ void PackedMatrix::pack_int8(std::span<const float> weights) {
     scales_[static_cast<size_t>(i)] =
         quantize_column(weights.data() + i * k_, k_, column, offsets_.data() + i, num_columns);
   }
-  for (int32_t& offset : offsets_) offset *= kInt8Zero;
+  for (int32_t& offset : offsets_) offset *= -kInt8Zero;
   num_bytes_ += static_cast<int64_t>(scales_.size() * sizeof(float) + offsets_.size() * sizeof(int32_t));
 }
 
@@ -101,7 +101,7 @@ void int8_tile_portable(const Int8TileArgs& a) {
         std::memcpy(&x_scale, x + int8_padded(a.k) + g * int64_t{sizeof(float)}, sizeof(x_scale));
         const int32_t* offsets = a.offsets + g * a.offset_stride + col;
         for (int64_t c = 0; c < num_columns; ++c) {
-          values[c] += static_cast<float>(sums[c] - offsets[c]) * x_scale;
+          values[c] += static_cast<float>(sums[c] + offsets[c]) * x_scale;
         }
       }
       for (int64_t c = 0; c < num_columns; ++c) {
@@ -119,7 +119,10 @@ void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t 
     for (int64_t begin = 0; begin < k; begin += group) {
       const int64_t count = min64(group, k - begin);
 #if defined(__x86_64__)
-      const auto make_group = isa == Isa::kPortable ? int8_group_portable : int8_group_avx2;
+      const bool is_wide = isa == Isa::kAvx512Vnni || isa == Isa::kAvx512Bf16;
+      const auto make_group = is_wide                 ? int8_group_avx512
+                              : isa == Isa::kPortable ? int8_group_portable
+                                                      : int8_group_avx2;
 #else
       const auto make_group = int8_group_portable;
 #endif

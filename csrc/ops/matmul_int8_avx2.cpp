@@ -15,11 +15,10 @@ struct Lanes : Avx2Vectors {
   static constexpr int kMaxRows = 4;
   static constexpr int kMaxPanels = 1;
 
-  [[gnu::always_inline]] static Ints add_products(Ints sum, Ints bytes, Ints weights) {
+  [[gnu::always_inline]] static void add_products(Ints& sum, Ints bytes, Ints weights) {
     const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, weights), _mm256_set1_epi16(1));
     // In so many words, since GCC 12 would start all products of a step before it adds any, and run out of registers.
     asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
-    return sum;
   }
 };
 

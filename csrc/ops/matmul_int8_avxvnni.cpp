@@ -13,11 +13,12 @@ struct Lanes : Avx2Vectors {
   static constexpr int kMaxRows = 6;
   static constexpr int kMaxPanels = 1;
 
-  [[gnu::always_inline]] static Ints add_products(Ints sum, Ints bytes, Ints weights) {
+  [[gnu::always_inline]] static void add_products(Ints& sum, Ints bytes, Ints weights) {
 #if defined(BLENDSERVE_SIMDE)
-    return _mm256_dpbusd_epi32(sum, bytes, weights);
+    sum = _mm256_dpbusd_epi32(sum, bytes, weights);
 #else
-    return _mm256_dpbusd_avx_epi32(sum, bytes, weights);
+    // Written out: GCC 12 copies and spills sums around its intrinsic.
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(bytes), "x"(weights));
 #endif
   }
 };

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ops/matmul_kernels.h"
+#include "ops/prefetch_schedule.h"
 
 namespace blendserve::kernels {
 
@@ -19,14 +20,13 @@ struct Int8Block {
   int64_t offset_stride;
   float* y;
   int64_t ldy;
-  bool is_loaded;                         // add to y
-  const float* bias;                      // added last; may be null
-  const int8_t* prefetch;                 // one line per panel and quad is fetched into L2 from here ...
-  int64_t prefetch_stride;                // ... from one panel to the next ...
-  int64_t prefetch_step;                  // ... moving on by so many bytes: 64, or 0 where there is nothing to fetch
-  const uint16_t* const* runs = nullptr;  // instead, where not null: the next run every `run_steps` steps
-  int64_t run_steps = 0;                  // of kInt8Step values of k
+  bool is_loaded;     // add to y
+  const float* bias;  // added last; may be null
+  PrefetchSchedule schedule;
 };
+
+// One row waits for its own weights: hardware fetches those, and to ask for more costs time.
+constexpr bool can_ask_int8(int64_t num_rows) { return num_rows > 1; }
 
 // sums += four values of each row by four weights of each column.
 template <class Lanes, int kRows, int kVectors>
@@ -42,81 +42,100 @@ template <class Lanes, int kRows, int kVectors>
   for (int r = 0; r < kRows; ++r) {
     const auto values = Lanes::repeat(x + r * ldx);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes::add_products(sums[r][v], values, weights[v]);
+    for (int v = 0; v < kVectors; ++v) Lanes::add_products(sums[r][v], values, weights[v]);
   }
 }
 
-// total += scale of the rows * (sums - offsets) for one group.
-template <class Lanes, int kRows, int kVectors>
-[[gnu::always_inline]] inline void add_int8_group(const typename Lanes::Ints (&sums)[kRows][kVectors],
-                                                  const int32_t* offsets, const uint8_t* x_scale, int64_t ldx,
-                                                  float* total) {
+// total += scale of the rows * sums for one group. The first group writes the totals. The last one writes y instead:
+// the totals times the scales of the columns, added to y where that is loaded, and the bias.
+template <class Lanes, int kRows, int kVectors, bool kIsFirst, bool kIsLast>
+[[gnu::always_inline]] inline void end_int8_group(const Int8Block& b,
+                                                  const typename Lanes::Ints (&sums)[kRows][kVectors],
+                                                  const uint8_t* x_scale, float* total) {
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     float x;
-    __builtin_memcpy(&x, x_scale + r * ldx, sizeof(x));
+    __builtin_memcpy(&x, x_scale + r * b.ldx, sizeof(x));
     const auto scale = Lanes::set(x);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const auto value = Lanes::to_floats(Lanes::subtract(sums[r][v], offsets + v * Lanes::kWidth));
       float* at = total + (r * kVectors + v) * Lanes::kWidth;
-      Lanes::store(at, Lanes::add(Lanes::load(at), Lanes::multiply(value, scale)));
+      auto value = Lanes::multiply(Lanes::to_floats(sums[r][v]), scale);
+      if constexpr (!kIsFirst) value = Lanes::add(Lanes::load(at), value);
+      if constexpr (!kIsLast) {
+        Lanes::store(at, value);
+      } else {
+        float* y = b.y + r * b.ldy + v * Lanes::kWidth;
+        value = Lanes::multiply(value, Lanes::load(b.scales + v * Lanes::kWidth));
+        if (b.is_loaded) value = Lanes::add(Lanes::load(y), value);
+        if (b.bias != nullptr) value = Lanes::add(value, Lanes::load(b.bias + v * Lanes::kWidth));
+        Lanes::store(y, value);
+      }
     }
   }
 }
 
-template <class Lanes, int kRows, int kVectors>
-[[gnu::always_inline]] inline void store_int8_total(const Int8Block& b, const float* total) {
-  for (int r = 0; r < kRows; ++r) {
+// Sums of one group: they start at the group's offsets, then take `num_quads` (a multiple of kInt8Step / 4) quads.
+template <class Lanes, int kRows, int kPanels, int kVectors>
+[[gnu::always_inline]] inline void sum_int8_group(const Int8Block& b, const int32_t* offsets, int64_t num_quads,
+                                                  const uint8_t*& x, const int8_t*& w,
+                                                  Prefetcher<Lanes::kMaxPanels>& prefetcher,
+                                                  typename Lanes::Ints (&sums)[kRows][kVectors]) {
+  constexpr int kStep = static_cast<int>(kInt8Step) / 4;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = v * Lanes::kWidth;
-      float* y = b.y + r * b.ldy + at;
-      auto value = Lanes::multiply(Lanes::load(total + r * kVectors * Lanes::kWidth + at), Lanes::load(b.scales + at));
-      if (b.is_loaded) value = Lanes::add(Lanes::load(y), value);
-      if (b.bias != nullptr) value = Lanes::add(value, Lanes::load(b.bias + at));
-      Lanes::store(y, value);
+  for (int v = 0; v < kVectors; ++v) {
+    const auto start = Lanes::load(offsets + v * Lanes::kWidth);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) sums[r][v] = start;
+  }
+  for (; can_ask_int8(kRows) && num_quads >= kTurnSteps; num_quads -= kTurnSteps) {
+    prefetcher.begin_turn(w);
+#pragma GCC unroll 16
+    for (int quad = 0; quad < kTurnSteps; ++quad) {
+      prefetcher.ask(quad, sums[0][0]);
+      add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
     }
+    x += 4 * kTurnSteps;
+    w += 4 * kTurnSteps * kInt8Panel;
+  }
+  for (; num_quads > 0; num_quads -= kStep) {
+#pragma GCC unroll 4
+    for (int quad = 0; quad < kStep; ++quad) {
+      if constexpr (can_ask_int8(kRows)) prefetcher.ask_for_share();
+      add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, b.ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
+    }
+    x += kInt8Step;
+    w += kInt8Step * kInt8Panel;
   }
 }
 
 template <class Lanes, int kRows, int kPanels>
 void int8_kernel(const Int8Block& b) {
   constexpr int kVectors = kPanels * static_cast<int>(kInt8Panel) / Lanes::kWidth;
-  alignas(64) float totals[kRows * kVectors * Lanes::kWidth] = {};
+  alignas(64) float totals[kRows * kVectors * Lanes::kWidth];
   float* total = totals;
   asm("" : "+r"(total) : : "memory");  // in memory between groups: the registers are for the sums
   const uint8_t* x = b.x;
   const uint8_t* x_scale = x + int8_padded(b.k);
-  const int64_t ldx = b.ldx;
   const int8_t* w = b.w;
-  const int8_t* prefetch = b.prefetch;
   const int32_t* offsets = b.offsets;
   const int64_t group = int8_group(b.k);
-  const uint16_t* const* runs = b.runs;
-  int64_t steps_to_run = 0;
+  Prefetcher<Lanes::kMaxPanels> prefetcher(b.schedule);
   for (int64_t k = b.k; k > 0; k -= group) {
-    typename Lanes::Ints sums[kRows][kVectors] = {};
-    for (int64_t step = ceil_div(min64(k, group), kInt8Step); step > 0; --step) {
-      if (runs != nullptr && steps_to_run-- == 0) {
-        prefetch = reinterpret_cast<const int8_t*>(*runs++);
-        steps_to_run = b.run_steps - 1;
-      }
-#pragma GCC unroll 4
-      for (int quad = 0; quad < static_cast<int>(kInt8Step) / 4; ++quad) {
-        add_int8_quad<Lanes, kRows, kVectors>(x + 4 * quad, ldx, w + 4 * quad * kInt8Panel, b.panel_stride, sums);
-#pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(prefetch + p * b.prefetch_stride, 0, 2);
-        prefetch += b.prefetch_step;
-      }
-      x += kInt8Step;
-      w += kInt8Step * kInt8Panel;
+    typename Lanes::Ints sums[kRows][kVectors];
+    sum_int8_group<Lanes, kRows, kPanels, kVectors>(b, offsets, int8_padded(min64(k, group)) / 4, x, w, prefetcher,
+                                                    sums);
+    const bool is_first = k == b.k, is_last = k <= group;
+    if (is_first) {
+      is_last ? end_int8_group<Lanes, kRows, kVectors, true, true>(b, sums, x_scale, total)
+              : end_int8_group<Lanes, kRows, kVectors, true, false>(b, sums, x_scale, total);
+    } else {
+      is_last ? end_int8_group<Lanes, kRows, kVectors, false, true>(b, sums, x_scale, total)
+              : end_int8_group<Lanes, kRows, kVectors, false, false>(b, sums, x_scale, total);
     }
-    add_int8_group<Lanes, kRows, kVectors>(sums, offsets, x_scale, ldx, total);
     offsets += b.offset_stride;
     x_scale += sizeof(float);
   }
-  store_int8_total<Lanes, kRows, kVectors>(b, total);
 }
 
 template <class Lanes, int kPanels, int kRows = Lanes::kMaxRows>
@@ -134,67 +153,73 @@ void run_int8_block(const Int8Block& b, int64_t num_rows, int64_t num_panels) {
   return run_int8_rows<Lanes, 1>(b, num_rows);
 }
 
-// Steps of kInt8Step values of k that one run of prefetches takes.
-inline int64_t int8_run_steps(int64_t step_bytes) { return ceil_div(run_steps(step_bytes), kInt8Step / 4); }
-// Runs that one block of kInt8Panel columns or more takes.
-inline int64_t num_int8_block_runs(int64_t k, int64_t step_bytes) {
-  return ceil_div(ceil_div(k, kInt8Step), int8_run_steps(step_bytes));
+// Turns of one kernel: groups of k are not cut inside a turn.
+inline int64_t num_int8_turns(int64_t k) {
+  const int64_t group = int8_group(k), num_whole = k / group;
+  return num_whole * (group / 4 / kTurnSteps) + int8_padded(k - num_whole * group) / 4 / kTurnSteps;
 }
 
-// Every set of rows but the first, which fetches weights, on every strip; none of one or two rows.
+// Sets of rows differ by one row at most, so that of several each has two or more.
+template <class Lanes>
+struct Int8RowSets {
+  explicit Int8RowSets(const MatmulTile& t)
+      : first(t.row_begin), num_rows(t.row_end - t.row_begin), count(ceil_div(num_rows, Lanes::kMaxRows)) {}
+  int64_t begin(int64_t set) const { return first + set * num_rows / count; }
+
+  int64_t first, num_rows, count;
+};
+
+// None beside one set of rows: that waits for its own weights.
 template <class Lanes>
 int64_t num_int8_prefetch_runs(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  const int64_t num_rows = tile.row_end - tile.row_begin, num_sets = ceil_div(num_rows, Lanes::kMaxRows);
-  if (num_rows <= 2 * num_sets) return 0;
+  const Int8RowSets<Lanes> sets(tile);
+  if (sets.count == 1) return 0;
   const int64_t num_strips = ceil_div(tile.col_end - tile.col_begin, Lanes::kMaxPanels * kInt8Panel);
-  return (num_sets - 1) * num_strips * num_int8_block_runs(k, step_bytes);
+  return num_runs_of_turns<Lanes::kMaxPanels>(sets.count * num_strips * num_int8_turns(k), step_bytes);
 }
 
-// All rows of a tile visit a strip of kMaxPanels panels while its weights are near; the first ones fetch those of the
-// strip that follows. Sets of rows differ by one row at most.
+// One set of rows on the columns of one strip.
+template <class Lanes>
+void run_int8_set(const Int8TileArgs& a, const Int8RowSets<Lanes>& sets, int64_t set, int64_t col) {
+  constexpr int64_t kStrip = Lanes::kMaxPanels * kInt8Panel;
+  const int64_t panel_stride = int8_padded(a.k) * kInt8Panel;
+  const int64_t num_columns = min64(kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
+  const int64_t row = sets.begin(set), num_rows = sets.begin(set + 1) - row;
+  const int8_t* w = a.w + col / kInt8Panel * panel_stride;
+  PrefetchSchedule schedule = {.share = w};
+  if (col + kStrip < a.tile.col_end) {
+    schedule = ask_for_strip(w + Lanes::kMaxPanels * panel_stride, Lanes::kMaxPanels * panel_stride, set, sets.count,
+                             int8_padded(a.k) / 4, w);
+  }
+  if (sets.count > 1) schedule.runs = a.runs;
+  const Int8Block b{.x = a.x + row * int8_row_stride(a.k),
+                    .ldx = int8_row_stride(a.k),
+                    .w = w,
+                    .panel_stride = panel_stride,
+                    .k = a.k,
+                    .scales = a.scales + col,
+                    .offsets = a.offsets + col,
+                    .offset_stride = a.offset_stride,
+                    .y = a.y + row * a.ldy + col,
+                    .ldy = a.ldy,
+                    .is_loaded = a.accumulate,
+                    .bias = a.bias != nullptr ? a.bias + col : nullptr,
+                    .schedule = schedule};
+  const auto run = [=](const Int8Block& block) { run_int8_block<Lanes>(block, num_rows, num_panels); };
+  if (num_columns == num_panels * kInt8Panel) {
+    run(b);
+  } else {
+    run_padded<Lanes::kMaxRows, kStrip>(b, num_rows, num_columns, run);
+  }
+}
+
+// All rows of a tile visit a strip of kMaxPanels panels while its weights are near, and ask for their share of the next
+// one's.
 template <class Lanes>
 void int8_tile_on(const Int8TileArgs& a) {
-  constexpr int64_t kStrip = Lanes::kMaxPanels * kInt8Panel;
-  const MatmulTile& t = a.tile;
-  const int64_t num_rows = t.row_end - t.row_begin, num_sets = ceil_div(num_rows, Lanes::kMaxRows);
-  const int64_t ldx = int8_row_stride(a.k), panel_stride = int8_padded(a.k) * kInt8Panel;
-  for (int64_t col = t.col_begin; col < t.col_end; col += kStrip) {
-    const int64_t num_columns = min64(kStrip, t.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
-    const int8_t* w = a.w + col / kInt8Panel * panel_stride;
-    for (int64_t set = 0; set < num_sets; ++set) {
-      const int64_t row = t.row_begin + set * num_rows / num_sets;
-      const int64_t next_row = t.row_begin + (set + 1) * num_rows / num_sets;
-      const bool can_fetch = set == 0 && num_rows > 1 && col + 2 * kStrip <= t.col_end;
-      const int64_t num_runs = a.runs != nullptr ? num_int8_block_runs(a.k, a.runs->step_bytes) : 0;
-      const bool can_fetch_runs = num_runs > 0 && set > 0 && next_row - row > 2 && a.runs->left() >= num_runs;
-      const Int8Block b{.x = a.x + row * ldx,
-                        .ldx = ldx,
-                        .w = w,
-                        .panel_stride = panel_stride,
-                        .k = a.k,
-                        .scales = a.scales + col,
-                        .offsets = a.offsets + col,
-                        .offset_stride = a.offset_stride,
-                        .y = a.y + row * a.ldy + col,
-                        .ldy = a.ldy,
-                        .is_loaded = a.accumulate,
-                        .bias = a.bias != nullptr ? a.bias + col : nullptr,
-                        .prefetch = can_fetch ? w + Lanes::kMaxPanels * panel_stride : w,
-                        .prefetch_stride = can_fetch_runs ? 0 : panel_stride,
-                        .prefetch_step = can_fetch_runs ? a.runs->step_bytes
-                                         : can_fetch    ? 4 * kInt8Panel
-                                                        : 0,
-                        .runs = can_fetch_runs ? a.runs->take(num_runs) : nullptr,
-                        .run_steps = can_fetch_runs ? int8_run_steps(a.runs->step_bytes) : 0};
-      const auto run = [num_rows = next_row - row, num_panels](const Int8Block& block) {
-        run_int8_block<Lanes>(block, num_rows, num_panels);
-      };
-      if (num_columns == num_panels * kInt8Panel) {
-        run(b);
-      } else {
-        run_padded<Lanes::kMaxRows, kStrip>(b, next_row - row, num_columns, run);
-      }
-    }
+  const Int8RowSets<Lanes> sets(a.tile);
+  for (int64_t col = a.tile.col_begin; col < a.tile.col_end; col += Lanes::kMaxPanels * kInt8Panel) {
+    for (int64_t set = 0; set < sets.count; ++set) run_int8_set<Lanes>(a, sets, set, col);
   }
 }
 

@@ -21,8 +21,8 @@ struct Avx2Vectors {
     __builtin_memcpy(&quad, p, sizeof(quad));
     return _mm256_set1_epi32(quad);
   }
-  [[gnu::always_inline]] static Ints subtract(Ints a, const int32_t* b) {
-    return _mm256_sub_epi32(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  [[gnu::always_inline]] static Ints load(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   [[gnu::always_inline]] static Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
   [[gnu::always_inline]] static Floats set(float a) { return _mm256_set1_ps(a); }

@@ -6,10 +6,11 @@
 //
 // int8 weights: panels of kInt8Panel columns on every Isa, inside a panel [k / 4][columns][4], so that one 32-bit lane
 // holds four neighbours in k of one column. Activations are x = scale * (u - kInt8Zero) with u an unsigned byte, since
-// the instructions multiply unsigned by signed, and a scale for each group of k of each row. sum u w - kInt8Zero sum w
-// over a group is exact, the second sum packed with the weights; groups are added up in float32, in rising order.
-// vpmaddubsw saturates sums of two products at 16 bits: a column's scale is chosen such that of its neighbours (2 i, 2
-// i + 1) neither their positive nor their negative part adds up to more than 128, and 255 * 128 < 2^15.
+// the instructions multiply unsigned by signed, and a scale for each group of k of each row. The sum of u w over a
+// group starts from its offset, -kInt8Zero sum w, which is packed with the weights, and is exact; groups are added up
+// in float32, in rising order. vpmaddubsw saturates sums of two products at 16 bits: a column's scale is chosen such
+// that of its neighbours (2 i, 2 i + 1) neither their positive nor their negative part adds up to more than 128, and
+// 255 * 128 < 2^15.
 #pragma once
 
 #include <cstdint>
@@ -109,6 +110,7 @@ int64_t num_prefetch_runs_int8(Isa isa, const MatmulTile& tile, int64_t k, int64
 // Some floats of a row as bytes; returns their scale.
 float int8_group_portable(const float* x, int64_t count, uint8_t* bytes);
 float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes);
+float int8_group_avx512(const float* x, int64_t count, uint8_t* bytes);
 
 void tile_portable(const TileArgs& args);
 void tile_avx2(const TileArgs& args);

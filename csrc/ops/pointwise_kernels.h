@@ -35,10 +35,10 @@ void rms_norm_row(const float* x, const float* weight, float epsilon, int64_t n,
 
 BLENDSERVE_INLINE Vec silu(Vec x) { return x / (set(1.0f) + exp(Vec{} - x)); }
 
-void silu_mul_row(float* gate, const float* up, int64_t n) {
+void silu_mul_row(const float* gate, const float* up, int64_t n, float* y) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(gate + i, silu(load(gate + i)) * load(up + i));
-  if (i < n) store_first(gate + i, silu(load_first(gate + i, n - i)) * load_first(up + i, n - i), n - i);
+  for (; i + kWidth <= n; i += kWidth) store(y + i, silu(load(gate + i)) * load(up + i));
+  if (i < n) store_first(y + i, silu(load_first(gate + i, n - i)) * load_first(up + i, n - i), n - i);
 }
 
 void rotate_row(float* x, const float* cosine, const float* sine, int64_t half, float scale) {
@@ -54,6 +54,15 @@ void rotate_row(float* x, const float* cosine, const float* sine, int64_t half, 
     x[i] = (a * cosine[i] - b * sine[i]) * scale;
     x[half + i] = (b * cosine[i] + a * sine[i]) * scale;
   }
+}
+
+void round_row(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store_upper_halves(y + i, round_to_bf16(load(x + i)));
+  if (i == n) return;
+  uint16_t lanes[kWidth];
+  store_upper_halves(lanes, round_to_bf16(load_first(x + i, n - i)));
+  std::memcpy(y + i, lanes, static_cast<size_t>(n - i) * sizeof(uint16_t));
 }
 
 void exp_row(const float* x, int64_t n, float* y) {

@@ -9,10 +9,10 @@
 
 namespace blendserve {
 
-BLENDSERVE_DECLARE_KERNEL(float, largest, (const float*, int64_t))
-BLENDSERVE_DECLARE_KERNEL(int32_t, first_at_least, (const float*, int64_t, float))
-BLENDSERVE_DECLARE_KERNEL(int64_t, collect_at_least, (const float*, int64_t, float, TokenLogit*))
-BLENDSERVE_DECLARE_KERNEL(void, weigh, (const float*, int64_t, float, float, float*, double*))
+BLENDSERVE_DECLARE_WIDE_KERNEL(float, largest, (const float*, int64_t))
+BLENDSERVE_DECLARE_WIDE_KERNEL(int32_t, first_at_least, (const float*, int64_t, float))
+BLENDSERVE_DECLARE_WIDE_KERNEL(int64_t, collect_at_least, (const float*, int64_t, float, TokenLogit*))
+BLENDSERVE_DECLARE_WIDE_KERNEL(void, weigh, (const float*, int64_t, float, float, float*, double*))
 
 namespace {
 
@@ -89,15 +89,15 @@ class RowSampler {
   float& at(int32_t token) { return logits_[static_cast<size_t>(token)]; }
   TokenLogit* candidates() { return scratch_.candidates.data(); }
 
-  float call_largest() { return BLENDSERVE_CALL_KERNEL(isa_, largest, logits_.data(), size()); }
+  float call_largest() { return BLENDSERVE_CALL_WIDE_KERNEL(isa_, largest, logits_.data(), size()); }
 
   int64_t collect(float bound) {
-    return BLENDSERVE_CALL_KERNEL(isa_, collect_at_least, logits_.data(), size(), bound, candidates());
+    return BLENDSERVE_CALL_WIDE_KERNEL(isa_, collect_at_least, logits_.data(), size(), bound, candidates());
   }
 
   double weigh_all(float best, float inverse_temperature) {
-    BLENDSERVE_CALL_KERNEL(isa_, weigh, logits_.data(), size(), best, inverse_temperature, scratch_.weights.data(),
-                           scratch_.block_sums.data());
+    BLENDSERVE_CALL_WIDE_KERNEL(isa_, weigh, logits_.data(), size(), best, inverse_temperature, scratch_.weights.data(),
+                                scratch_.block_sums.data());
     double total = 0.0;
     for (const double sum : scratch_.block_sums) total += sum;
     return total;
@@ -108,7 +108,7 @@ class RowSampler {
   }
 
   int32_t first_of(float logit) const {
-    return BLENDSERVE_CALL_KERNEL(isa_, first_at_least, logits_.data(), size(), logit);
+    return BLENDSERVE_CALL_WIDE_KERNEL(isa_, first_at_least, logits_.data(), size(), logit);
   }
 
   void change(int32_t token, float logit) {

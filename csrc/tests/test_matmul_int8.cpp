@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -114,6 +115,24 @@ void model_shapes_match_the_twin() {
   });
 }
 
+// Lengths that leave a tail, values from tiny to infinite.
+void activations_become_the_same_bytes_everywhere() {
+  for_each_kernel([](MatmulFormat format) {
+    for (const int64_t k : {1, 15, 16, 17, 64, 290, 577}) {
+      const auto bytes = static_cast<size_t>(activation_bytes(format, 6, k));
+      std::vector<float> x = random_floats(6 * k, 11);
+      for (int64_t i = 0; i < k; ++i) x[static_cast<size_t>(k + i)] = 0.0f;
+      for (int64_t i = 0; i < k; ++i) x[static_cast<size_t>(2 * k + i)] *= 0x1p-101f;
+      x[static_cast<size_t>(4 * k - 1)] = std::numeric_limits<float>::infinity();
+      x[static_cast<size_t>(4 * k)] = NAN;
+      std::vector<uint8_t> expected(bytes), actual(bytes);
+      pack_activations({Isa::kPortable, Dtype::kInt8}, x.data(), k, 0, 6, k, expected.data());
+      pack_activations(format, x.data(), k, 0, 6, k, actual.data());
+      CHECK(actual == expected, isa_name(format.isa), " k ", k);
+    }
+  });
+}
+
 // The largest integers of one sign next to each other: what would saturate in 16 bits if scales allowed it.
 void sums_of_extremes_are_exact() {
   for_each_kernel([](MatmulFormat format) {
@@ -182,6 +201,7 @@ void rows_stand_alone() {
 
 int main() {
   using namespace blendserve;
+  RUN(activations_become_the_same_bytes_everywhere);
   RUN(matches_the_twin);
   RUN(model_shapes_match_the_twin);
   RUN(sums_of_extremes_are_exact);

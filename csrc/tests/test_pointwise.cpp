@@ -1,5 +1,6 @@
 // Pointwise ops against twins in double precision.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -12,7 +13,6 @@
 namespace blendserve {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2};
 constexpr double kUnit = 0x1p-24;  // half a unit in the last place, relative
 constexpr int64_t kSizes[] = {1, 3, 8, 31, 64, 65, 576, 1537};
 
@@ -25,7 +25,7 @@ std::vector<float> random_floats(int64_t count, float scale, uint32_t seed) {
 
 template <class F>
 void on_each_isa(F&& test) {
-  for (const Isa isa : kIsas) {
+  for (const Isa isa : kAllIsas) {
     if (is_supported(isa)) test(isa);
   }
 }
@@ -82,17 +82,20 @@ void silu_agrees_with_double_precision() {
   on_each_isa([](Isa isa) {
     for (const int64_t n : kSizes) {
       const auto gate = random_floats(n, 30.0f, 3), up = random_floats(n, 2.0f, 4);
-      std::vector<float> y = gate;
-      silu_mul_row(isa, y.data(), up.data(), n);
+      std::vector<float> y(gate.size());
+      silu_mul_row(isa, gate.data(), up.data(), n, y.data());
       for (size_t i = 0; i < y.size(); ++i) {
         const double expected = gate[i] / (1.0 + std::exp(-static_cast<double>(gate[i]))) * up[i];
         const double bound = std::abs(expected) * (kExpRelativeError + 4.0 * kUnit);
         CHECK(std::abs(y[i] - expected) <= bound, isa_name(isa), " silu of ", gate[i], " is ", y[i]);
       }
+      std::vector<float> in_place = gate;
+      silu_mul_row(isa, in_place.data(), up.data(), n, in_place.data());
+      CHECK(std::memcmp(in_place.data(), y.data(), y.size() * sizeof(float)) == 0);
     }
     float extremes[] = {-200.0f, 200.0f, NAN};
     const float ones[] = {1.0f, 1.0f, 1.0f};
-    silu_mul_row(isa, extremes, ones, 3);
+    silu_mul_row(isa, extremes, ones, 3, extremes);
     CHECK(std::abs(extremes[0]) < 1e-30f && extremes[1] == 200.0f && std::isnan(extremes[2]));
   });
 }
@@ -118,6 +121,25 @@ void rotation_agrees_with_double_precision() {
   });
 }
 
+// Random bits hold numbers of every size, infinities and NaNs.
+void rounding_to_bf16_gives_the_same_bits_everywhere() {
+  on_each_isa([](Isa isa) {
+    test::Random random(6);
+    for (const int64_t n : kSizes) {
+      std::vector<float> x(static_cast<size_t>(n));
+      for (float& value : x) value = std::bit_cast<float>(random.bits());
+      x[0] = std::bit_cast<float>(0x7f800001u);  // a NaN whose upper half is an infinity's
+      x[x.size() / 2] = std::bit_cast<float>((random.bits() & 0xffff0000u) | 0x8000u);  // a tie
+      std::vector<uint16_t> y(x.size() + 1, 0xabcd);
+      round_row(isa, x.data(), n, y.data());
+      for (size_t i = 0; i < x.size(); ++i) {
+        CHECK(y[i] == bf16_from_float(x[i]), isa_name(isa), " n ", n, ": ", x[i], " at ", i);
+      }
+      CHECK(y.back() == 0xabcd, isa_name(isa), " n ", n);
+    }
+  });
+}
+
 void embedding_is_exact() {
   const float values[] = {1.0f, -2.5f, 0.0f, 3.140625f};
   uint16_t row[4];
@@ -137,5 +159,6 @@ int main() {
   RUN(rms_norm_agrees_with_double_precision);
   RUN(silu_agrees_with_double_precision);
   RUN(rotation_agrees_with_double_precision);
+  RUN(rounding_to_bf16_gives_the_same_bits_everywhere);
   RUN(embedding_is_exact);
 }

@@ -12,7 +12,6 @@
 namespace blendserve {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kVocabSize = 1003;
 
@@ -32,7 +31,7 @@ Sample sample_copy(Isa isa, std::vector<float> logits, const SamplingParams& par
 
 template <class F>
 void on_each_isa(F&& test) {
-  for (const Isa isa : kIsas) {
+  for (const Isa isa : kAllIsas) {
     if (is_supported(isa)) test(isa);
   }
 }
@@ -51,7 +50,7 @@ void greedy_takes_the_lowest_of_equals() {
   on_each_isa([](Isa isa) {
     SamplingParams params;
     params.temperature = 0.0f;
-    for (const size_t n : {1u, 7u, 8u, 33u, 1003u}) {
+    for (const size_t n : {1u, 7u, 8u, 16u, 33u, 1003u}) {
       for (size_t best = 0; best < n; best += 5) {
         auto logits = random_logits(static_cast<uint32_t>(n), 1.0f, static_cast<int64_t>(n));
         logits[best] = 2.0f;

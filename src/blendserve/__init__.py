@@ -5,18 +5,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blendserve.engines.settings import HttpSettings, NativeSettings, ReplicaSettings, VllmSettings
+    from blendserve.job.job import JobInterrupted, JobProgress, JobReport
+    from blendserve.offline.batch import run_batch
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
     from blendserve.request import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "HttpSettings",
+    "JobInterrupted",
+    "JobProgress",
+    "JobReport",
+    "NativeSettings",
+    "ReplicaSettings",
+    "RequestOutput",
+    "SamplingParams",
+    "VllmSettings",
+    "run_batch",
+]
 
-_MODULE_BY_NAME = {
-    "LLM": "blendserve.offline.llm",
-    "CompletionOutput": "blendserve.offline.outputs",
-    "RequestOutput": "blendserve.offline.outputs",
-    "SamplingParams": "blendserve.request",
+_NAMES_BY_MODULE = {
+    "blendserve.engines.settings": ("HttpSettings", "NativeSettings", "ReplicaSettings", "VllmSettings"),
+    "blendserve.job.job": ("JobInterrupted", "JobProgress", "JobReport"),
+    "blendserve.offline.batch": ("run_batch",),
+    "blendserve.offline.llm": ("LLM",),
+    "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
+    "blendserve.request": ("SamplingParams",),
 }
+_MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

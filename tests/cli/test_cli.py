@@ -183,10 +183,10 @@ def test_a_journal_of_other_kernels_is_refused(
     """`--isa auto` on another machine would go on with tokens that round differently."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(line("a"))
-    monkeypatch.setattr("blendserve.cli.native_run.best_isa", lambda: "portable")
+    monkeypatch.setattr("blendserve.engines.native.engine.best_isa", lambda: "portable")
     assert main(run_args(tiny, source, output, "--quiet")) == 0
     assert main(run_args(tiny, source, output, "--quiet", "--isa", "portable")) == 0
-    monkeypatch.setattr("blendserve.cli.native_run.best_isa", lambda: "avx2")
+    monkeypatch.setattr("blendserve.engines.native.engine.best_isa", lambda: "avx2")
     assert main(run_args(tiny, source, output, "--quiet")) == 1
     assert "isa was portable, is avx2" in capsys.readouterr().err
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from blendserve.cli import main
-from blendserve.cli.engines import ENGINE_NAMES, ENGINES_BY_OPTION, add_engine_choice
-from blendserve.cli.options import add_engine
+from blendserve.cli.engine_options import ENGINE_NAMES, ENGINES_BY_OPTION, add_engine, add_engine_choice
 
 OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("native",): ("--window=5", "--report=r.html", "--trace=t.json", "--dtype=int8", "--isa=portable", "--overlap=off"),

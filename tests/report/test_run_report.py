@@ -14,11 +14,11 @@ from report_pages import PageFacts
 
 from blendserve.costs.hardware import Peaks
 from blendserve.engine.stats import Resources, RunStats
+from blendserve.engines.native.measured import MeasuredRun
 from blendserve.errors import ConfigError
 from blendserve.executors.native import NativeCounters
 from blendserve.executors.trace import StepTrace
 from blendserve.report import trace_file
-from blendserve.report.measured import MeasuredRun
 from blendserve.report.run_page import run_page, write_page
 from blendserve.report.trace_file import write_trace
 

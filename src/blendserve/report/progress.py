@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 TERMINAL_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 10.0
+START_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +40,24 @@ class Snapshot:
 
 
 class Progress:
-    """Shows snapshots from `read` between `__enter__` and `__exit__`; writes nothing where `is_quiet`."""
+    """Shows snapshots from `read` between `__enter__` and `__exit__`, from the first that is not None on; nothing
+    where `is_quiet`."""
 
-    def __init__(self, read: Callable[[], Snapshot], *, is_quiet: bool = False, file: TextIO | None = None) -> None:
+    def __init__(
+        self, read: Callable[[], Snapshot | None], *, is_quiet: bool = False, file: TextIO | None = None
+    ) -> None:
         self._read = read
         self._file = file or sys.stderr
         self._is_quiet = is_quiet
         self._is_terminal = self._file.isatty()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._started_s = time.monotonic()
-        self._last = (self._started_s, 0)
+        self._started_s: float | None = None
+        self._last = (0.0, 0)
         self._bar: tqdm[None] | None = None
 
     def __enter__(self) -> Self:
         if not self._is_quiet:
-            if self._is_terminal:
-                with suppress(OSError):
-                    self._bar = tqdm(
-                        total=self._read().num_requests,
-                        file=self._file,
-                        dynamic_ncols=True,
-                        unit="req",
-                        bar_format="{percentage:3.0f}%|{bar}| {n}/{total} requests, {postfix}",
-                    )
             self._thread.start()
         return self
 
@@ -79,12 +74,34 @@ class Progress:
                 self._bar.close()
 
     def _watch(self) -> None:
+        while self._started_s is None:
+            if (snapshot := self._read()) is not None:
+                self._begin(snapshot)
+            elif self._stop.wait(START_INTERVAL_S):
+                return
         interval_s = TERMINAL_INTERVAL_S if self._is_terminal else PLAIN_INTERVAL_S
         while not self._stop.wait(interval_s):
             self._show()
 
+    def _begin(self, snapshot: Snapshot) -> None:
+        self._started_s = time.monotonic()
+        self._last = (self._started_s, snapshot.num_tokens)
+        if self._is_terminal:
+            with suppress(OSError):
+                self._bar = tqdm(
+                    total=snapshot.num_requests,
+                    file=self._file,
+                    dynamic_ncols=True,
+                    unit="req",
+                    bar_format="{percentage:3.0f}%|{bar}| {n}/{total} requests, {postfix}",
+                )
+
     def _show(self) -> None:
         snapshot = self._read()
+        if snapshot is None:
+            return
+        if self._started_s is None:
+            self._begin(snapshot)
         text = self._describe(snapshot)
         with suppress(OSError):
             if self._bar is None:
@@ -98,7 +115,7 @@ class Progress:
         before_s, before_tokens = self._last
         rate = (snapshot.num_tokens - before_tokens) / max(now - before_s, 1e-9)
         self._last = (now, snapshot.num_tokens)
-        mean_rate = snapshot.num_tokens / max(now - self._started_s, 1e-9)
+        mean_rate = snapshot.num_tokens / max(now - (self._started_s or now), 1e-9)
         left_s = snapshot.num_expected_tokens / mean_rate if mean_rate > 0 else None
         kv_use = "" if snapshot.kv_use is None else f"KV {snapshot.kv_use:.0%}, "
         return (

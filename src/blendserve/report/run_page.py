@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blendserve.engines.native.measured import MATMUL_OPS, Floats, MeasuredRun
 from blendserve.errors import ConfigError
 from blendserve.executors.trace import StepSpans
 from blendserve.report.format import (
@@ -22,7 +23,6 @@ from blendserve.report.format import (
     time_unit,
 )
 from blendserve.report.html import Html, element, figure, grid, page, section, table, tiles
-from blendserve.report.measured import MATMUL_OPS, Floats, MeasuredRun
 from blendserve.report.series import Timeline, slice_steps
 from blendserve.report.svg import Axis, Chart
 

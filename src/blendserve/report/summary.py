@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from blendserve.engine.stats import Resources, RunStats
+from blendserve.engines.base import EngineTimes
 from blendserve.job.job import JobReport
 from blendserve.report.format import format_bytes, printable_line
 from blendserve.report.progress import format_seconds
@@ -16,22 +17,24 @@ from blendserve.report.progress import format_seconds
 class RunSummary:
     """A job's report beside the clock and the engine's counters. Units: seconds, tokens; tokens are of this run only.
 
-    `makespan_s` is from the start of the command to the last file written; `run_s` is the part in which requests ran.
-    `stats` is None where nothing was left to run.
+    `makespan_s` is from the start of the command to the last file written; `times` are the engine's. `stats` is None
+    where nothing was left to run.
     """
 
     report: JobReport
     policy: str
     makespan_s: float
-    load_s: float
-    plan_s: float
-    run_s: float
+    times: EngineTimes
     stats: RunStats | None
 
     @property
     def tokens_per_s(self) -> float:
         """Input and output tokens served per second of the run, prefix hits included."""
-        return (self.report.num_prompt_tokens + self.report.num_output_tokens) / self.run_s if self.run_s else 0.0
+        return (
+            (self.report.num_prompt_tokens + self.report.num_output_tokens) / self.times.run_s
+            if self.times.run_s
+            else 0.0
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, units in the names."""
@@ -40,9 +43,7 @@ class RunSummary:
         own: dict[str, Any] = {
             "policy": self.policy,
             "makespan_s": self.makespan_s,
-            "load_s": self.load_s,
-            "plan_s": self.plan_s,
-            "run_s": self.run_s,
+            **self.times._asdict(),
             "tokens_per_s": self.tokens_per_s,
         }
         return report | own | (_stats_fields(self.stats) if self.stats is not None else {})
@@ -55,8 +56,8 @@ class RunSummary:
         lines = [
             f"{report.num_succeeded} answers in {report.output_path}" + _resumed(report.num_resumed),
             f"{report.num_failed} errors" + _by_code(report.errors_by_code, report.errors_path),
-            f"makespan {format_seconds(self.makespan_s)} ({self.makespan_s:.1f} s: load {self.load_s:.1f}, plan "
-            f"{self.plan_s:.1f}, run {self.run_s:.1f}), policy {self.policy}",
+            f"makespan {format_seconds(self.makespan_s)} ({self.makespan_s:.1f} s: load {self.times.load_s:.1f}, plan "
+            f"{self.times.plan_s:.1f}, run {self.times.run_s:.1f}), policy {self.policy}",
             f"tokens in {report.num_prompt_tokens} (cached {report.num_cached_tokens}), out "
             f"{report.num_output_tokens}, {self.tokens_per_s:.0f} tok/s",
         ]

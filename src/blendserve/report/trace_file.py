@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from blendserve.engines.native.measured import MATMUL_OPS, MeasuredRun
 from blendserve.errors import ConfigError
 from blendserve.executors.trace import StepSpans
-from blendserve.report.measured import MATMUL_OPS, MeasuredRun
 from blendserve.report.series import slice_steps
 
 MAX_POINTS = 4000

@@ -1,4 +1,4 @@
-"""The window: whom a policy sees on the way, and that it lets each request in once and never too many."""
+"""Requests in flight at a server: whom a policy sees, and that it lets each in once and never too many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import planned_cached_tokens, remote_cost, tokens_of_bytes
-from blendserve.engines.http.inflight import InflightWindow
+from blendserve.engines.http.inflight import HttpInflight
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import Plan
 from blendserve.planner.policies import POLICY_NAMES, make_policy
@@ -46,41 +46,41 @@ def test_each_request_enters_once_and_none_starves(
     seed: int, num_requests: int, max_inflight: int, kv_tokens: int, policy: str
 ) -> None:
     plan = random_plan(seed, num_requests)
-    window = InflightWindow(plan, make_policy(policy, plan), max_inflight=max_inflight, kv_tokens=kv_tokens)
+    inflight = HttpInflight(plan, make_policy(policy, plan), max_inflight=max_inflight, kv_tokens=kv_tokens)
     source = random.Random(seed)
     size = plan.table.num_prompt_tokens + plan.expected_output_tokens
     inside: list[int] = []
     seen: list[int] = []
     now_s = 0.0
-    while window.num_waiting or inside:
-        admitted = window.admit(now_s)
+    while inflight.num_waiting or inside:
+        admitted = inflight.admit(now_s)
         inside += admitted
         seen += admitted
-        window.check()
+        inflight.check()
         assert inside, "an empty window takes someone in"
-        assert len(inside) == window.num_running <= max_inflight
+        assert len(inside) == inflight.num_running <= max_inflight
         if kv_tokens and len(inside) > 1:
             assert size[inside].sum() <= kv_tokens + 1e-6
-        assert set(window.request_index.tolist()) == set(inside)
-        assert (window.num_computed_tokens <= window.num_prompt_tokens + window.num_output_tokens).all()
-        assert 0 <= window.kv_use <= 1
+        assert set(inflight.request_index.tolist()) == set(inside)
+        assert (inflight.num_computed_tokens <= inflight.num_prompt_tokens + inflight.num_output_tokens).all()
+        assert 0 <= inflight.kv_use <= 1
         now_s += source.random() * 3
         leaving = inside.pop(source.randrange(len(inside)))
-        window.finish(leaving, source.choice([0, 1, 50]), now_s)
+        inflight.finish(leaving, source.choice([0, 1, 50]), now_s)
     assert sorted(seen) == list(range(num_requests))
-    assert window.max_running <= max_inflight
+    assert inflight.max_running <= max_inflight
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_the_window_is_kept_full(policy: str) -> None:
     plan = random_plan(3, 60)
-    window = InflightWindow(plan, make_policy(policy, plan), max_inflight=6)
-    inside = window.admit(0.0)
+    inflight = HttpInflight(plan, make_policy(policy, plan), max_inflight=6)
+    inside = inflight.admit(0.0)
     fill = [len(inside)]
     now_s = 1.0
-    while window.num_waiting:
-        window.finish(inside.pop(0), 20, now_s)
-        inside += window.admit(now_s)
+    while inflight.num_waiting:
+        inflight.finish(inside.pop(0), 20, now_s)
+        inside += inflight.admit(now_s)
         fill.append(len(inside))
         now_s += 0.2
     assert np.mean(fill) >= 5, fill
@@ -88,12 +88,12 @@ def test_the_window_is_kept_full(policy: str) -> None:
 
 def test_outputs_grow_at_the_rate_of_what_has_finished() -> None:
     plan = plan_of([[1, 2, 3], [4, 5, 6], [7, 8, 9]], [100, 100, 30])
-    window = InflightWindow(plan, make_policy("fcfs", plan), max_inflight=3)
-    window.admit(0.0)
-    assert window.num_output_tokens.tolist() == [0, 0, 0]
-    window.finish(0, 50, 10.0)
-    window.admit(12.0)
-    outputs = dict(zip(window.request_index.tolist(), window.num_output_tokens.tolist(), strict=True))
+    inflight = HttpInflight(plan, make_policy("fcfs", plan), max_inflight=3)
+    inflight.admit(0.0)
+    assert inflight.num_output_tokens.tolist() == [0, 0, 0]
+    inflight.finish(0, 50, 10.0)
+    inflight.admit(12.0)
+    outputs = dict(zip(inflight.request_index.tolist(), inflight.num_output_tokens.tolist(), strict=True))
     assert outputs == {1: 60, 2: 29}, "five a second, and never the last token of those allowed"
 
 

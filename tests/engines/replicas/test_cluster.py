@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
 from argparse import Namespace
@@ -14,11 +15,14 @@ from batch_fakes import batch_line, write_lines
 from tiny_files import tiny_directory
 
 from blendserve.cli import _parser, main
-from blendserve.cli.replicas import open_replica, replica_arguments, replica_settings
+from blendserve.cli.engine_settings import replica_settings
 from blendserve.config import EngineConfig
 from blendserve.engine.limits import resolve_limits
+from blendserve.engines.opening import open_single
 from blendserve.engines.replicas import cluster
-from blendserve.engines.replicas.cluster import NodeShape, ReplicaSettings, ReplicaShape, open_cluster, replica_shape
+from blendserve.engines.replicas.cluster import NodeShape, ReplicaShape, open_cluster, replica_shape
+from blendserve.engines.replicas.engine import check_gpus, cpus_of_each, open_replica, settings_elsewhere
+from blendserve.engines.settings import ReplicaSettings
 from blendserve.engines.vllm import api
 from blendserve.errors import ConfigError
 from blendserve.models.hub import resolve
@@ -61,10 +65,13 @@ def arguments(*extra: str) -> Namespace:
 
 
 def test_threads_are_the_cpus_of_a_replica() -> None:
-    assert replica_settings(arguments("--replicas", "2", "--threads", "3")).num_cpus == 3
-    assert replica_settings(arguments("--replicas", "2")).num_cpus is None
-    assert replica_settings(arguments("--replicas", "2", "--replica-cpus", "0.5")).num_cpus == 0.5
-    assert replica_settings(arguments("--replicas", "2", "--engine", "http")).num_cpus == 1
+    def num_cpus(*extra: str) -> float | None:
+        return cpus_of_each(replica_settings(arguments("--replicas", "2", *extra))).num_cpus
+
+    assert num_cpus("--threads", "3") == 3
+    assert num_cpus() is None
+    assert num_cpus("--replica-cpus", "0.5") == 0.5
+    assert num_cpus("--engine", "http", "--base-url", "http://localhost:1/v1") == 1
 
 
 @pytest.mark.parametrize(
@@ -81,15 +88,17 @@ def test_threads_are_the_cpus_of_a_replica() -> None:
 def test_replicas_of_vllm_on_gpus_are_told_how_many(
     monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str | None
 ) -> None:
-    args = arguments("--replicas", "2", "--engine", "vllm", *extra)
+    args = arguments("--replicas", "2", "--engine", "vllm", "--model", "m", *extra)
+    settings = replica_settings(args)
+    assert settings.num_gpus == args.replica_gpus
     monkeypatch.setattr(api, "is_cpu_build", lambda: True)
-    assert replica_settings(args).num_gpus == args.replica_gpus
+    check_gpus(settings)
     monkeypatch.setattr(api, "is_cpu_build", lambda: False)
     if message is None:
-        assert replica_settings(args).num_gpus == args.replica_gpus
+        check_gpus(settings)
         return
     with pytest.raises(ConfigError, match=re.escape(message)):
-        replica_settings(args)
+        check_gpus(settings)
 
 
 def test_a_replica_opens_with_the_drivers_kernels_and_its_share(
@@ -97,12 +106,13 @@ def test_a_replica_opens_with_the_drivers_kernels_and_its_share(
 ) -> None:
     tiny_directory(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-    sent = replica_arguments(arguments("--model", "tiny", "--replicas", "4"), {"isa": "portable"})
+    settings = replica_settings(arguments("--model", "tiny", "--replicas", "4"))
+    sent = settings_elsewhere(settings.engine, {"isa": "portable"})
     assert sent.model == str(tmp_path / "tiny")
-    assert "command" not in vars(sent)
-    engine = open_replica(sent, ReplicaShape(3.0, 0.0, 4))
+    assert pickle.loads(pickle.dumps(sent)) == sent
+    engine = open_replica(open_single, sent, "blend", ReplicaShape(3.0, 0.0, 4))
     assert engine.settings["isa"] == "portable"
-    config: EngineConfig = engine._config  # type: ignore[attr-defined]
+    config: EngineConfig = engine._engine._config  # type: ignore[attr-defined]
     assert (config.num_threads, config.memory_share) == (3, 0.25)
 
 

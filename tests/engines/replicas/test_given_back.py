@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from parallel_cases import COST
 from tiny_files import tiny_directory
 from vllm_cases import BY_SCHEDULER, vllm_engine
 
-from blendserve.cli import _parser
-from blendserve.cli.engines import open_one
 from blendserve.dialect.schema import ServedModel
 from blendserve.engines.estimates import EstimatingCodec
 from blendserve.engines.http.fake_server import serving
+from blendserve.engines.opening import open_engine
 from blendserve.engines.replicas.part import GivenBackError, JobPart, SharedJob
+from blendserve.engines.settings import NativeSettings
 from blendserve.engines.vllm.fake import FakeVllm
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests, plan_pending
@@ -36,10 +37,11 @@ Generate = Callable[[PendingRequests], Iterator[SequenceOutput]]
 @contextmanager
 def native(tmp_path: Path) -> Iterator[tuple[ServedModel, Any, Generate]]:
     model = tiny_directory(tmp_path / "tiny")
-    limits = ["--kv-memory", "4MiB", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--threads", "1"]
-    command = ["run", "in.jsonl", "-o", "out.jsonl", "--model", str(model), "--quiet", *limits]
-    engine = open_one(_parser().parse_args(command))
-    yield engine.served, engine.codec, engine.generate
+    settings = NativeSettings(
+        str(model), kv_memory_bytes=4 << 20, max_num_seqs=4, max_num_batched_tokens=64, num_threads=1
+    )
+    engine = open_engine(settings)
+    yield engine.served, engine.codec, partial(engine.generate, policy="blend")
     engine.close()
 
 

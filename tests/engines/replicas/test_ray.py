@@ -21,9 +21,9 @@ from tiny_files import tiny_directory
 
 from blendserve.cli import main
 from blendserve.engines.http.fake_server import serving
-from blendserve.engines.replicas.cluster import ReplicaSettings
 from blendserve.engines.replicas.pool import ReplicaPool
 from blendserve.engines.replicas.ray_fleet import Expected
+from blendserve.engines.settings import ReplicaSettings
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job.job import JobReport
 from blendserve.job.pending import PendingRequests

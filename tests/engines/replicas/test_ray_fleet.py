@@ -11,12 +11,13 @@ import pytest
 from parallel_cases import answer_of, ledger_of
 
 from blendserve.engines.replicas import ray_fleet
-from blendserve.engines.replicas.cluster import ReplicaSettings, ReplicaShape
+from blendserve.engines.replicas.cluster import ReplicaShape
 from blendserve.engines.replicas.drive import drive
 from blendserve.engines.replicas.events import Begin, Event, Lost, Poll, Ready
 from blendserve.engines.replicas.ledger import Ledger
 from blendserve.engines.replicas.ray_fleet import Expected, RayFleet
 from blendserve.engines.replicas.replica import Hello, Reply
+from blendserve.engines.settings import ReplicaSettings
 from blendserve.errors import BlendServeError, ConfigError, ExecutorError
 from blendserve.request import SequenceOutput
 

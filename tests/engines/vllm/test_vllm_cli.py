@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import queue
 import threading
@@ -16,18 +15,20 @@ from http_cases import assert_nowhere
 from tiny_files import tiny_directory
 from vllm_cases import chat
 
-from blendserve.cli import main, vllm_run
-from blendserve.cli.vllm_run import (
+from blendserve.cli import main
+from blendserve.cli.engine_settings import parse_argument, read_adapters
+from blendserve.costs.model_cost import ModelCost
+from blendserve.engines.settings import VllmSettings
+from blendserve.engines.vllm import api as vllm_api
+from blendserve.engines.vllm import arguments as vllm_arguments
+from blendserve.engines.vllm import engine as vllm_engine
+from blendserve.engines.vllm.arguments import (
     context_length_of,
     default_kv_memory,
     largest_rank,
     lora_slots,
-    parse_argument,
     prepare_environment,
-    read_adapters,
 )
-from blendserve.costs.model_cost import ModelCost
-from blendserve.engines.vllm import api as vllm_api
 from blendserve.engines.vllm.fake import FakeVllm
 from blendserve.errors import ConfigError
 
@@ -40,8 +41,8 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
     fake = FakeVllm()
-    monkeypatch.setattr(vllm_run, "InstalledVllm", lambda: fake)
-    monkeypatch.setattr(vllm_run, "prepare_environment", lambda *_: None)
+    monkeypatch.setattr(vllm_engine, "InstalledVllm", lambda: fake)
+    monkeypatch.setattr(vllm_engine, "prepare_environment", lambda *_: None)
     return fake
 
 
@@ -176,15 +177,15 @@ def test_a_model_in_the_right_form_is_needed(
 
 
 def test_the_environment_is_prepared_and_the_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_run, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(vllm_arguments, "is_cpu_build", lambda: True)
     environment = {"OMP_NUM_THREADS": "7"}
-    prepare_environment(environment, argparse.Namespace(own_process=False, threads=3))
+    prepare_environment(environment, VllmSettings("m", own_process=False, num_threads=3))
     assert environment["OMP_NUM_THREADS"] == "7"
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     on_gpu: dict[str, str] = {}
-    monkeypatch.setattr(vllm_run, "is_cpu_build", lambda: False)
-    prepare_environment(on_gpu, argparse.Namespace(own_process=True, threads=3))
+    monkeypatch.setattr(vllm_arguments, "is_cpu_build", lambda: False)
+    prepare_environment(on_gpu, VllmSettings("m", own_process=True, num_threads=3))
     assert on_gpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
     assert "OMP_NUM_THREADS" not in on_gpu
 

@@ -13,7 +13,7 @@ from blendserve.costs.model_cost import ModelCost
 from blendserve.dialect.images import Picture
 from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import LoadTotals, cost_model_of, model_cost_of, picture_tokens
-from blendserve.engines.vllm.inside import StepLoad
+from blendserve.engines.vllm.inflight import StepLoad
 from blendserve.errors import ConfigError
 from blendserve.models.tokenizer import Tokenizer
 
@@ -122,14 +122,13 @@ def test_pictures_stand_in_the_prompt_and_equal_ones_share_it() -> None:
     def conversation(digest: str, text: str) -> Any:
         return ({"role": "user", "content": text, "pictures": f"{digest}:0:0 {digest}:0:0"},)
 
-    first, same, other, plain = codec.encode(
-        [conversation("0123456", "hello"), conversation("0123456", "bye"), conversation("6543210", "hello"), "hello"]
-    )
-    text_only = codec.encode([({"role": "user", "content": "hello"},)])[0]
+    prompts = [conversation("0123456", "hello"), conversation("0123456", "bye"), conversation("6543210", "hello")]
+    first, same, other, plain = map(np.asarray, codec.encode([*prompts, "hello"]))
+    text_only = np.asarray(codec.encode([({"role": "user", "content": "hello"},)])[0])
     assert len(first) >= len(text_only) + 10
     assert len(np.flatnonzero(first >= 300)) == 10
     num_shared = int(np.argmin(first[: len(same)] == same[: len(first)]))
     assert num_shared > 10
     assert not (first[first >= 300] == other[other >= 300]).any()
     assert plain.tolist() == tokenizer.encode("hello").tolist()
-    assert len(VllmCodec(tokenizer, config, 8).encode([conversation("0123456", "hello")])[0]) == 7
+    assert np.asarray(VllmCodec(tokenizer, config, 8).encode(prompts[:1])[0]).shape == (7,)

@@ -15,15 +15,15 @@ from batch_fakes import read_rows
 from vllm_cases import chat, line
 from vllm_real_cases import SPEC, model, pytestmark
 
-from blendserve.cli.vllm_run import lora_slots
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import remote_cost
 from blendserve.engines.vllm.api import InstalledVllm, is_cpu_build, is_tested
+from blendserve.engines.vllm.arguments import lora_slots
 from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import LoadTotals, model_cost_of
-from blendserve.engines.vllm.driver import VllmEngine
+from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.engines.vllm.queue import PolicyQueue
 from blendserve.job.job import BatchJob, JobReport, run_job
 from blendserve.job.pending import PendingRequests
@@ -69,14 +69,14 @@ def arguments(model: Path, **changes: Any) -> dict[str, Any]:
     return fields | changes
 
 
-def engine_of(model: Path, adapters: dict[str, str] | None = None, **changes: Any) -> VllmEngine:
+def engine_of(model: Path, adapters: dict[str, str] | None = None, **changes: Any) -> VllmDriver:
     totals = LoadTotals(model_cost_of("tiny", json.loads((model / "config.json").read_text())))
     embeds = changes.get("runner") == "pooling"
-    return VllmEngine(InstalledVllm(), arguments(model, **changes), adapters or {}, embeds=embeds, totals=totals)
+    return VllmDriver(InstalledVllm(), arguments(model, **changes), adapters or {}, embeds=embeds, totals=totals)
 
 
 def run(
-    engine: VllmEngine,
+    engine: VllmDriver,
     model: Path,
     lines: list[str],
     target: Path,
@@ -112,7 +112,7 @@ def answers(target: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def front(model: Path) -> Iterator[VllmEngine]:
+def front(model: Path) -> Iterator[VllmDriver]:
     engine = engine_of(model)
     engine.open()
     yield engine
@@ -123,7 +123,7 @@ def test_this_release_is_tested() -> None:
     assert is_tested(str(InstalledVllm().version)), "add the release to TESTED_RELEASES once these tests pass on it"
 
 
-def test_the_front_door_answers_and_counts(front: VllmEngine, model: Path, tmp_path: Path) -> None:
+def test_the_front_door_answers_and_counts(front: VllmDriver, model: Path, tmp_path: Path) -> None:
     report = run(front, model, greedy_lines(30), tmp_path / "out.jsonl")
     assert report.num_succeeded == 30
     assert report.num_output_tokens == sum(4 + 9 * (n % 5) for n in range(30))
@@ -140,7 +140,7 @@ def test_the_front_door_answers_and_counts(front: VllmEngine, model: Path, tmp_p
     assert report.num_cached_tokens > 0
 
 
-def test_every_parameter_is_taken(front: VllmEngine, model: Path, tmp_path: Path) -> None:
+def test_every_parameter_is_taken(front: VllmDriver, model: Path, tmp_path: Path) -> None:
     full = {
         "temperature": 0.9,
         "top_p": 0.9,
@@ -195,7 +195,7 @@ def test_every_parameter_is_taken(front: VllmEngine, model: Path, tmp_path: Path
     assert row["response"]["body"]["error"]["code"] == "invalid_value"
 
 
-def test_an_engine_that_dies_is_opened_again(front: VllmEngine, model: Path, tmp_path: Path) -> None:
+def test_an_engine_that_dies_is_opened_again(front: VllmDriver, model: Path, tmp_path: Path) -> None:
     run(front, model, greedy_lines(16), tmp_path / "undisturbed.jsonl")
     inside = front.engine
     assert inside is not None

@@ -1,7 +1,7 @@
 """Requests answered by an OpenAI-compatible server: in the planner's order, many at once, each until it has an end.
 
 An event loop in a thread of its own sends and waits, so that neither a slow disk nor Ctrl-C disturbs it; finished
-requests come out of a queue. Which reply means what is in `replies`, when to send in `pacing`, whom in `window`.
+requests come out of a queue. Which reply means what is in `replies`, when to send in `pacing`, whom in `inflight`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from blendserve.dialect.schema import Url
 from blendserve.engines.http.client import MAX_RESPONSE_BYTES, ApiKey, HttpClient, NoReplyError, ServerAddress
 from blendserve.engines.http.clock import Clock, SystemClock
-from blendserve.engines.http.inflight import InflightWindow
+from blendserve.engines.http.inflight import HttpInflight
 from blendserve.engines.http.pacing import Pacer, RetrySettings
 from blendserve.engines.http.replies import Answer, Failure, Stop, judge, judge_silence, words_of
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
@@ -36,7 +36,7 @@ MAX_DOUBTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class HttpSettings:
+class HttpLimits:
     """`timeout_s`: one try of one request, from the connection to the last byte. `kv_tokens`: what the server's memory
     holds, 0 where it is not known.
     """
@@ -60,17 +60,17 @@ class HttpStats:
 
 
 @dataclass(slots=True)
-class HttpEngine:
+class HttpDispatcher:
     """One server. `notify` is told, one line at a time, when it stops answering and when it answers again."""
 
     address: ServerAddress
     key: ApiKey = field(repr=False)
-    settings: HttpSettings = field(default_factory=HttpSettings)
+    settings: HttpLimits = field(default_factory=HttpLimits)
     clock: Clock = field(default_factory=SystemClock)
     random_source: random.Random = field(default_factory=random.Random)
     notify: Callable[[str], None] = lambda _: None
     stats: HttpStats = field(default_factory=HttpStats)
-    window: InflightWindow | None = None
+    inflight: HttpInflight | None = None
 
     def run(self, pending: PendingRequests, plan: Plan, policy: Policy) -> Iterator[SequenceOutput]:
         """Yield the end of every request as it comes; each ends once, whatever the server does.
@@ -78,21 +78,21 @@ class HttpEngine:
         Raises: ExecutorError when the server stays down, takes nothing that comes from us, or wants some requests later
         than is worth waiting: they have no end then, all others have.
         """
-        self.window = InflightWindow(
+        self.inflight = HttpInflight(
             plan, policy, max_inflight=self.settings.max_inflight, kv_tokens=self.settings.kv_tokens
         )
-        return _Run(self, pending, self.window).outputs()
+        return _Dispatch(self, pending, self.inflight).outputs()
 
 
-class _Run:
+class _Dispatch:
     """One run: the loop's thread, and the queue that leads out of it."""
 
-    def __init__(self, engine: HttpEngine, pending: PendingRequests, window: InflightWindow) -> None:
+    def __init__(self, engine: HttpDispatcher, pending: PendingRequests, inflight: HttpInflight) -> None:
         self._engine = engine
         self._settings = engine.settings
         self._clock = engine.clock
         self._pending = pending
-        self._window = window
+        self._inflight = inflight
         self._pacer = Pacer(engine.settings.max_inflight, engine.settings.retry, engine.random_source)
         self._finished: queue.SimpleQueue[SequenceOutput | None] = queue.SimpleQueue()
         self._end: Future[None] = Future()
@@ -174,13 +174,13 @@ class _Run:
             raise self._wrong_address(self._doubtful)
 
     async def _dispatch(self, client: HttpClient, tasks: asyncio.TaskGroup) -> None:
-        """Keep the window full until every request is on its way."""
-        while self._window.num_waiting:
+        """Keep as many requests in flight as may be, until every request is on its way."""
+        while self._inflight.num_waiting:
             self._is_held = self._finished.qsize() >= self._settings.max_inflight
             if not (self._is_held and self._finished.qsize()):  # what waits to be written counts as memory
-                for index in self._window.admit(self._clock.monotonic()):
+                for index in self._inflight.admit(self._clock.monotonic()):
                     tasks.create_task(self._serve(client, index))
-            if self._window.num_waiting:
+            if self._inflight.num_waiting:
                 await self._freed.wait()
                 self._freed.clear()
 
@@ -207,7 +207,7 @@ class _Run:
                 if isinstance(verdict, Answer):
                     self._pacer.answered(now_s)
                 else:
-                    is_alone = self._window.num_running == 1 and not self._window.num_waiting
+                    is_alone = self._inflight.num_running == 1 and not self._inflight.num_waiting
                     num_charged += self._pacer.failed(index, verdict, sent_s, now_s, is_alone=is_alone)
                 self._tell(verdict, now_s)
             if isinstance(verdict, Answer):
@@ -254,7 +254,7 @@ class _Run:
         """Keep the counters, and tell of an outage. Raises: ExecutorError when it has lasted too long."""
         stats, pacer = self._engine.stats, self._pacer
         stats.num_throttled, stats.num_failures = pacer.num_throttled, pacer.num_failures
-        stats.max_inflight = self._window.max_running
+        stats.max_inflight = self._inflight.max_running
         where, limit_s = self._engine.address.base_url, self._settings.retry.max_outage_s
         if isinstance(verdict, Failure) and pacer.is_given_up(now_s):
             raise ExecutorError(
@@ -321,7 +321,7 @@ class _Run:
 
     def _make_room(self, index: int, num_output_tokens: int) -> None:
         """Let another request take the place of one."""
-        self._window.finish(index, num_output_tokens, self._clock.monotonic())
+        self._inflight.finish(index, num_output_tokens, self._clock.monotonic())
         self._freed.set()
 
     def _output_of(self, index: int, answer: Answer) -> SequenceOutput:

@@ -19,10 +19,10 @@ RATE_WEIGHT = 0.1  # of the newest request in the mean seconds per output token
 MAX_STEPS = 16  # that a policy is told of at once, however much time has passed
 
 
-class InflightWindow:
+class HttpInflight:
     """At most `max_inflight` requests, and at most `kv_tokens` of prompts and expected outputs where that is not 0.
 
-    It is the `SchedulerView` of its policy. Without `kv_tokens` the server is taken to hold a window of average
+    It is the `SchedulerView` of its policy. Without `kv_tokens` the server is taken to hold `max_inflight` average
     requests.
     """
 
@@ -81,7 +81,7 @@ class InflightWindow:
         return 1 - self.free_tokens / self.capacity_tokens
 
     def admit(self, now_s: float) -> list[int]:
-        """Take in as many requests as the policy proposes and the window holds."""
+        """Take in as many requests as the policy proposes and the limits allow."""
         self._refresh(now_s)
         for _ in range(self._num_steps(now_s)):
             self._policy.prefill_tokens(self)

@@ -8,37 +8,17 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from blendserve.engines.settings import ReplicaSettings
 from blendserve.errors import ConfigError
 from blendserve.host import usable_cores
-
-Placement = Literal["spread", "pack"]
-PLACEMENTS: tuple[Placement, ...] = ("spread", "pack")
-MAX_RESTARTS = 3
 
 _REACH_S = 10.0
 _STORE_SLACK_BYTES = 256 << 20  # for replies that are too large to travel inside of messages
 _NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # On every system, despite its name: Ray that cannot be a cluster of several machines binds its ports to loopback.
 _ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSettings:
-    """How many replicas, where, and what each gets of its machine.
-
-    `ray_address` None starts Ray on this machine. `num_cpus` None: as many as leave a place for every replica.
-    `max_restarts`: times that Ray starts a replica's process anew before its work goes to the others.
-    """
-
-    num_replicas: int
-    ray_address: str | None = None
-    num_cpus: float | None = None
-    num_gpus: float = 0.0
-    placement: Placement = "spread"
-    max_restarts: int = MAX_RESTARTS
 
 
 class NodeShape(NamedTuple):

@@ -6,18 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from blendserve.engines.replicas.cluster import (
-    ReplicaSettings,
-    ReplicaShape,
-    node_shapes,
-    open_cluster,
-    replica_shape,
-)
+from blendserve.engines.replicas.cluster import ReplicaShape, node_shapes, open_cluster, replica_shape
 from blendserve.engines.replicas.drive import drive
 from blendserve.engines.replicas.ledger import Ledger
 from blendserve.engines.replicas.part import SharedJob
 from blendserve.engines.replicas.ray_fleet import Expected, RayFleet
 from blendserve.engines.replicas.replica import ReplicaEngine
+from blendserve.engines.settings import ReplicaSettings
 from blendserve.job.pending import PendingRequests
 from blendserve.planner.partition import Partition, partition
 from blendserve.planner.plan import Plan

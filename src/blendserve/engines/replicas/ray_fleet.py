@@ -14,10 +14,11 @@ from itertools import pairwise
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from blendserve.engines.replicas.cluster import ReplicaSettings, ReplicaShape, first_line
+from blendserve.engines.replicas.cluster import ReplicaShape, first_line
 from blendserve.engines.replicas.events import Batch, Begin, Command, Event, Lost, Poll, Ready
 from blendserve.engines.replicas.part import SharedJob
 from blendserve.engines.replicas.replica import Hello, OpenEngine, Replica, Reply
+from blendserve.engines.settings import ReplicaSettings
 from blendserve.errors import BlendServeError, ConfigError, ExecutorError
 
 POLL_S = 0.25

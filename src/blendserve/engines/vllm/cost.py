@@ -13,7 +13,7 @@ from typing import Any
 from blendserve.costs.hardware import A100_80G, HARDWARE_BY_NAME, HardwareSpec, peak_cost_model
 from blendserve.costs.model_cost import CostModel, ModelCost
 from blendserve.dialect.images import Picture
-from blendserve.engines.vllm.inside import StepLoad
+from blendserve.engines.vllm.inflight import StepLoad
 from blendserve.errors import ConfigError
 
 CPU = HardwareSpec("cpu", 90e9, 12e9, 0.0)

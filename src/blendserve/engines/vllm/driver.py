@@ -1,6 +1,6 @@
 """Requests answered by vLLM in this process, in the planner's order, each until it has an end.
 
-Two ways in: through the front door, where a window of requests is kept full from outside, or through the scheduler,
+Two ways in: through the front door, where as many requests as may be are kept inside, or through the scheduler,
 where vLLM asks the policy itself (`vllm_queue`). An engine that dies is opened again and what it had is run again; a
 request under which engines keep dying ends as an error.
 """
@@ -18,7 +18,7 @@ from blendserve.engine.stats import RunStats
 from blendserve.engines.vllm.api import VllmApi, VllmLimits, without_secrets
 from blendserve.engines.vllm.cost import LoadTotals
 from blendserve.engines.vllm.counters import VllmCounters
-from blendserve.engines.vllm.inside import StepLoad, VllmWindow
+from blendserve.engines.vllm.inflight import StepLoad, VllmInflight
 from blendserve.engines.vllm.queue import PolicyQueue, SchedulerState
 from blendserve.engines.vllm.requests import arguments_of, failed_output, output_of, was_aborted
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
@@ -39,7 +39,7 @@ LAG = 2
 
 
 @dataclass(slots=True)
-class VllmEngine:
+class VllmDriver:
     """vLLM as the arguments of its `EngineArgs` have it. `adapters` are paths of LoRA adapters by name.
 
     `open` may be called ahead of `run`, which opens what is not open. `notify` is told, one line at a time, when an
@@ -85,17 +85,17 @@ class VllmEngine:
 
         Raises: ExecutorError when engines die one after the other.
         """
-        return _Run(self, pending, plan, policy).outputs()
+        return _Drive(self, pending, plan, policy).outputs()
 
 
 class _EngineDiedError(Exception):
     """An engine that takes no more calls; `__cause__` is what it died of."""
 
 
-class _Run:
+class _Drive:
     """One run: what is inside the engine, and what has to come in again after its death."""
 
-    def __init__(self, engine: VllmEngine, pending: PendingRequests, plan: Plan, policy: Policy) -> None:
+    def __init__(self, engine: VllmDriver, pending: PendingRequests, plan: Plan, policy: Policy) -> None:
         self._engine = engine
         self._api = engine.api
         self._pending = pending
@@ -114,7 +114,7 @@ class _Run:
         self._num_deaths_in_row = 0
         self._ended: list[SequenceOutput] = []
         is_near = self._api.scheduler_of(engine.engine) is not None
-        self._window = VllmWindow(plan, policy, limits, limits.max_num_seqs + (0 if is_near else LAG))
+        self._inflight = VllmInflight(plan, policy, limits, limits.max_num_seqs + (0 if is_near else LAG))
         self._queue = self._bind(policy)
 
     def _bind(self, policy: Policy) -> PolicyQueue | None:
@@ -140,14 +140,14 @@ class _Run:
             self._abort()
 
     def _is_left(self) -> bool:
-        return bool(self._inside) or self._window.num_left > 0
+        return bool(self._inside) or self._inflight.num_left > 0
 
     def _turn(self) -> None:
         """Bring in what may come in, and run one step."""
         started = self._engine.clock()
         if self._queue is None:
             self._fill()
-        if not (self._inside or (self._queue is not None and self._window.num_waiting)):
+        if not (self._inside or (self._queue is not None and self._inflight.num_waiting)):
             return
         before = self._engine.clock()
         finished = self._step()
@@ -172,7 +172,7 @@ class _Run:
             return
         while self._again:
             self._add(self._again.popleft())
-        for index in self._window.admit(self._engine.counters.kv_use):
+        for index in self._inflight.admit(self._engine.counters.kv_use):
             self._add(index)
 
     def _add(self, index: int) -> bool:
@@ -235,7 +235,7 @@ class _Run:
         self._inside.discard(index)
         if self._suspects and self._suspects[0] == index:
             self._suspects.popleft()
-        keeper = self._window if self._queue is None else self._queue
+        keeper = self._inflight if self._queue is None else self._queue
         keeper.finish(index, result.num_output_tokens)
         self._ended.append(result)
 
@@ -245,11 +245,11 @@ class _Run:
 
     def _record(self, elapsed_s: float) -> None:
         counters, cost = self._engine.counters, self._plan.cost
-        load = self._window.advance() if self._queue is None and not self._suspects else StepLoad(0, 0, 0.0, 0.0, 0)
+        load = self._inflight.advance() if self._queue is None and not self._suspects else StepLoad(0, 0, 0.0, 0.0, 0)
         if self._engine.totals is not None and load.num_prefill_tokens + load.num_decode_tokens:
             self._engine.totals.add(load)
         num_preemptions = counters.num_preemptions - self._num_preemptions_before
-        self._window.preempt(num_preemptions - self._stats.num_preemptions)
+        self._inflight.preempt(num_preemptions - self._stats.num_preemptions)
         self._stats.num_preemptions = num_preemptions
         self._stats.add_step(
             elapsed_s=elapsed_s,
@@ -286,9 +286,9 @@ class _Run:
             raise ExecutorError(f"vLLM's engine died ({death}) and cannot be opened again: {error}; {KEPT}") from error
         self._engine.counters.kv_use = 0.0
         self._leave_queue()
-        in_window = self._window.start_over()
+        were_inside = self._inflight.start_over()
         self._inside.clear()
-        self._again = deque(index for index in in_window if index not in self._suspects)
+        self._again = deque(index for index in were_inside if index not in self._suspects)
 
     def _blame(self, death: _EngineDiedError) -> None:
         """Count the death against those who were inside, and end the request that no engine survives."""
@@ -308,7 +308,7 @@ class _Run:
     def _leave_queue(self) -> None:
         """Take over what the policy has admitted through the scheduler that is gone."""
         if self._queue is not None:
-            self._window.adopt(sorted(self._queue.admitted))
+            self._inflight.adopt(sorted(self._queue.admitted))
             self._queue = None
 
     def _abort(self) -> None:

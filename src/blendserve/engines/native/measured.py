@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.costs.hardware import Peaks
 from blendserve.engine.stats import RunStats
-from blendserve.executors.native import NativeCounters
 from blendserve.executors.trace import StepTrace
+
+if TYPE_CHECKING:
+    from blendserve.executors.native import NativeCounters  # needs the compiled core, which reports do without
 
 Floats = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""The window on vLLM: what it takes the requests inside for, against a step-by-step twin, and whom it lets in."""
+"""What the requests inside vLLM are taken for, against a step-by-step twin, and whom it lets in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blendserve.engines.estimates import remote_cost
 from blendserve.engines.vllm.api import VllmLimits
 from blendserve.engines.vllm.counters import VllmCounters
 from blendserve.engines.vllm.fake import FakeVllm
-from blendserve.engines.vllm.inside import VllmWindow
+from blendserve.engines.vllm.inflight import VllmInflight
 from blendserve.engines.vllm.queue import index_of
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import Plan
@@ -54,18 +54,18 @@ def test_each_request_enters_once_and_is_never_preempted(
     plan, prompts = random_plan(seed, num_requests)
     api, counters = FakeVllm(num_blocks=num_blocks, max_num_seqs=max_num_seqs), VllmCounters()
     engine = api.open_engine({}, counters)
-    window = VllmWindow(plan, make_policy(policy, plan), VllmLimits.of(engine), max_num_seqs)
+    inflight = VllmInflight(plan, make_policy(policy, plan), VllmLimits.of(engine), max_num_seqs)
     seen = []
-    while window.num_left:
-        for index in window.admit(counters.kv_use):
+    while inflight.num_left:
+        for index in inflight.admit(counters.kv_use):
             seen.append(index)
             add(engine, api, plan, prompts, index)
-        window.check()
+        inflight.check()
         ended = engine.step()
-        window.advance()
-        window.check()
+        inflight.advance()
+        inflight.check()
         for output in ended:
-            window.finish(int(output.request_id), len(output.outputs[0].token_ids))
+            inflight.finish(int(output.request_id), len(output.outputs[0].token_ids))
     assert sorted(seen) == list(range(num_requests))
     if policy == "fcfs":  # lengths are known, so what enters fits until its end
         assert counters.num_preemptions == 0
@@ -77,24 +77,24 @@ def test_the_estimated_progress_is_that_of_the_engine(seed: int) -> None:
     plan, prompts = random_plan(seed, 20, is_shared=False)
     api, counters = FakeVllm(num_blocks=400, max_num_seqs=6, max_num_batched_tokens=64), VllmCounters()
     engine = api.open_engine({}, counters)
-    window = VllmWindow(plan, make_policy("fcfs", plan), VllmLimits.of(engine), 6)
+    inflight = VllmInflight(plan, make_policy("fcfs", plan), VllmLimits.of(engine), 6)
     num_sampled = num_output = 0
-    while window.num_left:
-        for index in window.admit(counters.kv_use):
+    while inflight.num_left:
+        for index in inflight.admit(counters.kv_use):
             add(engine, api, plan, prompts, index)
         before = sum(request.num_computed_tokens for request in engine.scheduler.running)
         ended = engine.step()
-        load = window.advance()
+        load = inflight.advance()
         num_sampled += load.num_sampled_tokens
         for output in ended:
             num_output += len(output.outputs[0].token_ids)
-            window.finish(int(output.request_id), len(output.outputs[0].token_ids))
+            inflight.finish(int(output.request_id), len(output.outputs[0].token_ids))
         running = engine.scheduler.running
         by_index = {index_of(request): request for request in running}
-        inside = [index for index in window.request_index.tolist() if index in by_index]
+        inside = [index for index in inflight.request_index.tolist() if index in by_index]
         assert len(inside) == len(running)
         for index, computed, output_tokens in zip(
-            window.request_index.tolist(), window.num_computed_tokens, window.num_output_tokens, strict=True
+            inflight.request_index.tolist(), inflight.num_computed_tokens, inflight.num_output_tokens, strict=True
         ):
             if index in by_index:
                 assert computed == by_index[index].num_computed_tokens
@@ -108,19 +108,19 @@ def test_the_estimated_progress_is_that_of_the_engine(seed: int) -> None:
 def test_a_preempted_request_computes_everything_again() -> None:
     plan, _ = random_plan(1, 6, is_shared=False)
     limits = VllmLimits(num_blocks=400, block_size=32, max_num_seqs=6, max_num_batched_tokens=2048)
-    window = VllmWindow(plan, make_policy("fcfs", plan), limits, 6)
-    window.admit(0.0)
-    window.advance()
-    window.advance()
-    before = window.num_output_tokens.copy()
-    held = window.free_tokens
-    window.preempt(2)
-    window.check()
-    assert window.num_computed_tokens.tolist()[-2:] == [0, 0]
-    assert (window.num_computed_tokens[:-2] > 0).all()
-    assert window.free_tokens < held  # it will take its memory again
-    load = window.advance()
-    assert load.num_prefill_tokens >= int((window.num_prompt_tokens[-2:] + before[-2:]).sum())
+    inflight = VllmInflight(plan, make_policy("fcfs", plan), limits, 6)
+    inflight.admit(0.0)
+    inflight.advance()
+    inflight.advance()
+    before = inflight.num_output_tokens.copy()
+    held = inflight.free_tokens
+    inflight.preempt(2)
+    inflight.check()
+    assert inflight.num_computed_tokens.tolist()[-2:] == [0, 0]
+    assert (inflight.num_computed_tokens[:-2] > 0).all()
+    assert inflight.free_tokens < held  # it will take its memory again
+    load = inflight.advance()
+    assert load.num_prefill_tokens >= int((inflight.num_prompt_tokens[-2:] + before[-2:]).sum())
 
 
 def test_capacity_leaves_out_the_empty_block() -> None:

@@ -33,7 +33,7 @@ class StepLoad(NamedTuple):
     num_sampled_tokens: int
 
 
-class VllmWindow:
+class VllmInflight:
     """At most `max_inflight` requests, and no more than the KV memory will hold: what is in use now, what admitted
     prompts have yet to take, and the expected remainder of all outputs, at its peak.
 

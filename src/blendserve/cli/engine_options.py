@@ -1,0 +1,260 @@
+"""Options that say which engine answers a batch file, and how; `engine_settings` makes values of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from blendserve.cli.options import add_dtype, add_model, count, not_negative, positive_integer, positive_seconds, size
+from blendserve.config import OVERLAP_MODES
+from blendserve.engines.settings import ISA_NAMES, MAX_RESTARTS, PLACEMENTS, TASKS, VLLM_SCHEDULERS
+from blendserve.errors import ConfigError
+
+ENGINE_NAMES = ("native", "http", "vllm")
+
+ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "isa"), ("native",)),
+    "revision": ("native", "vllm"),
+    **dict.fromkeys(
+        ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
+        ("native", "vllm"),
+    ),
+    **dict.fromkeys(
+        ("base_url", "max_inflight", "kv_tokens", "request_timeout", "max_attempts", "max_outage", "tokenizer"),
+        ("http",),
+    ),
+    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg", "image_domain"), ("vllm",)),
+}
+"""Engines that accept each option; unlisted options apply to all."""
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Limits of an engine in this process."""
+    group = parser.add_argument_group(
+        "limits of the native engine and of vLLM", "limits change how long a run takes, never the answers"
+    )
+    group.add_argument(
+        "--kv-memory",
+        type=size,
+        metavar="SIZE",
+        help="memory of the KV cache, such as 4GiB (default: half of the free memory at most; vLLM on GPUs: its own)",
+    )
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="REQUESTS",
+        help="most requests running at once (default: 256; vllm: vLLM's own)",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="most tokens in one step (default: 2048; vllm: vLLM's own)",
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: every core that this process may use)"
+    )
+    group.add_argument(
+        "--no-prefix-caching",
+        action="store_true",
+        help="compute every prompt in full, also where prefixes are shared (default: prefixes are computed once)",
+    )
+    native = parser.add_argument_group("native engine")
+    native.add_argument(
+        "--overlap",
+        choices=OVERLAP_MODES,
+        default="auto",
+        help="run matrix products beside attention: auto in steps where `blendserve calibrate` found that it pays, on "
+        "wherever it can be done, or off (default: auto)",
+    )
+    add_dtype(native)
+    native.add_argument(
+        "--isa", choices=ISA_NAMES, default="auto", help="instruction set of the kernels (default: auto, the best here)"
+    )
+
+
+def add_engine_choice(parser: argparse.ArgumentParser) -> None:
+    """--engine, and the options of the engines that are not on this machine."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINE_NAMES,
+        default="native",
+        help="native: this machine's CPU; http: an OpenAI-compatible server, see --base-url; vllm: vLLM in this "
+        "process (pip install 'blendserve[vllm]') (default: native)",
+    )
+    _add_http(parser)
+    _add_vllm(parser)
+
+
+def _add_http(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "HTTP engine", "the key comes from BLENDSERVE_API_KEY, else OPENAI_API_KEY; --model is the name that is sent"
+    )
+    group.add_argument(
+        "--base-url", metavar="URL", help="the server, such as http://localhost:8000/v1 (needed by --engine http)"
+    )
+    group.add_argument(
+        "--max-inflight",
+        type=positive_integer,
+        default=64,
+        metavar="REQUESTS",
+        help="most requests on their way at once (default: 64)",
+    )
+    group.add_argument(
+        "--kv-tokens",
+        type=positive_integer,
+        metavar="TOKENS",
+        help="what the server's KV memory holds (default: not known, only --max-inflight limits)",
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=positive_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="for one try of a request, to the last byte of its answer (default: 600)",
+    )
+    group.add_argument(
+        "--max-attempts",
+        type=positive_integer,
+        default=6,
+        metavar="TRIES",
+        help="tries before a request is an error (default: 6)",
+    )
+    group.add_argument(
+        "--max-outage",
+        type=positive_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for a server that is down (default: 600)",
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="count prompt tokens with this model's tokenizer (default: that of --model where it is on this machine, "
+        "else four bytes count as a token)",
+    )
+
+
+def _add_vllm(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("vLLM engine")
+    group.add_argument(
+        "--task", choices=TASKS, default="generate", help="embed: answer /v1/embeddings (default: generate)"
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an adapter for lines whose model is NAME; may be repeated (default: none)",
+    )
+    group.add_argument(
+        "--vllm-scheduler",
+        choices=VLLM_SCHEDULERS,
+        default="front",
+        help="front: requests go in from outside as the policy admits them; blend: vLLM's scheduler asks the policy "
+        "itself, by exact free memory and prefix hits (default: front)",
+    )
+    group.add_argument(
+        "--own-process",
+        action="store_true",
+        help="run vLLM in a subprocess, so that its crash does not stop the job (default: in this process)",
+    )
+    group.add_argument(
+        "--image-domain",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a host that pictures of lines may be fetched from; may be repeated (default: none: pictures in lines)",
+    )
+    group.add_argument(
+        "--vllm-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other field of vLLM's EngineArgs, such as tensor_parallel_size=2; may be repeated (default: none)",
+    )
+
+
+def add_watching(parser: argparse._ActionsContainer) -> None:
+    """How a run is planned piece by piece, and what it writes of itself."""
+    parser.add_argument(
+        "--window",
+        type=positive_integer,
+        metavar="REQUESTS",
+        help="plan so many requests at a time, each window while others run; for files whose plan would take too "
+        "long or too much memory (default: the whole file before it runs)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a page (HTML) of what compute and memory did, measured (default: none)",
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write a Chrome trace (JSON) of ops by worker, for ui.perfetto.dev (default: none)",
+    )
+
+
+def add_replicas(parser: argparse.ArgumentParser) -> None:
+    """Options of copies of the engine."""
+    group = parser.add_argument_group(
+        "replicas", "copies of the engine, each with a part of the requests; needs Ray: pip install 'blendserve[ray]'"
+    )
+    group.add_argument(
+        "--replicas", type=positive_integer, metavar="N", help="copies of the engine (default: one, without Ray)"
+    )
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help="a running Ray cluster, such as auto (default: this machine alone)"
+    )
+    group.add_argument(
+        "--replica-cpus",
+        type=not_negative,
+        metavar="CPUS",
+        help="CPUs of each (default: --threads, else as many as leave a place for all)",
+    )
+    group.add_argument(
+        "--replica-gpus",
+        type=not_negative,
+        default=0.0,
+        metavar="GPUS",
+        help="GPUs of each, all on one machine (default: 0)",
+    )
+    group.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="spread",
+        help="over as many machines as there are (spread), or on few (pack, Ray's own way) (default: spread)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=count,
+        default=MAX_RESTARTS,
+        metavar="TIMES",
+        help="how often a replica's process is started again before its requests go to the others (default: "
+        f"{MAX_RESTARTS})",
+    )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises: ConfigError when an option is given that would have no effect."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in (add_model, add_engine, add_engine_choice, add_watching):
+        add(parser)
+    for name, engines in ENGINES_BY_OPTION.items():
+        if args.engine not in engines and getattr(args, name) != parser.get_default(name):
+            kind = f"the {' and '.join(engines)} engine{'s' if len(engines) > 1 else ''}"
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {kind}, and the {args.engine} engine does not look at it: leave it "
+                f"out, or add --engine {engines[0]}"
+            )
+    if args.replicas is None:
+        if args.ray_address is not None:
+            raise ConfigError("--ray-address says where replicas run: add --replicas N")
+    elif args.report or args.trace:
+        raise ConfigError("--report and --trace show what one native engine does: leave them out with --replicas")
+    elif args.window:
+        raise ConfigError("--window plans a file piece by piece, --replicas divides one plan of all: leave one out")

@@ -1,0 +1,176 @@
+"""The native engine's part of a job: this machine's CPU, opened only when requests are left to run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from blendserve.config import EngineConfig
+from blendserve.costs.model_cost import CostModel
+from blendserve.costs.stored_calibration import machine_name
+from blendserve.costs.this_machine import cost_of, peaks_of
+from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.schema import ServedModel
+from blendserve.engine.limits import resolve_limits
+from blendserve.engine.loop import EngineLoop
+from blendserve.engine.planned import run_planned, run_windowed
+from blendserve.engine.stats import Resources, RunStats
+from blendserve.engines.base import EngineStatus, EngineTimes, Notify, RunObserver
+from blendserve.engines.native.loop import open_executor
+from blendserve.engines.native.measured import MeasuredRun
+from blendserve.engines.settings import NativeSettings
+from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_isa, op_names
+from blendserve.executors.trace import StepTrace
+from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
+from blendserve.job.pending import PendingRequests, plan_pending
+from blendserve.models.detokenize import StopChecker
+from blendserve.models.fingerprint import identity_of
+from blendserve.models.hub import resolve
+from blendserve.models.load import LoadedModel, load_model
+from blendserve.planner.plan import Plan
+from blendserve.planner.windows import Window
+from blendserve.request import SequenceOutput
+
+
+def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserver | None = None) -> NativeEngine:
+    """Open the model's files; its weights are loaded when there is something to run. Raises: ConfigError, and
+    CapacityError where the KV memory asked for holds nothing: before a large file is read rather than after."""
+    files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
+    model = load_model(files)
+    resolve_limits(settings.config(), model.spec)
+    engine = NativeEngine(settings, model, identity_of(model.spec.name, files), notify=notify, observer=observer)
+    engine.notes = files.notes
+    return engine
+
+
+class NativeEngine:
+    """An `Engine` on the native executor, planned as a whole or window by window."""
+
+    def __init__(
+        self,
+        settings: NativeSettings,
+        model: LoadedModel,
+        identity: str,
+        *,
+        notify: Notify,
+        observer: RunObserver | None = None,
+    ) -> None:
+        self._config = settings.config()
+        context = resolve_limits(EngineConfig(max_model_len=self._config.max_model_len), model.spec).max_model_len
+        self.served = ServedModel(
+            names=(model.spec.name,),
+            accepts_any_name=settings.model is not None,
+            vocab_size=model.spec.vocab_size,
+            max_model_len=context,
+        )
+        self.codec = ModelCodec(model.tokenizer, context)
+        self.identity = identity
+        self._isa = best_isa() if settings.isa == "auto" else settings.isa  # kernels round differently: never mix them
+        self.settings = {"isa": self._isa, "dtype": self._config.dtype, "kernels": KERNEL_REVISION}
+        self.capacity_bytes = settings.kv_memory_bytes or 0
+        self.notes: tuple[str, ...] = ()
+        self.times = EngineTimes()
+        self.stats: RunStats | None = None
+        self._model = model
+        self._window = settings.window
+        self._notify = notify
+        self._observer = observer
+        self._trace = observer.trace if observer is not None else StepTrace()
+        self._opened: tuple[NativeExecutor, EngineLoop] | None = None
+        self._latest: tuple[EngineLoop, Plan | None, int] | None = None
+
+    def generate(self, pending: PendingRequests, policy: str) -> Iterator[SequenceOutput]:
+        """Yield the outputs of `pending` as they finish."""
+        started_s = time.perf_counter()
+        executor, loop = self._opened = self._opened or self._open()
+        loaded_s = time.perf_counter()
+        plan = None if self._window else self.plan(pending)
+        planned_s = time.perf_counter()
+        self.times = EngineTimes(loaded_s - started_s, planned_s - loaded_s)
+        outputs: Iterator[SequenceOutput]
+        if self._window:
+            outputs = run_windowed(loop, pending, windows_of(pending, self._window), self._cost(), policy)
+        else:
+            assert plan is not None
+            outputs = run_planned(loop, pending, plan, policy)
+        self._latest = (loop, plan, len(pending))
+        try:
+            yield from outputs
+        finally:
+            self.times = self.times._replace(run_s=time.perf_counter() - planned_s)
+            loop.stats.resources = self._resources(executor)
+            self.stats = loop.stats
+            self._tell_observer(policy, executor, loop.stats, plan)
+
+    def plan(self, pending: PendingRequests) -> Plan:
+        """The order of `pending` on this machine."""
+        return plan_pending(pending, pending.table(), self._cost())
+
+    def status(self) -> EngineStatus | None:
+        """What the loop does now."""
+        if self._latest is None:
+            return None
+        loop, plan, num_pending = self._latest
+        stats = loop.stats
+        num_tokens = stats.num_prefill_tokens + stats.num_decode_tokens
+        if plan is None:  # what is not planned yet will be like what has finished
+            expected = num_tokens * num_pending / max(1, stats.num_finished + stats.num_errors)
+        else:
+            expected = float(plan.expected_output_tokens.sum()) + plan.tree.num_unique_tokens
+        return EngineStatus(
+            num_running=loop.batcher.table.num_running,
+            num_expected_tokens=expected,
+            num_tokens=num_tokens,
+            kv_use=1 - loop.batcher.free_tokens / loop.batcher.capacity_tokens,
+            prefix_hit_rate=stats.prefix_hit_rate,
+        )
+
+    def close(self) -> None:
+        """Give the weights and the KV memory back."""
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
+    def _open(self) -> tuple[NativeExecutor, EngineLoop]:
+        config = resolve_limits(self._config, self._model.spec)
+        executor = open_executor(self._model, config, isa=self._isa, trace=self._trace)
+        return executor, EngineLoop(executor, config, stop_checker=StopChecker(self._model.tokenizer))
+
+    def _cost(self) -> CostModel:
+        config = resolve_limits(self._config, self._model.spec)
+        return cost_of(self._model.spec, config.num_threads, self._notify, config.dtype)
+
+    def _resources(self, executor: NativeExecutor) -> Resources:
+        """Memory so far, and how long the first step was in coming."""
+        memory = executor.memory
+        startup_s, age_s = None, process_age_s()
+        if len(self._trace) and age_s is not None:
+            startup_s = age_s - (time.perf_counter() - self._trace.first_begin_s)
+        return Resources(memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, peak_rss_bytes(), startup_s)
+
+    def _tell_observer(self, policy: str, executor: NativeExecutor, stats: RunStats, plan: Plan | None) -> None:
+        if self._observer is None:
+            return
+        self.notes += self._observer.run_ended(
+            MeasuredRun(
+                source=self._observer.source,
+                model=self._model.spec.name,
+                policy=policy,
+                machine=machine_name(),
+                num_threads=executor.num_threads,
+                isa=executor.isa,
+                peaks=peaks_of(executor.num_threads, executor.dtype),
+                stats=stats,
+                counters=executor.counters(),
+                trace=self._trace,
+                op_names=op_names(),
+                optimal_sharing=None if plan is None else plan.optimal_sharing,
+            )
+        )
+
+
+def windows_of(pending: PendingRequests, size: int) -> Iterator[Window]:
+    """The requests in the order of the file, `size` at a time, read when they are asked for."""
+    for begin in range(0, len(pending), size):
+        part = PendingRequests(pending.store, pending.numbers[begin : begin + size])
+        yield Window(part.flat_prompts(), part.table())
