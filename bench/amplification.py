@@ -15,7 +15,13 @@ from tempfile import TemporaryDirectory
 
 from common import print_header
 
+from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.schema import ServedModel
+from blendserve.host import cache_dir
+from blendserve.job.check import check_file
 from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES
+from blendserve.models.hub import resolve
+from blendserve.models.load import load_model
 
 LINE_BYTES = DEFAULT_MAX_LINE_BYTES - 1024
 MOST_TIMES = 16
@@ -59,9 +65,10 @@ def peak_of_check(path: Path) -> int:
 
 
 def check(path: Path) -> None:
-    from blendserve.cli import main
-
-    main(["check", str(path)])
+    model = load_model(resolve(None, cache_dir()))
+    spec = model.spec
+    served = ServedModel((spec.name,), vocab_size=spec.vocab_size, max_model_len=spec.max_position)
+    check_file(path, served, ModelCodec(model.tokenizer, spec.max_position))
     status = Path("/proc/self/status").read_text()  # getrusage counts what the parent had before exec
     print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 
