@@ -106,8 +106,11 @@ def test_every_option_reaches_its_field() -> None:
     assert engine_settings(parsed("--engine", "http", *http.split(), *named.split())) == HttpSettings(
         "u", "m", "t", max_inflight=2, kv_tokens=7, request_timeout_s=5, max_attempts=4, max_outage_s=9
     )
-    vllm = "--task embed --vllm-scheduler blend --own-process --vllm-arg seed=3 --no-prefix-caching --revision v1 --image-domain a.b"
-    assert engine_settings(parsed("--engine", "vllm", *options.split(), *vllm.split())) == VllmSettings(
+    vllm = "--task embed --vllm-scheduler blend --own-process --vllm-arg seed=3 --no-prefix-caching"
+    fetched = "--revision v1 --image-domain a.b"
+    assert engine_settings(
+        parsed("--engine", "vllm", *options.split(), *vllm.split(), *fetched.split())
+    ) == VllmSettings(
         "m",
         64,
         2**30,
