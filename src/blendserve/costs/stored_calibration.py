@@ -56,9 +56,9 @@ class Calibration:
     bandwidth_points: tuple[tuple[int, float], ...] = ()
     gemm_share: float = 0.0
     attention_share: float = 0.0
-    chunk_bytes: int = 384 << 10
-    tile_flop: int = 5_000_000
-    step_bytes: int = 48
+    chunk_bytes: int = 256 << 10
+    tile_flop: int = 3_500_000
+    step_bytes: int = 128
     memory_lanes: int = 0
     version: int = 2
 
