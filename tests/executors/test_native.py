@@ -147,11 +147,13 @@ def assert_logits_are_specified(spec: ModelSpec, tokens: TokenIds, isa: str) -> 
 def assert_rounded_logits_are_specified(
     spec: ModelSpec, tokens: TokenIds, isa: str, dtype: Dtype, kv_dtype: KvDtype = "bf16"
 ) -> None:
-    """For kernels that round their inputs. In one layer a tenth of the rows, at least, agree to the last bits.
+    """For kernels that round their inputs. In one layer a tenth of the rows, at least, agree to the last bits; a
+    twentieth where KV is rounded to integers, one of which moves all rows from its token on.
 
     In the others a sum in another order brought an activation or a KV element to the neighbouring number, which moves
     all that follows; in all layers by less than rounding does.
     """
+    share = 0.1 if kv_dtype == "bf16" else 0.05
     for layers in (replace(spec, num_layers=1), spec):
         expected = prompt_logits(specification(layers, dtype, isa, kv_dtype), tokens)
         exact = prompt_logits(specification(layers, "float64"), tokens)
@@ -159,7 +161,7 @@ def assert_rounded_logits_are_specified(
         change = root_mean_square(expected - exact)
         assert root_mean_square(logits - expected) <= change <= 0.2 * root_mean_square(exact)
         if layers.num_layers == 1:
-            assert np.quantile(np.abs(logits - expected).max(axis=1), 0.1) <= 0.001 * change
+            assert np.quantile(np.abs(logits - expected).max(axis=1), share) <= 0.001 * change
 
 
 @pytest.mark.parametrize("isa", INT8_ISAS)
