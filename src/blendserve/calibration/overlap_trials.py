@@ -10,7 +10,7 @@ from itertools import product
 from typing import NamedTuple
 
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
-from blendserve.config import Dtype
+from blendserve.config import Dtype, KvDtype
 from blendserve.costs.step_cost import SEQUENTIAL, Interference, OverlapCost
 from blendserve.host import available_memory_bytes
 from blendserve.models.spec import ModelSpec
@@ -45,15 +45,26 @@ class OverlapTrial(NamedTuple):
 
 
 def measure_overlap(
-    spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock, dtype: Dtype = "bf16"
+    spec: ModelSpec,
+    num_threads: int,
+    effort: Effort,
+    clock: Clock,
+    dtype: Dtype = "bf16",
+    kv_dtype: KvDtype = "bf16",
 ) -> tuple[OverlapTrial, ...]:
     """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting."""
     num_bytes = min(_OVERLAP_KV_SHARES * effort.kv_bytes, available_memory_bytes() / 8)
-    count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token() * CONTEXT))))
+    count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token(kv_dtype) * CONTEXT))))
     costs = _overlap_settings(num_threads)
     trials: list[OverlapTrial] = []
     probe = Probe(
-        spec, num_threads=num_threads, num_sequences=count, max_tokens=2 * count, context=CONTEXT, dtype=dtype
+        spec,
+        num_threads=num_threads,
+        num_sequences=count,
+        max_tokens=2 * count,
+        context=CONTEXT,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     with closing(probe) as p:
         p.touch()

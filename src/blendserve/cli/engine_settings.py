@@ -58,6 +58,7 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         enable_prefix_caching=not args.no_prefix_caching,
         overlap=args.overlap,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         isa=args.isa,
         window=args.window,
         revision=args.revision,

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan the file. Returns 0."""
     check_page_path(args.html)
     target = find_target(args.model, notify=tell)
-    machine = find_machine(args.hardware, target.spec, tensor_parallel=args.tensor_parallel)
+    machine = find_machine(args.hardware, target.spec, tensor_parallel=args.tensor_parallel, kv_dtype=args.kv_dtype)
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
     with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)

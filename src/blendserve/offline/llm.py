@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from blendserve.config import Dtype, EngineConfig
+from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.costs.this_machine import cost_of
 from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
@@ -53,11 +53,11 @@ class LLM:
     - `kv_memory_bytes`, `max_model_len`, `num_threads`: 0, the default, decides from the machine and the model.
     - `max_num_seqs`: most requests that run at once (default: 256).
     - `max_num_batched_tokens`: most tokens in one step, which is one forward pass (default: 2048).
-    - `enable_prefix_caching`, `overlap`, `dtype`, `isa`: as in `NativeSettings`.
+    - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`.
     - `seed`: for requests that are sampled and give no seed of their own (default: 0).
 
-    Answers depend on the request, the model, `dtype` and `isa`. A sampled request without a seed of its own also
-    depends on `seed` and on its place in the list. Nothing else changes answers.
+    Answers depend on the request, the model, `dtype`, `kv_dtype` and `isa`. A sampled request without a seed of its
+    own also depends on `seed` and on its place in the list. Nothing else changes answers.
     Calls from several threads take turns. A process that is forked from this one needs an LLM of its own.
     Raises: ConfigError when the model or a limit cannot work.
     """
@@ -75,6 +75,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         overlap: str = "auto",
         dtype: Dtype = "bf16",
+        kv_dtype: KvDtype = "bf16",
         isa: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -89,13 +90,14 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             overlap=overlap,
             dtype=dtype,
+            kv_dtype=kv_dtype,
         )
         self.model = load_model(resolve(model, cache_dir()))
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
         notes: list[str] = []
-        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append, dtype)
+        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append, dtype, kv_dtype)
         self.notes = tuple(notes)
         """Sentences that the user should read, such as why a calibration was not used."""
         self._engine = open_loop(self.model, self.config, isa=isa)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from blendserve.config import EngineConfig
+from blendserve.config import EngineConfig, KvDtype
 from blendserve.costs.hardware import HardwareSpec, kv_capacity_bytes
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import NANOFLOW, SEQUENTIAL, Interference, StepCost, gpu_step_cost
@@ -63,12 +63,15 @@ def gpu_machine(
     engine: EngineKind = "overlapped",
     tensor_parallel: int = 1,
     has_prefill_attention: bool = False,
+    kv_dtype: KvDtype = "bf16",
 ) -> Machine:
-    """A replica of a model on GPUs. Raises: ConfigError for an unknown engine kind; CapacityError when weights do not
-    fit."""
+    """A replica of a model on GPUs. `kv_dtype`: of keys and values, where `spec` is a model's shape.
+
+    Raises: ConfigError for an unknown engine kind; CapacityError when weights do not fit.
+    """
     if engine not in INTERFERENCE_BY_ENGINE:
         raise ConfigError(f"unknown engine kind {engine!r}; known: {', '.join(INTERFERENCE_BY_ENGINE)}")
-    model = spec if isinstance(spec, ModelCost) else ModelCost.from_spec(spec)
+    model = spec if isinstance(spec, ModelCost) else ModelCost.from_spec(spec, kv_dtype=kv_dtype)
     cost = gpu_step_cost(
         model,
         hardware,
@@ -80,15 +83,15 @@ def gpu_machine(
     return Machine(hardware, model, tensor_parallel, cost, int(capacity / model.kv_bytes_per_token))
 
 
-def is_calibrated() -> bool:
-    """Is there a calibration of this machine?"""
-    return calibration_path(cache_dir(), "bf16").is_file()
+def is_calibrated(kv_dtype: KvDtype = "bf16") -> bool:
+    """Is there a calibration of this machine for KV of this dtype?"""
+    return calibration_path(cache_dir(), "bf16", kv_dtype).is_file()
 
 
-def this_machine(spec: ModelSpec, engine: EngineKind = "overlapped") -> Machine:
+def this_machine(spec: ModelSpec, engine: EngineKind = "overlapped", kv_dtype: KvDtype = "bf16") -> Machine:
     """The machine as it was measured, with the KV memory and the limit on requests that `blendserve run` would take."""
-    calibration = load_calibration(cache_dir())
-    model = ModelCost.from_spec(spec)
+    calibration = load_calibration(cache_dir(), kv_dtype=kv_dtype)
+    model = ModelCost.from_spec(spec, kv_dtype=kv_dtype)
     max_num_seqs = EngineConfig().max_num_seqs
     cost = calibration.step_cost(model)
     usable = calibration.memory_bytes - model.weight_bytes

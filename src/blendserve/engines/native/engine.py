@@ -66,7 +66,12 @@ class NativeEngine:
         self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity
         self._isa = best_isa() if settings.isa == "auto" else settings.isa  # kernels round differently: never mix them
-        self.settings = {"isa": self._isa, "dtype": self._config.dtype, "kernels": KERNEL_REVISION}
+        self.settings = {
+            "isa": self._isa,
+            "dtype": self._config.dtype,
+            "kv_dtype": self._config.kv_dtype,
+            "kernels": KERNEL_REVISION,
+        }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.notes: tuple[str, ...] = ()
         self.times = EngineTimes()
@@ -138,7 +143,7 @@ class NativeEngine:
 
     def _cost(self) -> CostModel:
         config = resolve_limits(self._config, self._model.spec)
-        return cost_of(self._model.spec, config.num_threads, self._notify, config.dtype)
+        return cost_of(self._model.spec, config.num_threads, self._notify, config.dtype, config.kv_dtype)
 
     def _resources(self, executor: NativeExecutor) -> Resources:
         """Memory so far, and how long the first step was in coming."""
@@ -159,7 +164,7 @@ class NativeEngine:
                 machine=machine_name(),
                 num_threads=executor.num_threads,
                 isa=executor.isa,
-                peaks=peaks_of(executor.num_threads, executor.dtype),
+                peaks=peaks_of(executor.num_threads, executor.dtype, executor.kv_dtype),
                 stats=stats,
                 counters=executor.counters(),
                 trace=self._trace,
