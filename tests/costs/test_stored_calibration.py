@@ -25,7 +25,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 2', '"version": 1')]
+    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 3', '"version": 2')]
 )
 def test_a_bad_calibration_asks_for_a_new_one(text: str) -> None:
     with pytest.raises(ConfigError, match="blendserve calibrate"):

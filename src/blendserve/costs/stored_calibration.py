@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from blendserve.config import Dtype
 from blendserve.costs.hardware import HardwareSpec, Peaks
@@ -25,6 +25,11 @@ from blendserve.errors import ConfigError
 _NATIVE_SHARED_KV_SHARE = 0.56
 _MOST_STEP_BYTES = 128  # two cache lines
 _CALIBRATE_AGAIN = "run `blendserve calibrate` again"
+_VERSION = 3
+
+CalibrationEffort = Literal["first-run", "quick", "thorough"]
+"""How a machine was measured: by the first long run on it in at most 3 s, or by `blendserve calibrate`, with --quick or
+without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Calibration:
     `chunk_bytes` to `memory_lanes` the settings they were measured with (`OverlapCost`); delays of 1 say that it does
     not pay. `gemm_share` and `attention_share` say what separate cores could give: the share of its rate on all threads
     that each keeps when matrix products run on half of the threads beside decode attention on the other half (0 where
-    that cannot be measured).
+    that cannot be measured). `effort` says how long it was measured.
     Reading a file of another `version` fails: calibrate again. Raises: ConfigError for rates that are not positive.
     """
 
@@ -60,7 +65,8 @@ class Calibration:
     tile_flop: int = 5_000_000
     step_bytes: int = 48
     memory_lanes: int = 0
-    version: int = 2
+    effort: CalibrationEffort = "thorough"
+    version: int = _VERSION
 
     def __post_init__(self) -> None:
         rates = (
@@ -80,6 +86,8 @@ class Calibration:
                 f"a calibration needs chunk_bytes, tile_flop and step_bytes (at most {_MOST_STEP_BYTES}) of 1 or more; "
                 f"got {settings} and {self.memory_lanes} memory_lanes; {_CALIBRATE_AGAIN}"
             )
+        if self.effort not in get_args(CalibrationEffort):
+            raise ConfigError(f"a calibration cannot have the effort {self.effort!r}; {_CALIBRATE_AGAIN}")
         Interference(self.compute_delay, self.memory_delay)
 
     def separate_cores(self) -> Interference:
@@ -144,7 +152,7 @@ class Calibration:
         try:
             values: dict[str, Any] = json.loads(text)
             names = {field.name for field in fields(cls)}
-            if values.get("version") != 2 or set(values) != names:
+            if values.get("version") != _VERSION or set(values) != names:
                 raise ConfigError(
                     f"calibration has version {values.get('version')} and {len(values)} fields; {_CALIBRATE_AGAIN}"
                 )
@@ -190,6 +198,14 @@ def load_calibration(cache_directory: Path, dtype: Dtype = "bf16") -> Calibratio
             f"calibration at {path} was made for {calibration.dtype}, not for {dtype}; {_CALIBRATE_AGAIN}"
         )
     return calibration
+
+
+def is_replaceable(cache_directory: Path, dtype: Dtype) -> bool:
+    """May a first run store its calibration? Not over one that `blendserve calibrate` made and that can be read."""
+    try:
+        return load_calibration(cache_directory, dtype).effort == "first-run"
+    except ConfigError:
+        return True
 
 
 def matching_calibration(
