@@ -14,6 +14,7 @@ from blendserve.cli.engine_options import ENGINE_NAMES, ENGINES_BY_OPTION, add_e
 OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("native",): ("--window=5", "--report=r.html", "--trace=t.json", "--dtype=int8", "--isa=portable", "--overlap=off"),
     ("native", "vllm"): (
+        "--revision=v2",
         "--max-model-len=64",
         "--kv-memory=1GiB",
         "--max-num-seqs=9",
@@ -30,7 +31,14 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
         "--max-outage=9",
         "--tokenizer=m",
     ),
-    ("vllm",): ("--task=embed", "--lora=a=b", "--vllm-scheduler=blend", "--own-process", "--vllm-arg=a=1"),
+    ("vllm",): (
+        "--task=embed",
+        "--lora=a=b",
+        "--vllm-scheduler=blend",
+        "--own-process",
+        "--image-domain=a.example",
+        "--vllm-arg=a=1",
+    ),
 }
 """One value other than the default of every option that not all engines look at."""
 

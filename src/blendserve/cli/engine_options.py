@@ -15,6 +15,7 @@ ENGINE_NAMES = ("native", "http", "vllm")
 
 ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "isa"), ("native",)),
+    "revision": ("native", "vllm"),
     **dict.fromkeys(
         ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
         ("native", "vllm"),
@@ -23,7 +24,7 @@ ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
         ("base_url", "max_inflight", "kv_tokens", "request_timeout", "max_attempts", "max_outage", "tokenizer"),
         ("http",),
     ),
-    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg"), ("vllm",)),
+    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg", "image_domain"), ("vllm",)),
 }
 """Engines that accept each option; unlisted options apply to all."""
 
@@ -170,6 +171,13 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
         "--own-process",
         action="store_true",
         help="run vLLM in a subprocess, so that its crash does not stop the job (default: in this process)",
+    )
+    group.add_argument(
+        "--image-domain",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a host that pictures of lines may be fetched from; may be repeated (default: none: pictures in lines)",
     )
     group.add_argument(
         "--vllm-arg",

@@ -60,6 +60,7 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         dtype=args.dtype,
         isa=args.isa,
         window=args.window,
+        revision=args.revision,
     )
 
 
@@ -94,6 +95,8 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         scheduler=args.vllm_scheduler,
         own_process=args.own_process,
         arguments=dict(parse_argument(text) for text in args.vllm_arg),
+        revision=args.revision,
+        image_domains=tuple(args.image_domain),
     )
 
 

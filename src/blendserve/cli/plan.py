@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_reading, positive_integer, read_limits, tell
+from blendserve.cli.options import add_reading, positive_integer, read_limits, say, tell
 from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
 from blendserve.job.batch_input import BatchInput, read_batch
 from blendserve.models.hub import DEFAULT_MODEL
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))
         if args.html is not None:
             write_page(args.html, plan_page(report, plan, batch.prompts, tokenizer.decode))
-        print(json.dumps(report.to_json()) if args.json else report.to_text())
+        say(json.dumps(report.to_json()) if args.json else report.to_text())
     return 0
 
 

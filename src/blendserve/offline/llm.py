@@ -5,8 +5,10 @@ Batch files add a journal around the same engine (`job`); everything else betwee
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import contextmanager
 from itertools import chain, islice, repeat, zip_longest
 from types import TracebackType
 from typing import Any, Self
@@ -37,7 +39,7 @@ from blendserve.planner.sorting import flatten
 from blendserve.planner.table import request_table
 from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
-from blendserve.request import Request, SamplingParams, TokenIds
+from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -62,6 +64,7 @@ class LLM:
 
     Answers depend on the request, the model, `dtype` and `isa`. A sampled request without a seed of its own also
     depends on `seed` and on its place in the list. Nothing else changes answers.
+    Calls from several threads take turns. A process that is forked from this one needs an LLM of its own.
     Raises: ConfigError when the model or a limit cannot work.
     """
 
@@ -104,6 +107,8 @@ class LLM:
         self._executor = open_executor(self.model, self.config, isa=isa)
         self._engine = EngineLoop(self._executor, self.config, stop_checker=StopChecker(self.model.tokenizer))
         self._is_closed = False
+        self._lock = threading.RLock()
+        self._owner = os.getpid()
 
     def generate(
         self,
@@ -164,9 +169,14 @@ class LLM:
         return self._engine.stats
 
     def close(self) -> None:
-        """Stop the threads and free the memory. A closed LLM refuses prompts; closing it again does nothing."""
-        self._is_closed = True
-        self._engine.close()
+        """Stop the threads and free the memory, once other threads' calls have ended. A closed LLM refuses prompts;
+        closing it again does nothing.
+        """
+        if self._owner != os.getpid():
+            return  # the threads are those of the process that we were forked from
+        with self._lock:
+            self._is_closed = True
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -194,6 +204,19 @@ class LLM:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigError("this LLM is closed; make a new one")
+        if self._owner != os.getpid():
+            raise ConfigError(
+                f"this LLM was opened by process {self._owner}, and this process ({os.getpid()}) was forked from it "
+                "without its threads; make a new LLM here, or start processes with the method spawn"
+            )
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keep other threads out of the engine. Raises: ConfigError when this LLM cannot answer any more."""
+        self._check_open()
+        with self._lock:
+            self._check_open()
+            yield
 
     def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
         """Text and token ids of every prompt, or why it has none."""
@@ -242,10 +265,11 @@ class LLM:
         if requests:
             prompts = flatten(request.prompt_token_ids for request in requests)
             tree, table = PrefixTree.from_flat(prompts), _table(requests)
-            self._calibrate(lambda: tree, table)
-            plan = make_plan(tree, table, self._cost, seed=self.seed)
-            for output in run_planned(self._engine, requests, plan, self.policy):
-                assembler.apply(output)
+            with self._turn():
+                self._calibrate(lambda: tree, table)
+                plan = make_plan(tree, table, self._cost, seed=self.seed)
+                for output in run_planned(self._engine, requests, plan, self.policy):
+                    assembler.apply(output)
         return _in_order(assembler.take())
 
     def _stream(
@@ -256,18 +280,28 @@ class LLM:
         windows = self._windows(pairs, window, assembler)
         if (first := next(windows, None)) is not None:
             prompts, table = first.prompts, first.table
-            self._calibrate(lambda: PrefixTree.from_flat(prompts), table)
+            with self._turn():
+                self._calibrate(lambda: PrefixTree.from_flat(prompts), table)
             windows = chain([first], windows)
-        with closing(run_windowed(self._engine, assembler, windows, self._cost, self.policy)) as outputs:
-            for output in outputs:
+        outputs = run_windowed(self._engine, assembler, windows, self._cost, self.policy)
+        try:
+            while (output := self._next_of(outputs)) is not None:
                 assembler.apply(output)
                 yield from assembler.take()
+        finally:
+            if self._owner == os.getpid():  # else the lock may be held for ever
+                with self._lock:
+                    outputs.close()
         if assembler.num_unfinished or next(pairs, None) is not None:
             raise ExecutorError(
                 "another call of this LLM ended this stream before all of its prompts were answered; read a stream to "
                 "its end first, or use another LLM"
             )
         yield from assembler.take()
+
+    def _next_of(self, outputs: Iterator[SequenceOutput]) -> SequenceOutput | None:
+        with self._turn():
+            return next(outputs, None)
 
     def _windows(
         self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], size: int, assembler: OutputAssembler

@@ -9,7 +9,7 @@ from typing import Any
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.engines.base import EngineTimes
 from blendserve.job.job import JobReport
-from blendserve.report.format import format_bytes
+from blendserve.report.format import format_bytes, printable_line
 from blendserve.report.progress import format_seconds
 
 
@@ -70,7 +70,7 @@ class RunSummary:
             )
             if self.stats.resources is not None:
                 lines.append(_resources_line(self.stats.resources))
-        return "\n".join([*lines, *report.notes])
+        return "\n".join([*lines, *map(printable_line, report.notes)])
 
 
 def _resources_line(resources: Resources) -> str:
@@ -111,5 +111,5 @@ def _resumed(count: int) -> str:
 def _by_code(errors_by_code: Mapping[str, int], errors_path: str | None) -> str:
     if not errors_by_code:
         return ""
-    listed = ", ".join(f"{code} {count}" for code, count in sorted(errors_by_code.items()))
+    listed = ", ".join(f"{printable_line(code)} {count}" for code, count in sorted(errors_by_code.items()))
     return f" in {errors_path}: {listed}"

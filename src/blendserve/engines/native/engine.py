@@ -25,7 +25,7 @@ from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
 from blendserve.job.pending import PendingRequests
 from blendserve.models.detokenize import StopChecker
-from blendserve.models.fingerprint import fingerprint
+from blendserve.models.fingerprint import identity_of
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.planner.plan import Plan, make_plan
@@ -37,10 +37,12 @@ from blendserve.request import SequenceOutput
 def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserver | None = None) -> NativeEngine:
     """Open the model's files; its weights are loaded when there is something to run. Raises: ConfigError, and
     CapacityError where the KV memory asked for holds nothing: before a large file is read rather than after."""
-    files = resolve(settings.model, cache_dir(), notify=notify)
+    files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
     model = load_model(files)
     resolve_limits(settings.config(), model.spec)
-    return NativeEngine(settings, model, f"{model.spec.name} {fingerprint(files)}", notify=notify, observer=observer)
+    engine = NativeEngine(settings, model, identity_of(model.spec.name, files), notify=notify, observer=observer)
+    engine.notes = files.notes
+    return engine
 
 
 class NativeEngine:
@@ -179,7 +181,7 @@ class NativeEngine:
     def _tell_observer(self, policy: str, executor: NativeExecutor, stats: RunStats, plan: Plan | None) -> None:
         if self._observer is None:
             return
-        self.notes = self._observer.run_ended(
+        self.notes += self._observer.run_ended(
             MeasuredRun(
                 source=self._observer.source,
                 model=self._model.spec.name,
