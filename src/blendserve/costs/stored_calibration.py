@@ -127,8 +127,9 @@ class Calibration:
         rates = (self.weight_bytes_per_s, self.kv_bytes_per_s, *(rate for _, rate in self.bandwidth_points))
         return Peaks(flop_per_s, max(rates), is_measured=True)
 
-    def step_cost(self, model: ModelCost) -> StepCost:
-        """Step cost of a model at the measured rates."""
+    def step_cost(self, model: ModelCost, overlap: str = "auto") -> StepCost:
+        """Step cost of a model at the measured rates; `overlap` is the engine's mode."""
+        interference = Interference(self.compute_delay, self.memory_delay)
         bytes_per_weight = model.weight_bytes / model.num_parameters
         return StepCost(
             weight_floor_s=bytes_per_weight * model.num_matmul_parameters / self.weight_bytes_per_s,
@@ -136,10 +137,11 @@ class Calibration:
             token_s=2 * model.num_matmul_parameters / self.gemm_flop_per_s,
             kv_token_s=model.kv_bytes_per_token / self.kv_bytes_per_s,
             pair_s=4 * model.attention_width * model.num_layers / self.prefill_attention_flop_per_s,
-            interference=Interference(self.compute_delay, self.memory_delay),
+            interference=SEQUENTIAL if overlap == "off" else interference,
             head_floor_s=bytes_per_weight * model.num_head_parameters / self.weight_bytes_per_s,
             head_s=2 * model.num_head_parameters / self.gemm_flop_per_s,
             shared_kv_share=_NATIVE_SHARED_KV_SHARE,
+            nano_batches="on" if overlap == "on" else "auto",
         )
 
     def to_json(self) -> str:

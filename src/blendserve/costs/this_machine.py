@@ -39,16 +39,17 @@ def cost_of(
     notify: Callable[[str], None],
     dtype: Dtype = "bf16",
     calibration: Calibration | None = None,
+    overlap: str = "auto",
 ) -> CostModel:
     """Compute and memory seconds of requests of this model on this machine: as calibrated, else of the built-in ratio
-    and without overlap. `calibration` goes before the stored one.
+    and without overlap. `calibration` goes before the stored one; `overlap` is the engine's mode.
 
     A stored calibration that cannot be used is told to `notify`.
     """
     model = ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype])
     calibration = calibration or matching_calibration(cache_dir(), num_threads, notify, dtype)
     if calibration is not None:
-        return calibration.step_cost(model).cost_model()
+        return calibration.step_cost(model, overlap).cost_model()
     return built_in_cost(spec, num_threads, dtype)
 
 

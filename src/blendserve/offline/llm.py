@@ -103,7 +103,7 @@ class LLM:
         self.notes: tuple[str, ...] = ()
         """Sentences that the user should read, such as why a calibration was not used."""
         self._measured: Calibration | None = None
-        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype)
+        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, overlap=overlap)
         self._executor = open_executor(self.model, self.config, isa=isa)
         self._engine = EngineLoop(self._executor, self.config, stop_checker=StopChecker(self.model.tokenizer))
         self._is_closed = False
@@ -199,7 +199,7 @@ class LLM:
 
         self._measured = calibrate_executor(self._executor, config, expected_s, self._note)
         if self._measured is not None:
-            self._cost = cost_of(spec, config.num_threads, self._note, config.dtype, self._measured)
+            self._cost = cost_of(spec, config.num_threads, self._note, config.dtype, self._measured, config.overlap)
 
     def _check_open(self) -> None:
         if self._is_closed:

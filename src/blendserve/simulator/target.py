@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from blendserve.config import EngineConfig
 from blendserve.costs.hardware import HARDWARE_BY_NAME, known_hardware
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
@@ -53,18 +54,24 @@ def find_tokenizer(name: str | None, target: Target, *, notify: Callable[[str], 
 
 
 def find_machine(
-    hardware: str | None, spec: ModelSpec, engine: EngineKind = "overlapped", *, tensor_parallel: int = 1
+    hardware: str | None,
+    spec: ModelSpec,
+    engine: EngineKind = "overlapped",
+    *,
+    tensor_parallel: int = 1,
+    config: EngineConfig | None = None,
 ) -> Machine:
-    """One replica on the hardware that was asked for; without a word on it, this machine if it is calibrated.
+    """One replica on the hardware that was asked for; without a word on it, this machine if it is calibrated or
+    `config` says how it is run.
 
     Raises: ConfigError when there is no calibration; CapacityError when the weights do not fit.
     """
-    name = hardware or (THIS_MACHINE if is_calibrated() else DEFAULT_HARDWARE)
+    name = hardware or (THIS_MACHINE if config is not None or is_calibrated() else DEFAULT_HARDWARE)
     if name != THIS_MACHINE:
         return gpu_machine(known_hardware(name), spec, engine=engine, tensor_parallel=tensor_parallel)
     if tensor_parallel != 1:
         raise ConfigError(f"--tensor-parallel is {tensor_parallel}; this machine is one device: leave it out")
-    return this_machine(spec, engine)
+    return this_machine(spec, engine, config)
 
 
 def _spec_from_config(path: Path) -> ModelSpec:

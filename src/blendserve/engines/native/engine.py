@@ -168,7 +168,7 @@ class NativeEngine:
 
     def _cost(self) -> CostModel:
         config = resolve_limits(self._config, self._model.spec)
-        return cost_of(self._model.spec, config.num_threads, self._notify, config.dtype, self._measured)
+        return cost_of(self._model.spec, config.num_threads, self._notify, config.dtype, self._measured, config.overlap)
 
     def _resources(self, executor: NativeExecutor) -> Resources:
         """Memory so far, and how long the first step was in coming."""
