@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from blendserve.config import EngineConfig
 from blendserve.engines.settings import (
     EngineSettings,
     HttpSettings,
@@ -63,6 +64,19 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         window=args.window,
         revision=args.revision,
     )
+
+
+def planned_config(args: argparse.Namespace) -> EngineConfig:
+    """Limits of the run that a plan is for. Raises: ConfigError."""
+    return NativeSettings(
+        kv_memory_bytes=args.kv_memory,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        num_threads=args.threads,
+        overlap=args.overlap,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+    ).config()
 
 
 def _http(args: argparse.Namespace) -> HttpSettings:

@@ -54,8 +54,8 @@ class NativeSettings:
     - `max_num_batched_tokens`: most tokens in one step (one forward pass). None: 2048.
     - `num_threads`: CPU threads. None: one for every core that this process may use.
     - `enable_prefix_caching`: compute the beginnings that prompts share only once (default: true).
-    - `overlap`: run matrix products beside attention in each core: "auto", where `blendserve calibrate` found that it
-      saves time (default); "on", wherever possible; "off", never.
+    - `overlap`: run matrix products beside attention in each core: "auto", where this machine was measured to save
+      time by it (default); "on", wherever possible; "off", never.
     - `dtype`: of the weights: "bf16" (default), or "int8", which is faster and gives other answers.
     - `kv_dtype`: of the KV cache: "bf16" (default), or "int8", which holds nearly twice as many tokens in the same
       memory, is read faster, and gives other answers.

@@ -7,31 +7,37 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice, repeat, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import Dtype, EngineConfig, KvDtype
-from blendserve.costs.this_machine import cost_of
+from blendserve.costs.stored_calibration import Calibration
+from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
-from blendserve.engine.planned import plan_requests, run_planned, run_windowed
+from blendserve.engine.loop import EngineLoop
+from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
-from blendserve.engines.native.loop import open_loop
+from blendserve.engines.native.loop import calibrate_executor, open_executor
 from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.host import cache_dir
+from blendserve.models.detokenize import StopChecker
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.offline.assembler import OutputAssembler
 from blendserve.offline.outputs import RequestOutput
 from blendserve.planner.base import RequestTable
+from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
 from blendserve.planner.table import request_table
+from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
 from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
 
@@ -96,11 +102,12 @@ class LLM:
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
-        notes: list[str] = []
-        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append, dtype, kv_dtype)
-        self.notes = tuple(notes)
+        self.notes: tuple[str, ...] = ()
         """Sentences that the user should read, such as why a calibration was not used."""
-        self._engine = open_loop(self.model, self.config, isa=isa)
+        self._measured: Calibration | None = None
+        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, kv_dtype, overlap=overlap)
+        self._executor = open_executor(self.model, self.config, isa=isa)
+        self._engine = EngineLoop(self._executor, self.config, stop_checker=StopChecker(self.model.tokenizer))
         self._is_closed = False
         self._lock = threading.RLock()
         self._owner = os.getpid()
@@ -179,6 +186,31 @@ class LLM:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
+    def _note(self, text: str) -> None:
+        self.notes = (*self.notes, text)
+
+    def _calibrate(self, prefixes: Callable[[], PrefixTree], table: RequestTable) -> None:
+        """Measure the machine if this is its first long call, and plan with the result from now on."""
+        if self._measured is not None:
+            return
+        spec, config = self.model.spec, self.config
+
+        def expected_s() -> float:
+            cost, tree = built_in_cost(spec, config.num_threads, config.dtype), prefixes()
+            return expected_work_s(cost, table, tree.num_prompt_tokens - tree.num_unique_tokens)
+
+        self._measured = calibrate_executor(self._executor, config, expected_s, self._note)
+        if self._measured is not None:
+            self._cost = cost_of(
+                spec,
+                config.num_threads,
+                self._note,
+                config.dtype,
+                config.kv_dtype,
+                self._measured,
+                config.overlap,
+            )
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigError("this LLM is closed; make a new one")
@@ -242,8 +274,10 @@ class LLM:
             requests += assembler.add(text, token_ids, sampling)
         if requests:
             prompts = flatten(request.prompt_token_ids for request in requests)
-            plan = plan_requests(prompts, _table(requests), self._cost, seed=self.seed)
+            tree, table = PrefixTree.from_flat(prompts), _table(requests)
             with self._turn():
+                self._calibrate(lambda: tree, table)
+                plan = make_plan(tree, table, self._cost, seed=self.seed)
                 for output in run_planned(self._engine, requests, plan, self.policy):
                     assembler.apply(output)
         return _in_order(assembler.take())
@@ -254,6 +288,11 @@ class LLM:
         self._check_open()
         assembler = self._assembler()
         windows = self._windows(pairs, window, assembler)
+        if (first := next(windows, None)) is not None:
+            prompts, table = first.prompts, first.table
+            with self._turn():
+                self._calibrate(lambda: PrefixTree.from_flat(prompts), table)
+            windows = chain([first], windows)
         outputs = run_windowed(self._engine, assembler, windows, self._cost, self.policy)
         try:
             while (output := self._next_of(outputs)) is not None:
