@@ -51,13 +51,13 @@ def cost_of(
     calibration = calibration or matching_calibration(cache_dir(), num_threads, notify, dtype, kv_dtype)
     if calibration is not None:
         return calibration.step_cost(model, overlap).cost_model()
-    return built_in_cost(spec, num_threads, dtype)
+    return built_in_cost(spec, num_threads, dtype, kv_dtype)
 
 
-def built_in_cost(spec: ModelSpec, num_threads: int, dtype: Dtype = "bf16") -> CostModel:
+def built_in_cost(spec: ModelSpec, num_threads: int, dtype: Dtype = "bf16", kv_dtype: KvDtype = "bf16") -> CostModel:
     """Costs at the built-in rates, without overlap."""
     return CostModel.at_rates(
-        ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype]),
+        ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype], kv_dtype=kv_dtype),
         flop_per_s=_FLOP_PER_S_PER_CORE[dtype] * num_threads,
         bytes_per_s=_BYTES_PER_S_PER_CORE * num_threads,
         has_overlap=False,

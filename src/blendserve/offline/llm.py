@@ -196,7 +196,7 @@ class LLM:
         spec, config = self.model.spec, self.config
 
         def expected_s() -> float:
-            cost, tree = built_in_cost(spec, config.num_threads, config.dtype), prefixes()
+            cost, tree = built_in_cost(spec, config.num_threads, config.dtype, config.kv_dtype), prefixes()
             return expected_work_s(cost, table, tree.num_prompt_tokens - tree.num_unique_tokens)
 
         self._measured = calibrate_executor(self._executor, config, expected_s, self._note)

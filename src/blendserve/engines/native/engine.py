@@ -156,7 +156,7 @@ class NativeEngine:
         def expected_s() -> float:
             part = pending if tree is not None else PendingRequests(pending.store, pending.numbers[: self._window])
             shared = tree or part.prefix_tree()
-            cost = built_in_cost(spec, config.num_threads, config.dtype)
+            cost = built_in_cost(spec, config.num_threads, config.dtype, config.kv_dtype)
             num_shared_tokens = shared.num_prompt_tokens - shared.num_unique_tokens
             return expected_work_s(cost, part.table(), num_shared_tokens) * len(pending) / len(part)
 
