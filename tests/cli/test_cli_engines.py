@@ -12,7 +12,15 @@ from blendserve.cli import main
 from blendserve.cli.engine_options import ENGINE_NAMES, ENGINES_BY_OPTION, add_engine, add_engine_choice
 
 OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("native",): ("--window=5", "--report=r.html", "--trace=t.json", "--dtype=int8", "--isa=portable", "--overlap=off"),
+    ("native",): (
+        "--window=5",
+        "--report=r.html",
+        "--trace=t.json",
+        "--dtype=int8",
+        "--kv-dtype=int8",
+        "--isa=portable",
+        "--overlap=off",
+    ),
     ("native", "vllm"): (
         "--max-model-len=64",
         "--kv-memory=1GiB",
