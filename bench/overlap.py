@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from common import print_header, summarise, table
 
 from blendserve.calibration.step_probe import Probe, Work, median
-from blendserve.config import OVERLAP_MODES
+from blendserve.config import DTYPES, OVERLAP_MODES
 from blendserve.costs.hardware import Peaks
 from blendserve.costs.step_cost import OverlapCost
 from blendserve.costs.this_machine import overlap_cost_of
@@ -97,12 +97,13 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=96, help="that decode at once (96)")
     parser.add_argument("--context", type=int, default=1024, help="tokens that each of them reads (1024)")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights (bf16)")
     parser.add_argument("--chunk-bytes", type=int, help="of KV fetched beside one tile of a matrix product")
     parser.add_argument("--tile-flop", type=int, help="of such a tile")
     parser.add_argument("--step-bytes", type=int, help="fetched per step of its inner loop")
     parser.add_argument("--memory-lanes", type=int, help="threads that may hold attention; 0: all")
     arguments = parser.parse_args()
-    cost = overlap_cost_of(arguments.threads) or OverlapCost()
+    cost = overlap_cost_of(arguments.threads, arguments.dtype) or OverlapCost()
     given = {name: getattr(arguments, name) for name in ("chunk_bytes", "tile_flop", "step_bytes", "memory_lanes")}
     cost = replace(cost, **{name: value for name, value in given.items() if value is not None})
     print_header()
@@ -113,6 +114,7 @@ def main() -> None:
             num_sequences=arguments.sequences,
             max_tokens=512 + 2 * arguments.sequences,
             context=arguments.context,
+            dtype=arguments.dtype,
         )
     ) as probe:
         probe.touch()

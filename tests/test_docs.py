@@ -18,7 +18,7 @@ import doc_cli
 import doc_errors
 import doc_pages
 import pytest
-from batch_fakes import batch_line, write_lines
+from batch_fakes import write_lines
 from test_imports import FLOORS
 from tiny_files import tiny_directory
 
@@ -107,7 +107,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with the files that the pages name, where the default model and vLLM are tiny ones."""
     tiny_directory(tmp_path / "my-model")
     for name in ("in", "monday", "tuesday"):
-        write_lines(tmp_path / f"{name}.jsonl", [batch_line(f"r{n}", model="my-model") for n in range(4)])
+        lines = [doc_errors.line({"prompt": f"number {n}", "max_tokens": 4}, custom_id=f"r{n}") for n in range(4)]
+        write_lines(tmp_path / f"{name}.jsonl", lines)
     default = ModelFiles("tiny", tmp_path / "my-model")
 
     def resolve_here(name: str | None, *args: Any, **kwargs: Any) -> ModelFiles:
@@ -129,6 +130,10 @@ def run_block(code: str) -> None:
         exec(compile(code, "a page of docs/", "exec"), {"__name__": "a page of docs/"})
 
 
+def num_rows(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 API_BLOCKS = blocks(ROOT / "docs" / "python-api.md", "python")
 
 
@@ -139,7 +144,7 @@ def test_python_of_the_page_runs(code: str, workplace: Path, capsys: pytest.Capt
     run_block(code)
     assert ("print(" not in code) or capsys.readouterr().out
     for output in re.findall(r'run_batch\("in.jsonl", "(\w+\.jsonl)"', code):
-        assert (workplace / output).exists() == (output != "other.jsonl")
+        assert num_rows(workplace / output) == (0 if output == "other.jsonl" else 4)
 
 
 @pytest.mark.slow
@@ -147,7 +152,7 @@ def test_python_with_replicas_runs(workplace: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>=2.50'")
     (code,) = [code for code in API_BLOCKS if "ReplicaSettings" in code]
     run_block(code)
-    assert len((workplace / "replicas.jsonl").read_text().splitlines()) == 4
+    assert num_rows(workplace / "replicas.jsonl") == 4
 
 
 def table_after(page: Path, heading: str) -> dict[str, list[str]]:

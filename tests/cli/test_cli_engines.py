@@ -22,6 +22,7 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
         "--overlap=off",
     ),
     ("native", "vllm"): (
+        "--revision=v2",
         "--max-model-len=64",
         "--kv-memory=1GiB",
         "--max-num-seqs=9",
@@ -38,7 +39,14 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
         "--max-outage=9",
         "--tokenizer=m",
     ),
-    ("vllm",): ("--task=embed", "--lora=a=b", "--vllm-scheduler=blend", "--own-process", "--vllm-arg=a=1"),
+    ("vllm",): (
+        "--task=embed",
+        "--lora=a=b",
+        "--vllm-scheduler=blend",
+        "--own-process",
+        "--image-domain=a.example",
+        "--vllm-arg=a=1",
+    ),
 }
 """One value other than the default of every option that not all engines look at."""
 

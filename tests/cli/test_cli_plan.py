@@ -165,6 +165,72 @@ def test_a_calibrated_machine_is_the_default(
     assert "one device" in capsys.readouterr().err
 
 
+LONG = ["--policy", "dfs", "--json", "--max-simulated", "100"]
+"""More than the lines of `write_long_job`: times are simulated and not scaled."""
+
+
+def write_long_job(path: Path) -> None:
+    """Decodes and prompts, so that every limit matters."""
+    lines = [line(f"r{index}", f"{index} is none the same " * 4, max_tokens=60, ignore_eos=True) for index in range(24)]
+    path.write_text("\n".join(lines))
+
+
+def planned_s(capsys: pytest.CaptureFixture[str], source: Path, tiny: Path, *options: str) -> float:
+    assert main(["plan", str(source), "--model", str(tiny), *LONG, *options]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["simulated"]["policies"]
+    return float(run["time_s"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--kv-memory", "64KiB"],
+        ["--max-num-seqs", "2"],
+        ["--max-num-seqs", "8", "--max-num-batched-tokens", "8"],
+        ["--overlap", "off"],
+        ["--dtype", "int8"],
+    ],
+)
+def test_a_plan_is_of_the_run_that_its_options_describe(
+    options: list[str], tiny: Path, tmp_path: Path, empty_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each limit and each loss of overlap takes longer; int8 is calibrated as faster."""
+    bf16 = replace(CALIBRATION, compute_delay=0.0, memory_delay=0.0, constant_s=0.0)
+    bf16.save(empty_cache)
+    replace(bf16, dtype="int8", gemm_flop_per_s=9e11, weight_bytes_per_s=9e10, kv_bytes_per_s=9e10).save(empty_cache)
+    source = tmp_path / "in.jsonl"
+    write_long_job(source)
+    usual = planned_s(capsys, source, tiny, "--threads", "2")
+    changed = planned_s(capsys, source, tiny, *options)
+    assert (changed < 0.99 * usual) if "int8" in options else (changed > 1.01 * usual)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int8"], "calibrate --dtype int8"),
+        (["--threads", "3"], "calibrate --threads 3"),
+        (["--kv-memory", "1"], "raise --kv-memory"),
+        (["--kv-memory", "1MiB", "--hardware", "h100"], "--kv-memory describes a run on this machine"),
+        (["--max-num-seqs", "9999"], "max_num_seqs"),
+    ],
+)
+def test_runs_that_cannot_be_planned_are_one_line(
+    options: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    empty_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    CALIBRATION.save(empty_cache)
+    write_job(tmp_path / "in.jsonl")
+    assert main(["plan", str(tmp_path / "in.jsonl"), "--model", str(tiny), *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_a_models_own_weights_are_not_needed(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -131,3 +131,29 @@ def test_a_calibrated_step_multiplies_what_it_samples_by_the_vocabulary() -> Non
 def test_only_the_native_engine_reads_shared_prefixes_once() -> None:
     assert gpu_step_cost(MODEL, A100_80G).shared_kv_share == 1
     assert 0 < CALIBRATION.step_cost(MODEL).shared_kv_share < 1
+
+
+def test_overlapped_steps_read_the_weights_twice_where_that_pays() -> None:
+    """auto takes the shorter of both ways, on the overlapped one in every step, off never."""
+    by_mode = {mode: CALIBRATION.step_cost(MODEL, mode) for mode in ("off", "auto", "on")}
+    floor_s = by_mode["on"].weight_floor_s
+    many = 10 * floor_s / by_mode["on"].token_s
+    for num_tokens, compute_s, memory_s in (
+        (many, 10 * floor_s, 10 * floor_s),
+        (2, floor_s, floor_s),
+        (many, 1.0, 0.0),
+    ):
+        apart_s = compute_s + memory_s
+        again_s = 0.0 if num_tokens == many else floor_s
+        overlapped_s = max(compute_s + 0.6 * memory_s, memory_s + 0.5 * compute_s) + again_s
+        found = {mode: cost.step_s(num_tokens, compute_s, memory_s) for mode, cost in by_mode.items()}
+        assert found["off"] == pytest.approx(apart_s)
+        assert found["on"] == pytest.approx(overlapped_s)
+        assert found["auto"] == pytest.approx(min(apart_s, overlapped_s))
+    assert by_mode["on"].step_s(1, 1.0, 1.0) == 2.0, "one token cannot be split"
+
+
+def test_a_run_without_overlap_is_planned_without() -> None:
+    perfect = replace(CALIBRATION, compute_delay=0.0, memory_delay=0.0)
+    assert perfect.step_cost(MODEL).cost_model().has_overlap
+    assert not perfect.step_cost(MODEL, "off").cost_model().has_overlap

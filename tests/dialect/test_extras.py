@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blendserve.dialect.extras import Abilities, Extras
+from blendserve.dialect.extras import Abilities, Extras, take_pictures
 from blendserve.dialect.images import Picture, image_size
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.errors import RequestError
@@ -203,3 +203,30 @@ def test_an_engine_answers_text_or_embeddings() -> None:
         parsed(EMBEDDER, messages=HELLO)
     with pytest.raises(RequestError, match="/v1/completions"):
         parsed(ABLE, "/v1/embeddings", input="a")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_allowed"),
+    [
+        ("https://pictures.example/a.png", True),
+        ("https://Pictures.Example:8443/a.png", True),
+        ("https://evil.example/a.png", False),
+        ("https://pictures.example.evil.example/a.png", False),
+        ("http://169.254.169.254/latest/meta-data", False),
+        ("http://localhost/a.png", False),
+        ("http://[::1]/a.png", False),
+        ("http://127.0.0.1@pictures.example/a.png", False),
+        ("http://127.0.0.1\\@pictures.example/", False),
+        ("http://pictures.example\\.evil.example/", False),
+        ("http://[pictures.example/", False),
+    ],
+)
+def test_pictures_are_fetched_only_from_hosts_that_the_user_names(url: str, is_allowed: bool) -> None:
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    with pytest.raises(RequestError, match="--image-domain"):
+        take_pictures(messages)
+    if is_allowed:
+        assert len(take_pictures(messages, ("pictures.example",))[1][0]) == 1
+    else:
+        with pytest.raises(RequestError, match=r"would be fetched from .* not allowed"):
+            take_pictures(messages, ("pictures.example",))

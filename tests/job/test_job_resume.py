@@ -50,18 +50,32 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
     assert engine.num_answers == NUM_JOB_REQUESTS - num_answers
 
 
-def test_sigterm_ends_a_job_as_ctrl_c_does(tmp_path: Path, job_input: Path, whole: Path) -> None:
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
+def test_signals_that_end_a_job_as_ctrl_c_does(
+    tmp_path: Path, job_input: Path, whole: Path, number: signal.Signals, exit_code: int
+) -> None:
     def terminate(count: int) -> None:
         if count == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(JobInterrupted) as caught:
+    before = signal.getsignal(number)
+    with pytest.raises(JobInterrupted, match=r"5 of .* run the same command again") as caught:
         run_fake(job_input, tmp_path / "out.jsonl", FakeEngine(on_answer=terminate))
-    assert caught.value.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert caught.value.exit_code == exit_code
+    assert signal.getsignal(number) is before
     run_fake(job_input, tmp_path / "out.jsonl")
     assert comparable(tmp_path / "out.jsonl") == comparable(whole)
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, job_input: Path) -> None:
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        engine = FakeEngine(on_answer=lambda count: os.kill(os.getpid(), signal.SIGHUP) if count == 5 else None)
+        assert run_fake(job_input, tmp_path / "out.jsonl", engine).num_lines == NUM_JOB_LINES
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_interrupt_while_reading_loses_nothing(tmp_path: Path, job_input: Path, whole: Path) -> None:

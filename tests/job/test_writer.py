@@ -129,7 +129,7 @@ def test_a_link_that_leads_nowhere_is_still_one_file(tmp_path: Path, job_input: 
 
 def test_places_where_nothing_can_be_written(tmp_path: Path, job_input: Path) -> None:
     assert_refused(job_input, tmp_path / "missing" / "out.jsonl", "mkdir -p")
-    assert_refused(job_input, job_input / "out.jsonl", "no directory")
+    assert_refused(job_input, job_input / "out.jsonl", "not a directory")
     assert_refused(job_input, tmp_path, "not a regular file")
     assert_refused(job_input, Path("/dev/null"), "not a regular file")
     assert_refused(job_input, Path("/proc/out.jsonl"), "cannot write in /proc")

@@ -63,6 +63,7 @@ def test_an_invalid_template_is_the_models_error() -> None:
         "{{ ''.__class__.__base__.__subclasses__() }}",
         "{{ messages.append('x') }}",
         "{{ raise_exception.__globals__['json'] }}",
+        "{{ ('{0.__globals__[json]}' | attr('format'))(raise_exception) }}",
     ],
 )
 def test_the_sandbox_holds(source: str) -> None:

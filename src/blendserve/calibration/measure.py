@@ -21,6 +21,7 @@ from blendserve.calibration.overlap_trials import CONTEXT, OverlapTrial, best_ov
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
 from blendserve.config import BYTES_PER_WEIGHT, Dtype, KvDtype
 from blendserve.costs.model_cost import ModelCost
+from blendserve.costs.step_cost import OverlapCost
 from blendserve.costs.stored_calibration import Calibration, machine_name
 from blendserve.host import available_memory_bytes
 from blendserve.models.known import SMOLLM2_135M
@@ -30,10 +31,21 @@ SHAPE = replace(SMOLLM2_135M, vocab_size=256)
 """The default model but for its head: the head is no part of what every token costs."""
 
 _BESIDE_TOKENS = 128  # of the step that shares the machine: enough for the full rate of matrix products
-
-
+_SHARE_BEFORE_LAST_TRIAL = 0.7  # of an effort's time: trials of one setting take a fifth of it
 FULL = Effort(30, (1, 8, 32, 64, 128, 256, 512, 1024), longest_step_s=2.0, phase_s=12.0, max_rounds=9)
-QUICK = Effort(12, (1, 16, 64, 256), longest_step_s=0.25, phase_s=0.8, max_rounds=5)
+QUICK = Effort(12, (1, 16, 64, 256), longest_step_s=0.25, phase_s=0.8, max_rounds=5, name="quick")
+FIRST_RUN = Effort(
+    12,
+    (1, 64, 256),
+    longest_step_s=0.1,
+    phase_s=0.3,
+    max_rounds=5,
+    name="first-run",
+    has_all_trials=False,
+    max_overlap_settings=2,
+    num_overlap_layers=6,
+    total_s=3.0,
+)
 
 
 class Spread(NamedTuple):
@@ -69,7 +81,8 @@ class SideBySide(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """A calibration with the repeats behind it. `side_by_side` is None on one thread: there is no half of it."""
+    """A calibration with the repeats behind it. `side_by_side` is None on one thread, where there is no half of it, and
+    where the effort leaves it out, as `overlap` is empty then."""
 
     calibration: Calibration
     gemm: tuple[GemmPoint, ...]
@@ -92,17 +105,22 @@ def calibrate(
 ) -> Measurements:
     """Measure this machine with so many threads, weights of `dtype` and KV of `kv_dtype`. Nothing is stored:
     `Measurements.calibration.save` does that."""
+    began_s = clock()
     memory_bytes = available_memory_bytes()
     spec = replace(shape, num_layers=effort.num_layers)
     steps = _measure_steps(spec, num_threads, dtype, kv_dtype, effort, clock)
     points, prefill = _measure_attention(spec, num_threads, kv_dtype, effort, clock)
-    side_by_side = _measure_side_by_side(spec, num_threads, dtype, kv_dtype, effort, clock) if num_threads > 1 else None
-    trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype)
+    is_divisible = num_threads > 1 and effort.has_all_trials
+    side_by_side = _measure_side_by_side(spec, num_threads, dtype, kv_dtype, effort, clock) if is_divisible else None
+    has_time = clock() - began_s < effort.total_s / 2
+    end_s = began_s + _SHARE_BEFORE_LAST_TRIAL * effort.total_s
+    trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s) if has_time else ()
     largest, smallest = steps[max(steps)], steps[min(steps)]
     weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
     constant = Spread.of([work.elapsed_s - work.matmul_s - work.attention_s for work in smallest])
     gemm = {count: Spread.of([work.matmul_flop_per_s for work in works]) for count, works in steps.items()}
-    cost = best_overlap(trials, trials[0].off[0].weight_bytes / weights.median)
+    # Without a trial no step is overlapped: that it pays has to be measured.
+    cost = best_overlap(trials, trials[0].off[0].weight_bytes / weights.median) if trials else OverlapCost()
     calibration = Calibration(
         machine=machine_name(),
         dtype=dtype,
@@ -125,6 +143,7 @@ def calibrate(
         step_bytes=cost.step_bytes,
         memory_lanes=cost.memory_lanes,
         kv_dtype=kv_dtype,
+        effort=effort.name,
     )
     cost_model = calibration.step_cost(
         ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype], kv_dtype=kv_dtype)
@@ -166,7 +185,7 @@ def _measure_attention(
     spec: ModelSpec, num_threads: int, kv_dtype: KvDtype, effort: Effort, clock: Clock
 ) -> tuple[dict[int, Spread], Spread]:
     """Rate at which decodes read KV by number of threads, and flop/s of prefill attention on all of them."""
-    counts = thread_counts(num_threads)
+    counts = thread_counts(num_threads) if effort.has_all_trials else [num_threads]
     points: dict[int, Spread] = {}
     for count in counts:
         with closing(_attention_probe(spec, count, num_threads, kv_dtype, effort)) as probe:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
@@ -51,11 +51,14 @@ def measure_overlap(
     clock: Clock,
     dtype: Dtype = "bf16",
     kv_dtype: KvDtype = "bf16",
+    end_s: float = math.inf,
 ) -> tuple[OverlapTrial, ...]:
-    """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting."""
+    """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting; for no
+    further one after `end_s` of the clock."""
+    spec = replace(spec, num_layers=min(spec.num_layers, effort.num_overlap_layers))
     num_bytes = min(_OVERLAP_KV_SHARES * effort.kv_bytes, available_memory_bytes() / 8)
     count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token(kv_dtype) * CONTEXT))))
-    costs = _overlap_settings(num_threads)
+    costs = _overlap_settings(num_threads)[: effort.max_overlap_settings]
     trials: list[OverlapTrial] = []
     probe = Probe(
         spec,
@@ -68,17 +71,20 @@ def measure_overlap(
     )
     with closing(probe) as p:
         p.touch()
-        for num_prompt_tokens, cost in product((0, count), costs):
-            measure = partial(_off_and_on, p, num_prompt_tokens, cost)
-            pairs = rounds_within(measure, effort, clock, effort.phase_s / (2 * len(costs)))
-            trials.append(OverlapTrial(count, num_prompt_tokens, cost, *zip(*pairs, strict=True)))
+        for cost in costs:
+            if trials and clock() > end_s:
+                break
+            for num_prompt_tokens in (0, count):
+                measure = partial(_off_and_on, p, num_prompt_tokens, cost)
+                pairs = rounds_within(measure, effort, clock, effort.phase_s / (2 * len(costs)))
+                trials.append(OverlapTrial(count, num_prompt_tokens, cost, *zip(*pairs, strict=True)))
     return tuple(trials)
 
 
 def _overlap_settings(num_threads: int) -> list[OverlapCost]:
     default = OverlapCost()
-    fast = replace(default, step_bytes=128)
-    settings = [default, fast, replace(fast, chunk_bytes=192 << 10, tile_flop=2_500_000)]
+    slow = replace(default, step_bytes=48, chunk_bytes=384 << 10, tile_flop=5_000_000)
+    settings = [default, slow, replace(slow, step_bytes=128)]
     return settings + ([replace(default, memory_lanes=num_threads // 2)] if num_threads > 2 else [])
 
 

@@ -4,6 +4,7 @@ benchmarks measure with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +14,7 @@ import numpy as np
 
 from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig, KvDtype
 from blendserve.costs.step_cost import OverlapCost
+from blendserve.costs.stored_calibration import CalibrationEffort
 from blendserve.engine.step import Int32s, StepPlan
 from blendserve.executors.native import Floats, NativeCounters, NativeExecutor
 from blendserve.models.spec import ModelSpec
@@ -21,14 +23,16 @@ from blendserve.models.weights import expected_shapes
 T = TypeVar("T")
 Clock = Callable[[], float]
 
-_MIN_ROUNDS = 3
 _MATMUL_OPS = ("qkv", "output", "gate_up", "down")
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How long to measure. `num_layers` of weights and `kv_bytes` (plus a quarter per thread) have to exceed the
-    caches; no step beyond `longest_step_s` is tried; each of three phases takes `phase_s` and at least three rounds."""
+    caches; no step beyond `longest_step_s` is tried; each of three phases takes `phase_s` and at least `min_rounds`.
+
+    `has_all_trials`: also measure fewer threads, and cores that do different work. Overlap is tried with at most
+    `max_overlap_settings` on `num_overlap_layers`; not at all once half of `total_s` is over."""
 
     num_layers: int
     token_counts: tuple[int, ...]
@@ -36,6 +40,12 @@ class Effort:
     phase_s: float
     max_rounds: int
     kv_bytes: int = 128 << 20
+    name: CalibrationEffort = "thorough"
+    min_rounds: int = 3
+    has_all_trials: bool = True
+    max_overlap_settings: int = 4
+    num_overlap_layers: int = 30
+    total_s: float = math.inf
 
 
 class Work(NamedTuple):
@@ -153,9 +163,9 @@ class Probe:
 
 
 def rounds_within(measure: Callable[[], T], effort: Effort, clock: Clock, budget_s: float) -> list[T]:
-    """Results of as many rounds as fit into the time, three at least."""
+    """Results of as many rounds as fit into the time, `min_rounds` at least."""
     end_s = clock() + budget_s
-    results = [measure() for _ in range(_MIN_ROUNDS)]
+    results = [measure() for _ in range(effort.min_rounds)]
     while len(results) < effort.max_rounds and clock() < end_s:
         results.append(measure())
     return results

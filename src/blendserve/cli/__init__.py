@@ -14,10 +14,11 @@ from typing import TextIO
 
 from blendserve.cli.commands import EXIT_CODES, HELP_BY_COMMAND
 from blendserve.errors import BlendServeError
+from blendserve.report.format import printable_line
 
 _OUT_OF_MEMORY = (
-    "out of memory; lower --kv-memory, plan in windows (run --window 100000) or use a smaller model. Finished requests "
-    "are kept: run the same command again to go on"
+    "out of memory; lower --kv-memory or --max-model-len, plan in windows (run --window 100000) or use a smaller one. "
+    "Finished requests are kept: run the same command again to go on"
 )
 
 EXIT_ERROR = 1
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(message: str, code: int = EXIT_ERROR) -> int:
     with suppress(OSError):
-        print(f"blendserve: {message}", file=sys.stderr)
+        print(printable_line(f"blendserve: {message}"), file=sys.stderr)
     return code
 
 

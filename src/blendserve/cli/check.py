@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_model, add_reading, find_model, read_limits, served_model
+from blendserve.cli.options import add_model, add_reading, find_model, read_limits, say, served_model
 from blendserve.dialect.codec import ModelCodec
 from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
 from blendserve.models.load import load_model
+from blendserve.report.format import printable_line
 
 EXIT_HAS_ERRORS = 1
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(find_model(args))
     served = served_model(args, model)
     report = check_file(args.input, served, ModelCodec(model.tokenizer, served.max_model_len), limits=read_limits(args))
-    print(json.dumps(asdict(report)) if args.json else describe(report))
+    say(json.dumps(asdict(report)) if args.json else describe(report))
     return EXIT_HAS_ERRORS if report.errors else 0
 
 
@@ -52,4 +53,4 @@ def describe(report: CheckReport) -> str:
 def _describe_code(code: str, count: CodeCount) -> str:
     numbers = ", ".join(map(str, count.line_numbers)) + (", ..." if count.num_lines > MAX_LISTED_LINES else "")
     plural = "line" if count.num_lines == 1 else "lines"
-    return f"{code}: {count.num_lines} {plural} ({numbers}): {count.message}"
+    return f"{code}: {count.num_lines} {plural} ({numbers}): {printable_line(count.message)}"

@@ -24,6 +24,7 @@ ENGINE_NAMES = ("native", "http", "vllm")
 
 ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "kv_dtype", "isa"), ("native",)),
+    "revision": ("native", "vllm"),
     **dict.fromkeys(
         ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
         ("native", "vllm"),
@@ -32,7 +33,7 @@ ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
         ("base_url", "max_inflight", "kv_tokens", "request_timeout", "max_attempts", "max_outage", "tokenizer"),
         ("http",),
     ),
-    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg"), ("vllm",)),
+    **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg", "image_domain"), ("vllm",)),
 }
 """Engines that accept each option; unlisted options apply to all."""
 
@@ -43,41 +44,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "limits of the native engine and of vLLM",
         "limits change how long a run takes; with the native engine they never change answers",
     )
-    group.add_argument(
-        "--kv-memory",
-        type=size,
-        metavar="SIZE",
-        help="memory of the KV cache, such as 4GiB (default: at most half of the free memory; vLLM on GPUs: vLLM's "
-        "own)",
-    )
-    group.add_argument(
-        "--max-num-seqs",
-        type=int,
-        metavar="REQUESTS",
-        help="most requests running at once (default: 256; vllm: vLLM's own)",
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        metavar="TOKENS",
-        help="most tokens in one step, which is one forward pass (default: 2048; vllm: vLLM's own)",
-    )
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: one for every core that this process may use)"
-    )
+    add_limits(group, on_gpus="; vLLM on GPUs: vLLM's own", on_vllm="; vllm: vLLM's own")
     group.add_argument(
         "--no-prefix-caching",
         action="store_true",
         help="compute every prompt in full (default: beginnings that prompts share are computed once)",
     )
     native = parser.add_argument_group("native engine")
-    native.add_argument(
-        "--overlap",
-        choices=OVERLAP_MODES,
-        default="auto",
-        help="run matrix products beside attention in each core: auto (in steps where `blendserve calibrate` found "
-        "that it saves time), on (in every step where it can be done) or off (default: auto)",
-    )
+    add_overlap(native)
     add_dtype(native)
     add_kv_dtype(native)
     native.add_argument(
@@ -86,6 +60,51 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="instruction set of the kernels (default: auto, the best one of this machine)",
     )
+
+
+def add_limits(group: argparse._ActionsContainer, *, on_gpus: str = "", on_vllm: str = "") -> None:
+    """Limits that `run` and `plan` know; the texts say what vLLM does without them."""
+    group.add_argument(
+        "--kv-memory",
+        type=size,
+        metavar="SIZE",
+        help=f"memory of the KV cache, such as 4GiB (default: at most half of the free memory{on_gpus})",
+    )
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="REQUESTS",
+        help=f"most requests running at once (default: 256{on_vllm})",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="TOKENS",
+        help=f"most tokens in one step, which is one forward pass (default: 2048{on_vllm})",
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one for every core that this process may use)"
+    )
+
+
+def add_overlap(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--overlap",
+        choices=OVERLAP_MODES,
+        default="auto",
+        help="run matrix products beside attention in each core: auto (in steps where this machine was measured to "
+        "save time by it), on (in every step where it can be done) or off (default: auto)",
+    )
+
+
+def add_planned_run(parser: argparse.ArgumentParser) -> None:
+    """Options of `run` that change how long it takes, for the plan of a run."""
+    group = parser.add_argument_group(
+        "run on this machine", "options of `blendserve run` that change its time; the plan is of a run with the same"
+    )
+    add_limits(group)
+    add_overlap(group)
+    add_dtype(group)
 
 
 def add_engine_choice(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +201,13 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
         help="run vLLM in a subprocess, so that its crash does not stop the job (default: in this process)",
     )
     group.add_argument(
+        "--image-domain",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a host that pictures of lines may be fetched from; may be repeated (default: none: pictures in lines)",
+    )
+    group.add_argument(
         "--vllm-arg",
         action="append",
         default=[],
@@ -256,6 +282,14 @@ def add_replicas(parser: argparse.ArgumentParser) -> None:
         help="how often a replica's process is started again before the others take its requests (default: "
         f"{MAX_RESTARTS})",
     )
+
+
+def given_run_options(args: argparse.Namespace) -> list[str]:
+    """Options of `add_planned_run` that are not at their defaults, as they are written."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_planned_run(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default]
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from blendserve.config import EngineConfig
 from blendserve.engines.settings import (
     EngineSettings,
     HttpSettings,
@@ -61,7 +62,21 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         kv_dtype=args.kv_dtype,
         isa=args.isa,
         window=args.window,
+        revision=args.revision,
     )
+
+
+def planned_config(args: argparse.Namespace) -> EngineConfig:
+    """Limits of the run that a plan is for. Raises: ConfigError."""
+    return NativeSettings(
+        kv_memory_bytes=args.kv_memory,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        num_threads=args.threads,
+        overlap=args.overlap,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+    ).config()
 
 
 def _http(args: argparse.Namespace) -> HttpSettings:
@@ -95,6 +110,8 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         scheduler=args.vllm_scheduler,
         own_process=args.own_process,
         arguments=dict(parse_argument(text) for text in args.vllm_arg),
+        revision=args.revision,
+        image_domains=tuple(args.image_domain),
     )
 
 

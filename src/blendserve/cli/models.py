@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import tell
+from blendserve.cli.options import say, tell
 from blendserve.host import cache_dir
 from blendserve.models.hub import DEFAULT_MODEL, PACKAGED_MODELS, list_cached, pull
 
@@ -30,12 +30,12 @@ def run_list(_: argparse.Namespace) -> int:
     for model in PACKAGED_MODELS:
         mark = " (default)" if model is DEFAULT_MODEL else ""
         where = path_by_name.get(model.name, f"fetched on first use ({model.num_wheel_bytes / 1e6:.0f} MB)")
-        print(f"{model.name}{mark}  {model.license}  {where}")
+        say(f"{model.name}{mark}  {model.license}  {where}")
     print("Others: --model takes a directory, a .gguf file, or a hub id (owner/name).")
     return 0
 
 
 def run_pull(args: argparse.Namespace) -> int:
     """Fetch one model and print where it is."""
-    print(pull(args.name, cache_dir(), notify=tell).path)
+    say(str(pull(args.name, cache_dir(), notify=tell).path))
     return 0

@@ -15,6 +15,7 @@ from blendserve.job.reader import DEFAULT_MAX_LINE_REQUESTS, DEFAULT_MAX_REQUEST
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
+from blendserve.report.format import printable, printable_line
 
 
 def size(text: str) -> int:
@@ -69,6 +70,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a model directory, a .gguf file, a hub id (owner/name), or a name from `blendserve models` "
         "(default: SmolLM2-135M-Instruct)",
+    )
+    parser.add_argument(
+        "--revision", metavar="COMMIT", help="version of a hub model: a commit, a tag or a branch (default: the newest)"
     )
     parser.add_argument(
         "--max-model-len",
@@ -129,7 +133,7 @@ def context_length(args: argparse.Namespace, spec: ModelSpec) -> int:
 
 def find_model(args: argparse.Namespace) -> ModelFiles:
     """The files of the model that --model names, fetched if need be; what takes long is told on standard error."""
-    return resolve(args.model, cache_dir(), notify=tell)
+    return resolve(args.model, cache_dir(), notify=tell, revision=args.revision)
 
 
 def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
@@ -148,4 +152,9 @@ def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
 def tell(text: str) -> None:
     """A line for the person at the terminal, kept out of standard output; lost where nobody reads it any more."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable_line(text), file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """What a command answers, on standard output."""
+    print(printable(text))

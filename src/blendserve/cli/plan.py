@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_reading, positive_integer, read_limits, tell
+from blendserve.cli.engine_options import add_planned_run, given_run_options
+from blendserve.cli.engine_settings import planned_config
+from blendserve.cli.options import add_reading, positive_integer, read_limits, say, tell
 from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
+from blendserve.errors import ConfigError
 from blendserve.job.batch_input import BatchInput, read_batch
 from blendserve.models.hub import DEFAULT_MODEL
 from blendserve.models.tokenizer import Tokenizer
@@ -20,7 +23,14 @@ from blendserve.simulator.forecast import forecast, planned_workload, sampled
 from blendserve.simulator.machine import Machine
 from blendserve.simulator.plan_summary import summarize_plan
 from blendserve.simulator.planned_file import plan_batch
-from blendserve.simulator.target import DEFAULT_HARDWARE, THIS_MACHINE, find_machine, find_target, find_tokenizer
+from blendserve.simulator.target import (
+    DEFAULT_HARDWARE,
+    THIS_MACHINE,
+    Target,
+    find_machine,
+    find_target,
+    find_tokenizer,
+)
 
 DEFAULT_POLICIES = ("fcfs", "random", "dfs", "lexical-buckets", "paper", "blend")
 DEFAULT_MAX_SIMULATED = 4000
@@ -37,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_target(parser, f"{THIS_MACHINE} if it is calibrated, else {DEFAULT_HARDWARE}", DEFAULT_MODEL.name)
+    add_planned_run(parser)
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
     add_reading(parser)
     add_output(parser)
@@ -78,15 +89,28 @@ def run(args: argparse.Namespace) -> int:
     """Plan the file. Returns 0."""
     check_page_path(args.html)
     target = find_target(args.model, notify=tell)
-    machine = find_machine(args.hardware, target.spec, tensor_parallel=args.tensor_parallel, kv_dtype=args.kv_dtype)
+    machine = _find_machine(args, target)
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
     with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))
         if args.html is not None:
             write_page(args.html, plan_page(report, plan, batch.prompts, tokenizer.decode))
-        print(json.dumps(report.to_json()) if args.json else report.to_text())
+        say(json.dumps(report.to_json()) if args.json else report.to_text())
     return 0
+
+
+def _find_machine(args: argparse.Namespace, target: Target) -> Machine:
+    """Raises: ConfigError for options of a run on this machine where the plan is for other hardware."""
+    given = given_run_options(args)
+    if given and args.hardware not in (None, THIS_MACHINE):
+        raise ConfigError(
+            f"{given[0]} describes a run on this machine, and --hardware is {args.hardware}: leave one of them out"
+        )
+    config = planned_config(args) if given or args.hardware == THIS_MACHINE else None
+    return find_machine(
+        args.hardware, target.spec, tensor_parallel=args.tensor_parallel, kv_dtype=args.kv_dtype, config=config
+    )
 
 
 def _report(

@@ -12,7 +12,7 @@ from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_engine, add_engine_choice, add_replicas, add_watching, check_options
 from blendserve.cli.engine_settings import engine_settings
 from blendserve.cli.help import add_two_helps
-from blendserve.cli.options import add_model, add_reading, read_limits, tell
+from blendserve.cli.options import add_model, add_reading, read_limits, say, tell
 from blendserve.engines.base import RunObserver
 from blendserve.planner.policies import POLICY_NAMES
 
@@ -64,7 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the job. Returns 0 when every line has its row, answered or not; 130 or 143 when interrupted."""
+    """Run the job. Returns 0 when every line has its row, answered or not; 130, 143, 129 or 138 when interrupted."""
     from blendserve.engines.opening import open_engine
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.offline.batch import run_batch
@@ -92,10 +92,11 @@ def run(args: argparse.Namespace) -> int:
                 on_progress=display.note,
             )
     except JobInterrupted as interrupt:
-        tell(f"\nblendserve: {interrupt}")
+        tell("")
+        tell(f"blendserve: {interrupt}")
         return interrupt.exit_code
     summary = RunSummary(report, args.policy, time.perf_counter() - started_s, engine.times, engine.stats)
-    print(json.dumps(summary.to_json()) if args.json else summary.to_text())
+    say(json.dumps(summary.to_json()) if args.json else summary.to_text())
     return 0
 
 

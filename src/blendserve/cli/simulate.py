@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_reading, not_negative, positive_integer, read_limits, tell
+from blendserve.cli.options import add_reading, not_negative, positive_integer, read_limits, say, tell
 from blendserve.cli.plan import add_forecast, add_output
 from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
 from blendserve.costs.hardware import A100_80G, HARDWARE_BY_NAME
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     report = _simulate_file(args, target, machines) if args.blend is None else _simulate_blend(args, machines)
     if args.html is not None:
         write_page(args.html, simulate_page(report))
-    print(json.dumps(report.to_json()) if args.json else report.to_text())
+    say(json.dumps(report.to_json()) if args.json else report.to_text())
     return 0
 
 

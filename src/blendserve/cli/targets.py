@@ -23,8 +23,7 @@ def add_target(parser: argparse.ArgumentParser, default_hardware: str, default_m
         "--hardware",
         choices=HARDWARE_NAMES,
         metavar="NAME",
-        help=f"{', '.join(HARDWARE_BY_NAME)}, or {THIS_MACHINE} (after `blendserve calibrate`) (default: "
-        f"{default_hardware})",
+        help=f"{', '.join(HARDWARE_BY_NAME)}, or {THIS_MACHINE} (once it is calibrated) (default: {default_hardware})",
     )
     group.add_argument(
         "--model",

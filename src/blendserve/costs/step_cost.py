@@ -8,6 +8,7 @@ the same numbers measured on a machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -45,9 +46,15 @@ class Interference:
         return self.step_s(1.0, 1.0) < 2.0 * (1.0 - LEAST_OVERLAP)
 
 
+NanoBatches = Literal["free", "auto", "on"]
+"""What overlapping a step costs. free: nothing, so that every step overlaps. The native engine runs the step as two
+nano-batches, which read the weights twice: where that pays by `LEAST_STEP_GAIN` (auto), or always (on)."""
+LEAST_STEP_GAIN = 0.01
+"""As in csrc/overlap.cpp."""
 LEAST_OVERLAP = 0.05
 """Share of the time of balanced steps that overlap must save to be planned for. Steps that are kept even are smaller,
 which costs a few percent by itself (docs/log.md), and calibrations scatter by as much."""
+_LEAST_SPLIT_TOKENS = 2
 SEQUENTIAL = Interference(1.0, 1.0)
 PERFECT = Interference(0.0, 0.0)
 # NanoFlow (OSDI 2025) Table 3: attention given 0.4 of the GPU runs at 0.8 of its speed and leaves GEMM 0.6. Until the
@@ -76,7 +83,7 @@ class StepCost:
     `kv_token_s` per token of KV that a decode reads. `shared_kv_share` is the part of it that a decode pays for a token
     which another decode of the step reads too: 1 on engines that read a shared prefix for every sequence, as the
     paper's do; less where it is read once. The planner's `CostModel` knows nothing of it: who runs beside whom is not
-    known before the run, so its densities count every read.
+    known before the run, so its densities count every read. `nano_batches` says which steps overlap.
     """
 
     weight_floor_s: float
@@ -88,6 +95,7 @@ class StepCost:
     head_floor_s: float = 0.0
     head_s: float = 0.0
     shared_kv_share: float = 1.0
+    nano_batches: NanoBatches = "free"
 
     def compute_s(self, num_tokens: float, num_pairs: float = 0.0, num_sampled: float = 0.0) -> float:
         """GEMM time of a step of so many tokens, some of them sampled, plus its prefill attention."""
@@ -104,7 +112,23 @@ class StepCost:
     ) -> float:
         """Time of the whole step."""
         compute_s = self.compute_s(num_tokens, num_pairs, num_sampled)
-        return self.interference.step_s(compute_s, self.memory_s(num_kv_tokens))
+        return self.step_s(num_tokens, compute_s, self.memory_s(num_kv_tokens))
+
+    def step_s(self, num_tokens: float, compute_s: float, memory_s: float) -> float:
+        """Time of a step of so many tokens from its compute and memory time."""
+        overlapped_s = self.interference.step_s(compute_s, memory_s)
+        if self.nano_batches == "free":
+            return overlapped_s
+        apart_s = compute_s + memory_s
+        if num_tokens < _LEAST_SPLIT_TOKENS:
+            return apart_s
+        overlapped_s += self.again_s(num_tokens)
+        return overlapped_s if self.nano_batches == "on" else _better(overlapped_s, apart_s)
+
+    def again_s(self, num_tokens: float) -> float:
+        """What two nano-batches take longer because both read the weights; arithmetic hides it in large steps."""
+        matmul_s = self.token_s * num_tokens
+        return 2 * max(matmul_s / 2, self.weight_floor_s) - max(matmul_s, self.weight_floor_s)
 
     def cost_model(self) -> CostModel:
         """The marginal costs of a token, for the planner: what a request adds to a busy step.
@@ -118,6 +142,10 @@ class StepCost:
             head_s=self.head_s,
             has_overlap=self.interference.hides_time,
         )
+
+
+def _better(overlapped_s: float, apart_s: float) -> float:
+    return overlapped_s if overlapped_s < (1 - LEAST_STEP_GAIN) * apart_s else apart_s
 
 
 def gpu_step_cost(
@@ -161,7 +189,7 @@ class OverlapCost:
     kv_bytes_per_s: float = 18e9
     weight_bytes_per_s: float = 20e9
     interference: Interference = SEQUENTIAL
-    chunk_bytes: int = 384 << 10
-    tile_flop: int = 5_000_000
-    step_bytes: int = 48
+    chunk_bytes: int = 256 << 10
+    tile_flop: int = 3_500_000
+    step_bytes: int = 128
     memory_lanes: int = 0

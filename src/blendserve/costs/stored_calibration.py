@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from blendserve.config import Dtype, KvDtype
 from blendserve.costs.hardware import HardwareSpec, Peaks
@@ -25,6 +25,11 @@ from blendserve.errors import ConfigError
 _NATIVE_SHARED_KV_SHARE = 0.56
 _MOST_STEP_BYTES = 128  # two cache lines
 _CALIBRATE_AGAIN = "run `blendserve calibrate` again"
+_VERSION = 3
+
+CalibrationEffort = Literal["first-run", "quick", "thorough"]
+"""How a machine was measured: by the first long run on it in at most 3 s, or by `blendserve calibrate`, with --quick or
+without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Calibration:
     `chunk_bytes` to `memory_lanes` the settings they were measured with (`OverlapCost`); delays of 1 say that it does
     not pay. `gemm_share` and `attention_share` say what separate cores could give: the share of its rate on all threads
     that each keeps when matrix products run on half of the threads beside decode attention on the other half (0 where
-    that cannot be measured).
+    that cannot be measured). `effort` says how long it was measured.
     Reading a file of another `version` fails: calibrate again. Raises: ConfigError for rates that are not positive.
     """
 
@@ -56,12 +61,13 @@ class Calibration:
     bandwidth_points: tuple[tuple[int, float], ...] = ()
     gemm_share: float = 0.0
     attention_share: float = 0.0
-    chunk_bytes: int = 384 << 10
-    tile_flop: int = 5_000_000
-    step_bytes: int = 48
+    chunk_bytes: int = 256 << 10
+    tile_flop: int = 3_500_000
+    step_bytes: int = 128
     memory_lanes: int = 0
     kv_dtype: KvDtype = "bf16"
-    version: int = 3
+    effort: CalibrationEffort = "thorough"
+    version: int = _VERSION
 
     def __post_init__(self) -> None:
         rates = (
@@ -81,6 +87,8 @@ class Calibration:
                 f"a calibration needs chunk_bytes, tile_flop and step_bytes (at most {_MOST_STEP_BYTES}) of 1 or more; "
                 f"got {settings} and {self.memory_lanes} memory_lanes; {_CALIBRATE_AGAIN}"
             )
+        if self.effort not in get_args(CalibrationEffort):
+            raise ConfigError(f"a calibration cannot have the effort {self.effort!r}; {_CALIBRATE_AGAIN}")
         Interference(self.compute_delay, self.memory_delay)
 
     def separate_cores(self) -> Interference:
@@ -120,8 +128,9 @@ class Calibration:
         rates = (self.weight_bytes_per_s, self.kv_bytes_per_s, *(rate for _, rate in self.bandwidth_points))
         return Peaks(flop_per_s, max(rates), is_measured=True)
 
-    def step_cost(self, model: ModelCost) -> StepCost:
-        """Step cost of a model at the measured rates."""
+    def step_cost(self, model: ModelCost, overlap: str = "auto") -> StepCost:
+        """Step cost of a model at the measured rates; `overlap` is the engine's mode."""
+        interference = Interference(self.compute_delay, self.memory_delay)
         bytes_per_weight = model.weight_bytes / model.num_parameters
         return StepCost(
             weight_floor_s=bytes_per_weight * model.num_matmul_parameters / self.weight_bytes_per_s,
@@ -129,10 +138,11 @@ class Calibration:
             token_s=2 * model.num_matmul_parameters / self.gemm_flop_per_s,
             kv_token_s=model.kv_bytes_per_token / self.kv_bytes_per_s,
             pair_s=4 * model.attention_width * model.num_layers / self.prefill_attention_flop_per_s,
-            interference=Interference(self.compute_delay, self.memory_delay),
+            interference=SEQUENTIAL if overlap == "off" else interference,
             head_floor_s=bytes_per_weight * model.num_head_parameters / self.weight_bytes_per_s,
             head_s=2 * model.num_head_parameters / self.gemm_flop_per_s,
             shared_kv_share=_NATIVE_SHARED_KV_SHARE,
+            nano_batches="on" if overlap == "on" else "auto",
         )
 
     def to_json(self) -> str:
@@ -145,7 +155,7 @@ class Calibration:
         try:
             values: dict[str, Any] = json.loads(text)
             names = {field.name for field in fields(cls)}
-            if values.get("version") != 3 or set(values) != names:
+            if values.get("version") != _VERSION or set(values) != names:
                 raise ConfigError(
                     f"calibration has version {values.get('version')} and {len(values)} fields; {_CALIBRATE_AGAIN}"
                 )
@@ -194,6 +204,14 @@ def load_calibration(cache_directory: Path, dtype: Dtype = "bf16", kv_dtype: KvD
             f"{dtype} with KV in {kv_dtype}; {_CALIBRATE_AGAIN}"
         )
     return calibration
+
+
+def is_replaceable(cache_directory: Path, dtype: Dtype, kv_dtype: KvDtype = "bf16") -> bool:
+    """May a first run store its calibration? Not over one that `blendserve calibrate` made and that can be read."""
+    try:
+        return load_calibration(cache_directory, dtype, kv_dtype).effort == "first-run"
+    except ConfigError:
+        return True
 
 
 def matching_calibration(

@@ -8,7 +8,7 @@ from blendserve.config import BYTES_PER_WEIGHT, Dtype, KvDtype
 from blendserve.costs.hardware import Peaks
 from blendserve.costs.model_cost import CostModel, ModelCost
 from blendserve.costs.step_cost import OverlapCost
-from blendserve.costs.stored_calibration import matching_calibration
+from blendserve.costs.stored_calibration import Calibration, matching_calibration
 from blendserve.host import cache_dir
 from blendserve.models.spec import ModelSpec
 
@@ -39,18 +39,25 @@ def cost_of(
     notify: Callable[[str], None],
     dtype: Dtype = "bf16",
     kv_dtype: KvDtype = "bf16",
+    calibration: Calibration | None = None,
+    overlap: str = "auto",
 ) -> CostModel:
     """Compute and memory seconds of requests of this model on this machine: as calibrated, else of the built-in ratio
-    and without overlap.
+    and without overlap. `calibration` goes before the stored one; `overlap` is the engine's mode.
 
-    A calibration that cannot be used is told to `notify`.
+    A stored calibration that cannot be used is told to `notify`.
     """
     model = ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype], kv_dtype=kv_dtype)
-    calibration = matching_calibration(cache_dir(), num_threads, notify, dtype, kv_dtype)
+    calibration = calibration or matching_calibration(cache_dir(), num_threads, notify, dtype, kv_dtype)
     if calibration is not None:
-        return calibration.step_cost(model).cost_model()
+        return calibration.step_cost(model, overlap).cost_model()
+    return built_in_cost(spec, num_threads, dtype, kv_dtype)
+
+
+def built_in_cost(spec: ModelSpec, num_threads: int, dtype: Dtype = "bf16", kv_dtype: KvDtype = "bf16") -> CostModel:
+    """Costs at the built-in rates, without overlap."""
     return CostModel.at_rates(
-        model,
+        ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype], kv_dtype=kv_dtype),
         flop_per_s=_FLOP_PER_S_PER_CORE[dtype] * num_threads,
         bytes_per_s=_BYTES_PER_S_PER_CORE * num_threads,
         has_overlap=False,

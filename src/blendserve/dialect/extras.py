@@ -8,12 +8,14 @@ store's `bodies`, as the JSON of an `Extras`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from blendserve.dialect.images import Picture
-from blendserve.dialect.parameters import integer_between, reject
+from blendserve.dialect.parameters import integer_between, reject, shown
 from blendserve.errors import RequestError
 
 EncodingFormat = Literal["float", "base64"]
@@ -25,13 +27,15 @@ MAX_DIMENSIONS = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """What an engine can beyond text. `adapters` are the names of LoRA adapters; `embeds`: it answers
-    /v1/embeddings, and only that.
+    /v1/embeddings, and only that. `image_domains` are the hosts that pictures may be fetched from: a line must not send
+    the engine to whatever it can reach.
     """
 
     adapters: tuple[str, ...] = ()
     structures: bool = False
     sees: bool = False
     embeds: bool = False
+    image_domains: tuple[str, ...] = ()
 
 
 TEXT_ONLY = Abilities()
@@ -116,22 +120,24 @@ def _read_structured_outputs(value: Any) -> Mapping[str, Any] | None:
     return {kind: item}
 
 
-def take_pictures(messages: Any) -> tuple[Any, list[tuple[Picture, ...]]]:
+def take_pictures(messages: Any, domains: tuple[str, ...] = ()) -> tuple[Any, list[tuple[Picture, ...]]]:
     """Messages with their text parts alone, and the pictures of each; messages that are not understood stay.
 
-    Raises: RequestError for a picture without a URL.
+    Raises: RequestError for a picture without a URL, or with one of a host that is not among `domains`.
     """
     if not isinstance(messages, list):
         return messages, []
-    parted = [_part(f"messages[{index}].content", message) for index, message in enumerate(messages)]
+    parted = [_part(f"messages[{index}].content", message, domains) for index, message in enumerate(messages)]
     return [message for message, _ in parted], [pictures for _, pictures in parted]
 
 
-def _part(name: str, message: Any) -> tuple[Any, tuple[Picture, ...]]:
+def _part(name: str, message: Any, domains: tuple[str, ...]) -> tuple[Any, tuple[Picture, ...]]:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list):
         return message, ()
-    pictures = tuple(_read_picture(f"{name}[{index}]", part) for index, part in enumerate(content) if _is_picture(part))
+    pictures = tuple(
+        _read_picture(f"{name}[{index}]", part, domains) for index, part in enumerate(content) if _is_picture(part)
+    )
     if not pictures:
         return message, ()
     texts = [part for part in content if not _is_picture(part)]
@@ -142,12 +148,27 @@ def _is_picture(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "image_url"
 
 
-def _read_picture(name: str, part: Mapping[str, Any]) -> Picture:
+def _read_picture(name: str, part: Mapping[str, Any], domains: tuple[str, ...]) -> Picture:
     value = part.get("image_url")
     url = value.get("url") if isinstance(value, dict) else None
     if not isinstance(url, str) or not url.startswith(("data:image/", "http://", "https://")):
         reject(f"{name}.image_url", value, "an object whose url is a data:image/ or http(s) URL")
+    if not url.startswith("data:") and (host := _host_of(url)) not in domains:
+        raise RequestError(
+            f"{name}.image_url would be fetched from {shown(host)}, which is not allowed; put the picture into the "
+            "line (data:image/...), or allow the host with --image-domain",
+            code="invalid_value",
+            param=f"{name}.image_url",
+        )
     return Picture.from_url(url)
+
+
+def _host_of(url: str) -> str:
+    """The host of a URL that everybody reads alike; empty for one with a user, a backslash or a space in it."""
+    try:
+        return "" if re.search(r"[\\@\s\x00-\x1f\x7f]", url) else (urlsplit(url).hostname or "")
+    except ValueError:
+        return ""
 
 
 _EMBEDDING_FIELDS = ("model", "input", "encoding_format", "dimensions", "user")

@@ -219,7 +219,7 @@ def _read_conversation(body: Mapping[str, Any], abilities: Abilities) -> tuple[t
     """The messages as text, with what a plan needs of their pictures, and whether there are any."""
     if not abilities.sees:
         return _read_messages(body), False
-    texts, pictures = take_pictures(body.get("messages"))
+    texts, pictures = take_pictures(body.get("messages"), abilities.image_domains)
     messages = _read_messages({"messages": texts})
     pictured = tuple(
         {**message, "pictures": " ".join(picture.to_text() for picture in of_message)} if of_message else message

@@ -60,7 +60,7 @@ class RunStats:
     `scheduling_s` is the wall clock of everything else the loop does, `scheduling_s_by_step` its part around every
     step. `num_prefill_tokens` counts computed prompt tokens and what preemptions made it compute again;
     `num_prompt_tokens` and `num_output_tokens` are those of finished requests. `resources` are known where the engine
-    is part of this process.
+    is part of this process. `calibration` names the effort of the machine's calibration; None where there was none.
     """
 
     capacity_tokens: int
@@ -82,6 +82,7 @@ class RunStats:
     scheduling_s_by_step: array[float] = field(default_factory=lambda: array("d"))
     steps: StepLog = field(default_factory=StepLog)
     resources: Resources | None = None
+    calibration: str | None = None
 
     @property
     def makespan_s(self) -> float:

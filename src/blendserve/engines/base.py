@@ -24,6 +24,7 @@ class EngineTimes(NamedTuple):
     load_s: float = 0.0
     plan_s: float = 0.0
     run_s: float = 0.0
+    calibrate_s: float = 0.0
 
 
 class EngineStatus(NamedTuple):

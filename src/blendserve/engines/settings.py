@@ -47,14 +47,15 @@ class NativeSettings:
 
     - `model`: a model directory, a .gguf file, a hub id (owner/name), or a name from `blendserve models`. None: the
       default model, SmolLM2-135M-Instruct.
+    - `revision`: commit, tag or branch of a hub model. None: the newest.
     - `max_model_len`: most tokens of a prompt and its answer together. None: what the model was made for.
     - `kv_memory_bytes`: memory of the KV cache. None: at most half of the free memory.
     - `max_num_seqs`: most requests that run at once. None: 256.
     - `max_num_batched_tokens`: most tokens in one step (one forward pass). None: 2048.
     - `num_threads`: CPU threads. None: one for every core that this process may use.
     - `enable_prefix_caching`: compute the beginnings that prompts share only once (default: true).
-    - `overlap`: run matrix products beside attention in each core: "auto", where `blendserve calibrate` found that it
-      saves time (default); "on", wherever possible; "off", never.
+    - `overlap`: run matrix products beside attention in each core: "auto", where this machine was measured to save
+      time by it (default); "on", wherever possible; "off", never.
     - `dtype`: of the weights: "bf16" (default), or "int8", which is faster and gives other answers.
     - `kv_dtype`: of the KV cache: "bf16" (default), or "int8", which holds nearly twice as many tokens in the same
       memory, is read faster, and gives other answers.
@@ -79,6 +80,7 @@ class NativeSettings:
     isa: str = "auto"
     window: int | None = None
     memory_share: float = 1.0
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("isa", self.isa, ISA_NAMES)
@@ -97,6 +99,7 @@ class VllmSettings:
     """vLLM in this process, on GPUs or on its CPU build. Needs vLLM to be installed.
 
     - `model`: a Hugging Face directory or a hub id (owner/name); no .gguf file.
+    - `revision`: commit, tag or branch of a hub model. None: the newest.
     - `max_model_len`, `max_num_seqs`, `max_num_batched_tokens`, `enable_prefix_caching`: as in `NativeSettings`. None:
       vLLM's own default.
     - `kv_memory_bytes`: memory of the KV cache. None: vLLM's own default on GPUs; at most half of the free memory on
@@ -107,6 +110,8 @@ class VllmSettings:
     - `scheduler`: "front" hands requests to vLLM in the order of the plan (default); "blend" lets vLLM's own scheduler
       ask the plan for the next request.
     - `own_process`: run vLLM in a subprocess, so that its crash does not stop the job (default: false).
+    - `image_domains`: hosts that pictures of lines may be fetched from (default: none; pictures have to be in the
+      line).
     - `arguments`: any other fields of vLLM's EngineArgs, such as `{"tensor_parallel_size": 4}` (default: none).
     - `memory_share`: the part of the machine's memory that this engine may take on a CPU, from 0 to 1 (default: 1).
 
@@ -126,6 +131,8 @@ class VllmSettings:
     own_process: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     memory_share: float = 1.0
+    revision: str | None = None
+    image_domains: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model:

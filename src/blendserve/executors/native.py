@@ -172,6 +172,10 @@ class NativeExecutor:
         )
         self._model.set_overlap(options)
 
+    def set_peaks(self, peaks: Peaks) -> None:
+        """From the next step on, `compute_s` and `memory_s` are at these rates."""
+        self._peaks = peaks
+
     def admit(self, slot: int, request: Request) -> None:
         self._model.admit(slot, _sampling_params(request, self.eos_token_ids))
 

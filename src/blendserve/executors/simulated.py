@@ -55,9 +55,10 @@ class SimulatedExecutor:
             chunks = plan.num_scheduled_tokens[num_decodes:].astype(np.float64)
             num_pairs = float(np.dot(chunks, plan.num_computed_tokens[num_decodes:] + (chunks + 1) / 2))
         num_sampled = int(np.count_nonzero(plan.is_sampled))
-        compute_s = self.cost.compute_s(self.num_multiplied_tokens(plan), num_pairs, num_sampled)
+        num_tokens = self.num_multiplied_tokens(plan)
+        compute_s = self.cost.compute_s(num_tokens, num_pairs, num_sampled)
         memory_s = self.cost.memory_s(num_kv_tokens)
-        elapsed_s = self.cost.interference.step_s(compute_s, memory_s)
+        elapsed_s = self.cost.step_s(num_tokens, compute_s, memory_s)
         self.now_s += elapsed_s
         return StepResult(self._zeros(num_sampled), elapsed_s, {}, compute_s, memory_s)
 

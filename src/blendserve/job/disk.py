@@ -30,7 +30,10 @@ def writing_to(path: Path) -> Iterator[None]:
                 f"no space left to write {path}: finished requests are kept; free some space, then run the same "
                 "command again to go on"
             ) from error
-        raise BlendServeError(f"cannot write {path}: {error.strerror or error}") from error
+        remedy = ""
+        if error.errno == errno.EROFS:
+            remedy = "; finished requests are kept: mount it for writing, then run the same command again to go on"
+        raise BlendServeError(f"cannot write {path}: {error.strerror or error}{remedy}") from error
 
 
 def write_fully(descriptor: int, data: bytes, offset: int) -> None:

@@ -70,7 +70,8 @@ class _Attempt:
             with terminable():
                 return self._run(generate, on_progress)
         except KeyboardInterrupt as interrupt:
-            raise JobInterrupted(self._how_to_go_on(), 143 if isinstance(interrupt, Terminated) else 130) from None
+            exit_code = interrupt.exit_code if isinstance(interrupt, Terminated) else 130
+            raise JobInterrupted(self._how_to_go_on(), exit_code) from None
 
     def _run(self, generate: Generate, on_progress: Callable[[JobProgress], None]) -> JobReport:
         """Decide what an earlier run leaves to do, then do it."""

@@ -29,6 +29,11 @@ def fingerprint(files: ModelFiles) -> str:
     return digest.hexdigest()
 
 
+def identity_of(name: str, files: ModelFiles) -> str:
+    """Which model exactly: its name, what its files hold, and the commit of one from the hub. Raises: ConfigError."""
+    return " ".join([name, fingerprint(files), *([f"revision {files.revision}"] if files.revision else [])])
+
+
 def _add(path: Path, digest: hashlib.blake2b) -> None:
     try:
         size = path.stat().st_size

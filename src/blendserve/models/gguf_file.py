@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.errors import ConfigError
+from blendserve.models.spec import brief
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -70,7 +71,7 @@ class GgufFile:
         try:
             self.metadata, self.tensor_by_name = _read(path, reader)
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
-            reason = f"it ends within {error}" if isinstance(error, MemoryError) else repr(error)
+            reason = f"it ends within {brief(str(error))}" if isinstance(error, MemoryError) else brief(error)
             raise ConfigError(
                 f"{path} is a damaged GGUF file ({reason}, byte {reader.at}); download it again"
             ) from error
@@ -147,10 +148,15 @@ def _read(path: Path, reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTe
     headers = [_tensor_header(path, reader) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ConfigError(f"{path}: general.alignment is {alignment!r}; it must be from 1 up: download the file again")
+        raise ConfigError(
+            f"{path}: general.alignment is {brief(alignment)}; it must be from 1 up: download the file again"
+        )
     data_start = -(-reader.at // alignment) * alignment
     tensors = [_placed(path, header, data_start, len(reader.source)) for header in headers]
-    return metadata, {tensor.name: tensor for tensor in tensors}
+    tensor_by_name = {tensor.name: tensor for tensor in tensors}
+    if len(tensor_by_name) != len(tensors):
+        raise ConfigError(f"{path} is damaged: it names a tensor twice; download it again")
+    return metadata, tensor_by_name
 
 
 def _tensor_header(path: Path, reader: _Reader) -> GgufTensor:
@@ -159,10 +165,12 @@ def _tensor_header(path: Path, reader: _Reader) -> GgufTensor:
     type_id, offset = reader.scalar("<I"), reader.scalar("<Q")
     if type_id not in _BLOCKS:
         known = ", ".join(kind for kind, _, _ in _BLOCKS.values())
-        raise ConfigError(f"{path}: tensor {name!r} has ggml type {type_id}; supported: {known}")
+        raise ConfigError(f"{path}: tensor {brief(name)} has ggml type {type_id}; supported: {known}")
     kind, block_size, block_bytes = _BLOCKS[type_id]
     if shape[-1] % block_size:
-        raise ConfigError(f"{path}: tensor {name!r} has rows of {shape[-1]}, not a multiple of {kind}'s {block_size}")
+        raise ConfigError(
+            f"{path}: tensor {brief(name)} has rows of {shape[-1]}, not a multiple of {kind}'s {block_size}"
+        )
     return GgufTensor(name, kind, shape, shape[-1] // block_size * block_bytes, offset)
 
 
@@ -172,6 +180,7 @@ def _placed(path: Path, header: GgufTensor, data_start: int, num_file_bytes: int
     end = offset + math.prod(header.shape[:-1]) * header.row_bytes
     if end > num_file_bytes:
         raise ConfigError(
-            f"{path} is cut short: tensor {header.name!r} ends at byte {end} of {num_file_bytes}; download it again"
+            f"{path} is cut short: tensor {brief(header.name)} ends at byte {end} of {num_file_bytes}; download it "
+            "again"
         )
     return GgufTensor(header.name, header.kind, header.shape, header.row_bytes, offset)

@@ -12,7 +12,7 @@ from blendserve.errors import ConfigError
 from blendserve.models.gguf_dequantize import dequantize
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.rope import frequency_divisors
-from blendserve.models.spec import Architecture, ModelSpec, RopeScaling, checked
+from blendserve.models.spec import Architecture, ModelSpec, RopeScaling, brief, checked, token_ids
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REQUIRED = object()
@@ -29,15 +29,14 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
     architecture = file.metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ConfigError(
-            f"{name}: GGUF architecture {architecture!r} is not supported; known architectures: "
+            f"{name}: GGUF architecture {brief(architecture)} is not supported; known architectures: "
             f"{', '.join(_ARCHITECTURES)} (Mistral is exported as llama), with full attention and dense layers"
         )
     keys = _Keys(name, architecture, file.metadata)
     num_heads, hidden_size = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
     _refuse_features(keys, head_dim)
-    rope_theta = _decimal(keys.get("rope.freq_base", 10000.0))
-    eos_token_id = file.metadata.get("tokenizer.ggml.eos_token_id")
+    rope_theta = keys.decimal("rope.freq_base", 10000.0)
     return checked(
         ModelSpec(
             name=name,
@@ -51,12 +50,12 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
             head_dim=head_dim,
             max_position=keys.integer("context_length"),
             rope_theta=rope_theta,
-            rms_norm_eps=_decimal(keys.get("attention.layer_norm_rms_epsilon")),
+            rms_norm_eps=keys.decimal("attention.layer_norm_rms_epsilon"),
             rope_scaling=_rope_scaling(keys, file, rope_theta, head_dim),
             has_tied_embeddings="output.weight" not in file.tensor_by_name,
             has_qkv_bias=architecture == "qwen2",
             has_qk_norm=architecture == "qwen3",
-            eos_token_ids=() if eos_token_id is None else (eos_token_id,),
+            eos_token_ids=token_ids(file.metadata.get("tokenizer.ggml.eos_token_id")),
         )
     )
 
@@ -75,11 +74,21 @@ class _Keys:
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         value = self.get(key, default)
-        if isinstance(value, list) and value and len(set(value)) == 1:
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # one entry per layer, all alike
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{self.name}: '{self.architecture}.{key}' is {value!r}; one integer is supported")
+            raise ConfigError(f"{self.name}: '{self.architecture}.{key}' is {brief(value)}; one integer is supported")
         return value
+
+    def decimal(self, key: str, default: Any = _REQUIRED) -> float:
+        """A float32 of the file as the decimal that it was written from: 9.99999975e-06 is 1e-05."""
+        return float(f"{self.number(key, default):.7g}")
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{self.name}: '{self.architecture}.{key}' is {brief(value)}; it must be a number")
+        return float(value)
 
 
 def _refuse_features(keys: _Keys, head_dim: int) -> None:
@@ -93,7 +102,7 @@ def _refuse_features(keys: _Keys, head_dim: int) -> None:
     for key, value in supported.items():
         found = keys.get(key, value)
         if found != value:
-            raise ConfigError(f"{keys.name}: '{keys.architecture}.{key}' is {found!r}; only {value} is supported")
+            raise ConfigError(f"{keys.name}: '{keys.architecture}.{key}' is {brief(found)}; only {value} is supported")
 
 
 def _vocab_size(name: str, file: GgufFile) -> int:
@@ -109,11 +118,13 @@ def _rope_scaling(keys: _Keys, file: GgufFile, rope_theta: float, head_dim: int)
         stored = dequantize(file.tensor_bytes(factors), factors.kind).reshape(-1).astype(np.float64)
         return _llama3_scaling(keys.name, stored, rope_theta, head_dim)
     kind = keys.get("rope.scaling.type", "none")
-    factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)))
+    factor = keys.number("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    if kind != "linear" or factor <= 0:
-        raise ConfigError(f"{keys.name}: rotary scaling {kind!r} by {factor} is not supported; known: linear, llama3")
+    if kind != "linear" or not 0 < factor < math.inf:
+        raise ConfigError(
+            f"{keys.name}: rotary scaling {brief(kind)} by {factor} is not supported; known: linear, llama3"
+        )
     return RopeScaling("linear", factor)
 
 
@@ -123,8 +134,10 @@ def _llama3_scaling(name: str, factors: NDArray[np.float64], rope_theta: float, 
     Low and high factors are 1 and 4 in every released Llama 3; the original context follows from a divisor that lies
     between the two ends. Divisors that this does not give back are refused.
     """
+    if not 0 < rope_theta < math.inf or head_dim < 2 or not np.isfinite(factors).all() or factors.min(initial=1.0) <= 0:
+        raise ConfigError(f"{name}: the rotary factors in {_FACTORS_TENSOR!r} are damaged; download the model again")
     plain = rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    largest = float(factors.max())
+    largest = float(factors.max(initial=1.0))
     if largest == 1.0:
         return None
     original = _DEFAULT_ORIGINAL
@@ -143,8 +156,3 @@ def _llama3_scaling(name: str, factors: NDArray[np.float64], rope_theta: float, 
         f"{name}: the rotary factors in {_FACTORS_TENSOR!r} {list(factors.shape)} do not follow the llama3 rule; "
         "use the model's safetensors directory, whose config.json states its rule"
     )
-
-
-def _decimal(value: float) -> float:
-    """A float32 of the file as the decimal that it was written from: 9.99999975e-06 is 1e-05."""
-    return float(f"{value:.7g}")

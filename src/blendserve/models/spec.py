@@ -82,6 +82,22 @@ _ARCHITECTURE_BY_MODEL_TYPE: dict[str, Architecture] = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_layers": 1 << 12,
+    "num_heads": 1 << 13,
+    "num_kv_heads": 1 << 13,
+    "head_dim": 1 << 12,
+    "max_position": 1 << 24,
+}
+"""Ten times what the largest models have, or more: beyond it a file is damaged, or made to fill the memory."""
+_MAX_THETA = 1e15
+_MAX_SCALING = float(1 << 24)
+_MAX_DOUBLE = 1.7e308
+_MAX_SHOWN = 100
+_WORD_BY_KIND = {int: "a whole number", float: "a number", bool: "true or false"}
 _REMEDY = f"known architectures: {', '.join(KNOWN_ARCHITECTURES)}, with full attention and dense layers"
 
 
@@ -120,18 +136,29 @@ def spec_from_hf_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Read a config's token id field, which may be absent, one id, or a list of them."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def token_ids(value: Any) -> tuple[int, ...]:
+    """Read a config's eos_token_id, which may be absent, one id, or a list of them. Raises: ConfigError."""
+    listed = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int and 0 <= token_id < _MOST["vocab_size"] for token_id in listed):
+        raise ConfigError(f"eos_token_id is {brief(value)}; it must be a token id, or a list of them")
+    return tuple(listed)
+
+
+def brief(value: object) -> str:
+    """A value out of a file as a message quotes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 def _model_type(name: str, config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures") or []
+    listed = architectures if isinstance(architectures, list) else [architectures]
     model_type = str(config.get("model_type", ""))
-    if model_type not in _ARCHITECTURE_BY_MODEL_TYPE or any(a not in KNOWN_ARCHITECTURES for a in architectures):
-        raise ConfigError(f"{name}: architecture {architectures or model_type!r} is not supported; {_REMEDY}")
+    if model_type not in _ARCHITECTURE_BY_MODEL_TYPE or any(a not in KNOWN_ARCHITECTURES for a in listed):
+        raise ConfigError(f"{name}: architecture {brief(architectures or model_type)} is not supported; {_REMEDY}")
     return model_type
 
 
@@ -141,10 +168,11 @@ def _field(name: str, config: Mapping[str, Any], field: str, kind: type, default
         value = default
     if value is None:
         raise ConfigError(f"{name}: config.json has no {field!r}, which its architecture needs")
-    if kind is float and isinstance(value, int):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and is_number and abs(value) <= _MAX_DOUBLE:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{name}: {field} is {value!r} in config.json; it must be {kind.__name__}")
+        raise ConfigError(f"{name}: {field} is {brief(value)} in config.json; it must be {_WORD_BY_KIND[kind]}")
     return value
 
 
@@ -161,26 +189,30 @@ def _refuse_features(name: str, model_type: str, config: Mapping[str, Any], num_
     }
     for field, is_refused in refused.items():
         if is_refused:
-            raise ConfigError(f"{name}: {field} is {config.get(field)!r}, which is not supported; {_REMEDY}")
+            raise ConfigError(f"{name}: {field} is {brief(config.get(field))}, which is not supported; {_REMEDY}")
 
 
 def _slides(model_type: str, config: Mapping[str, Any], num_layers: int, max_position: int) -> bool:
     """Does any layer attend to fewer positions than the context holds?"""
     if layer_types := config.get("layer_types"):
-        return any(kind != "full_attention" for kind in layer_types)
+        return not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
     if model_type == "mistral":
         window = config.get("sliding_window", 4096)  # what transformers assumes where the field is absent
-        return window is not None and window < max_position
-    return bool(config.get("use_sliding_window")) and config.get("max_window_layers", 0) < num_layers
+        return window is not None and not (isinstance(window, int) and window >= max_position)
+    full_layers = config.get("max_window_layers", 0)
+    return bool(config.get("use_sliding_window")) and not (isinstance(full_layers, int) and full_layers >= num_layers)
 
 
 def _rope(name: str, config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling; transformers 5 writes both into `rope_parameters`, older ones apart."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"{name}: the rotary scaling is {brief(parameters)} in config.json; it must be an object")
+    holder = parameters if parameters.get("rope_theta") is not None else config
+    theta = _field(name, holder, "rope_theta", float, 10000.0)
     rotary_share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if rotary_share != 1.0:
-        raise ConfigError(f"{name}: partial_rotary_factor is {rotary_share}, which is not supported; {_REMEDY}")
+        raise ConfigError(f"{name}: partial_rotary_factor is {brief(rotary_share)}, which is not supported; {_REMEDY}")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None
@@ -190,31 +222,35 @@ def _rope(name: str, config: Mapping[str, Any]) -> tuple[float, RopeScaling | No
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         factor, low, high, original = (_rope_number(name, parameters, key) for key in keys)
         return theta, RopeScaling("llama3", factor, low, high, int(original))
-    raise ConfigError(f"{name}: rope_type is {kind!r}, which is not supported; known: default, linear, llama3")
+    raise ConfigError(f"{name}: rope_type is {brief(kind)}, which is not supported; known: default, linear, llama3")
 
 
 def _rope_number(name: str, parameters: Mapping[str, Any], key: str) -> float:
     value = parameters.get(key)
-    if not isinstance(value, int | float) or value <= 0:
-        raise ConfigError(f"{name}: {key} of the rotary scaling is {value!r}; it must be a positive number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _MAX_SCALING:
+        raise ConfigError(
+            f"{name}: {key} of the rotary scaling is {brief(value)}; it must be above 0 and at most {_MAX_SCALING:g}"
+        )
     return float(value)
 
 
 def checked(spec: ModelSpec) -> ModelSpec:
-    """The spec itself. Raises: ConfigError when its sizes contradict one another."""
-    for field in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-    ):
-        if getattr(spec, field) < 1:
-            raise ConfigError(f"{spec.name}: {field} is {getattr(spec, field)}; it must be at least 1")
+    """The spec itself. Raises: ConfigError when a number is beyond any model, or when two contradict one another."""
+    for field, most in _MOST.items():
+        if not 1 <= getattr(spec, field) <= most:
+            raise ConfigError(f"{spec.name}: {field} is {brief(getattr(spec, field))}; it must be from 1 to {most}")
+    if not 0 < spec.rope_theta <= _MAX_THETA:
+        raise ConfigError(f"{spec.name}: rope_theta is {spec.rope_theta}; it must be above 0, at most {_MAX_THETA:g}")
+    if not 0 <= spec.rms_norm_eps <= 1:
+        raise ConfigError(f"{spec.name}: rms_norm_eps is {spec.rms_norm_eps}; it must be from 0 to 1")
     if spec.num_heads % spec.num_kv_heads:
         raise ConfigError(f"{spec.name}: {spec.num_heads} heads do not divide evenly by {spec.num_kv_heads} KV heads")
     if spec.head_dim % 2:
         raise ConfigError(f"{spec.name}: head_dim is {spec.head_dim}; rotary positions need an even one")
+    scaling = spec.rope_scaling
+    if scaling is not None and not scaling.low_freq_factor < scaling.high_freq_factor:
+        raise ConfigError(
+            f"{spec.name}: low_freq_factor is {scaling.low_freq_factor}; it must be below high_freq_factor, "
+            f"{scaling.high_freq_factor}"
+        )
     return spec

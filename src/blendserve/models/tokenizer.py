@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blendserve.errors import ConfigError, RequestError
-from blendserve.models.spec import token_ids
+from blendserve.models.spec import brief, token_ids
 from blendserve.request import TokenIds
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {brief(error)}") from error
     config = read_json(directory / "tokenizer_config.json")
     generation = read_json(directory / "generation_config.json")
     special_tokens = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
@@ -200,10 +200,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read {jinja}: {error}") from error
     template = config.get("chat_template") or read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several, by name
-        return next((str(entry["template"]) for entry in template if entry.get("name") == "default"), None)
+        named = [entry for entry in template if isinstance(entry, Mapping) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"the chat template in {directory} is {brief(template)}; it must be a text")
     return template
 
 

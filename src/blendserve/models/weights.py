@@ -17,6 +17,7 @@ from blendserve.errors import ConfigError
 from blendserve.models.spec import ModelSpec
 
 Floats = NDArray[np.float32]
+_MAX_SHOWN = 200
 
 
 class Weights(Protocol):
@@ -89,7 +90,9 @@ def check_weights(spec: ModelSpec, weights: Weights) -> None:
         if name in found and tuple(found[name]) != shape
     ]
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        shown = "; ".join(problem[:_MAX_SHOWN] for problem in problems[:5]) + (
+            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        )
         raise ConfigError(f"weights of {spec.name!r} do not fit its {spec.architecture} configuration: {shown}")
 
 

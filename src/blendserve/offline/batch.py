@@ -54,8 +54,8 @@ def run_batch(
 
     Finished answers are kept in the directory `OUT.jsonl.journal`: the same call goes on where an earlier one stopped.
     Raises: ConfigError, before any work, when a path, the input, the settings or the journal do not allow the job;
-    CapacityError when the disk is full; ExecutorError when the engine fails; JobInterrupted on Ctrl-C or SIGTERM.
-    Whatever is raised, finished answers are kept.
+    CapacityError when the disk is full; ExecutorError when the engine fails; JobInterrupted on Ctrl-C, SIGTERM, SIGHUP
+    or SIGUSR1. Whatever is raised, finished answers are kept.
     """
     if policy not in POLICY_NAMES:
         raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")

@@ -5,33 +5,41 @@ Batch files add a journal around the same engine (`job`); everything else betwee
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from itertools import islice, repeat, zip_longest
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice, repeat, zip_longest
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import Dtype, EngineConfig, KvDtype
-from blendserve.costs.this_machine import cost_of
+from blendserve.costs.stored_calibration import Calibration
+from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
-from blendserve.engine.planned import plan_requests, run_planned, run_windowed
+from blendserve.engine.loop import EngineLoop
+from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
-from blendserve.engines.native.loop import open_loop
+from blendserve.engines.native.loop import calibrate_executor, open_executor
 from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.host import cache_dir
+from blendserve.models.detokenize import StopChecker
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.offline.assembler import OutputAssembler
 from blendserve.offline.outputs import RequestOutput
 from blendserve.planner.base import RequestTable
+from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
 from blendserve.planner.table import request_table
+from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
-from blendserve.request import Request, SamplingParams, TokenIds
+from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -56,6 +64,7 @@ class LLM:
 
     Answers depend on the request, the model, `dtype`, `kv_dtype` and `isa`. A sampled request without a seed of its
     own also depends on `seed` and on its place in the list. Nothing else changes answers.
+    Calls from several threads take turns. A process that is forked from this one needs an LLM of its own.
     Raises: ConfigError when the model or a limit cannot work.
     """
 
@@ -93,12 +102,15 @@ class LLM:
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
-        notes: list[str] = []
-        self._cost = cost_of(self.model.spec, self.config.num_threads, notes.append, dtype, kv_dtype)
-        self.notes = tuple(notes)
+        self.notes: tuple[str, ...] = ()
         """Sentences that the user should read, such as why a calibration was not used."""
-        self._engine = open_loop(self.model, self.config, isa=isa)
+        self._measured: Calibration | None = None
+        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, kv_dtype, overlap=overlap)
+        self._executor = open_executor(self.model, self.config, isa=isa)
+        self._engine = EngineLoop(self._executor, self.config, stop_checker=StopChecker(self.model.tokenizer))
         self._is_closed = False
+        self._lock = threading.RLock()
+        self._owner = os.getpid()
 
     def generate(
         self,
@@ -159,9 +171,14 @@ class LLM:
         return self._engine.stats
 
     def close(self) -> None:
-        """Stop the threads and free the memory. A closed LLM refuses prompts; closing it again does nothing."""
-        self._is_closed = True
-        self._engine.close()
+        """Stop the threads and free the memory, once other threads' calls have ended. A closed LLM refuses prompts;
+        closing it again does nothing.
+        """
+        if self._owner != os.getpid():
+            return  # the threads are those of the process that we were forked from
+        with self._lock:
+            self._is_closed = True
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -169,9 +186,47 @@ class LLM:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
+    def _note(self, text: str) -> None:
+        self.notes = (*self.notes, text)
+
+    def _calibrate(self, prefixes: Callable[[], PrefixTree], table: RequestTable) -> None:
+        """Measure the machine if this is its first long call, and plan with the result from now on."""
+        if self._measured is not None:
+            return
+        spec, config = self.model.spec, self.config
+
+        def expected_s() -> float:
+            cost, tree = built_in_cost(spec, config.num_threads, config.dtype, config.kv_dtype), prefixes()
+            return expected_work_s(cost, table, tree.num_prompt_tokens - tree.num_unique_tokens)
+
+        self._measured = calibrate_executor(self._executor, config, expected_s, self._note)
+        if self._measured is not None:
+            self._cost = cost_of(
+                spec,
+                config.num_threads,
+                self._note,
+                config.dtype,
+                config.kv_dtype,
+                self._measured,
+                config.overlap,
+            )
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigError("this LLM is closed; make a new one")
+        if self._owner != os.getpid():
+            raise ConfigError(
+                f"this LLM was opened by process {self._owner}, and this process ({os.getpid()}) was forked from it "
+                "without its threads; make a new LLM here, or start processes with the method spawn"
+            )
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keep other threads out of the engine. Raises: ConfigError when this LLM cannot answer any more."""
+        self._check_open()
+        with self._lock:
+            self._check_open()
+            yield
 
     def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
         """Text and token ids of every prompt, or why it has none."""
@@ -219,9 +274,12 @@ class LLM:
             requests += assembler.add(text, token_ids, sampling)
         if requests:
             prompts = flatten(request.prompt_token_ids for request in requests)
-            plan = plan_requests(prompts, _table(requests), self._cost, seed=self.seed)
-            for output in run_planned(self._engine, requests, plan, self.policy):
-                assembler.apply(output)
+            tree, table = PrefixTree.from_flat(prompts), _table(requests)
+            with self._turn():
+                self._calibrate(lambda: tree, table)
+                plan = make_plan(tree, table, self._cost, seed=self.seed)
+                for output in run_planned(self._engine, requests, plan, self.policy):
+                    assembler.apply(output)
         return _in_order(assembler.take())
 
     def _stream(
@@ -230,16 +288,30 @@ class LLM:
         self._check_open()
         assembler = self._assembler()
         windows = self._windows(pairs, window, assembler)
-        with closing(run_windowed(self._engine, assembler, windows, self._cost, self.policy)) as outputs:
-            for output in outputs:
+        if (first := next(windows, None)) is not None:
+            prompts, table = first.prompts, first.table
+            with self._turn():
+                self._calibrate(lambda: PrefixTree.from_flat(prompts), table)
+            windows = chain([first], windows)
+        outputs = run_windowed(self._engine, assembler, windows, self._cost, self.policy)
+        try:
+            while (output := self._next_of(outputs)) is not None:
                 assembler.apply(output)
                 yield from assembler.take()
+        finally:
+            if self._owner == os.getpid():  # else the lock may be held for ever
+                with self._lock:
+                    outputs.close()
         if assembler.num_unfinished or next(pairs, None) is not None:
             raise ExecutorError(
                 "another call of this LLM ended this stream before all of its prompts were answered; read a stream to "
                 "its end first, or use another LLM"
             )
         yield from assembler.take()
+
+    def _next_of(self, outputs: Iterator[SequenceOutput]) -> SequenceOutput | None:
+        with self._turn():
+            return next(outputs, None)
 
     def _windows(
         self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], size: int, assembler: OutputAssembler

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 _SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"), (1e-3, "milliseconds"))
 
 
@@ -77,3 +79,15 @@ def _short(value: float) -> str:
     if abs(value) >= 0.0995:
         return f"{value:.3g}"
     return f"{value:.2g}"
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: what would move its cursor, change its title or turn its writing around is shown as an
+    escape, such as \\x1b. Line breaks stay.
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable_line(text: str) -> str:
+    """The same for what must stay one line: a line break that came from elsewhere could forge one of ours."""
+    return printable(text).replace("\n", "\\n")

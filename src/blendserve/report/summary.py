@@ -9,7 +9,7 @@ from typing import Any
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.engines.base import EngineTimes
 from blendserve.job.job import JobReport
-from blendserve.report.format import format_bytes
+from blendserve.report.format import format_bytes, printable_line
 from blendserve.report.progress import format_seconds
 
 
@@ -53,11 +53,12 @@ class RunSummary:
         report = self.report
         if report.was_complete:
             return f"already complete: {report.output_path} ({report.num_succeeded} answers); --fresh runs it again"
+        calibrate = f"calibrate {self.times.calibrate_s:.1f}, " if self.times.calibrate_s else ""
         lines = [
             f"{report.num_succeeded} answers in {report.output_path}" + _resumed(report.num_resumed),
             f"{report.num_failed} errors" + _by_code(report.errors_by_code, report.errors_path),
-            f"makespan {format_seconds(self.makespan_s)} ({self.makespan_s:.1f} s: load {self.times.load_s:.1f}, plan "
-            f"{self.times.plan_s:.1f}, run {self.times.run_s:.1f}), policy {self.policy}",
+            f"makespan {format_seconds(self.makespan_s)} ({self.makespan_s:.1f} s: load {self.times.load_s:.1f}, "
+            f"{calibrate}plan {self.times.plan_s:.1f}, run {self.times.run_s:.1f}), policy {self.policy}",
             f"tokens in {report.num_prompt_tokens} (cached {report.num_cached_tokens}), out "
             f"{report.num_output_tokens}, {self.tokens_per_s:.0f} tok/s",
         ]
@@ -69,7 +70,7 @@ class RunSummary:
             )
             if self.stats.resources is not None:
                 lines.append(_resources_line(self.stats.resources))
-        return "\n".join([*lines, *report.notes])
+        return "\n".join([*lines, *map(printable_line, report.notes)])
 
 
 def _resources_line(resources: Resources) -> str:
@@ -95,6 +96,7 @@ def _stats_fields(stats: RunStats) -> dict[str, Any]:
         "max_running": stats.max_running,
         "kv_peak": _kv_peak(stats),
         "prefix_hit_rate": stats.prefix_hit_rate,
+        "calibration": stats.calibration,
     }
 
 
@@ -109,5 +111,5 @@ def _resumed(count: int) -> str:
 def _by_code(errors_by_code: Mapping[str, int], errors_path: str | None) -> str:
     if not errors_by_code:
         return ""
-    listed = ", ".join(f"{code} {count}" for code, count in sorted(errors_by_code.items()))
+    listed = ", ".join(f"{printable_line(code)} {count}" for code, count in sorted(errors_by_code.items()))
     return f" in {errors_path}: {listed}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from blendserve.config import EngineConfig, KvDtype
+from blendserve.config import BLOCK_SIZE, BYTES_PER_WEIGHT, Dtype, EngineConfig, KvDtype
 from blendserve.costs.hardware import HardwareSpec, kv_capacity_bytes
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import NANOFLOW, SEQUENTIAL, Interference, StepCost, gpu_step_cost
 from blendserve.costs.stored_calibration import calibration_path, load_calibration
-from blendserve.engine.limits import MAX_KV_SHARE
+from blendserve.engine.limits import resolve_limits
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.host import cache_dir
 from blendserve.models.spec import ModelSpec
@@ -83,29 +83,39 @@ def gpu_machine(
     return Machine(hardware, model, tensor_parallel, cost, int(capacity / model.kv_bytes_per_token))
 
 
-def is_calibrated(kv_dtype: KvDtype = "bf16") -> bool:
-    """Is there a calibration of this machine for KV of this dtype?"""
-    return calibration_path(cache_dir(), "bf16", kv_dtype).is_file()
+def is_calibrated(dtype: Dtype = "bf16", kv_dtype: KvDtype = "bf16") -> bool:
+    """Is there a calibration of this machine for weights and KV of these dtypes?"""
+    return calibration_path(cache_dir(), dtype, kv_dtype).is_file()
 
 
-def this_machine(spec: ModelSpec, engine: EngineKind = "overlapped", kv_dtype: KvDtype = "bf16") -> Machine:
-    """The machine as it was measured, with the KV memory and the limit on requests that `blendserve run` would take."""
-    calibration = load_calibration(cache_dir(), kv_dtype=kv_dtype)
-    model = ModelCost.from_spec(spec, kv_dtype=kv_dtype)
-    max_num_seqs = EngineConfig().max_num_seqs
-    cost = calibration.step_cost(model)
-    usable = calibration.memory_bytes - model.weight_bytes
-    if usable <= 0:
+def this_machine(spec: ModelSpec, engine: EngineKind = "overlapped", config: EngineConfig | None = None) -> Machine:
+    """The machine as it was measured, with the limits that a run with `config` has; the same that are left open.
+
+    Raises: ConfigError when there is no calibration of the dtype and the threads asked for; CapacityError when the
+    weights or one KV block do not fit.
+    """
+    config = config or EngineConfig()
+    calibration = load_calibration(cache_dir(), config.dtype, config.kv_dtype)
+    if config.num_threads not in (0, calibration.num_threads):
+        raise ConfigError(
+            f"--threads is {config.num_threads}, and the calibration is of {calibration.num_threads}; run `blendserve "
+            f"calibrate --threads {config.num_threads} --dtype {config.dtype}`"
+        )
+    model = ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[config.dtype], kv_dtype=config.kv_dtype)
+    if calibration.memory_bytes <= model.weight_bytes:
         raise CapacityError(
             f"{spec.name} has {model.weight_bytes / 1e9:.1f} GB of weights, this machine "
             f"{calibration.memory_bytes / 1e9:.1f} GB of memory: name a smaller model or other hardware"
         )
+    cost = calibration.step_cost(model, config.overlap)
+    limits = resolve_limits(config, spec)
     return Machine(
         hardware=calibration.hardware(),
         model=model,
         tensor_parallel=1,
         cost=replace(cost, interference=SEQUENTIAL) if engine == "sequential" else cost,
-        capacity_tokens=min(int(usable * MAX_KV_SHARE / model.kv_bytes_per_token), max_num_seqs * spec.max_position),
+        capacity_tokens=limits.kv_memory_bytes // (spec.kv_bytes_per_token() * BLOCK_SIZE) * BLOCK_SIZE,
         overlap=cost.interference,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
     )

@@ -68,22 +68,30 @@ def listening_addresses(session: str) -> set[str]:
     return found
 
 
+def environment_of(process: int) -> list[str]:
+    return Path(f"/proc/{process}/environ").read_text(errors="replace").split("\0")
+
+
 @pytest.mark.usefixtures("session_is_gone")
 def test_a_terminated_driver_stops_in_good_order_and_listens_to_this_machine_alone(tiny: Path, tmp_path: Path) -> None:
     source, output = batch_file(tmp_path / "in.jsonl", num_lines=80), tmp_path / "out.jsonl"
     before = ray_sessions()
     command = [sys.executable, "-m", "blendserve", *native(tiny, source, output, "--quiet", *REPLICAS)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     records = tmp_path / "out.jsonl.journal" / "records"
     while process.poll() is None and not (records.exists() and records.stat().st_size > 4000):
         time.sleep(0.02)
     (session,) = ray_sessions() - before
     addresses = listening_addresses(session)
+    has_token = ["RAY_AUTH_MODE=token" in environment_of(process) for process in processes_of(session)]
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "interrupted: " in error
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert has_token
+    assert all(has_token)
     assert addresses
     assert addresses <= loopback
     assert main(native(tiny, source, output, "--quiet")) == 0, "the journal is that of any run"

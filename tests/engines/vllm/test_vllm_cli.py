@@ -63,7 +63,8 @@ def test_a_job_from_the_command_line(
     tmp_path: Path, model: Path, api: FakeVllm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [chat(f"id-{n}", "the capital of france", max_tokens=2 + n, ignore_eos=True) for n in range(9)]
-    command = [*job(tmp_path, *lines), "--model", str(model), "--max-num-seqs", "5", "--vllm-arg", "dtype=float32"]
+    options = ["--max-num-seqs", "5", "--vllm-arg", "dtype=float32", "--image-domain", "Pictures.example"]
+    command = [*job(tmp_path, *lines), "--model", str(model), *options]
     assert main(command) == 0
     told = summary(capsys)
     assert told["num_succeeded"] == 9
@@ -75,6 +76,7 @@ def test_a_job_from_the_command_line(
     assert arguments["model"] == str(model)
     assert arguments["max_num_seqs"] == 5
     assert arguments["dtype"] == "float32"
+    assert arguments["allowed_media_domains"] == ["pictures.example"]
     assert "scheduler_cls" not in arguments
     assert "max_model_len" not in arguments
     assert api.engines[0].is_closed
@@ -217,6 +219,7 @@ def test_the_environment_is_prepared_and_the_users_stays(monkeypatch: pytest.Mon
     assert environment["OMP_NUM_THREADS"] == "7"
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
     on_gpu: dict[str, str] = {}
     monkeypatch.setattr(vllm_arguments, "is_cpu_build", lambda: False)
     prepare_environment(on_gpu, VllmSettings("m", own_process=True, num_threads=3))

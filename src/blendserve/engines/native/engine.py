@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
 from blendserve.costs.model_cost import CostModel
-from blendserve.costs.stored_calibration import machine_name
-from blendserve.costs.this_machine import cost_of, peaks_of
+from blendserve.costs.stored_calibration import Calibration, machine_name, matching_calibration
+from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.limits import resolve_limits
@@ -16,18 +17,19 @@ from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify, RunObserver
-from blendserve.engines.native.loop import open_executor
+from blendserve.engines.native.loop import calibrate_executor, open_executor
 from blendserve.engines.native.measured import MeasuredRun
 from blendserve.engines.settings import NativeSettings
 from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_isa, op_names
 from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
-from blendserve.job.pending import PendingRequests, plan_pending
+from blendserve.job.pending import PendingRequests
 from blendserve.models.detokenize import StopChecker
-from blendserve.models.fingerprint import fingerprint
+from blendserve.models.fingerprint import identity_of
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
-from blendserve.planner.plan import Plan
+from blendserve.planner.plan import Plan, make_plan
+from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
 from blendserve.request import SequenceOutput
 
@@ -35,10 +37,12 @@ from blendserve.request import SequenceOutput
 def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserver | None = None) -> NativeEngine:
     """Open the model's files; its weights are loaded when there is something to run. Raises: ConfigError, and
     CapacityError where the KV memory asked for holds nothing: before a large file is read rather than after."""
-    files = resolve(settings.model, cache_dir(), notify=notify)
+    files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
     model = load_model(files)
     resolve_limits(settings.config(), model.spec)
-    return NativeEngine(settings, model, f"{model.spec.name} {fingerprint(files)}", notify=notify, observer=observer)
+    engine = NativeEngine(settings, model, identity_of(model.spec.name, files), notify=notify, observer=observer)
+    engine.notes = files.notes
+    return engine
 
 
 class NativeEngine:
@@ -80,6 +84,7 @@ class NativeEngine:
         self._observer = observer
         self._trace = observer.trace if observer is not None else StepTrace()
         self._opened: tuple[NativeExecutor, EngineLoop] | None = None
+        self._measured: Calibration | None = None
         self._latest: tuple[EngineLoop, Plan | None, int] | None = None
 
     def generate(self, pending: PendingRequests, policy: str) -> Iterator[SequenceOutput]:
@@ -87,14 +92,16 @@ class NativeEngine:
         started_s = time.perf_counter()
         executor, loop = self._opened = self._opened or self._open()
         loaded_s = time.perf_counter()
-        plan = None if self._window else self.plan(pending)
+        tree = None if self._window else pending.prefix_tree()
+        calibrate_s = self._calibrate(executor, pending, tree)
+        plan = None if tree is None else make_plan(tree, pending.table(), self._cost())
         planned_s = time.perf_counter()
-        self.times = EngineTimes(loaded_s - started_s, planned_s - loaded_s)
+        self.times = EngineTimes(loaded_s - started_s, planned_s - loaded_s - calibrate_s, calibrate_s=calibrate_s)
         outputs: Iterator[SequenceOutput]
-        if self._window:
+        if plan is None:
+            assert self._window is not None
             outputs = run_windowed(loop, pending, windows_of(pending, self._window), self._cost(), policy)
         else:
-            assert plan is not None
             outputs = run_planned(loop, pending, plan, policy)
         self._latest = (loop, plan, len(pending))
         try:
@@ -102,12 +109,13 @@ class NativeEngine:
         finally:
             self.times = self.times._replace(run_s=time.perf_counter() - planned_s)
             loop.stats.resources = self._resources(executor)
+            loop.stats.calibration = self._calibration_effort()
             self.stats = loop.stats
             self._tell_observer(policy, executor, loop.stats, plan)
 
     def plan(self, pending: PendingRequests) -> Plan:
         """The order of `pending` on this machine."""
-        return plan_pending(pending, pending.table(), self._cost())
+        return make_plan(pending.prefix_tree(), pending.table(), self._cost())
 
     def status(self) -> EngineStatus | None:
         """What the loop does now."""
@@ -139,9 +147,43 @@ class NativeEngine:
         executor = open_executor(self._model, config, isa=self._isa, trace=self._trace)
         return executor, EngineLoop(executor, config, stop_checker=StopChecker(self._model.tokenizer))
 
+    def _calibrate(self, executor: NativeExecutor, pending: PendingRequests, tree: PrefixTree | None) -> float:
+        """Measure the machine if this is its first long run. Returns the seconds that took."""
+        if self._measured is not None:
+            return 0.0
+        config, spec = resolve_limits(self._config, self._model.spec), self._model.spec
+
+        def expected_s() -> float:
+            part = pending if tree is not None else PendingRequests(pending.store, pending.numbers[: self._window])
+            shared = tree or part.prefix_tree()
+            cost = built_in_cost(spec, config.num_threads, config.dtype, config.kv_dtype)
+            num_shared_tokens = shared.num_prompt_tokens - shared.num_unique_tokens
+            return expected_work_s(cost, part.table(), num_shared_tokens) * len(pending) / len(part)
+
+        started_s = time.perf_counter()
+        measured = calibrate_executor(executor, config, expected_s, self._notify)
+        self._measured = measured
+        return time.perf_counter() - started_s if measured is not None else 0.0
+
+    def _calibration_effort(self) -> str | None:
+        config = self._config
+        num_threads = resolve_limits(config, self._model.spec).num_threads
+        found = self._measured or matching_calibration(
+            cache_dir(), num_threads, lambda _: None, config.dtype, config.kv_dtype
+        )
+        return None if found is None else found.effort
+
     def _cost(self) -> CostModel:
         config = resolve_limits(self._config, self._model.spec)
-        return cost_of(self._model.spec, config.num_threads, self._notify, config.dtype, config.kv_dtype)
+        return cost_of(
+            self._model.spec,
+            config.num_threads,
+            self._notify,
+            config.dtype,
+            config.kv_dtype,
+            self._measured,
+            config.overlap,
+        )
 
     def _resources(self, executor: NativeExecutor) -> Resources:
         """Memory so far, and how long the first step was in coming."""
@@ -154,7 +196,7 @@ class NativeEngine:
     def _tell_observer(self, policy: str, executor: NativeExecutor, stats: RunStats, plan: Plan | None) -> None:
         if self._observer is None:
             return
-        self.notes = self._observer.run_ended(
+        self.notes += self._observer.run_ended(
             MeasuredRun(
                 source=self._observer.source,
                 model=self._model.spec.name,
@@ -162,7 +204,9 @@ class NativeEngine:
                 machine=machine_name(),
                 num_threads=executor.num_threads,
                 isa=executor.isa,
-                peaks=peaks_of(executor.num_threads, executor.dtype, executor.kv_dtype),
+                peaks=self._measured.peaks()
+                if self._measured
+                else peaks_of(executor.num_threads, executor.dtype, executor.kv_dtype),
                 stats=stats,
                 counters=executor.counters(),
                 trace=self._trace,

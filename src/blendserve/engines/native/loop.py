@@ -1,13 +1,16 @@
-"""The engine loop on the native executor: weights loaded, KV memory taken, threads started."""
+"""The native executor of a run: weights loaded, KV memory taken, threads started, the machine measured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from blendserve.calibration.first_run import calibrate_first_run
 from blendserve.config import BLOCK_SIZE, EngineConfig
+from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import overlap_cost_of, peaks_of
-from blendserve.engine.loop import EngineLoop
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import StepTrace
-from blendserve.models.detokenize import StopChecker
+from blendserve.host import cache_dir
 from blendserve.models.load import LoadedModel
 
 
@@ -28,7 +31,12 @@ def open_executor(
     )
 
 
-def open_loop(model: LoadedModel, config: EngineConfig, *, isa: str = "auto") -> EngineLoop:
-    """Load the weights and build an engine on the native executor. `config` has resolved limits."""
-    executor = open_executor(model, config, isa=isa)
-    return EngineLoop(executor, config, stop_checker=StopChecker(model.tokenizer))
+def calibrate_executor(
+    executor: NativeExecutor, config: EngineConfig, expected_s: Callable[[], float], notify: Callable[[str], None]
+) -> Calibration | None:
+    """Measure the machine if this is its first long run, and have the executor use it. Returns what was measured."""
+    measured = calibrate_first_run(config, expected_s, cache_dir(), notify)
+    if measured is not None:
+        executor.set_overlap(config.overlap, measured.overlap_cost())
+        executor.set_peaks(measured.peaks())
+    return measured

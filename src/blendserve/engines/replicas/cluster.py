@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from blendserve.engines.settings import ReplicaSettings
@@ -18,7 +18,7 @@ _REACH_S = 10.0
 _STORE_SLACK_BYTES = 256 << 20  # for replies that are too large to travel inside of messages
 _NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # On every system, despite its name: Ray that cannot be a cluster of several machines binds its ports to loopback.
-_ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 
 
 class NodeShape(NamedTuple):
@@ -130,7 +130,9 @@ def _connect(ray: Any, address: str | None, store_bytes: int) -> None:
     if address is not None:
         ray.init(address=address, **options)
     else:
-        os.environ.update(_ONE_MACHINE)  # for Ray's processes; for this one it is too late
+        os.environ.update(_ONE_MACHINE)  # for Ray's processes; this one reads it again, or it is too late
+        with suppress(AttributeError):
+            ray._raylet.Config.initialize("")
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             address="local",  # never one that the environment names

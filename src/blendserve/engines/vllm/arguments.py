@@ -35,6 +35,7 @@ def prepare_environment(environment: MutableMapping[str, str], settings: VllmSet
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # only the first host is one that the user allowed
     }
     if is_cpu_build():
         num_threads = settings.num_threads or usable_cores()
@@ -70,6 +71,8 @@ def engine_arguments(
             "max_loras": lora_slots(len(settings.adapters), is_cpu=is_cpu),
             "max_lora_rank": largest_rank(settings.adapters),
         }
+    if settings.image_domains:
+        arguments["allowed_media_domains"] = [domain.lower() for domain in settings.image_domains]
     if settings.task == "embed":
         arguments |= {"runner": "pooling", "convert": "embed"}
     return arguments | dict(settings.arguments)

@@ -30,7 +30,7 @@ from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests, plan_pending
-from blendserve.models.fingerprint import fingerprint
+from blendserve.models.fingerprint import fingerprint, identity_of
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import load_tokenizer
 from blendserve.models.tokenizer import read_json
@@ -42,7 +42,7 @@ from blendserve.request import SequenceOutput
 def open_vllm(settings: VllmSettings, *, notify: Notify) -> VllmEngine:
     """Read the model's files; nothing is loaded yet. Raises: ConfigError."""
     api = InstalledVllm()
-    files = resolve(settings.model, cache_dir(), notify=notify)
+    files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
     if files.is_gguf:
         raise ConfigError(f"{files.path} is a GGUF file; vLLM reads Hugging Face directories: give --model one")
     check_adapters(settings.adapters)
@@ -69,10 +69,11 @@ class VllmEngine:
                 structures=not embeds,
                 sees="vision_config" in config,
                 embeds=embeds,
+                image_domains=tuple(domain.lower() for domain in settings.image_domains),
             ),
         )
         self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)
-        self.identity = f"{files.name} {fingerprint(files)}"
+        self.identity = identity_of(files.name, files)
         self.settings: dict[str, Any] = {
             "engine": "vllm",
             "vllm": api.version,
@@ -90,7 +91,7 @@ class VllmEngine:
         scheduler, note = scheduler_class(settings, api.version, is_cpu=self._is_cpu)
         if scheduler is not None:
             arguments["scheduler_cls"] = scheduler
-        self._scheduler_notes = (note,) if note is not None else ()
+        self._first_notes = (*files.notes, *((note,) if note is not None else ()))
         totals = LoadTotals(self._model)
         self._driver = VllmDriver(api, arguments, settings.adapters, embeds=embeds, totals=totals, notify=notify)
         self._plan: Plan | None = None
@@ -98,7 +99,7 @@ class VllmEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """What vLLM's own statistics say, once it has run."""
-        return (*self._scheduler_notes, *report_lines(self._driver, self.stats))
+        return (*self._first_notes, *report_lines(self._driver, self.stats))
 
     def generate(self, pending: PendingRequests, policy: str) -> Iterator[SequenceOutput]:
         """Yield the ends of `pending` as they come."""
