@@ -41,6 +41,11 @@ def test_an_absurd_size_is_a_size() -> None:
     assert parse_bytes("9" * 400) > 2**1000
 
 
+def test_a_kv_dtype_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_dtype is 'fp8'; it must be one of bf16, int8"):
+        EngineConfig(kv_dtype="fp8")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "1 GiBB", "nan", "1,5G"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not understood"):

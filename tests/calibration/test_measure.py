@@ -13,11 +13,13 @@ from blendserve.calibration.measure import Spread, calibrate, thread_counts
 from blendserve.calibration.step_probe import Effort, Probe, rounds_within
 from blendserve.cli import main
 from blendserve.cli.calibrate import describe
+from blendserve.config import KV_DTYPES, KvDtype
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import SEQUENTIAL, Interference
 from blendserve.costs.stored_calibration import Calibration, load_calibration
 from blendserve.costs.this_machine import cost_of
 from blendserve.host import available_memory_bytes
+from blendserve.simulator.target import find_machine
 
 TINY = Effort(2, (1, 16, 64), longest_step_s=60.0, phase_s=0.0, max_rounds=4, kv_bytes=1 << 20)
 SPEC = tiny_spec()
@@ -104,11 +106,12 @@ def test_a_spread_is_the_median_between_the_extremes() -> None:
     assert Spread.of([5.0, 1.0, 2.0]) == (1.0, 2.0, 5.0)
 
 
-def test_a_probe_reads_the_whole_kv_memory() -> None:
-    probe = Probe(SPEC, num_threads=1, num_sequences=3, max_tokens=32, context=50)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_probe_reads_the_whole_kv_memory(kv_dtype: KvDtype) -> None:
+    probe = Probe(SPEC, num_threads=1, num_sequences=3, max_tokens=32, context=50, kv_dtype=kv_dtype)
     probe.touch()
     work = probe.decode()
-    assert work.kv_bytes == 3 * 64 * SPEC.kv_bytes_per_token()
+    assert work.kv_bytes == 3 * 64 * SPEC.kv_bytes_per_token(kv_dtype)
     assert work.matmul_flop == 2 * 3 * SPEC.num_layers * SPEC.num_layer_parameters
     assert probe.prefill(32).matmul_flop == 2 * 32 * SPEC.num_layers * SPEC.num_layer_parameters
     assert 0 < work.matmul_s + work.attention_s < work.elapsed_s
@@ -169,3 +172,21 @@ def test_the_command_stores_and_prints(
     assert Calibration.from_json(json.dumps(printed["calibration"])) == load_calibration(cache)
     assert load_calibration(cache).num_threads == 1
     assert [path.name for path in cache.iterdir()] == ["calibration.json"]
+
+
+def test_calibrate_measures_the_kv_dtype_asked_for(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blendserve.calibration.measure.QUICK", replace(TINY, num_layers=1, token_counts=(1, 8)))
+    assert main(["calibrate", "--quick", "--threads", "1", "--kv-dtype", "int8"]) == 0
+    assert "KV in int8" in capsys.readouterr().out
+    assert [path.name for path in cache.iterdir()] == ["calibration-kv-int8.json"]
+    stored = load_calibration(cache, kv_dtype="int8")
+    model = ModelCost.from_spec(SPEC, kv_dtype="int8")
+    notes: list[str] = []
+    assert cost_of(SPEC, 1, notes.append, kv_dtype="int8") == stored.step_cost(model).cost_model()
+    assert cost_of(SPEC, 1, notes.append) != cost_of(SPEC, 1, notes.append, kv_dtype="int8")
+    machine = find_machine(None, SPEC, kv_dtype="int8")
+    assert machine.cost.kv_token_s == model.kv_bytes_per_token / stored.kv_bytes_per_s
+    assert machine.hardware.name == stored.machine
+    assert find_machine(None, SPEC).hardware.name != stored.machine  # no calibration for KV in bf16

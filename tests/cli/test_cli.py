@@ -200,6 +200,8 @@ def test_a_journal_of_another_precision_is_refused(
     assert main(run_args(tiny, source, output, "--quiet", "--dtype", "int8")) == 0
     assert main(run_args(tiny, source, output, "--quiet")) == 1
     assert "dtype was int8, is bf16" in capsys.readouterr().err
+    assert main(run_args(tiny, source, output, "--quiet", "--dtype", "int8", "--kv-dtype", "int8")) == 1
+    assert "kv_dtype was bf16, is int8" in capsys.readouterr().err
 
 
 def without_history(rows: dict[str, Any]) -> dict[str, Any]:

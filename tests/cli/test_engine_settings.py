@@ -93,13 +93,13 @@ def test_every_option_reaches_its_field() -> None:
         "enable_prefix_caching": False,
         "overlap": "off",
         "dtype": "int8",
+        "kv_dtype": "int8",
         "isa": "portable",
         "window": 5,
         "revision": "v1",
-        "kv_dtype": "int8",
     }
     options = "--model m --max-model-len 64 --kv-memory 1GiB --max-num-seqs 9 --max-num-batched-tokens 99 --threads 3"
-    own = "--no-prefix-caching --overlap off --dtype int8 --isa portable --window 5 --revision v1 --kv-dtype int8"
+    own = "--no-prefix-caching --overlap off --dtype int8 --kv-dtype int8 --isa portable --window 5 --revision v1"
     assert engine_settings(parsed(*options.split(), *own.split())) == NativeSettings(**native)
     assert {field.name for field in fields(NativeSettings)} == {*native, "memory_share"}
     http = "--base-url u --max-inflight 2 --kv-tokens 7 --request-timeout 5 --max-attempts 4 --max-outage 9"

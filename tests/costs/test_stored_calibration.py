@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from calibration_cases import CALIBRATION
 
+from blendserve.config import DTYPES, KV_DTYPES
 from blendserve.costs.hardware import A100_80G
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import PERFECT, SEQUENTIAL, Interference, gpu_step_cost
@@ -52,6 +53,17 @@ def test_a_calibration_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         CALIBRATION.save(tmp_path / "file")
 
 
+def test_each_pair_of_dtypes_has_a_file_of_its_own(tmp_path: Path) -> None:
+    stored = [replace(CALIBRATION, dtype=dtype, kv_dtype=kv_dtype) for dtype in DTYPES for kv_dtype in KV_DTYPES]
+    paths = [calibration.save(tmp_path) for calibration in stored]
+    assert len(set(paths)) == 4
+    for calibration in stored:
+        assert load_calibration(tmp_path, calibration.dtype, calibration.kv_dtype) == calibration
+    paths[0].write_text(stored[1].to_json())
+    with pytest.raises(ConfigError, match="made for bf16 with KV in int8, not for bf16 with KV in bf16"):
+        load_calibration(tmp_path)
+
+
 def test_saving_replaces_as_a_whole(tmp_path: Path) -> None:
     CALIBRATION.save(tmp_path)
     replace(CALIBRATION, num_threads=4).save(tmp_path)
@@ -88,6 +100,8 @@ def test_planning_counts_prefill_attention_as_steps_do() -> None:
 def test_no_calibration_asks_for_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `blendserve calibrate --dtype bf16`"):
         load_calibration(tmp_path)
+    with pytest.raises(ConfigError, match="run `blendserve calibrate --dtype int8 --kv-dtype int8`"):
+        load_calibration(tmp_path, "int8", "int8")
 
 
 def test_calibrated_rates_become_step_times() -> None:

@@ -46,6 +46,7 @@ def test_smollm2() -> None:
     assert (spec.head_dim, spec.kv_width, spec.rope_theta, spec.has_tied_embeddings) == (64, 192, 100000.0, True)
     assert spec.num_parameters == 49152 * 576 + 30 * (576 * (576 + 2 * 192 + 576) + 3 * 576 * 1536)
     assert spec.kv_bytes_per_token() == 30 * 192 * 2 * 2
+    assert spec.kv_bytes_per_token("int8") == 30 * (192 * 2 + 3 * 2 * 2)  # and two scales of two bytes per head
 
 
 def test_rope_parameters_as_transformers_5_writes_them() -> None:

@@ -12,6 +12,7 @@ from tiny_files import tiny_directory
 from tiny_models import CHANGES_BY_NAME, tiny_spec
 
 from blendserve import LLM, RequestOutput, SamplingParams
+from blendserve.config import KV_DTYPES
 from blendserve.errors import CapacityError, ConfigError, RequestError
 from blendserve.planner.policies import POLICY_NAMES
 
@@ -234,6 +235,29 @@ def test_tokens_depend_on_nothing_but_the_request(name: str, tmp_path: Path) -> 
     with LLM(directory, **{**LIMITS, "kv_memory_bytes": memory_for_few, "policy": "fcfs"}) as llm:
         assert tokens_of(llm.generate(prompts, params)) == expected, "memory for few"
         assert llm.stats.num_preemptions > 0, "the memory was not small enough to test preemption"
+
+
+def test_tokens_over_an_int8_kv_cache_depend_on_nothing_but_the_request(tmp_path: Path) -> None:
+    directory = str(tiny_directory(tmp_path / "model"))
+    prompts, params = shared_prompts(24), sampled_params(24)
+    with LLM(directory, **LIMITS, kv_dtype="int8") as llm:
+        expected = tokens_of(llm.generate(prompts, params))
+    for variant, settings in VARIANTS.items():
+        with LLM(directory, **{**LIMITS, **settings}, kv_dtype="int8") as llm:
+            assert tokens_of(llm.generate(prompts, params)) == expected, variant
+    with LLM(directory, **LIMITS) as llm:
+        assert tokens_of(llm.generate(prompts, params)) != expected, "the KV dtype was not used"
+
+
+def test_the_same_memory_holds_more_tokens_in_int8(tmp_path: Path) -> None:
+    directory, spec = str(tiny_directory(tmp_path / "model")), tiny_spec()
+    capacity = []
+    for kv_dtype in KV_DTYPES:
+        with LLM(directory, **{**LIMITS, "kv_memory_bytes": 1 << 20}, kv_dtype=kv_dtype) as llm:
+            llm.generate([[3, 4, 5]])
+            capacity.append(llm.stats.capacity_tokens)
+    assert capacity == [(1 << 20) // (spec.kv_bytes_per_token(kv_dtype) * 16) * 16 for kv_dtype in KV_DTYPES]
+    assert capacity[1] > 1.7 * capacity[0]
 
 
 def prefix_heavy_prompts(seed: int = 0) -> list[list[int]]:

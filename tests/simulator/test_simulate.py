@@ -188,6 +188,13 @@ def test_an_unknown_engine_kind_is_refused() -> None:
         gpu_machine(A100_80G, LLAMA_3_8B, engine="magic")  # type: ignore[arg-type]
 
 
+def test_kv_in_int8_holds_more_tokens_and_is_read_faster() -> None:
+    wide, narrow = gpu_machine(A100_80G, LLAMA_3_8B), gpu_machine(A100_80G, LLAMA_3_8B, kv_dtype="int8")
+    share = (128 + 2) / (2 * 128)  # of the bytes: a scale of two bytes for each head of 128
+    assert narrow.capacity_tokens == pytest.approx(wide.capacity_tokens / share, rel=1e-5)
+    assert narrow.cost.kv_token_s == pytest.approx(wide.cost.kv_token_s * share)
+
+
 def test_tensor_parallel_replicas_count_their_gpus(workload: Workload) -> None:
     machine: Machine = gpu_machine(A100_80G, LLAMA_3_8B, tensor_parallel=2)
     result = simulate(workload.subset(np.arange(100)), machine, "dfs")
