@@ -1,8 +1,8 @@
 """What the rounding of kernels costs in likelihood: `python bench/accuracy.py [--tokens 8000] [--text FILE]`.
 
-Mean negative log likelihood of a text under the native engine, for each instruction set of this machine and precision,
-over that of the float32 specification. The text is this project's own pages unless a file is given; it is read in
-windows, since one long context would take the specification hours.
+Mean negative log likelihood of a text under the native engine, for each instruction set of this machine, precision of
+weights and precision of the KV cache, over that of the float32 specification. The text is this project's own pages
+unless a file is given; it is read in windows, since one long context would take the specification hours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve import _native
-from blendserve.config import Dtype, EngineConfig
+from blendserve.config import KV_DTYPES, Dtype, EngineConfig, KvDtype
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.reference import ReferenceModel, prompt_logits
 from blendserve.host import cache_dir
@@ -55,8 +55,10 @@ def mean_nll(logits: Logits, token_ids: TokenIds, size: int) -> float:
     return sum(total_nll(logits, part) for part in parts) / sum(len(part) - 1 for part in parts)
 
 
-def native_nll(model: LoadedModel, dtype: Dtype, isa: str, token_ids: TokenIds, size: int) -> float:
-    config = EngineConfig(max_num_seqs=1, max_num_batched_tokens=512, max_model_len=size, dtype=dtype)
+def native_nll(model: LoadedModel, dtype: Dtype, kv_dtype: KvDtype, isa: str, token_ids: TokenIds, size: int) -> float:
+    config = EngineConfig(
+        max_num_seqs=1, max_num_batched_tokens=512, max_model_len=size, dtype=dtype, kv_dtype=kv_dtype
+    )
     executor = NativeExecutor(model.spec, model.weights, config, num_blocks=-(-size // 16), isa=isa)
     try:
         return mean_nll(executor.logits, token_ids, size)
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", help="text to read (default: docs/*.md)")
     parser.add_argument("--tokens", type=int, default=8000, help="tokens of it (default: 8000)")
     parser.add_argument("--window", type=int, default=1000, help="tokens of one context (default: 1000)")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, action="append", help="of the KV cache (default: each)")
     args = parser.parse_args()
     common.print_header()
     model = load_model(resolve(args.model, cache_dir()))
@@ -77,13 +80,13 @@ def main() -> None:
     token_ids = model.tokenizer.encode("\n\n".join(path.read_text() for path in paths))[: args.tokens]
     specification = ReferenceModel(model.spec, model.weights)
     exact = mean_nll(lambda ids: prompt_logits(specification, ids), token_ids, args.window)
-    rows = [["float32 specification", "", f"{exact:.5f}", ""]]
-    for dtype, isa in KERNELS:
-        if _native.is_supported(isa):
-            nll = native_nll(model, dtype, isa, token_ids, args.window)
-            rows.append([dtype, isa, f"{nll:.5f}", f"{nll / exact - 1:+.3%}"])
+    rows = [["float32 specification", "", "", f"{exact:.5f}", ""]]
+    for dtype, isa in (kernels for kernels in KERNELS if _native.is_supported(kernels[1])):
+        for kv_dtype in args.kv_dtype or KV_DTYPES:
+            nll = native_nll(model, dtype, kv_dtype, isa, token_ids, args.window)
+            rows.append([dtype, kv_dtype, isa, f"{nll:.5f}", f"{nll / exact - 1:+.3%}"])
     print(f"{model.spec.name}, {len(token_ids)} tokens in windows of {args.window}\n")
-    print(common.table(["precision", "instruction set", "mean NLL", "against float32"], rows))
+    print(common.table(["weights", "KV", "instruction set", "mean NLL", "against float32"], rows))
 
 
 if __name__ == "__main__":

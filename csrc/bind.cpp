@@ -228,8 +228,15 @@ NB_MODULE(_native, m) {
       .def_prop_ro("head_stride", &ModelShape::head_stride);
 
   nb::class_<ModelLimits>(m, "ModelLimits")
-      .def(nb::init<int64_t, int64_t, int64_t, int64_t>(), nb::kw_only(), nb::arg("max_num_seqs"),
-           nb::arg("max_num_batched_tokens"), nb::arg("max_model_len"), nb::arg("num_blocks"));
+      .def(
+          "__init__",
+          [](ModelLimits* self, int64_t max_num_seqs, int64_t max_num_batched_tokens, int64_t max_model_len,
+             int64_t num_blocks, std::string_view kv_dtype) {
+            new (self) ModelLimits{max_num_seqs, max_num_batched_tokens, max_model_len, num_blocks,
+                                   kv_dtype_from_name(kv_dtype)};
+          },
+          nb::kw_only(), nb::arg("max_num_seqs"), nb::arg("max_num_batched_tokens"), nb::arg("max_model_len"),
+          nb::arg("num_blocks"), nb::arg("kv_dtype"));
 
   nb::enum_<OverlapMode>(m, "OverlapMode")
       .value("off", OverlapMode::kOff)
@@ -271,6 +278,7 @@ NB_MODULE(_native, m) {
       .def("spans", &spans)
       .def_prop_ro("isa", [](const Model& model) { return std::string(isa_name(model.isa())); })
       .def_prop_ro("dtype", [](const Model& model) { return std::string(dtype_name(model.dtype())); })
+      .def_prop_ro("kv_dtype", [](const Model& model) { return std::string(kv_dtype_name(model.kv_dtype())); })
       .def_prop_ro("num_threads", &Model::num_threads)
       .def_prop_ro("num_weight_bytes", &Model::num_weight_bytes)
       .def_prop_ro("num_kv_bytes", &Model::num_kv_bytes)

@@ -2,7 +2,7 @@
 
 namespace blendserve {
 
-void StepCounters::add_step(const ModelShape& shape, const ModelWeights& weights,
+void StepCounters::add_step(const ModelShape& shape, KvDtype kv_dtype, const ModelWeights& weights,
                             std::span<const NanoBatch> nano_batches, bool is_overlapped, int64_t num_head_rows) {
   int64_t num_rows = 0, num_attended = 0, num_read = 0;
   for (const NanoBatch& nano : nano_batches) {
@@ -19,7 +19,7 @@ void StepCounters::add_step(const ModelShape& shape, const ModelWeights& weights
   attention_flop += 4.0 * layers * static_cast<double>(num_attended * shape.q_width());
   weight_bytes += static_cast<double>(weights.num_layer_bytes());
   if (num_head_rows > 0) weight_bytes += static_cast<double>(weights.lm_head.num_bytes());
-  kv_bytes += 4.0 * layers * static_cast<double>(num_read * shape.kv_width());
+  kv_bytes += static_cast<double>(num_read * shape.kv_bytes_per_token(kv_dtype));
 }
 
 }  // namespace blendserve

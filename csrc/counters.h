@@ -26,8 +26,8 @@ struct StepCounters {
   OpSeconds op_s = {};
 
   // Adds a step's work; its time is added as its ops end.
-  void add_step(const ModelShape& shape, const ModelWeights& weights, std::span<const NanoBatch> nano_batches,
-                bool is_overlapped, int64_t num_head_rows);
+  void add_step(const ModelShape& shape, KvDtype kv_dtype, const ModelWeights& weights,
+                std::span<const NanoBatch> nano_batches, bool is_overlapped, int64_t num_head_rows);
 };
 
 }  // namespace blendserve

@@ -65,6 +65,15 @@ void write_int8_values(uint8_t* values, uint16_t* logs, int64_t head_dim, int64_
 
 }  // namespace
 
+KvDtype kv_dtype_from_name(std::string_view name) {
+  for (const KvDtype dtype : {KvDtype::kBf16, KvDtype::kInt8}) {
+    if (name == kv_dtype_name(dtype)) return dtype;
+  }
+  throw std::invalid_argument("unknown KV dtype '" + std::string(name) + "'; use bf16 or int8");
+}
+
+std::string_view kv_dtype_name(KvDtype dtype) { return dtype == KvDtype::kInt8 ? "int8" : "bf16"; }
+
 KvCache::KvCache(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KvDtype dtype)
     : dtype_(dtype),
       num_blocks_(num_blocks),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 #include "ops/isa.h"
 #include "tensor.h"
@@ -12,6 +13,10 @@ namespace blendserve {
 inline constexpr int64_t kBlockSize = 16;  // tokens; config.py's BLOCK_SIZE
 
 enum class KvDtype { kBf16, kInt8 };
+
+// Throws std::invalid_argument for another name than bf16 and int8.
+KvDtype kv_dtype_from_name(std::string_view name);
+std::string_view kv_dtype_name(KvDtype dtype);
 
 // 16-bit words of one block of one layer and KV head.
 //

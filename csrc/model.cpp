@@ -13,11 +13,11 @@ namespace {
 // by tile: some 23,000 in 30 layers beside 256 decodes.
 constexpr int64_t kMaxTraceSpans = 1 << 17;
 
-WorkRates work_rates(const ModelShape& shape, const ModelWeights& weights) {
+WorkRates work_rates(const ModelShape& shape, KvDtype kv_dtype, const ModelWeights& weights) {
   const auto layers = static_cast<double>(shape.num_layers);
   return {.flop_per_row = 2.0 * layers * static_cast<double>(shape.parameters_per_layer()),
           .flop_per_attended_token = 4.0 * layers * static_cast<double>(shape.q_width()),
-          .kv_bytes_per_token = 4.0 * layers * static_cast<double>(shape.kv_width()),
+          .kv_bytes_per_token = static_cast<double>(shape.kv_bytes_per_token(kv_dtype)),
           .weight_bytes = static_cast<double>(weights.num_layer_bytes())};
 }
 
@@ -29,12 +29,12 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
       weights_(checked(std::move(weights), shape, isa)),
       team_(checked_num_threads(num_threads)),
       trace_(num_threads, kMaxTraceSpans),
-      cache_(shape.num_layers, limits.num_blocks, shape.num_kv_heads, shape.head_stride()),
+      cache_(shape.num_layers, limits.num_blocks, shape.num_kv_heads, shape.head_stride(), limits.kv_dtype),
       workspace_(shape, limits, weights_.format(), num_threads),
       split_(batch_limits(shape, limits)),
       layers_(isa, shape, limits, weights_, workspace_, team_, trace_),
       head_(isa, shape, weights_, workspace_, team_, trace_),
-      work_rates_(work_rates(shape, weights_)) {
+      work_rates_(work_rates(shape, limits.kv_dtype, weights_)) {
   params_by_slot_.resize(static_cast<size_t>(limits.max_num_seqs));
   samples_.resize(static_cast<size_t>(limits.max_num_seqs));
   head_rows_.reserve(static_cast<size_t>(limits.max_num_seqs));
@@ -72,7 +72,8 @@ std::span<const Sample> Model::step(const StepInput& input) {
   layers_.forward(input, split_, cache_, is_split ? 2 : 1, counters_.op_s);
   const std::span<const HeadRow> rows = gather_sampled();
   head_.sample(rows, samples_.data(), counters_.op_s);
-  counters_.add_step(shape_, weights_, layers_.nano_batches(), is_split, static_cast<int64_t>(rows.size()));
+  counters_.add_step(shape_, limits_.kv_dtype, weights_, layers_.nano_batches(), is_split,
+                     static_cast<int64_t>(rows.size()));
   return {samples_.data(), rows.size()};
 }
 
@@ -109,7 +110,7 @@ void Model::logits(std::span<const int32_t> tokens, float* out) {
   const auto num_tokens = static_cast<int64_t>(tokens.size());
   const int64_t num_blocks = div_up(num_tokens, kBlockSize);
   if (num_blocks > limits_.num_blocks) throw std::invalid_argument("more tokens than the executor's KV memory holds");
-  KvCache cache(shape_.num_layers, num_blocks, shape_.num_kv_heads, shape_.head_stride());
+  KvCache cache(shape_.num_layers, num_blocks, shape_.num_kv_heads, shape_.head_stride(), limits_.kv_dtype);
   std::vector<int32_t> blocks(static_cast<size_t>(num_blocks));
   for (size_t b = 0; b < blocks.size(); ++b) blocks[b] = static_cast<int32_t>(b);
   for (int64_t begin = 0; begin < num_tokens; begin += limits_.max_num_batched_tokens) {

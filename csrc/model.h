@@ -44,6 +44,7 @@ class Model {
 
   Isa isa() const { return weights_.format().isa; }
   Dtype dtype() const { return weights_.format().dtype; }
+  KvDtype kv_dtype() const { return limits_.kv_dtype; }
   const ModelShape& shape() const { return shape_; }
   int num_threads() const { return team_.num_threads(); }
   int64_t num_weight_bytes() const { return weights_.num_bytes(); }

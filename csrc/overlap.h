@@ -9,16 +9,16 @@ namespace blendserve {
 
 enum class OverlapMode { kOff, kOn, kAuto };  // kOn: wherever a step can be split; kAuto: where that saves time
 
-// The defaults but the mode are what served best on a 2-core Zen 3 with 512 KiB of L2 per core (docs/log.md).
+// The defaults but the mode and the rates are what served best on a 2-core Zen 4 with 1 MiB of L2 per core
+// (docs/log.md).
 struct OverlapOptions {
   OverlapMode mode = OverlapMode::kOff;
-  // Of memory that a worker fetches beside one compute tile: what does not fit into L2 waits in the next cache, from
-  // which attention reads nearly as fast.
-  int64_t chunk_bytes = 384 * 1024;
+  // Of memory that a worker fetches beside one compute tile: a share of L2.
+  int64_t chunk_bytes = 256 * 1024;
   // Of a matmul tile: as long as it takes to fetch a chunk.
-  int64_t tile_flop = 5'000'000;
-  // Bytes fetched per step of two k of a matmul: as fast as memory answers, no faster.
-  int64_t step_bytes = 48;
+  int64_t tile_flop = 3'500'000;
+  // Bytes fetched per step of two k of a matmul; kernels of AVX2 take a line at most.
+  int64_t step_bytes = 128;
   int memory_lanes = 0;  // 0: all workers
   // Rates of this machine on all threads, for kAuto.
   double gemm_flop_per_s = 165e9;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "batch.h"
+#include "kv_cache.h"
 #include "ops/attention.h"
 #include "tensor.h"
 
@@ -25,6 +26,10 @@ struct ModelShape {
   int64_t q_width() const { return num_heads * head_stride(); }
   int64_t kv_width() const { return num_kv_heads * head_stride(); }
   int64_t qkv_width() const { return q_width() + 2 * kv_width(); }
+  int64_t kv_bytes_per_token(KvDtype dtype) const {  // over all layers
+    const int64_t block_words = kv_block_words(dtype, head_stride());
+    return num_layers * num_kv_heads * block_words * static_cast<int64_t>(sizeof(uint16_t)) / kBlockSize;
+  }
   int64_t parameters_per_layer() const { return hidden_size * (qkv_width() + q_width() + 3 * intermediate_size); }
 };
 
@@ -33,6 +38,7 @@ struct ModelLimits {
   int64_t max_num_batched_tokens;
   int64_t max_model_len;
   int64_t num_blocks;
+  KvDtype kv_dtype = KvDtype::kBf16;
 };
 
 // Return what they are given. Throw std::invalid_argument where a number is out of range or two do not go together.

@@ -20,6 +20,7 @@ inline const MatmulFormat kFormats[] = {{Isa::kPortable},           {Isa::kAvx2}
 inline constexpr int64_t kMaxLength = 1300;  // three attention segments
 inline constexpr int64_t kMaxBlocks = div_up(kMaxLength, kBlockSize);
 inline constexpr ModelLimits kLimits = {4, 1400, kMaxLength, 4 * kMaxBlocks};
+constexpr ModelLimits limits_of(KvDtype kv_dtype) { return {4, 1400, kMaxLength, 4 * kMaxBlocks, kv_dtype}; }
 inline constexpr ModelShape kPlain = {97, 48, 80, 2, 6, 2, 16, 1e-5f};
 inline constexpr ModelShape kPadded = {97, 40, 72, 2, 4, 4, 10, 1e-5f};  // head size 10, with q/k norm and bias
 
@@ -77,8 +78,8 @@ class Weights {
 // Sequences of four slots, stepped by hand. Two slots may share blocks.
 class Run {
  public:
-  Run(MatmulFormat format, const ModelShape& shape, int num_threads)
-      : model_(format.isa, shape, kLimits, Weights(format, shape).make(shape.head_dim == kPadded.head_dim),
+  Run(MatmulFormat format, const ModelShape& shape, int num_threads, KvDtype kv_dtype = KvDtype::kBf16)
+      : model_(format.isa, shape, limits_of(kv_dtype), Weights(format, shape).make(shape.head_dim == kPadded.head_dim),
                num_threads) {
     for (int64_t slot = 0; slot < kLimits.max_num_seqs; ++slot) {
       Random random(static_cast<uint32_t>(slot + 1));
@@ -139,14 +140,18 @@ class Run {
   std::map<std::pair<int32_t, int64_t>, Result> results_;
 };
 
-inline std::string name_of(MatmulFormat format) {
-  return std::string(dtype_name(format.dtype)) + " on " + std::string(isa_name(format.isa));
+inline std::string name_of(MatmulFormat format, KvDtype kv_dtype) {
+  return std::string(dtype_name(format.dtype)) + " on " + std::string(isa_name(format.isa)) + " with KV in " +
+         std::string(kv_dtype_name(kv_dtype));
 }
 
+// Attention over KV in int8 has three kernels, which the formats of weights in bf16 reach.
 template <class F>
 void on_each_format(F&& test) {
   for (const MatmulFormat format : kFormats) {
-    if (is_supported(format.isa)) test(format);
+    if (!is_supported(format.isa)) continue;
+    test(format, KvDtype::kBf16);
+    if (format.dtype == Dtype::kBf16) test(format, KvDtype::kInt8);
   }
 }
 

@@ -26,15 +26,15 @@ void decode_with_common_prefix(Run& run) {
 }
 
 void steps_do_not_depend_on_batch_chunks_or_threads() {
-  on_each_format([](MatmulFormat format) {
+  on_each_format([](MatmulFormat format, KvDtype kv_dtype) {
     for (const ModelShape& shape : {kPlain, kPadded}) {
-      Run whole(format, shape, 1);
+      Run whole(format, shape, 1, kv_dtype);
       for (int32_t slot = 0; slot < 4; ++slot) {
         whole.step({{slot, 70 + 9 * slot}});
         for (int i = 0; i < 3; ++i) whole.step({{slot, 1}});
       }
       for (const int num_threads : {1, 2, 3, 4}) {
-        Run mixed(format, shape, num_threads);
+        Run mixed(format, shape, num_threads, kv_dtype);
         mixed.step({{3, 97}, {0, 13}, {1, 64}});
         mixed.step({{0, 57}, {3, 1}, {1, 15}});
         mixed.step({{2, 88}, {3, 1}, {1, 1}, {0, 1}});
@@ -42,8 +42,8 @@ void steps_do_not_depend_on_batch_chunks_or_threads() {
         for (int32_t slot = 0; slot < 4; ++slot) {
           const int64_t length = 70 + 9 * slot;
           for (int64_t n = length; n < length + (slot == 2 ? 2 : 3); ++n) {
-            CHECK(whole.result(slot, n) == mixed.result(slot, n), name_of(format), " threads ", num_threads, " slot ",
-                  slot, " length ", n);
+            CHECK(whole.result(slot, n) == mixed.result(slot, n), name_of(format, kv_dtype), " threads ", num_threads,
+                  " slot ", slot, " length ", n);
           }
         }
       }
@@ -53,8 +53,8 @@ void steps_do_not_depend_on_batch_chunks_or_threads() {
 
 // One long sequence alone is split over segments, beside others it is not; in a prefill it never is.
 void splitting_a_long_sequence_changes_nothing() {
-  on_each_format([](MatmulFormat format) {
-    Run alone(format, kPlain, 4), beside(format, kPlain, 1), prefilled(format, kPlain, 2);
+  on_each_format([](MatmulFormat format, KvDtype kv_dtype) {
+    Run alone(format, kPlain, 4, kv_dtype), beside(format, kPlain, 1, kv_dtype), prefilled(format, kPlain, 2, kv_dtype);
     alone.step({{0, 1200}});
     alone.step({{0, 1}});
     beside.step({{0, 700}, {1, 600}});
@@ -62,15 +62,15 @@ void splitting_a_long_sequence_changes_nothing() {
     beside.step({{0, 1}, {1, 1}});
     prefilled.step({{0, 1201}});
     CHECK(alone.result(0, 1201) == beside.result(0, 1201) && alone.result(0, 1201) == prefilled.result(0, 1201),
-          name_of(format));
+          name_of(format, kv_dtype));
   });
 }
 
 // A later entry reads blocks that an earlier entry of the same step computes.
 void shared_blocks_of_one_step_are_read_after_they_are_written() {
-  on_each_format([](MatmulFormat format) {
+  on_each_format([](MatmulFormat format, KvDtype kv_dtype) {
     for (const int num_threads : {1, 3}) {
-      Run apart(format, kPlain, 1), shared(format, kPlain, num_threads);
+      Run apart(format, kPlain, 1, kv_dtype), shared(format, kPlain, num_threads, kv_dtype);
       for (Run* run : {&apart, &shared}) {
         for (int64_t i = 0; i < 64; ++i) run->token(1, i) = run->token(0, i);
       }
@@ -80,7 +80,7 @@ void shared_blocks_of_one_step_are_read_after_they_are_written() {
       shared.skip(1, 64);
       shared.step({{0, 70}, {1, 26}});
       CHECK(apart.result(0, 70) == shared.result(0, 70) && apart.result(1, 90) == shared.result(1, 90),
-            name_of(format));
+            name_of(format, kv_dtype));
     }
   });
 }
@@ -88,27 +88,27 @@ void shared_blocks_of_one_step_are_read_after_they_are_written() {
 // Decodes of sequences that begin with the same blocks are grouped, except where there is nothing to gain; beside them
 // a prompt is prefilled.
 void shared_prefixes_are_read_once_without_a_difference() {
-  on_each_format([](MatmulFormat format) {
+  on_each_format([](MatmulFormat format, KvDtype kv_dtype) {
     for (const ModelShape& shape : {kPlain, kPadded}) {
-      Run apart(format, shape, 1);
+      Run apart(format, shape, 1, kv_dtype);
       apart.model().read_apart();
       decode_with_common_prefix(apart);
       const double bytes_apart = apart.model().counters().kv_bytes;
       for (const int num_threads : {1, 2, 3}) {
-        Run together(format, shape, num_threads);
+        Run together(format, shape, num_threads, kv_dtype);
         decode_with_common_prefix(together);
         for (int32_t slot = 0; slot < 4; ++slot) {
           const int64_t last = 702 + (slot > 0 ? 1 : 0) + (slot > 2 ? 1 : 0);
           for (const int64_t n : {last - 1, last}) {
-            CHECK(apart.result(slot, n) == together.result(slot, n), name_of(format), " threads ", num_threads,
-                  " slot ", slot, " length ", n);
+            CHECK(apart.result(slot, n) == together.result(slot, n), name_of(format, kv_dtype), " threads ",
+                  num_threads, " slot ", slot, " length ", n);
           }
         }
-        const double per_token = 4.0 * static_cast<double>(shape.num_layers * shape.kv_width());
+        const auto per_token = static_cast<double>(shape.kv_bytes_per_token(kv_dtype));
         const double saved = (bytes_apart - together.model().counters().kv_bytes) / per_token;
         // Of 700 common tokens 10 chunks are whole. In one step slot 1 reads them along with slot 0, in the next all
         // do.
-        if (num_threads == 1) CHECK(saved == (1 + 3) * 640, name_of(format), " saved ", saved);
+        if (num_threads == 1) CHECK(saved == (1 + 3) * 640, name_of(format, kv_dtype), " saved ", saved);
         CHECK(saved >= 0.0);
       }
     }
@@ -116,8 +116,8 @@ void shared_prefixes_are_read_once_without_a_difference() {
 }
 
 void logits_agree_with_steps() {
-  on_each_format([](MatmulFormat format) {
-    Run run(format, kPlain, 2);
+  on_each_format([](MatmulFormat format, KvDtype kv_dtype) {
+    Run run(format, kPlain, 2, kv_dtype);
     std::vector<float> logits(static_cast<size_t>(150 * kPlain.vocab_size));
     run.model().logits({&run.token(0, 0), 150}, logits.data());
     for (const int32_t length : {40, 150}) {
@@ -125,7 +125,7 @@ void logits_agree_with_steps() {
       run.step({{0, length}});
       const float* row = &logits[static_cast<size_t>((length - 1) * kPlain.vocab_size)];
       const float* best = std::max_element(row, row + kPlain.vocab_size);
-      CHECK(run.result(0, length).token == best - row, name_of(format));
+      CHECK(run.result(0, length).token == best - row, name_of(format, kv_dtype));
     }
   });
 }

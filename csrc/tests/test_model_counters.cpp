@@ -10,8 +10,8 @@ namespace {
 
 using test::Run, test::kPlain;
 
-void counters_add_up() {
-  Run run(best_isa(), kPlain, 1);
+void counters_add_up(KvDtype kv_dtype, double bytes_per_head) {
+  Run run(best_isa(), kPlain, 1, kv_dtype);
   run.step({{0, 20}});
   run.step({{0, 1}, {1, 3}});
   const StepCounters& counters = run.model().counters();
@@ -19,8 +19,13 @@ void counters_add_up() {
   const double per_token = 2.0 * 2 * 48 * (160 + 96 + 240), per_head_row = 2.0 * 97 * 48;
   CHECK(counters.matmul_flop == 24 * per_token + 3 * per_head_row);
   CHECK(counters.attention_flop == 4.0 * 2 * 96 * (210 + 21 + 6));
-  CHECK(counters.kv_bytes == 4.0 * 2 * 32 * (20 + 21 + 3));
+  CHECK(counters.kv_bytes == 2 * 2 * bytes_per_head * (20 + 21 + 3));
+  CHECK(static_cast<double>(run.model().num_kv_bytes()) == 2 * 2 * bytes_per_head * 16 * test::kLimits.num_blocks);
 }
+
+// A head of 16 channels: two bytes per element of keys and of values, or one and two scales of two bytes per token.
+void counters_add_up_with_kv_in_bf16() { counters_add_up(KvDtype::kBf16, 64); }
+void counters_add_up_with_kv_in_int8() { counters_add_up(KvDtype::kInt8, 36); }
 
 // Every op of every layer once per worker at most, and all time in them within the step.
 void a_trace_holds_the_ops_of_a_step() {
@@ -55,6 +60,7 @@ void a_trace_holds_the_ops_of_a_step() {
 
 int main() {
   using namespace blendserve;
-  RUN(counters_add_up);
+  RUN(counters_add_up_with_kv_in_bf16);
+  RUN(counters_add_up_with_kv_in_int8);
   RUN(a_trace_holds_the_ops_of_a_step);
 }

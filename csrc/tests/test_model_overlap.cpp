@@ -36,19 +36,19 @@ void complete_blocks_for_a_reader(Run& run) {
 void overlap_changes_no_bit() {
   OverlapOptions overlap;
   overlap.mode = OverlapMode::kOn;
-  on_each_format([&](MatmulFormat format) {
+  on_each_format([&](MatmulFormat format, KvDtype kv_dtype) {
     for (const ModelShape& shape : {kPlain, kPadded}) {
-      Run apart(format, shape, 1);
+      Run apart(format, shape, 1, kv_dtype);
       run_all_kinds_of_steps(apart);
       CHECK(apart.model().counters().num_overlapped_steps == 0);
       for (const int num_threads : {1, 2, 5, 8}) {
-        Run run(format, shape, num_threads);
+        Run run(format, shape, num_threads, kv_dtype);
         overlap.tile_flop = num_threads == 5 ? 1 : 5'000'000;
         overlap.memory_lanes = num_threads / 2;
         run.model().set_overlap(overlap);
         run_all_kinds_of_steps(run);
         CHECK(run.model().counters().num_overlapped_steps >= 4, run.model().counters().num_overlapped_steps);
-        CHECK(run.results() == apart.results(), name_of(format), " on ", num_threads, " threads");
+        CHECK(run.results() == apart.results(), name_of(format, kv_dtype), " on ", num_threads, " threads");
       }
     }
   });
@@ -57,14 +57,14 @@ void overlap_changes_no_bit() {
 void overlap_reads_only_what_is_written() {
   OverlapOptions overlap;
   overlap.mode = OverlapMode::kOn;
-  on_each_format([&](MatmulFormat format) {
-    Run apart(format, kPlain, 1);
+  on_each_format([&](MatmulFormat format, KvDtype kv_dtype) {
+    Run apart(format, kPlain, 1, kv_dtype);
     complete_blocks_for_a_reader(apart);
     for (const int num_threads : {1, 2, 5}) {
-      Run run(format, kPlain, num_threads);
+      Run run(format, kPlain, num_threads, kv_dtype);
       run.model().set_overlap(overlap);
       complete_blocks_for_a_reader(run);
-      CHECK(run.results() == apart.results(), name_of(format), " on ", num_threads, " threads");
+      CHECK(run.results() == apart.results(), name_of(format, kv_dtype), " on ", num_threads, " threads");
     }
   });
 }

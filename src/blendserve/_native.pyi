@@ -70,8 +70,10 @@ class ModelShape:
     def head_stride(self) -> int: ...
 
 class ModelLimits:
+    """`kv_dtype` of keys and values is "bf16" or "int8"."""
+
     def __init__(
-        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_blocks: int
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, num_blocks: int, kv_dtype: str
     ) -> None: ...
 
 class SamplingParams:
@@ -153,6 +155,8 @@ class Model:
     def isa(self) -> str: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def kv_dtype(self) -> str: ...
     @property
     def num_threads(self) -> int: ...
     @property

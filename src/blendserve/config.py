@@ -10,9 +10,14 @@ from typing import Literal, get_args
 from blendserve.errors import ConfigError
 
 Dtype = Literal["bf16", "int8"]
-"""Of weights: bfloat16, or 8-bit integers that 8-bit activations are multiplied by. KV is bfloat16 with either."""
+"""Of weights: bfloat16, or 8-bit integers that 8-bit activations are multiplied by."""
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+KvDtype = Literal["bf16", "int8"]
+"""Of keys and values: bfloat16, or 8-bit integers with a scale for each token and head (csrc/kv_cache.h)."""
+
+KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 
 BYTES_PER_WEIGHT: dict[Dtype, int] = {"bf16": 2, "int8": 1}
 
@@ -24,13 +29,14 @@ OVERLAP_MODES = ("auto", "on", "off")
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits of one engine, and the precision of its weights.
+    """Limits of one engine, and the precision of its weights and of its KV cache.
 
     0 for `kv_memory_bytes`, `max_model_len` or `num_threads` means: decide from the machine and the model. The engine
     takes `memory_share` of the machine's memory; other engines may run beside it. `overlap`: run matrix products and
     attention of a step side by side where the calibration says that it saves time ("auto"), wherever it can be done
     ("on"), or never ("off").
-    Raises: ConfigError when a limit is not positive, or `dtype` or the mode of overlap is unknown.
+    Raises: ConfigError when a limit is not positive, or `dtype`, `kv_dtype` or the mode of overlap is
+    unknown.
     """
 
     kv_memory_bytes: int = 0
@@ -41,6 +47,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     overlap: str = "auto"
     dtype: Dtype = "bf16"
+    kv_dtype: KvDtype = "bf16"
     memory_share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -48,6 +55,8 @@ class EngineConfig:
             raise ConfigError(f"overlap is {self.overlap!r}; it must be one of {', '.join(OVERLAP_MODES)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"kv_dtype is {self.kv_dtype!r}; it must be one of {', '.join(KV_DTYPES)}")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value < 1:

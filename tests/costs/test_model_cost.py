@@ -100,9 +100,9 @@ def test_attention_variants_change_memory_only() -> None:
 
 
 def test_dtype_widths_scale_bytes() -> None:
-    narrow = ModelCost.from_spec(LLAMA_3_8B, bytes_per_weight=1, bytes_per_kv=1)
+    narrow = ModelCost.from_spec(LLAMA_3_8B, bytes_per_weight=1, kv_dtype="int8")
     wide = ModelCost.from_spec(LLAMA_3_8B)
-    assert wide.kv_bytes_per_token == 2 * narrow.kv_bytes_per_token
+    assert wide.kv_bytes_per_token * (128 + 2) == 2 * 128 * narrow.kv_bytes_per_token  # a scale of two bytes per head
     assert wide.weight_bytes == 2 * narrow.weight_bytes
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tiny_models import CHANGES_BY_NAME, random_tokens, random_weights, tiny_spec
 
 from blendserve import _native
-from blendserve.config import Dtype, EngineConfig
+from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.costs.step_cost import Interference, OverlapCost
 from blendserve.engine.step import Executor, StepPlan
 from blendserve.errors import ConfigError, ExecutorError
@@ -28,14 +28,26 @@ NUM_SLOTS = 4
 NUM_BLOCKS = NUM_SLOTS * BLOCKS_EACH
 ISAS = [isa for isa in ("portable", "avx2", "avx512bf16") if _native.is_supported(isa)]
 INT8_ISAS = [isa for isa in ("portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16") if _native.is_supported(isa)]
-KERNELS: list[tuple[Dtype, str]] = [*(("bf16", isa) for isa in ISAS), *(("int8", isa) for isa in INT8_ISAS)]
+PRODUCTS: list[tuple[Dtype, str]] = [*(("bf16", isa) for isa in ISAS), *(("int8", isa) for isa in INT8_ISAS)]
+KERNELS: list[tuple[Dtype, KvDtype, str]] = [
+    *((dtype, "bf16", isa) for dtype, isa in PRODUCTS),
+    *((dtype, "int8", isa) for dtype, isa in PRODUCTS),
+]
 ROUNDING_ISAS = ("avx512bf16",)
 """Their bfloat16 products take activations in bfloat16 too."""
+INTEGER_ATTENTION_ISAS = ("avx512vnni", "avx512bf16")
+"""Their attention over KV in int8 multiplies integers."""
 LENGTHS = (150, 5, 16, 67)
 
 
 def native(
-    spec: ModelSpec, *, dtype: Dtype = "bf16", isa: str = "auto", num_threads: int = 2, max_tokens: int = 64
+    spec: ModelSpec,
+    *,
+    dtype: Dtype = "bf16",
+    kv_dtype: KvDtype = "bf16",
+    isa: str = "auto",
+    num_threads: int = 2,
+    max_tokens: int = 64,
 ) -> NativeExecutor:
     config = EngineConfig(
         max_num_seqs=NUM_SLOTS,
@@ -43,13 +55,23 @@ def native(
         max_model_len=MAX_LEN,
         num_threads=num_threads,
         dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     return NativeExecutor(spec, random_weights(spec), config, num_blocks=NUM_BLOCKS, isa=isa)
 
 
-def specification(spec: ModelSpec, precision: Precision = "bf16", isa: str = "portable") -> ReferenceModel:
+def specification(
+    spec: ModelSpec, precision: Precision = "bf16", isa: str = "portable", kv_dtype: KvDtype = "bf16"
+) -> ReferenceModel:
     """What the kernels of an instruction set must compute, rounded where they round."""
-    return ReferenceModel(spec, random_weights(spec), precision, has_bf16_products=isa in ROUNDING_ISAS)
+    return ReferenceModel(
+        spec,
+        random_weights(spec),
+        precision,
+        has_bf16_products=isa in ROUNDING_ISAS,
+        kv_dtype=kv_dtype,
+        has_integer_attention=isa in INTEGER_ATTENTION_ISAS,
+    )
 
 
 def requests_of(spec: ModelSpec, **sampling: Any) -> list[Request]:
@@ -122,20 +144,24 @@ def assert_logits_are_specified(spec: ModelSpec, tokens: TokenIds, isa: str) -> 
     return None
 
 
-def assert_rounded_logits_are_specified(spec: ModelSpec, tokens: TokenIds, isa: str, dtype: Dtype) -> None:
-    """For kernels that round their inputs. In one layer a tenth of the rows, at least, agree to the last bits.
+def assert_rounded_logits_are_specified(
+    spec: ModelSpec, tokens: TokenIds, isa: str, dtype: Dtype, kv_dtype: KvDtype = "bf16"
+) -> None:
+    """For kernels that round their inputs. In one layer a tenth of the rows, at least, agree to the last bits; a
+    twentieth where KV is rounded to integers, one of which moves all rows from its token on.
 
     In the others a sum in another order brought an activation or a KV element to the neighbouring number, which moves
     all that follows; in all layers by less than rounding does.
     """
+    share = 0.1 if kv_dtype == "bf16" else 0.05
     for layers in (replace(spec, num_layers=1), spec):
-        expected = prompt_logits(specification(layers, dtype, isa), tokens)
+        expected = prompt_logits(specification(layers, dtype, isa, kv_dtype), tokens)
         exact = prompt_logits(specification(layers, "float64"), tokens)
-        logits = native(layers, dtype=dtype, isa=isa).logits(tokens)
+        logits = native(layers, dtype=dtype, kv_dtype=kv_dtype, isa=isa).logits(tokens)
         change = root_mean_square(expected - exact)
         assert root_mean_square(logits - expected) <= change <= 0.2 * root_mean_square(exact)
         if layers.num_layers == 1:
-            assert np.quantile(np.abs(logits - expected).max(axis=1), 0.1) <= 0.001 * change
+            assert np.quantile(np.abs(logits - expected).max(axis=1), share) <= 0.001 * change
 
 
 @pytest.mark.parametrize("isa", INT8_ISAS)
@@ -143,6 +169,20 @@ def assert_rounded_logits_are_specified(spec: ModelSpec, tokens: TokenIds, isa: 
 def test_int8_logits_are_those_of_the_specification(name: str, isa: str) -> None:
     spec = tiny_spec(name)
     assert_rounded_logits_are_specified(spec, random_tokens(spec, 150), isa, "int8")
+
+
+@pytest.mark.parametrize(("dtype", "isa"), PRODUCTS)
+@pytest.mark.parametrize("name", CHANGES_BY_NAME)
+def test_logits_over_an_int8_kv_cache_are_those_of_the_specification(name: str, dtype: Dtype, isa: str) -> None:
+    spec = tiny_spec(name)
+    assert_rounded_logits_are_specified(spec, random_tokens(spec, 150), isa, dtype, "int8")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("head_dim", [10, 72, 80, 96, 128])
+def test_an_int8_kv_cache_of_heads_that_need_padding_or_a_tail_of_columns(head_dim: int, isa: str) -> None:
+    spec = tiny_spec("qwen3", head_dim=head_dim, has_qkv_bias=True, num_heads=4, num_kv_heads=2, num_layers=2)
+    assert_rounded_logits_are_specified(spec, random_tokens(spec, 70), isa, "bf16", "int8")
 
 
 def root_mean_square(values: NDArray[np.floating[Any]]) -> float:
@@ -183,12 +223,14 @@ def test_tokens_and_logprobs_are_those_of_the_specification(sampling: dict[str, 
             assert [token for token, _ in here.top] == [token for token, _ in there.top]
 
 
-@pytest.mark.parametrize(("dtype", "isa"), KERNELS)
+@pytest.mark.parametrize(("dtype", "kv_dtype", "isa"), KERNELS)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_tokens_are_sampled_from_the_logits_as_specified(sampling: dict[str, Any], dtype: Dtype, isa: str) -> None:
+def test_tokens_are_sampled_from_the_logits_as_specified(
+    sampling: dict[str, Any], dtype: Dtype, kv_dtype: KvDtype, isa: str
+) -> None:
     spec = tiny_spec()
     requests = requests_of(spec, logprobs=2, **sampling)
-    executor = native(spec, dtype=dtype, isa=isa)
+    executor = native(spec, dtype=dtype, kv_dtype=kv_dtype, isa=isa)
     table = Table(executor, requests)
     for request, outputs, logprobs in zip(requests, table.run(10), table.logprobs.values(), strict=True):
         tokens = np.array([*request.prompt_token_ids, *outputs], dtype=np.int32)
@@ -201,20 +243,22 @@ def test_tokens_are_sampled_from_the_logits_as_specified(sampling: dict[str, Any
             assert [other for other, _ in logprobs[i].top] == [other for other, _ in expected.top]
 
 
-@pytest.mark.parametrize(("dtype", "isa"), KERNELS)
+@pytest.mark.parametrize(("dtype", "kv_dtype", "isa"), KERNELS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_tokens_do_not_depend_on_chunks_batches_or_threads(dtype: Dtype, isa: str, temperature: float) -> None:
+def test_tokens_do_not_depend_on_chunks_batches_or_threads(
+    dtype: Dtype, kv_dtype: KvDtype, isa: str, temperature: float
+) -> None:
     spec = tiny_spec()
     requests = requests_of(spec, temperature=temperature, logprobs=1)
-    first = Table(native(spec, dtype=dtype, isa=isa, num_threads=1), requests)
+    first = Table(native(spec, dtype=dtype, kv_dtype=kv_dtype, isa=isa, num_threads=1), requests)
     expected = first.run(8)
     assert len({tuple(row) for row in expected}) == NUM_SLOTS
     for num_threads, chunk in ((1, 7), (2, 16), (3, 33), (4, 64)):
-        table = Table(native(spec, dtype=dtype, isa=isa, num_threads=num_threads), requests)
+        table = Table(native(spec, dtype=dtype, kv_dtype=kv_dtype, isa=isa, num_threads=num_threads), requests)
         assert table.run(8, chunk) == expected
         assert table.logprobs == first.logprobs  # to the last bit
 
-    mixed = Table(native(spec, dtype=dtype, isa=isa, num_threads=3, max_tokens=256), requests)
+    mixed = Table(native(spec, dtype=dtype, kv_dtype=kv_dtype, isa=isa, num_threads=3, max_tokens=256), requests)
     mixed.step({3: 60, 0: 100})
     mixed.step({0: 50, 1: 5})
     mixed.step({1: 1, 0: 1, 3: 7, 2: 16})
@@ -223,12 +267,12 @@ def test_tokens_do_not_depend_on_chunks_batches_or_threads(dtype: Dtype, isa: st
     assert mixed.outputs(8) == expected
 
 
-@pytest.mark.parametrize(("dtype", "isa"), KERNELS)
-def test_blocks_shared_within_one_step_change_nothing(dtype: Dtype, isa: str) -> None:
+@pytest.mark.parametrize(("dtype", "kv_dtype", "isa"), KERNELS)
+def test_blocks_shared_within_one_step_change_nothing(dtype: Dtype, kv_dtype: KvDtype, isa: str) -> None:
     spec = tiny_spec()
     prompt = random_tokens(spec, 40)
     requests = [Request(i, prompt, 40, SamplingParams(temperature=1.0), 20, seed=3) for i in range(2)]
-    apart, shared = (Table(native(spec, dtype=dtype, isa=isa), requests) for _ in range(2))
+    apart, shared = (Table(native(spec, dtype=dtype, kv_dtype=kv_dtype, isa=isa), requests) for _ in range(2))
     apart.step({0: 40})
     shared.blocks[1, :2] = shared.blocks[0, :2]
     shared.computed[1] = 32
@@ -239,14 +283,15 @@ def test_blocks_shared_within_one_step_change_nothing(dtype: Dtype, isa: str) ->
     assert shared.tokens[0, :46].tolist() == shared.tokens[1, :46].tolist() == apart.tokens[0, :46].tolist()
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_decodes_read_a_shared_prefix_once(isa: str) -> None:
+def test_decodes_read_a_shared_prefix_once(isa: str, kv_dtype: KvDtype) -> None:
     """144 of 150 tokens in common blocks: the bits of four copies, and the reads of one for the two chunks of 64."""
     spec = tiny_spec()
     requests = [replace(request, index=i) for i, request in enumerate(requests_of(spec)[:1] * NUM_SLOTS)]
     outputs, read_bytes = [], []
     for is_shared in (False, True):
-        executor = native(spec, isa=isa, num_threads=1)
+        executor = native(spec, kv_dtype=kv_dtype, isa=isa, num_threads=1)
         table = Table(executor, requests)
         for slot in range(NUM_SLOTS):
             if is_shared and slot > 0:
@@ -261,14 +306,15 @@ def test_decodes_read_a_shared_prefix_once(isa: str) -> None:
             table.step(dict.fromkeys(range(NUM_SLOTS), 1))
         outputs.append(table.tokens[:, 150:157].tolist())
     assert outputs[0] == outputs[1]
-    assert read_bytes[0] - read_bytes[1] == 3 * 128 * spec.kv_bytes_per_token()
+    assert read_bytes[0] - read_bytes[1] == 3 * 128 * spec.kv_bytes_per_token(kv_dtype)
 
 
-def test_overlap_is_for_steps_that_can_be_split() -> None:
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_overlap_is_for_steps_that_can_be_split(kv_dtype: KvDtype) -> None:
     spec = tiny_spec()
     outputs = []
     for mode, num_overlapped in (("off", 0), ("auto", 0), ("on", 4)):  # auto: nothing is known of this machine
-        executor = native(spec)
+        executor = native(spec, kv_dtype=kv_dtype)
         executor.set_overlap(mode, OverlapCost())
         outputs.append(Table(executor, requests_of(spec)).run(4))
         assert executor.counters().num_overlapped_steps >= num_overlapped
@@ -295,9 +341,10 @@ def test_a_slot_forgets_its_parameters() -> None:
     assert Table(executor, plain).run(2) == Table(native(spec), plain).run(2)
 
 
-def test_counters_and_memory_are_reported() -> None:
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_counters_and_memory_are_reported(kv_dtype: KvDtype) -> None:
     spec = tiny_spec()
-    executor = native(spec)
+    executor = native(spec, kv_dtype=kv_dtype)
     Table(executor, requests_of(spec)).run(2)
     counters = executor.counters()
     assert counters.num_tokens == sum(LENGTHS) + NUM_SLOTS
@@ -306,8 +353,9 @@ def test_counters_and_memory_are_reported() -> None:
     assert counters.matmul_flop == layer_flop + head_flop
     assert counters.attention_flop > 0
     assert counters.kv_bytes > 0
+    assert executor.memory.kv_bytes == NUM_BLOCKS * 16 * spec.kv_bytes_per_token(kv_dtype)
     assert min(counters.seconds_by_op.values()) > 0
-    assert executor.memory.total_bytes > 2 * spec.num_parameters + NUM_BLOCKS * 16 * spec.kv_bytes_per_token()
+    assert executor.memory.total_bytes > 2 * spec.num_parameters + executor.memory.kv_bytes
     executor.close()
 
 

@@ -25,7 +25,8 @@ def loader():
 def model(shape={}, limits={}, num_threads=1):
     shape = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2,
                  head_dim=16, rms_norm_eps=1e-5) | shape
-    limits = dict(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=512, num_blocks=64) | limits
+    limits = dict(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=512, num_blocks=64,
+                  kv_dtype="bf16") | limits
     return _native.Model(loader(), _native.ModelShape(**shape), _native.ModelLimits(**limits), num_threads=num_threads)
 
 def params(**changes):
@@ -83,6 +84,7 @@ HOSTILE_CALLS = [
     ("model(limits={'max_num_batched_tokens': 2**58})", "max_num_batched_tokens is", "2147483647"),
     ("model(limits={'max_model_len': -1})", "max_model_len is -1", "2147483647"),
     ("model(limits={'num_blocks': 2**53})", "num_blocks is", "2147483647"),
+    ("model(limits={'kv_dtype': 'fp8'})", "unknown KV dtype 'fp8'", "bf16 or int8"),
     ("model(shape={'num_heads': 0, 'num_kv_heads': 1})", "num_heads is 0", "from 1"),
     ("model(shape={'num_kv_heads': 0})", "num_kv_heads is 0", "from 1"),
     ("model(shape={'head_dim': 2**62})", "head_dim is", "16777216"),

@@ -30,7 +30,9 @@ Measure = Callable[[EngineConfig], Calibration]
 
 def measure_first_run(config: EngineConfig, clock: Clock = time.perf_counter) -> Calibration:
     """This machine as the engine of `config` uses it, in about `FIRST_RUN.total_s`."""
-    return calibrate(config.num_threads, FIRST_RUN, dtype=config.dtype, clock=clock).calibration
+    return calibrate(
+        config.num_threads, FIRST_RUN, dtype=config.dtype, kv_dtype=config.kv_dtype, clock=clock
+    ).calibration
 
 
 def calibrate_first_run(
@@ -49,14 +51,14 @@ def calibrate_first_run(
     limits. What goes wrong is told to `notify`; the run goes on without.
     """
     if config.memory_share < 1 or matching_calibration(
-        cache_directory, config.num_threads, lambda _: None, config.dtype
+        cache_directory, config.num_threads, lambda _: None, config.dtype, config.kv_dtype
     ):
         return None
     if expected_s() < LEAST_WORK_S:
         return None
     notify(
         f"measuring this machine for about {FIRST_RUN.total_s:.0f} s (matrix products, memory and attention, "
-        f"{config.dtype} weights, {config.num_threads} threads), once: plans and overlap need it"
+        f"{config.dtype} weights, {config.kv_dtype} KV, {config.num_threads} threads), once: plans and overlap need it"
     )
     try:
         measured = measure(config)
@@ -69,14 +71,15 @@ def calibrate_first_run(
 
 def _store(measured: Calibration, cache_directory: Path) -> str:
     """Store it unless that would replace a better one. Returns what became of it."""
-    path = calibration_path(cache_directory, measured.dtype)
-    if not is_replaceable(cache_directory, measured.dtype):
+    path = calibration_path(cache_directory, measured.dtype, measured.kv_dtype)
+    if not is_replaceable(cache_directory, measured.dtype, measured.kv_dtype):
         return f"used for this run only: {path} was made by `blendserve calibrate` for other threads or another machine"
     try:
         measured.save(cache_directory)
     except ConfigError as error:
         return f"used for this run only: {error}"
-    return f"stored in {path}; `blendserve calibrate --dtype {measured.dtype}` measures more exactly"
+    options = f"--dtype {measured.dtype} --kv-dtype {measured.kv_dtype}"
+    return f"stored in {path}; `blendserve calibrate {options}` measures more exactly"
 
 
 def expected_work_s(cost: CostModel, table: RequestTable, num_shared_tokens: int) -> float:

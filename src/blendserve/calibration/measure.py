@@ -19,7 +19,7 @@ import numpy as np
 
 from blendserve.calibration.overlap_trials import CONTEXT, OverlapTrial, best_overlap, measure_overlap
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
-from blendserve.config import BYTES_PER_WEIGHT, Dtype
+from blendserve.config import BYTES_PER_WEIGHT, Dtype, KvDtype
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import OverlapCost
 from blendserve.costs.stored_calibration import Calibration, machine_name
@@ -99,21 +99,22 @@ def calibrate(
     effort: Effort = FULL,
     *,
     dtype: Dtype = "bf16",
+    kv_dtype: KvDtype = "bf16",
     shape: ModelSpec = SHAPE,
     clock: Clock = time.perf_counter,
 ) -> Measurements:
-    """Measure this machine with so many threads and weights of `dtype`. Nothing is stored:
+    """Measure this machine with so many threads, weights of `dtype` and KV of `kv_dtype`. Nothing is stored:
     `Measurements.calibration.save` does that."""
     began_s = clock()
     memory_bytes = available_memory_bytes()
     spec = replace(shape, num_layers=effort.num_layers)
-    steps = _measure_steps(spec, num_threads, dtype, effort, clock)
-    points, prefill = _measure_attention(spec, num_threads, effort, clock)
+    steps = _measure_steps(spec, num_threads, dtype, kv_dtype, effort, clock)
+    points, prefill = _measure_attention(spec, num_threads, kv_dtype, effort, clock)
     is_divisible = num_threads > 1 and effort.has_all_trials
-    side_by_side = _measure_side_by_side(spec, num_threads, dtype, effort, clock) if is_divisible else None
+    side_by_side = _measure_side_by_side(spec, num_threads, dtype, kv_dtype, effort, clock) if is_divisible else None
     has_time = clock() - began_s < effort.total_s / 2
     end_s = began_s + _SHARE_BEFORE_LAST_TRIAL * effort.total_s
-    trials = measure_overlap(spec, num_threads, effort, clock, dtype, end_s) if has_time else ()
+    trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s) if has_time else ()
     largest, smallest = steps[max(steps)], steps[min(steps)]
     weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
     constant = Spread.of([work.elapsed_s - work.matmul_s - work.attention_s for work in smallest])
@@ -141,9 +142,12 @@ def calibrate(
         tile_flop=cost.tile_flop,
         step_bytes=cost.step_bytes,
         memory_lanes=cost.memory_lanes,
+        kv_dtype=kv_dtype,
         effort=effort.name,
     )
-    cost_model = calibration.step_cost(ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype]))
+    cost_model = calibration.step_cost(
+        ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype], kv_dtype=kv_dtype)
+    )
     step_s = {count: median([work.elapsed_s - work.attention_s for work in works]) for count, works in steps.items()}
     return Measurements(
         calibration=calibration,
@@ -158,10 +162,10 @@ def calibrate(
 
 
 def _measure_steps(
-    spec: ModelSpec, num_threads: int, dtype: Dtype, effort: Effort, clock: Clock
+    spec: ModelSpec, num_threads: int, dtype: Dtype, kv_dtype: KvDtype, effort: Effort, clock: Clock
 ) -> dict[int, list[Work]]:
     """Steps of each number of tokens that is not too long for this machine."""
-    with closing(_step_probe(spec, num_threads, dtype, max(effort.token_counts))) as probe:
+    with closing(_step_probe(spec, num_threads, dtype, kv_dtype, max(effort.token_counts))) as probe:
         counts = _affordable(probe, effort)
         rounds = rounds_within(lambda: [probe.prefill(count) for count in counts], effort, clock, effort.phase_s)
     return {count: [works[i] for works in rounds] for i, count in enumerate(counts)}
@@ -178,13 +182,13 @@ def _affordable(probe: Probe, effort: Effort) -> list[int]:
 
 
 def _measure_attention(
-    spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock
+    spec: ModelSpec, num_threads: int, kv_dtype: KvDtype, effort: Effort, clock: Clock
 ) -> tuple[dict[int, Spread], Spread]:
     """Rate at which decodes read KV by number of threads, and flop/s of prefill attention on all of them."""
     counts = thread_counts(num_threads) if effort.has_all_trials else [num_threads]
     points: dict[int, Spread] = {}
     for count in counts:
-        with closing(_attention_probe(spec, count, num_threads, effort)) as probe:
+        with closing(_attention_probe(spec, count, num_threads, kv_dtype, effort)) as probe:
             measure = partial(_decode_and_prefill, probe)
             rounds = rounds_within(measure, effort, clock, effort.phase_s / len(counts))
         points[count] = Spread.of([decode.kv_bytes_per_s for decode, _ in rounds])
@@ -196,14 +200,16 @@ def _decode_and_prefill(probe: Probe) -> tuple[Work, Work]:
     return probe.decode(), probe.prefill(CONTEXT)
 
 
-def _measure_side_by_side(spec: ModelSpec, num_threads: int, dtype: Dtype, effort: Effort, clock: Clock) -> SideBySide:
+def _measure_side_by_side(
+    spec: ModelSpec, num_threads: int, dtype: Dtype, kv_dtype: KvDtype, effort: Effort, clock: Clock
+) -> SideBySide:
     half = num_threads // 2
     num_tokens = min(_BESIDE_TOKENS, max(effort.token_counts))
     with (
-        closing(_step_probe(spec, num_threads, dtype, num_tokens)) as gemm_all,
-        closing(_step_probe(spec, half, dtype, num_tokens)) as gemm_half,
-        closing(_attention_probe(spec, num_threads, num_threads, effort)) as attention_all,
-        closing(_attention_probe(spec, half, num_threads, effort)) as attention_half,
+        closing(_step_probe(spec, num_threads, dtype, kv_dtype, num_tokens)) as gemm_all,
+        closing(_step_probe(spec, half, dtype, kv_dtype, num_tokens)) as gemm_half,
+        closing(_attention_probe(spec, num_threads, num_threads, kv_dtype, effort)) as attention_all,
+        closing(_attention_probe(spec, half, num_threads, kv_dtype, effort)) as attention_half,
     ):
 
         def measure() -> tuple[float, float, float, float]:
@@ -236,16 +242,31 @@ def _run_beside(gemm: Probe, num_tokens: int, attention: Probe) -> tuple[float, 
         return gemm_flop_per_s, median(attending.result())
 
 
-def _step_probe(spec: ModelSpec, num_threads: int, dtype: Dtype, max_tokens: int) -> Probe:
-    return Probe(spec, num_threads=num_threads, num_sequences=1, max_tokens=max_tokens, context=max_tokens, dtype=dtype)
+def _step_probe(spec: ModelSpec, num_threads: int, dtype: Dtype, kv_dtype: KvDtype, max_tokens: int) -> Probe:
+    return Probe(
+        spec,
+        num_threads=num_threads,
+        num_sequences=1,
+        max_tokens=max_tokens,
+        context=max_tokens,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+    )
 
 
-def _attention_probe(spec: ModelSpec, num_threads: int, most_threads: int, effort: Effort) -> Probe:
+def _attention_probe(spec: ModelSpec, num_threads: int, most_threads: int, kv_dtype: KvDtype, effort: Effort) -> Probe:
     """One layer with the heads of `spec` and next to no matrices, its KV memory in place."""
     small = replace(spec, num_layers=1, hidden_size=64, intermediate_size=64, vocab_size=64)
     num_bytes = min(effort.kv_bytes * (1 + most_threads / 4), available_memory_bytes() / 8)
-    num_sequences = max(1, int(num_bytes / (small.kv_bytes_per_token() * CONTEXT)))
-    probe = Probe(small, num_threads=num_threads, num_sequences=num_sequences, max_tokens=CONTEXT, context=CONTEXT)
+    num_sequences = max(1, int(num_bytes / (small.kv_bytes_per_token(kv_dtype) * CONTEXT)))
+    probe = Probe(
+        small,
+        num_threads=num_threads,
+        num_sequences=num_sequences,
+        max_tokens=CONTEXT,
+        context=CONTEXT,
+        kv_dtype=kv_dtype,
+    )
     probe.touch()
     return probe
 

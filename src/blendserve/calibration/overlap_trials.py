@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
-from blendserve.config import Dtype
+from blendserve.config import Dtype, KvDtype
 from blendserve.costs.step_cost import SEQUENTIAL, Interference, OverlapCost
 from blendserve.host import available_memory_bytes
 from blendserve.models.spec import ModelSpec
@@ -45,17 +45,29 @@ class OverlapTrial(NamedTuple):
 
 
 def measure_overlap(
-    spec: ModelSpec, num_threads: int, effort: Effort, clock: Clock, dtype: Dtype = "bf16", end_s: float = math.inf
+    spec: ModelSpec,
+    num_threads: int,
+    effort: Effort,
+    clock: Clock,
+    dtype: Dtype = "bf16",
+    kv_dtype: KvDtype = "bf16",
+    end_s: float = math.inf,
 ) -> tuple[OverlapTrial, ...]:
     """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting; for no
     further one after `end_s` of the clock."""
     spec = replace(spec, num_layers=min(spec.num_layers, effort.num_overlap_layers))
     num_bytes = min(_OVERLAP_KV_SHARES * effort.kv_bytes, available_memory_bytes() / 8)
-    count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token() * CONTEXT))))
+    count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token(kv_dtype) * CONTEXT))))
     costs = _overlap_settings(num_threads)[: effort.max_overlap_settings]
     trials: list[OverlapTrial] = []
     probe = Probe(
-        spec, num_threads=num_threads, num_sequences=count, max_tokens=2 * count, context=CONTEXT, dtype=dtype
+        spec,
+        num_threads=num_threads,
+        num_sequences=count,
+        max_tokens=2 * count,
+        context=CONTEXT,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     with closing(probe) as p:
         p.touch()
@@ -71,8 +83,8 @@ def measure_overlap(
 
 def _overlap_settings(num_threads: int) -> list[OverlapCost]:
     default = OverlapCost()
-    fast = replace(default, step_bytes=128)
-    settings = [default, fast, replace(fast, chunk_bytes=192 << 10, tile_flop=2_500_000)]
+    slow = replace(default, step_bytes=48, chunk_bytes=384 << 10, tile_flop=5_000_000)
+    settings = [default, slow, replace(slow, step_bytes=128)]
     return settings + ([replace(default, memory_lanes=num_threads // 2)] if num_threads > 2 else [])
 
 

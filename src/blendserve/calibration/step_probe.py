@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig
+from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig, KvDtype
 from blendserve.costs.step_cost import OverlapCost
 from blendserve.costs.stored_calibration import CalibrationEffort
 from blendserve.engine.step import Int32s, StepPlan
@@ -97,6 +97,7 @@ class Probe:
         max_tokens: int,
         context: int,
         dtype: Dtype = "bf16",
+        kv_dtype: KvDtype = "bf16",
     ) -> None:
         blocks_each = -(-context // BLOCK_SIZE)
         config = EngineConfig(
@@ -106,6 +107,7 @@ class Probe:
             num_threads=num_threads,
             overlap="off",
             dtype=dtype,
+            kv_dtype=kv_dtype,
         )
         num_blocks = num_sequences * blocks_each
         self._executor = NativeExecutor(spec, SyntheticWeights(spec), config, num_blocks=num_blocks)

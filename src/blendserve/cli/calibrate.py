@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_dtype, positive_integer, tell
+from blendserve.cli.options import add_dtype, add_kv_dtype, positive_integer, tell
 from blendserve.costs.step_cost import SEQUENTIAL, Interference
 from blendserve.host import cache_dir, usable_cores
 from blendserve.report.format import plural
@@ -35,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="threads to measure with (default: one for every core that this process may use)",
     )
     add_dtype(parser)
+    add_kv_dtype(parser)
     parser.add_argument(
         "--quick", action="store_true", help="measure for a few seconds, less exactly (default: up to a minute)"
     )
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if load > _BUSY_LOAD_PER_CORE * usable_cores():
         tell(f"note: the load average is {load:.1f}: what else runs here will be measured too")
     tell(f"measuring with {plural(num_threads, 'thread')} ...")
-    measured = calibrate(num_threads, QUICK if args.quick else FULL, dtype=args.dtype)
+    measured = calibrate(num_threads, QUICK if args.quick else FULL, dtype=args.dtype, kv_dtype=args.kv_dtype)
     path = measured.calibration.save(cache_dir())
     print(json.dumps(_as_json(measured)) if args.json else describe(measured))
     tell(f"wrote {path}")
@@ -67,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
 def describe(measured: Measurements) -> str:
     """The measurements as tables: medians, and the least and most of the repeats."""
     found = measured.calibration
-    lines = [f"{found.machine}, {plural(found.num_threads, 'thread')}, weights in {found.dtype}", ""]
+    lines = [
+        f"{found.machine}, {plural(found.num_threads, 'thread')}, weights in {found.dtype}, KV in {found.kv_dtype}",
+        "",
+    ]
     lines += ["matrix products" + " " * 38 + "step without attention"]
     lines += [f"{'tokens':>10}  {'GFLOP/s (least - most)':<30}{'measured':>16}{'modelled':>16}"]
     lines += [

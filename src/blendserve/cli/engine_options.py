@@ -6,7 +6,16 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from blendserve.cli.options import add_dtype, add_model, count, not_negative, positive_integer, positive_seconds, size
+from blendserve.cli.options import (
+    add_dtype,
+    add_kv_dtype,
+    add_model,
+    count,
+    not_negative,
+    positive_integer,
+    positive_seconds,
+    size,
+)
 from blendserve.config import OVERLAP_MODES
 from blendserve.engines.settings import ISA_NAMES, MAX_RESTARTS, PLACEMENTS, TASKS, VLLM_SCHEDULERS
 from blendserve.errors import ConfigError
@@ -14,7 +23,7 @@ from blendserve.errors import ConfigError
 ENGINE_NAMES = ("native", "http", "vllm")
 
 ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "isa"), ("native",)),
+    **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "kv_dtype", "isa"), ("native",)),
     "revision": ("native", "vllm"),
     **dict.fromkeys(
         ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
@@ -44,6 +53,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     native = parser.add_argument_group("native engine")
     add_overlap(native)
     add_dtype(native)
+    add_kv_dtype(native)
     native.add_argument(
         "--isa",
         choices=ISA_NAMES,

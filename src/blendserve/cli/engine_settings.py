@@ -59,6 +59,7 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         enable_prefix_caching=not args.no_prefix_caching,
         overlap=args.overlap,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         isa=args.isa,
         window=args.window,
         revision=args.revision,
@@ -74,6 +75,7 @@ def planned_config(args: argparse.Namespace) -> EngineConfig:
         num_threads=args.threads,
         overlap=args.overlap,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
     ).config()
 
 

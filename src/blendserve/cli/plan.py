@@ -108,7 +108,9 @@ def _find_machine(args: argparse.Namespace, target: Target) -> Machine:
             f"{given[0]} describes a run on this machine, and --hardware is {args.hardware}: leave one of them out"
         )
     config = planned_config(args) if given or args.hardware == THIS_MACHINE else None
-    return find_machine(args.hardware, target.spec, tensor_parallel=args.tensor_parallel, config=config)
+    return find_machine(
+        args.hardware, target.spec, tensor_parallel=args.tensor_parallel, kv_dtype=args.kv_dtype, config=config
+    )
 
 
 def _report(

@@ -127,7 +127,9 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.model or DEFAULT_MODEL, notify=tell)
     machines: dict[EngineKind, Machine] = {}
     for engine in args.engine:
-        machine = find_machine(args.hardware, target.spec, engine, tensor_parallel=args.tensor_parallel)
+        machine = find_machine(
+            args.hardware, target.spec, engine, tensor_parallel=args.tensor_parallel, kv_dtype=args.kv_dtype
+        )
         machines[engine] = _with_costs(args, machine)
     report = _simulate_file(args, target, machines) if args.blend is None else _simulate_blend(args, machines)
     if args.html is not None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from blendserve.cli.options import positive_integer, tell
+from blendserve.cli.options import add_kv_dtype, positive_integer, tell
 from blendserve.costs.hardware import HARDWARE_BY_NAME
 from blendserve.errors import ConfigError
 from blendserve.models.hub import DEFAULT_MODEL
@@ -38,6 +38,7 @@ def add_target(parser: argparse.ArgumentParser, default_hardware: str, default_m
         metavar="N",
         help="GPUs that hold one copy of the model (default: 1)",
     )
+    add_kv_dtype(group)
     group.add_argument(
         "--tokenizer",
         metavar="MODEL",

@@ -14,6 +14,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.config import KvDtype
 from blendserve.errors import ConfigError
 from blendserve.models.spec import ModelSpec
 
@@ -41,7 +42,7 @@ class ModelCost:
     num_head_parameters: int = 0
 
     @classmethod
-    def from_spec(cls, spec: ModelSpec, *, bytes_per_weight: float = 2, bytes_per_kv: float = 2) -> ModelCost:
+    def from_spec(cls, spec: ModelSpec, *, bytes_per_weight: float = 2, kv_dtype: KvDtype = "bf16") -> ModelCost:
         """Cost numbers of MHA, GQA or MQA: `spec.num_kv_heads` is the number of heads, fewer, or one."""
         return cls(
             name=spec.name,
@@ -49,7 +50,7 @@ class ModelCost:
             num_matmul_parameters=spec.num_layers * spec.num_layer_parameters,
             num_layers=spec.num_layers,
             attention_width=spec.num_heads * spec.head_dim,
-            kv_bytes_per_token=2 * spec.num_layers * spec.kv_width * bytes_per_kv,
+            kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype),
             weight_bytes=spec.num_parameters * bytes_per_weight,
             num_head_parameters=spec.vocab_size * spec.hidden_size,
         )

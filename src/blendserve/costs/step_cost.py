@@ -197,7 +197,7 @@ class OverlapCost:
     kv_bytes_per_s: float = 18e9
     weight_bytes_per_s: float = 20e9
     interference: Interference = SEQUENTIAL
-    chunk_bytes: int = 384 << 10
-    tile_flop: int = 5_000_000
-    step_bytes: int = 48
+    chunk_bytes: int = 256 << 10
+    tile_flop: int = 3_500_000
+    step_bytes: int = 128
     memory_lanes: int = 0

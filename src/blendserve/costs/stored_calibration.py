@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from blendserve.config import Dtype
+from blendserve.config import Dtype, KvDtype
 from blendserve.costs.hardware import HardwareSpec, Peaks
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import SEQUENTIAL, Interference, OverlapCost, StepCost
@@ -34,8 +34,8 @@ without."""
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Rates measured on this machine, as stored in the user's cache, a file for each `dtype` of weights. Rates are
-    those of the whole machine.
+    """Rates measured on this machine, as stored in the user's cache, a file for each `dtype` of weights and each
+    `kv_dtype` of keys and values. Rates are those of the whole machine.
 
     `constant_s` is the fixed time of one step; `gemm_points` are (tokens, flop/s), `bandwidth_points` (threads,
     bytes/s), kept so that a reader can check the summary. The delays are those of steps that overlap in each core, and
@@ -61,10 +61,11 @@ class Calibration:
     bandwidth_points: tuple[tuple[int, float], ...] = ()
     gemm_share: float = 0.0
     attention_share: float = 0.0
-    chunk_bytes: int = 384 << 10
-    tile_flop: int = 5_000_000
-    step_bytes: int = 48
+    chunk_bytes: int = 256 << 10
+    tile_flop: int = 3_500_000
+    step_bytes: int = 128
     memory_lanes: int = 0
+    kv_dtype: KvDtype = "bf16"
     effort: CalibrationEffort = "thorough"
     version: int = _VERSION
 
@@ -173,11 +174,11 @@ class Calibration:
             raise ConfigError(f"calibration cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
 
     def save(self, cache_directory: Path) -> Path:
-        """Write the file of its dtype under the directory, as a whole or not at all, and return its path.
+        """Write the file of its dtypes under the directory, as a whole or not at all, and return its path.
 
         Raises: ConfigError when it cannot be written.
         """
-        path = calibration_path(cache_directory, self.dtype)
+        path = calibration_path(cache_directory, self.dtype, self.kv_dtype)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             cache_directory.mkdir(parents=True, exist_ok=True)
@@ -190,43 +191,50 @@ class Calibration:
         return path
 
 
-def calibration_path(cache_directory: Path, dtype: Dtype) -> Path:
-    return cache_directory / ("calibration.json" if dtype == "bf16" else f"calibration-{dtype}.json")
+def calibration_path(cache_directory: Path, dtype: Dtype, kv_dtype: KvDtype = "bf16") -> Path:
+    name = "calibration" if dtype == "bf16" else f"calibration-{dtype}"
+    return cache_directory / (f"{name}.json" if kv_dtype == "bf16" else f"{name}-kv-{kv_dtype}.json")
 
 
-def load_calibration(cache_directory: Path, dtype: Dtype = "bf16") -> Calibration:
+def load_calibration(cache_directory: Path, dtype: Dtype = "bf16", kv_dtype: KvDtype = "bf16") -> Calibration:
     """This machine's calibration. Raises: ConfigError when there is none or it cannot be used."""
-    path = calibration_path(cache_directory, dtype)
+    path = calibration_path(cache_directory, dtype, kv_dtype)
     if not path.is_file():
-        raise ConfigError(f"no calibration at {path}; run `blendserve calibrate --dtype {dtype}`")
+        of_kv = "" if kv_dtype == "bf16" else f" --kv-dtype {kv_dtype}"
+        raise ConfigError(f"no calibration at {path}; run `blendserve calibrate --dtype {dtype}{of_kv}`")
     try:
         calibration = Calibration.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"calibration at {path} cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
-    if calibration.dtype != dtype:
+    if (calibration.dtype, calibration.kv_dtype) != (dtype, kv_dtype):
         raise ConfigError(
-            f"calibration at {path} was made for {calibration.dtype}, not for {dtype}; {_CALIBRATE_AGAIN}"
+            f"calibration at {path} was made for {calibration.dtype} with KV in {calibration.kv_dtype}, not for "
+            f"{dtype} with KV in {kv_dtype}; {_CALIBRATE_AGAIN}"
         )
     return calibration
 
 
-def is_replaceable(cache_directory: Path, dtype: Dtype) -> bool:
+def is_replaceable(cache_directory: Path, dtype: Dtype, kv_dtype: KvDtype = "bf16") -> bool:
     """May a first run store its calibration? Not over one that `blendserve calibrate` made and that can be read."""
     try:
-        return load_calibration(cache_directory, dtype).effort == "first-run"
+        return load_calibration(cache_directory, dtype, kv_dtype).effort == "first-run"
     except ConfigError:
         return True
 
 
 def matching_calibration(
-    cache_directory: Path, num_threads: int, notify: Callable[[str], None], dtype: Dtype = "bf16"
+    cache_directory: Path,
+    num_threads: int,
+    notify: Callable[[str], None],
+    dtype: Dtype = "bf16",
+    kv_dtype: KvDtype = "bf16",
 ) -> Calibration | None:
-    """The calibration of a dtype if it was made on this processor with so many threads. None where there is none; one
-    that is damaged or of another machine is told to `notify` and not used."""
-    if not calibration_path(cache_directory, dtype).is_file():
+    """The calibration of these dtypes if it was made on this processor with so many threads, else None. One that is
+    damaged or of another machine is told to `notify` and not used."""
+    if not calibration_path(cache_directory, dtype, kv_dtype).is_file():
         return None
     try:
-        calibration = load_calibration(cache_directory, dtype)
+        calibration = load_calibration(cache_directory, dtype, kv_dtype)
     except ConfigError as error:
         notify(f"built-in rates are used: {error}")
         return None

@@ -36,7 +36,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             "lower it, or leave it out"
         )
     max_model_len = config.max_model_len or spec.max_position
-    bytes_per_token = spec.kv_bytes_per_token()
+    bytes_per_token = spec.kv_bytes_per_token(config.kv_dtype)
     kv_memory_bytes = config.kv_memory_bytes or min(
         int(available_memory_bytes() * MAX_KV_SHARE * config.memory_share),
         config.max_num_seqs * max_model_len * bytes_per_token,

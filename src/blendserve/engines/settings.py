@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from blendserve.config import Dtype, EngineConfig
+from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.errors import ConfigError
 
 Placement = Literal["spread", "pack"]
@@ -57,11 +57,13 @@ class NativeSettings:
     - `overlap`: run matrix products beside attention in each core: "auto", where this machine was measured to save
       time by it (default); "on", wherever possible; "off", never.
     - `dtype`: of the weights: "bf16" (default), or "int8", which is faster and gives other answers.
+    - `kv_dtype`: of the KV cache: "bf16" (default), or "int8", which holds nearly twice as many tokens in the same
+      memory, is read faster, and gives other answers.
     - `isa`: instruction set of the kernels: "auto", the best one of this machine (default), or one of `ISA_NAMES`.
     - `window`: plan so many requests at a time. None: the whole file before it runs.
     - `memory_share`: the part of the machine's memory that this engine may take, from 0 to 1 (default: 1).
 
-    Answers depend on `model`, `dtype` and `isa`; all other settings change time only.
+    Answers depend on `model`, `dtype`, `kv_dtype` and `isa`; all other settings change time only.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -74,6 +76,7 @@ class NativeSettings:
     enable_prefix_caching: bool = True
     overlap: str = "auto"
     dtype: Dtype = "bf16"
+    kv_dtype: KvDtype = "bf16"
     isa: str = "auto"
     window: int | None = None
     memory_share: float = 1.0

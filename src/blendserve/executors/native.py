@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig
+from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig, KvDtype
 from blendserve.costs.hardware import Peaks
 from blendserve.costs.step_cost import OverlapCost
 from blendserve.engine.step import StepPlan, StepResult
@@ -79,7 +79,7 @@ class MemoryUse:
 
 class NativeExecutor:
     """Runs steps on this machine's CPU. `config` gives the largest step, the longest sequence, the threads and the
-    precision of weights; `isa` is "auto" or a name that `_native.is_supported` accepts.
+    precisions of weights and of KV; `isa` is "auto" or a name that `_native.is_supported` accepts.
 
     `overlap_cost` tells steps in which overlap pays where `config.overlap` is "auto": none where it is None.
 
@@ -107,7 +107,7 @@ class NativeExecutor:
         overlap_cost: OverlapCost | None = None,
     ) -> None:
         self.num_blocks = num_blocks
-        self._dtype = config.dtype
+        self._dtype, self._kv_dtype = config.dtype, config.kv_dtype
         self.eos_token_ids = spec.eos_token_ids
         self._peaks = peaks
         self._trace = trace
@@ -117,6 +117,7 @@ class NativeExecutor:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len or spec.max_position,
             num_blocks=num_blocks,
+            kv_dtype=config.kv_dtype,
         )
         num_threads = config.num_threads or usable_cores()
         try:
@@ -139,6 +140,10 @@ class NativeExecutor:
     @property
     def dtype(self) -> Dtype:
         return self._dtype
+
+    @property
+    def kv_dtype(self) -> KvDtype:
+        return self._kv_dtype
 
     @property
     def num_threads(self) -> int:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.config import BLOCK_SIZE
+from blendserve.config import BLOCK_SIZE, KvDtype
 from blendserve.engine.step import Int32s, StepPlan, StepResult
 from blendserve.errors import ConfigError
+from blendserve.executors.int8_kv import CHUNK_TOKENS, Int8KvCache, attend_by_floats, attend_by_integers
 from blendserve.executors.sampling import sample, token_logprob
 from blendserve.models.int8 import Int8Rows, int8_activations, int8_product, int8_weights
 from blendserve.models.rope import inverse_frequencies
@@ -28,8 +29,6 @@ Precision = Literal["float64", "float32", "bf16", "int8"]
 """Of weights, activations and KV; `bf16` rounds weights and KV as the native core does and computes in float32; `int8`
 does so but for matrix products, whose weights and activations are integers."""
 
-_CHUNK_TOKENS = 64  # csrc/ops/attention.h
-
 _BF16_KV: tuple[Precision, ...] = ("bf16", "int8")
 
 
@@ -38,14 +37,17 @@ class ReferenceModel:
     """Weights in memory and the forward pass over them.
 
     `has_bf16_products` rounds both factors of every product to bfloat16, as the native core's kernels for AVX512-BF16
-    do: activations that meet bfloat16 weights, queries, and weights of attention. Mutates: the KV arrays that it is
-    given, nothing of its own.
+    do: activations that meet bfloat16 weights, queries, and weights of attention. `kv_dtype` "int8" rounds KV to
+    integers whatever the precision is; `has_integer_attention` says that queries and weights of attention then meet
+    them as integers too, as on AVX512-VNNI. Mutates: the KV arrays that it is given, nothing of its own.
     """
 
     spec: ModelSpec
     weights: Weights
     precision: Precision = "float32"
     has_bf16_products: bool = False
+    kv_dtype: KvDtype = "bf16"
+    has_integer_attention: bool = False
     _tensor_by_name: dict[str, Array] = field(init=False, repr=False)
     _int8_by_name: dict[str, Int8Rows] = field(init=False, repr=False)
     _inverse_frequencies: NDArray[np.float64] = field(init=False, repr=False)
@@ -70,7 +72,7 @@ class ReferenceModel:
         is_rounded = is_matrix and self.precision in _BF16_KV
         return (round_to_bf16(tensor) if is_rounded else tensor).astype(self.dtype)
 
-    def hidden_states(self, token_ids: Int32s, first_position: int, cache: KvCache, blocks: Int32s) -> Array:
+    def hidden_states(self, token_ids: Int32s, first_position: int, cache: AnyKvCache, blocks: Int32s) -> Array:
         """Run tokens [first_position, first_position + n) of one sequence through all layers.
 
         Shapes: `token_ids` [n] -> [n, hidden_size], after the final norm. Mutates: `cache`, in the sequence's `blocks`.
@@ -89,7 +91,9 @@ class ReferenceModel:
         head = "embed_tokens" if self.spec.has_tied_embeddings else "lm_head"
         return np.asarray(self._linear(hidden, head), dtype=np.float64)
 
-    def _attention(self, layer: int, x: Array, positions: NDArray[np.int64], cache: KvCache, blocks: Int32s) -> Array:
+    def _attention(
+        self, layer: int, x: Array, positions: NDArray[np.int64], cache: AnyKvCache, blocks: Int32s
+    ) -> Array:
         spec, name = self.spec, f"layers.{layer}."
         queries = self._linear(x, name + "q_proj").reshape(len(x), spec.num_heads, spec.head_dim)
         keys = self._linear(x, name + "k_proj").reshape(len(x), spec.num_kv_heads, spec.head_dim)
@@ -97,12 +101,18 @@ class ReferenceModel:
         if spec.has_qk_norm:
             queries, keys = self._norm(queries, name + "q_norm"), self._norm(keys, name + "k_norm")
         cache.write(layer, blocks, positions, self._rotated(keys, positions), values)
-        all_keys, all_values = cache.read(layer, blocks, int(positions[-1]) + 1)
 
+        num_tokens = int(positions[-1]) + 1
         grouped = self._rotated(queries, positions).reshape(len(x), spec.num_kv_heads, -1, spec.head_dim)
-        is_future = np.arange(len(all_keys)) > positions[:, None]
-        mix = self._mixed_in_chunks if self.has_bf16_products else self._mixed
-        mixed = mix(grouped / np.sqrt(self.dtype(spec.head_dim)), all_keys, all_values, is_future)
+        grouped = grouped / np.sqrt(self.dtype(spec.head_dim))
+        is_future = np.arange(num_tokens) > positions[:, None]
+        mixed: Array
+        if isinstance(cache, Int8KvCache):
+            attend = attend_by_integers if self.has_integer_attention else attend_by_floats
+            mixed = attend(grouped, cache.read(layer, blocks, num_tokens), is_future).astype(self.dtype)
+        else:
+            mix = self._mixed_in_chunks if self.has_bf16_products else self._mixed
+            mixed = mix(grouped, *cache.read(layer, blocks, num_tokens), is_future)
         return self._linear(mixed.reshape(len(x), -1), name + "o_proj")
 
     def _mixed(self, queries: Array, keys: Array, values: Array, is_future: NDArray[np.bool_]) -> Array:
@@ -123,8 +133,8 @@ class ReferenceModel:
         scores = np.where(is_future[:, None, None, :], self.dtype(-np.inf), scores)
         largest = np.full((*queries.shape[:-1], 1), -np.inf, dtype=self.dtype)
         total, mixed = np.zeros_like(largest), np.zeros_like(queries)
-        for begin in range(0, len(keys), _CHUNK_TOKENS):
-            chunk = slice(begin, begin + _CHUNK_TOKENS)
+        for begin in range(0, len(keys), CHUNK_TOKENS):
+            chunk = slice(begin, begin + CHUNK_TOKENS)
             larger = np.maximum(largest, scores[..., chunk].max(axis=-1, keepdims=True))
             weights = round_to_bf16(np.exp2(scores[..., chunk] - larger))
             decay, largest = np.exp2(largest - larger), larger
@@ -186,6 +196,16 @@ class KvCache:
         return self._keys[layer][at], self._values[layer][at]
 
 
+AnyKvCache = KvCache | Int8KvCache
+
+
+def kv_cache(model: ReferenceModel, num_blocks: int, block_size: int = BLOCK_SIZE) -> AnyKvCache:
+    """KV arrays of a model, of its precision."""
+    if model.kv_dtype == "int8":
+        return Int8KvCache(model.spec, num_blocks, block_size)
+    return KvCache(model.spec, num_blocks, block_size, model.precision)
+
+
 class ReferenceExecutor:
     """Runs steps with a `ReferenceModel`.
 
@@ -201,7 +221,7 @@ class ReferenceExecutor:
         self.block_size = block_size
         self.eos_token_ids = model.spec.eos_token_ids
         self._model = model
-        self._cache = KvCache(model.spec, num_blocks, block_size, model.precision)
+        self._cache = kv_cache(model, num_blocks, block_size)
         self._request_by_slot: dict[int, Request] = {}
 
     def admit(self, slot: int, request: Request) -> None:
@@ -236,5 +256,5 @@ class ReferenceExecutor:
 def prompt_logits(model: ReferenceModel, token_ids: Int32s) -> NDArray[np.float64]:
     """Logits after every token of one sequence, for comparisons. Shapes: [n] -> [n, vocab_size]."""
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
-    cache = KvCache(model.spec, num_blocks, BLOCK_SIZE, model.precision)
+    cache = kv_cache(model, num_blocks)
     return model.logits(model.hidden_states(token_ids, 0, cache, np.arange(num_blocks, dtype=np.int32)))

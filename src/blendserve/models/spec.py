@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from blendserve.config import KvDtype
 from blendserve.errors import ConfigError
 
 Architecture = Literal["llama", "qwen2", "qwen3"]
@@ -53,9 +54,10 @@ class ModelSpec:
         """Elements of K (or V) of one token in one layer."""
         return self.num_kv_heads * self.head_dim
 
-    def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Bytes of K and V of one token over all layers."""
-        return 2 * self.num_layers * self.kv_width * bytes_per_element
+    def kv_bytes_per_token(self, kv_dtype: KvDtype = "bf16") -> int:
+        """Bytes of K and V of one token over all layers. In int8 each head has two scales of two bytes beside them."""
+        bytes_per_head = 4 * self.head_dim if kv_dtype == "bf16" else 2 * self.head_dim + 4
+        return self.num_layers * self.num_kv_heads * bytes_per_head
 
     @property
     def num_layer_parameters(self) -> int:

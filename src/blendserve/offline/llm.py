@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from blendserve.calibration.first_run import expected_work_s
-from blendserve.config import Dtype, EngineConfig
+from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.parameters import shown
@@ -59,11 +59,11 @@ class LLM:
     - `kv_memory_bytes`, `max_model_len`, `num_threads`: 0, the default, decides from the machine and the model.
     - `max_num_seqs`: most requests that run at once (default: 256).
     - `max_num_batched_tokens`: most tokens in one step, which is one forward pass (default: 2048).
-    - `enable_prefix_caching`, `overlap`, `dtype`, `isa`: as in `NativeSettings`.
+    - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`.
     - `seed`: for requests that are sampled and give no seed of their own (default: 0).
 
-    Answers depend on the request, the model, `dtype` and `isa`. A sampled request without a seed of its own also
-    depends on `seed` and on its place in the list. Nothing else changes answers.
+    Answers depend on the request, the model, `dtype`, `kv_dtype` and `isa`. A sampled request without a seed of its
+    own also depends on `seed` and on its place in the list. Nothing else changes answers.
     Calls from several threads take turns. A process that is forked from this one needs an LLM of its own.
     Raises: ConfigError when the model or a limit cannot work.
     """
@@ -81,6 +81,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         overlap: str = "auto",
         dtype: Dtype = "bf16",
+        kv_dtype: KvDtype = "bf16",
         isa: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -95,6 +96,7 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             overlap=overlap,
             dtype=dtype,
+            kv_dtype=kv_dtype,
         )
         self.model = load_model(resolve(model, cache_dir()))
         self.config = resolve_limits(config, self.model.spec)
@@ -103,7 +105,7 @@ class LLM:
         self.notes: tuple[str, ...] = ()
         """Sentences that the user should read, such as why a calibration was not used."""
         self._measured: Calibration | None = None
-        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, overlap=overlap)
+        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, kv_dtype, overlap=overlap)
         self._executor = open_executor(self.model, self.config, isa=isa)
         self._engine = EngineLoop(self._executor, self.config, stop_checker=StopChecker(self.model.tokenizer))
         self._is_closed = False
@@ -194,12 +196,20 @@ class LLM:
         spec, config = self.model.spec, self.config
 
         def expected_s() -> float:
-            cost, tree = built_in_cost(spec, config.num_threads, config.dtype), prefixes()
+            cost, tree = built_in_cost(spec, config.num_threads, config.dtype, config.kv_dtype), prefixes()
             return expected_work_s(cost, table, tree.num_prompt_tokens - tree.num_unique_tokens)
 
         self._measured = calibrate_executor(self._executor, config, expected_s, self._note)
         if self._measured is not None:
-            self._cost = cost_of(spec, config.num_threads, self._note, config.dtype, self._measured, config.overlap)
+            self._cost = cost_of(
+                spec,
+                config.num_threads,
+                self._note,
+                config.dtype,
+                config.kv_dtype,
+                self._measured,
+                config.overlap,
+            )
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from blendserve.config import BLOCK_SIZE, BYTES_PER_WEIGHT, Dtype, EngineConfig
+from blendserve.config import BLOCK_SIZE, BYTES_PER_WEIGHT, Dtype, EngineConfig, KvDtype
 from blendserve.costs.hardware import HardwareSpec, kv_capacity_bytes
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import NANOFLOW, SEQUENTIAL, Interference, StepCost, gpu_step_cost
@@ -64,12 +64,15 @@ def gpu_machine(
     engine: EngineKind = "overlapped",
     tensor_parallel: int = 1,
     has_prefill_attention: bool = False,
+    kv_dtype: KvDtype = "bf16",
 ) -> Machine:
-    """A replica of a model on GPUs. Raises: ConfigError for an unknown engine kind; CapacityError when weights do not
-    fit."""
+    """A replica of a model on GPUs. `kv_dtype`: of keys and values, where `spec` is a model's shape.
+
+    Raises: ConfigError for an unknown engine kind; CapacityError when weights do not fit.
+    """
     if engine not in INTERFERENCE_BY_ENGINE:
         raise ConfigError(f"unknown engine kind {engine!r}; known: {', '.join(INTERFERENCE_BY_ENGINE)}")
-    model = spec if isinstance(spec, ModelCost) else ModelCost.from_spec(spec)
+    model = spec if isinstance(spec, ModelCost) else ModelCost.from_spec(spec, kv_dtype=kv_dtype)
     cost = gpu_step_cost(
         model,
         hardware,
@@ -81,9 +84,9 @@ def gpu_machine(
     return Machine(hardware, model, tensor_parallel, cost, int(capacity / model.kv_bytes_per_token))
 
 
-def is_calibrated(dtype: Dtype = "bf16") -> bool:
-    """Is there a calibration of this machine?"""
-    return calibration_path(cache_dir(), dtype).is_file()
+def is_calibrated(dtype: Dtype = "bf16", kv_dtype: KvDtype = "bf16") -> bool:
+    """Is there a calibration of this machine for weights and KV of these dtypes?"""
+    return calibration_path(cache_dir(), dtype, kv_dtype).is_file()
 
 
 def this_machine(spec: ModelSpec, engine: EngineKind = "overlapped", config: EngineConfig | None = None) -> Machine:
@@ -93,13 +96,13 @@ def this_machine(spec: ModelSpec, engine: EngineKind = "overlapped", config: Eng
     weights or one KV block do not fit.
     """
     config = config or EngineConfig()
-    calibration = load_calibration(cache_dir(), config.dtype)
+    calibration = load_calibration(cache_dir(), config.dtype, config.kv_dtype)
     if config.num_threads not in (0, calibration.num_threads):
         raise ConfigError(
             f"--threads is {config.num_threads}, and the calibration is of {calibration.num_threads}; run `blendserve "
             f"calibrate --threads {config.num_threads} --dtype {config.dtype}`"
         )
-    model = ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[config.dtype])
+    model = ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[config.dtype], kv_dtype=config.kv_dtype)
     if calibration.memory_bytes <= model.weight_bytes:
         raise CapacityError(
             f"{spec.name} has {model.weight_bytes / 1e9:.1f} GB of weights, this machine "

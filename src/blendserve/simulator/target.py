@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blendserve.config import EngineConfig
+from blendserve.config import EngineConfig, KvDtype
 from blendserve.costs.hardware import HARDWARE_BY_NAME, known_hardware
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
@@ -59,6 +59,7 @@ def find_machine(
     engine: EngineKind = "overlapped",
     *,
     tensor_parallel: int = 1,
+    kv_dtype: KvDtype = "bf16",
     config: EngineConfig | None = None,
 ) -> Machine:
     """One replica on the hardware that was asked for; without a word on it, this machine if it is calibrated or
@@ -66,12 +67,14 @@ def find_machine(
 
     Raises: ConfigError when there is no calibration; CapacityError when the weights do not fit.
     """
-    name = hardware or (THIS_MACHINE if config is not None or is_calibrated() else DEFAULT_HARDWARE)
+    name = hardware or (THIS_MACHINE if config is not None or is_calibrated(kv_dtype=kv_dtype) else DEFAULT_HARDWARE)
     if name != THIS_MACHINE:
-        return gpu_machine(known_hardware(name), spec, engine=engine, tensor_parallel=tensor_parallel)
+        return gpu_machine(
+            known_hardware(name), spec, engine=engine, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype
+        )
     if tensor_parallel != 1:
         raise ConfigError(f"--tensor-parallel is {tensor_parallel}; this machine is one device: leave it out")
-    return this_machine(spec, engine, config)
+    return this_machine(spec, engine, config or EngineConfig(kv_dtype=kv_dtype))
 
 
 def _spec_from_config(path: Path) -> ModelSpec:

@@ -53,7 +53,7 @@ def environment() -> None:
 
 
 def arguments(model: Path, **changes: Any) -> dict[str, Any]:
-    kv_bytes = NUM_BLOCKS * 32 * SPEC.kv_bytes_per_token(4)
+    kv_bytes = NUM_BLOCKS * 32 * 2 * SPEC.kv_bytes_per_token()  # float32
     fields = {
         "model": str(model),
         "dtype": "float32",

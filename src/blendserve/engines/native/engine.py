@@ -68,7 +68,12 @@ class NativeEngine:
         self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity
         self._isa = best_isa() if settings.isa == "auto" else settings.isa  # kernels round differently: never mix them
-        self.settings = {"isa": self._isa, "dtype": self._config.dtype, "kernels": KERNEL_REVISION}
+        self.settings = {
+            "isa": self._isa,
+            "dtype": self._config.dtype,
+            "kv_dtype": self._config.kv_dtype,
+            "kernels": KERNEL_REVISION,
+        }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.notes: tuple[str, ...] = ()
         self.times = EngineTimes()
@@ -151,7 +156,7 @@ class NativeEngine:
         def expected_s() -> float:
             part = pending if tree is not None else PendingRequests(pending.store, pending.numbers[: self._window])
             shared = tree or part.prefix_tree()
-            cost = built_in_cost(spec, config.num_threads, config.dtype)
+            cost = built_in_cost(spec, config.num_threads, config.dtype, config.kv_dtype)
             num_shared_tokens = shared.num_prompt_tokens - shared.num_unique_tokens
             return expected_work_s(cost, part.table(), num_shared_tokens) * len(pending) / len(part)
 
@@ -163,12 +168,22 @@ class NativeEngine:
     def _calibration_effort(self) -> str | None:
         config = self._config
         num_threads = resolve_limits(config, self._model.spec).num_threads
-        found = self._measured or matching_calibration(cache_dir(), num_threads, lambda _: None, config.dtype)
+        found = self._measured or matching_calibration(
+            cache_dir(), num_threads, lambda _: None, config.dtype, config.kv_dtype
+        )
         return None if found is None else found.effort
 
     def _cost(self) -> CostModel:
         config = resolve_limits(self._config, self._model.spec)
-        return cost_of(self._model.spec, config.num_threads, self._notify, config.dtype, self._measured, config.overlap)
+        return cost_of(
+            self._model.spec,
+            config.num_threads,
+            self._notify,
+            config.dtype,
+            config.kv_dtype,
+            self._measured,
+            config.overlap,
+        )
 
     def _resources(self, executor: NativeExecutor) -> Resources:
         """Memory so far, and how long the first step was in coming."""
@@ -189,7 +204,9 @@ class NativeEngine:
                 machine=machine_name(),
                 num_threads=executor.num_threads,
                 isa=executor.isa,
-                peaks=self._measured.peaks() if self._measured else peaks_of(executor.num_threads, executor.dtype),
+                peaks=self._measured.peaks()
+                if self._measured
+                else peaks_of(executor.num_threads, executor.dtype, executor.kv_dtype),
                 stats=stats,
                 counters=executor.counters(),
                 trace=self._trace,

@@ -18,16 +18,16 @@ def open_executor(
     model: LoadedModel, config: EngineConfig, *, isa: str = "auto", trace: StepTrace | None = None
 ) -> NativeExecutor:
     """Load the weights. `config` has resolved limits; `trace` notes what steps do."""
-    num_blocks = config.kv_memory_bytes // (model.spec.kv_bytes_per_token() * BLOCK_SIZE)
+    num_blocks = config.kv_memory_bytes // (model.spec.kv_bytes_per_token(config.kv_dtype) * BLOCK_SIZE)
     return NativeExecutor(
         model.spec,
         model.weights,
         config,
         num_blocks=num_blocks,
         isa=isa,
-        peaks=peaks_of(config.num_threads, config.dtype),
+        peaks=peaks_of(config.num_threads, config.dtype, config.kv_dtype),
         trace=trace,
-        overlap_cost=overlap_cost_of(config.num_threads, config.dtype),
+        overlap_cost=overlap_cost_of(config.num_threads, config.dtype, config.kv_dtype),
     )
 
 
