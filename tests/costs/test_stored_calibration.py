@@ -135,7 +135,8 @@ def test_only_the_native_engine_reads_shared_prefixes_once() -> None:
 
 def test_overlapped_steps_read_the_weights_twice_where_that_pays() -> None:
     """auto takes the shorter of both ways, on the overlapped one in every step, off never."""
-    by_mode = {mode: CALIBRATION.step_cost(MODEL, mode) for mode in ("off", "auto", "on")}
+    linear = replace(CALIBRATION, gemm_points=())
+    by_mode = {mode: linear.step_cost(MODEL, mode) for mode in ("off", "auto", "on")}
     floor_s = by_mode["on"].weight_floor_s
     many = 10 * floor_s / by_mode["on"].token_s
     for num_tokens, compute_s, memory_s in (
@@ -151,6 +152,24 @@ def test_overlapped_steps_read_the_weights_twice_where_that_pays() -> None:
         assert found["on"] == pytest.approx(overlapped_s)
         assert found["auto"] == pytest.approx(min(apart_s, overlapped_s))
     assert by_mode["on"].step_s(1, 1.0, 1.0) == 2.0, "one token cannot be split"
+
+
+def test_steps_of_few_tokens_take_as_long_as_they_were_measured() -> None:
+    """Matrix products of 8 tokens at a tenth of the full rate; between points time is linear."""
+    found = replace(CALIBRATION, gemm_points=((1, 2.5e10), (8, 2e10), (64, 2e11), (256, 2e11)), weight_bytes_per_s=1e12)
+    cost = found.step_cost(MODEL)
+
+    def step_s(num_tokens: int) -> float:
+        return cost.compute_s(num_tokens) - cost.constant_s
+
+    flop = 2 * MODEL.num_matmul_parameters
+    assert step_s(1) == pytest.approx(flop / 2.5e10)
+    assert step_s(8) == pytest.approx(8 * flop / 2e10)
+    assert step_s(36) == pytest.approx((step_s(8) + step_s(64)) / 2)
+    for count in (64, 256, 1000):
+        assert step_s(count) == pytest.approx(count * flop / 2e11)
+    faster = replace(found, gemm_points=((64, 4e11), (256, 2e11))).step_cost(MODEL)
+    assert faster.compute_s(64) - faster.constant_s == pytest.approx(64 * flop / 2e11), "bounds hold"
 
 
 def test_a_run_without_overlap_is_planned_without() -> None:

@@ -36,7 +36,7 @@ FULL = Effort(30, (1, 8, 32, 64, 128, 256, 512, 1024), longest_step_s=2.0, phase
 QUICK = Effort(12, (1, 16, 64, 256), longest_step_s=0.25, phase_s=0.8, max_rounds=5, name="quick")
 FIRST_RUN = Effort(
     12,
-    (1, 64, 256),
+    (1, 8, 32, 64, 256),
     longest_step_s=0.1,
     phase_s=0.3,
     max_rounds=5,

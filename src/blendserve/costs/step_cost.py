@@ -75,9 +75,10 @@ _CONSTANT_PER_LOAD = _TABLE_1_LAYER_S * _TABLE_1_BYTES_PER_S / (2 * _TABLE_1_LAY
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Time of one engine step: c = max(weight_floor_s, constant_s + token_s n) + head + prefill attention, m = KV
-    tokens read, then f(c, m). The head, max(head_floor_s, head_s n'), is for the n' tokens that are sampled; zeros
-    leave it out, as Table 1 does.
+    """Time of one engine step: c = max(weight_floor_s, constant_s + token_s n + extra) + head + prefill attention, m =
+    KV tokens read, then f(c, m). `extra_points` are (tokens, seconds) that steps of few tokens take longer because
+    their matrix products are slower: linear between points, nothing beyond the last. The head, max(head_floor_s, head_s
+    n'), is for the n' tokens that are sampled; zeros leave it out, as Table 1 does.
 
     Units: seconds; `token_s` per scheduled token, `pair_s` per pair of a prefill token and a token it attends to,
     `kv_token_s` per token of KV that a decode reads. `shared_kv_share` is the part of it that a decode pays for a token
@@ -96,10 +97,11 @@ class StepCost:
     head_s: float = 0.0
     shared_kv_share: float = 1.0
     nano_batches: NanoBatches = "free"
+    extra_points: tuple[tuple[float, float], ...] = ()
 
     def compute_s(self, num_tokens: float, num_pairs: float = 0.0, num_sampled: float = 0.0) -> float:
         """GEMM time of a step of so many tokens, some of them sampled, plus its prefill attention."""
-        layers_s = max(self.weight_floor_s, self.constant_s + self.token_s * num_tokens)
+        layers_s = max(self.weight_floor_s, self.constant_s + self._products_s(num_tokens))
         head_s = max(self.head_floor_s, self.head_s * num_sampled) if num_sampled else 0.0
         return layers_s + head_s + self.pair_s * num_pairs
 
@@ -127,8 +129,14 @@ class StepCost:
 
     def again_s(self, num_tokens: float) -> float:
         """What two nano-batches take longer because both read the weights; arithmetic hides it in large steps."""
-        matmul_s = self.token_s * num_tokens
-        return 2 * max(matmul_s / 2, self.weight_floor_s) - max(matmul_s, self.weight_floor_s)
+        half_s, whole_s = self._products_s(num_tokens / 2), self._products_s(num_tokens)
+        return max(0.0, 2 * max(half_s, self.weight_floor_s) - max(whole_s, self.weight_floor_s))
+
+    def _products_s(self, num_tokens: float) -> float:
+        if not self.extra_points:
+            return self.token_s * num_tokens
+        counts, seconds = zip(*self.extra_points, strict=True)
+        return self.token_s * num_tokens + float(np.interp(num_tokens, counts, seconds, right=0.0))
 
     def cost_model(self) -> CostModel:
         """The marginal costs of a token, for the planner: what a request adds to a busy step.

@@ -131,6 +131,13 @@ class Calibration:
     def step_cost(self, model: ModelCost, overlap: str = "auto") -> StepCost:
         """Step cost of a model at the measured rates; `overlap` is the engine's mode."""
         interference = Interference(self.compute_delay, self.memory_delay)
+        flop_per_token = 2 * model.num_matmul_parameters
+        last_rate = self.gemm_points[-1][1] if self.gemm_points else 1.0
+        # Never negative: the linear part is what bounds rest on.
+        extra = [
+            (float(count), max(0.0, flop_per_token * count * (1 / rate - 1 / last_rate)))
+            for count, rate in self.gemm_points
+        ]
         bytes_per_weight = model.weight_bytes / model.num_parameters
         return StepCost(
             weight_floor_s=bytes_per_weight * model.num_matmul_parameters / self.weight_bytes_per_s,
@@ -142,6 +149,7 @@ class Calibration:
             head_floor_s=bytes_per_weight * model.num_head_parameters / self.weight_bytes_per_s,
             head_s=2 * model.num_head_parameters / self.gemm_flop_per_s,
             shared_kv_share=_NATIVE_SHARED_KV_SHARE,
+            extra_points=tuple(extra),
             nano_batches="on" if overlap == "on" else "auto",
         )
 

@@ -46,6 +46,7 @@ class Machine:
             self.cost,
             weight_floor_s=self.cost.weight_floor_s * factor,
             constant_s=self.cost.constant_s * factor,
+            extra_points=tuple((count * factor, seconds * factor) for count, seconds in self.cost.extra_points),
         )
         return replace(
             self,
