@@ -16,14 +16,17 @@ LIMITS = ["--kv-memory", "4MiB", "--max-num-seqs", "8", "--max-num-batched-token
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """A hub of one repository, in which every revision is a commit of its name. Returns: the revisions asked for."""
+    """A hub of one repository, in which every revision is a commit of its name, but for the branch "moving", which has
+    another one every time. Returns: the revisions asked for.
+    """
     import huggingface_hub
 
     revisions: list[str | None] = []
 
     def snapshot_download(repository: str, *, revision: str | None, **_: Any) -> str:
         revisions.append(revision)
-        return str(tiny_directory(tmp_path / repository / "snapshots" / (revision or "newest")))
+        commit = f"commit{len(revisions)}" if revision == "moving" else revision or "newest"
+        return str(tiny_directory(tmp_path / repository / "snapshots" / commit))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return revisions
@@ -47,6 +50,16 @@ def test_the_revision_is_in_the_summary_and_in_the_identity(
     assert "belongs to another job" in capsys.readouterr().err
     assert main([*command, "--fresh"]) == 0
     assert "is revision newest." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_branch_that_has_moved_is_another_model(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(source), "-o", str(tmp_path / "out.jsonl"), "--model", "owner/name", *LIMITS]
+    assert main([*command, "--revision", "moving"]) == 0
+    assert main([*command, "--revision", "moving"]) == 1
+    assert "revision commit1, is owner/name@moving" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", [[], ["--model", "owner/name@v2"], ["--model", "SmolLM2-135M-Instruct"]])
