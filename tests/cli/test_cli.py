@@ -188,7 +188,7 @@ def test_a_journal_of_other_kernels_is_refused(
     assert main(run_args(tiny, source, output, "--quiet", "--isa", "portable")) == 0
     monkeypatch.setattr("blendserve.engines.native.engine.best_isa", lambda: "avx2")
     assert main(run_args(tiny, source, output, "--quiet")) == 1
-    assert "isa was portable, is avx2" in capsys.readouterr().err
+    assert "(--isa) was portable, is avx2" in capsys.readouterr().err
 
 
 def test_a_journal_of_another_precision_is_refused(
@@ -201,7 +201,7 @@ def test_a_journal_of_another_precision_is_refused(
     assert main(run_args(tiny, source, output, "--quiet")) == 1
     assert "dtype was int8, is bf16" in capsys.readouterr().err
     assert main(run_args(tiny, source, output, "--quiet", "--dtype", "int8", "--kv-dtype", "int8")) == 1
-    assert "kv_dtype was bf16, is int8" in capsys.readouterr().err
+    assert "--kv-dtype was bf16, is int8" in capsys.readouterr().err
 
 
 def without_history(rows: dict[str, Any]) -> dict[str, Any]:

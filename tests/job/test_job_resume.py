@@ -189,11 +189,11 @@ def test_a_finished_job_whose_files_changed_is_refused_and_one_whose_output_is_g
         ({"settings": {"dtype": "int8"}}, "dtype was None, is int8"),
         (
             {"served": ServedModel(("tiny", "models/tiny"), vocab_size=256, max_model_len=1024)},
-            "max_model_len was 2048",
+            r"--max-model-len\) was 2048",
         ),
         ({"served": ServedModel(("tiny",), vocab_size=256, max_model_len=2048)}, "model names"),
-        ({"limits": ReadLimits(max_line_bytes=5000)}, "max_line_bytes"),
-        ({"limits": ReadLimits(max_line_requests=50)}, "max_line_requests was 2048, is 50"),
+        ({"limits": ReadLimits(max_line_bytes=5000)}, "the limit of bytes in a line"),
+        ({"limits": ReadLimits(max_line_requests=50)}, "--max-line-requests was 2048, is 50"),
     ],
 )
 @pytest.mark.parametrize("is_finished", [True, False])

@@ -66,7 +66,7 @@ def test_another_amount_of_memory_tries_lines_again() -> None:
 def test_another_job_is_refused_unless_it_is_to_begin_anew(recorded: Recorded) -> None:
     decision = decided(recorded, identity=OTHER)
     assert isinstance(decision, Refuse)
-    assert "/d/out.jsonl.journal belongs to another job: dtype was bf16, is int8" in decision.message
+    assert "/d/out.jsonl.journal belongs to another job: --dtype was bf16, is int8" in decision.message
     assert isinstance(decided(recorded, identity=OTHER, is_fresh=True), Start)
     elsewhere = decided(recorded, paths=replace(PATHS, errors=Path("/d/bad.jsonl")))
     assert isinstance(elsewhere, Refuse)

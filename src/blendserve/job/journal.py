@@ -33,6 +33,21 @@ _OWN_NAMES = frozenset(
 )
 
 
+_WORDS = {
+    "accepts_any_name": "a model chosen with --model",
+    "dtype": "--dtype",
+    "image_domains": "--image-domain",
+    "isa": "the instruction set (--isa)",
+    "kernels": "the version of the kernels",
+    "kv_dtype": "--kv-dtype",
+    "max_line_bytes": "the limit of bytes in a line",
+    "max_line_requests": "--max-line-requests",
+    "max_model_len": "the context length (--max-model-len)",
+    "vocab_size": "the size of the vocabulary",
+}
+"""What users call a setting that has another name here."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobIdentity:
     """All that the answers depend on: same identity, same answers. `settings` hold JSON values only."""
@@ -42,10 +57,10 @@ class JobIdentity:
     settings: Mapping[str, Any]
 
     def differences(self, other: JobIdentity) -> list[str]:
-        """What differs, one phrase each: "max_model_len was 2048, is 4096" (`other` being the present one)."""
+        """What differs, one phrase each: "--dtype was bf16, is int8" (`other` being the present one)."""
         mine, theirs = _flat(self), _flat(other)
         return [
-            f"{name} was {mine.get(name)}, is {theirs.get(name)}"
+            f"{_WORDS.get(name, name)} was {mine.get(name)}, is {theirs.get(name)}"
             for name in sorted({*mine, *theirs})
             if mine.get(name) != theirs.get(name)
         ]

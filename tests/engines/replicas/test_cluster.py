@@ -129,7 +129,7 @@ def test_replicas_of_one_machine_share_its_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--replicas", "2"], "pip install 'blendserve[ray]'"),
+        (["--replicas", "2"], "pip install 'ray>=2.50'"),
         (["--ray-address", "auto"], "add --replicas N"),
     ],
 )

@@ -198,7 +198,7 @@ def test_without_vllm_the_error_names_the_command(tmp_path: Path, capsys: pytest
     if vllm_api.installed_version() is not None:
         pytest.skip("vLLM is installed here")
     assert main([*job(tmp_path, chat("a", "hello")), "--model", "somewhere"]) == 1
-    assert "pip install 'blendserve[vllm]'" in capsys.readouterr().err
+    assert "pip install 'vllm>=0.32'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "complaint"), [([], "needs --model"), (["--model", "GGUF"], "is a GGUF file")])

@@ -41,7 +41,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ConfigError("--replicas needs Ray, which is not installed: pip install 'blendserve[ray]'") from None
+        raise ConfigError("--replicas needs Ray, which is not installed: pip install 'ray>=2.50'") from None
     return ray
 
 

@@ -76,7 +76,7 @@ class InstalledVllm:
     def __init__(self) -> None:
         found = installed_version()
         if found is None:
-            raise ConfigError("--engine vllm needs vLLM, which is not installed: pip install 'blendserve[vllm]'")
+            raise ConfigError("--engine vllm needs vLLM, which is not installed: pip install 'vllm>=0.32'")
         self.version = found
 
     def open_engine(self, arguments: Mapping[str, Any], counters: VllmCounters) -> Any:
