@@ -13,10 +13,10 @@ HELP_BY_COMMAND = {
 
 EXIT_CODES = {
     0: "done; of `run`: every line has its row, an answer or an error",
-    1: "an error, which standard error tells; of `check`: a line has an error",
+    1: "an error; its message is on standard error; of `check`: a line has an error",
     2: "the command line is not understood",
     129: "stopped by SIGHUP, as when a terminal closes; the same command goes on",
     130: "stopped by Ctrl-C; the same command goes on",
-    138: "stopped by SIGUSR1, as Slurm sends it before the time is up; the same command goes on",
+    138: "stopped by SIGUSR1, which Slurm sends before the time is up if asked to; the same command goes on",
     143: "stopped by SIGTERM; the same command goes on",
 }

@@ -100,7 +100,7 @@ def add_overlap(group: argparse._ActionsContainer) -> None:
 def add_planned_run(parser: argparse.ArgumentParser) -> None:
     """Options of `run` that change how long it takes, for the plan of a run."""
     group = parser.add_argument_group(
-        "run on this machine", "options of `blendserve run` that change its time; the plan is of a run with the same"
+        "run on this machine", "give `plan` the options that you will give `blendserve run`: they change its time"
     )
     add_limits(group)
     add_overlap(group)
