@@ -19,7 +19,7 @@ def flip_bit(path: Path, source: random.Random) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("num_flips", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_flips", [150, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.thorough])])
 def test_every_resume_from_a_damaged_journal_is_right_or_refused(
     tmp_path: Path, job_input: Path, whole: Path, num_flips: int
 ) -> None:

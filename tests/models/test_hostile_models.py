@@ -19,7 +19,7 @@ from blendserve.models.gguf_file import GgufFile
 from blendserve.models.safetensors import SafetensorsWeights
 from blendserve.models.spec import spec_from_hf_config
 
-NUM_CHANGES = [150, pytest.param(5000, marks=pytest.mark.slow)]
+NUM_CHANGES = [150, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.thorough])]
 SPEC = tiny_spec("llama3-rope")
 
 
