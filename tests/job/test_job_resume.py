@@ -67,6 +67,21 @@ def test_signals_that_end_a_job_as_ctrl_c_does(
     assert comparable(tmp_path / "out.jsonl") == comparable(whole)
 
 
+def test_the_signal_is_known_where_an_engine_raises_an_interrupt_of_its_own(tmp_path: Path, job_input: Path) -> None:
+    """As Ray does."""
+
+    def terminate(count: int) -> None:
+        if count == 5:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt from None
+
+    with pytest.raises(JobInterrupted) as caught:
+        run_fake(job_input, tmp_path / "out.jsonl", FakeEngine(on_answer=terminate))
+    assert caught.value.exit_code == 143
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, job_input: Path) -> None:
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 
 from blendserve.request import SequenceOutput
@@ -26,12 +27,17 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What ends a job in good order: systems that stop it, a terminal that closes, Slurm before the time is up."""
 
 
-class Terminated(KeyboardInterrupt):
-    """One of `END_SIGNALS`, as it travels through the engine."""
+@dataclass(slots=True)
+class Heard:
+    """The signal that ended a job, if it was one of `END_SIGNALS`. What travels through the engine does not tell: Ray
+    raises a KeyboardInterrupt of its own in the place of the one that it meets.
+    """
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.exit_code = 128 + number
+    number: int = signal.SIGINT
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
 
 
 def left_of(outputs: Iterator[SequenceOutput], interrupt: KeyboardInterrupt) -> Iterator[SequenceOutput]:
@@ -46,21 +52,23 @@ def left_of(outputs: Iterator[SequenceOutput], interrupt: KeyboardInterrupt) -> 
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def terminable() -> Iterator[Heard]:
     """Let `END_SIGNALS` end a job as Ctrl-C does, but for those that are ignored, as under nohup. Signals reach only
     the main thread; elsewhere this does nothing.
     """
+    heard = Heard()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield heard
         return
 
     def terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise Terminated(signum)
+        heard.number = signum
+        raise KeyboardInterrupt
 
-    heard = [number for number in END_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, terminate) for number in heard}
+    listened = [number for number in END_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, terminate) for number in listened}
     try:
-        yield
+        yield heard
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

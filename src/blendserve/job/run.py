@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from blendserve.dialect.responses import Codec, error_row
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job.ingest import encode_lines
-from blendserve.job.interrupts import JobInterrupted, Terminated, left_of, terminable
+from blendserve.job.interrupts import Heard, JobInterrupted, left_of, terminable
 from blendserve.job.job import BatchJob, JobProgress, JobReport
 from blendserve.job.journal import Journal, JournalHeader, JournalSeal
 from blendserve.job.pending import PendingRequests
@@ -66,12 +66,12 @@ class _Attempt:
         self._notes: list[str] = []
 
     def run(self, generate: Generate, on_progress: Callable[[JobProgress], None]) -> JobReport:
+        heard = Heard()
         try:
-            with terminable():
+            with terminable() as heard:
                 return self._run(generate, on_progress)
-        except KeyboardInterrupt as interrupt:
-            exit_code = interrupt.exit_code if isinstance(interrupt, Terminated) else 130
-            raise JobInterrupted(self._how_to_go_on(), exit_code) from None
+        except KeyboardInterrupt:
+            raise JobInterrupted(self._how_to_go_on(), heard.exit_code) from None
 
     def _run(self, generate: Generate, on_progress: Callable[[JobProgress], None]) -> JobReport:
         """Decide what an earlier run leaves to do, then do it."""
