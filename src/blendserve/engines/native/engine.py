@@ -23,7 +23,7 @@ from blendserve.engines.settings import NativeSettings
 from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_isa, op_names
 from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
-from blendserve.job.pending import PendingRequests
+from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.detokenize import StopChecker
 from blendserve.models.fingerprint import identity_of
 from blendserve.models.hub import resolve
@@ -115,7 +115,7 @@ class NativeEngine:
 
     def plan(self, pending: PendingRequests) -> Plan:
         """The order of `pending` on this machine."""
-        return make_plan(pending.prefix_tree(), pending.table(), self._cost())
+        return plan_pending(pending, pending.table(), self._cost())
 
     def status(self) -> EngineStatus | None:
         """What the loop does now."""
