@@ -106,6 +106,7 @@ class _Drive:
         self._loras = {name: self._api.lora_request(name, number, path) for number, (name, path) in numbered}
         self._stats = engine.stats = RunStats(limits.capacity_tokens)
         self._num_preemptions_before = engine.counters.num_preemptions  # an engine may serve several runs
+        self._num_hits_seen = engine.counters.num_hit_tokens
         self._inside: set[int] = set()
         self._again: deque[int] = deque()
         self._suspects: deque[int] = deque()
@@ -245,7 +246,9 @@ class _Drive:
 
     def _record(self, elapsed_s: float) -> None:
         counters, cost = self._engine.counters, self._plan.cost
-        load = self._inflight.advance() if self._queue is None and not self._suspects else StepLoad(0, 0, 0.0, 0.0, 0)
+        num_hits, self._num_hits_seen = counters.num_hit_tokens - self._num_hits_seen, counters.num_hit_tokens
+        is_followed = self._queue is None and not self._suspects
+        load = self._inflight.advance(num_hits) if is_followed else StepLoad(0, 0, 0.0, 0.0, 0)
         if self._engine.totals is not None and load.num_prefill_tokens + load.num_decode_tokens:
             self._engine.totals.add(load)
         num_preemptions = counters.num_preemptions - self._num_preemptions_before

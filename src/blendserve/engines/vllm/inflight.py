@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blendserve.engines.estimates import planned_cached_tokens
 from blendserve.engines.vllm.api import VllmLimits
@@ -53,7 +54,8 @@ class VllmInflight:
         shape = max_inflight
         self._index = np.zeros(shape, np.int64)
         self._prompt = np.zeros(shape, np.int64)
-        self._start = np.zeros(shape, np.int64)
+        self._cached = np.zeros(shape, np.int64)
+        self._has_run = np.zeros(shape, np.bool_)
         self._computed = np.zeros(shape, np.int64)
         self._output = np.zeros(shape, np.int64)
 
@@ -84,6 +86,10 @@ class VllmInflight:
         return self._output[: self.num_running]
 
     @property
+    def _has_run_now(self) -> NDArray[np.bool_]:
+        return self._has_run[: self.num_running]
+
+    @property
     def num_waiting(self) -> int:
         return self._policy.num_waiting
 
@@ -112,11 +118,12 @@ class VllmInflight:
         for index in indices:
             self._add(index)
 
-    def advance(self) -> StepLoad:
-        """A step has run: move everyone on."""
+    def advance(self, num_hit_tokens: int) -> StepLoad:
+        """A step has run, in which vLLM found so many prompt tokens in its prefix cache: move everyone on."""
         self._step += 1
+        self._begin_prompts(num_hit_tokens)
         computed, output = self.num_computed_tokens, self.num_output_tokens
-        left = self.num_prompt_tokens + output - computed
+        left = np.where(self._has_run_now, self.num_prompt_tokens + output - computed, 0)
         is_decoding = (output > 0) & (left == 1)
         num_decodes = int(np.count_nonzero(is_decoding))
         to_prefill = np.where(is_decoding, 0, left)
@@ -136,18 +143,40 @@ class VllmInflight:
         self.num_computed_tokens[:] = np.minimum(computed, self.num_prompt_tokens + output - 1)
         return load
 
+    def _begin_prompts(self, num_hit_tokens: int) -> None:
+        """Whom the rest of the step's tokens reaches, each from behind what was found of its prefix. vLLM tells the sum
+        of that alone, so those with a planned prefix are taken to have it, and what is left over goes to the first.
+        """
+        left = (self.num_prompt_tokens + self.num_output_tokens - self.num_computed_tokens)[self._has_run_now]
+        budget = self._limits.max_num_batched_tokens - int(left.sum())
+        hits = num_hit_tokens
+        begun = []
+        for row in np.flatnonzero(~self._has_run_now):
+            if budget <= 0:
+                break
+            self._computed[row] = min(int(self._cached[row]), hits)
+            hits -= int(self._computed[row])
+            budget -= int(self._prompt[row] + self._output[row] - self._computed[row])
+            begun.append(row)
+        for row in begun:
+            more = min(hits, int((self._prompt[row] - 1) // self._block_size * self._block_size - self._computed[row]))
+            self._computed[row] += more
+            hits -= more
+        self._has_run[begun] = True
+
     def preempt(self, count: int) -> None:
         """vLLM has taken the memory of so many requests, as it does from the youngest: they compute it all again."""
-        (has_run,) = np.nonzero(self.num_computed_tokens > self._start[: self.num_running])
+        (has_run,) = np.nonzero(self._has_run_now)
         rows = has_run[len(has_run) - min(count, len(has_run)) :]
-        self._computed[rows] = self._start[rows] = 0
+        self._computed[rows] = self._cached[rows] = 0
+        self._has_run[rows] = False
 
     def finish(self, index: int, num_output_tokens: int) -> None:
         """A request has ended; 0 tokens where it was refused."""
         (rows,) = np.nonzero(self.request_index == index)
         row = int(rows[0])
         last = self.num_running - 1
-        for column in (self._index, self._prompt, self._start, self._computed, self._output):
+        for column in (self._index, self._prompt, self._cached, self._has_run, self._computed, self._output):
             column[row:last] = column[row + 1 : last + 1]
         self.num_running = last
         self._policy.finished(index, num_output_tokens)
@@ -157,7 +186,8 @@ class VllmInflight:
         """Every request inside is to be computed again, in this order: the engine that had them is gone."""
         self._used_tokens = 0
         self._computed[: self.num_running] = 0
-        self._start[: self.num_running] = 0
+        self._cached[: self.num_running] = 0
+        self._has_run[: self.num_running] = False
         self._output[: self.num_running] = 0
         return [int(index) for index in self.request_index]
 
@@ -173,8 +203,7 @@ class VllmInflight:
         be shared may not be there yet.
         """
         total, computed = self.num_prompt_tokens + self.num_output_tokens, self.num_computed_tokens
-        has_run = computed > self._start[: self.num_running]
-        return int(np.where(has_run, np.maximum(total - computed - 1, 0), total).sum())
+        return int(np.where(self._has_run_now, np.maximum(total - computed - 1, 0), total).sum())
 
     def _look_ahead(self) -> float:
         """Forecast from scratch, as if nothing were shared; returns the limit for that. What sharing spares now is
@@ -185,8 +214,8 @@ class VllmInflight:
             self._refresher.refresh(self.view())
         own = self.num_prompt_tokens + outputs
         self._forecast.rebuild(self._step, self._at_most(own), self._lengths.quantiles(running, outputs))
-        in_blocks = int((-(-own // self._block_size) * self._block_size).sum())
-        return self.capacity_tokens + max(0, in_blocks - self._used_tokens - self._num_pending_tokens())
+        spared = int(self.num_computed_tokens[self._has_run_now].sum()) - self._used_tokens
+        return self.capacity_tokens + max(0, spared)
 
     def _at_most(self, num_tokens: Any) -> Any:
         """What tokens may take of the memory: the last block of a request may hold one. Requests that start together
@@ -202,7 +231,8 @@ class VllmInflight:
         row = self.num_running
         prompt = int(self._table.num_prompt_tokens[index])
         self._index[row], self._prompt[row] = index, prompt
-        self._start[row] = self._computed[row] = min(int(self._planned_cached[index]), prompt - 1)
+        self._cached[row] = self._computed[row] = min(int(self._planned_cached[index]), prompt - 1)
+        self._has_run[row] = False
         self._output[row] = 0
         self.num_running += 1
         self._forecast.add(self._step, self._at_most(prompt), self._lengths.outset(index))
