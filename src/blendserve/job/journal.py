@@ -1,8 +1,9 @@
 """The directory `OUT.jsonl.journal/`: what a job has done so far, bound to what it was asked to do.
 
 `header.json` is written when ingestion has ended (before that nothing here counts), `records` grows while requests
-run, `complete.json` takes the place of all the rest when the output files stand (and joins it where more memory could
-answer more). A lock keeps a second process out.
+run, `complete.json` takes the place of all the rest when the output files stand (and joins it where another try could
+answer more). `lines` then tells which lines the answers are of. A changed input is read into `records.1` and
+`prompts.1`, and so on: they count once the header names them. A lock keeps a second process out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
@@ -25,16 +27,12 @@ from blendserve.job.disk import open_own, replace_durably, sync_directory, writi
 from blendserve.job.record_log import RecordLog
 from blendserve.job.store import StoredFile
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
-
-_OWN_NAMES = frozenset(
-    (_LOCK, _PROMPTS, *(name + end for name in (_HEADER, _RECORDS, _SEAL) for end in ("", ".partial")))
-)
-
+_LINES = "lines"
+_OWN_NAME = re.compile(r"lock|(header\.json|complete\.json|lines|records(\.\d+)?)(\.partial)?|prompts(\.\d+)?")
 
 _WORDS = {
-    "accepts_any_name": "a model chosen with --model",
     "dtype": "--dtype",
     "image_domains": "--image-domain",
     "isa": "the instruction set (--isa)",
@@ -72,7 +70,7 @@ class JournalHeader:
 
     Two may change: `capacity`, the memory setting under which the journal's rows for want of memory came about, and
     `own_sizes`, by which the job knows its files: noted before they appear. `errors_name` is its error file,
-    `store_files` what ingestion left in the store.
+    `store_files` what ingestion left in the store. `generation` counts how often the input was changed and read anew.
     """
 
     identity: JobIdentity
@@ -84,6 +82,7 @@ class JournalHeader:
     capacity: int
     errors_name: str
     own_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    generation: int = 0
 
     def owning(self, sizes: Mapping[str, int]) -> JournalHeader:
         """The same job, which knows files of these sizes for its own too."""
@@ -95,7 +94,8 @@ class JournalHeader:
 class JournalSeal:
     """A finished job: which files it wrote, how large they were, and the report to repeat.
 
-    `num_retriable` counts the error rows that came of `capacity`, the memory setting.
+    `num_for_memory` counts the error rows that came of `capacity`, the memory setting, `num_passing` those of other
+    reasons that may pass. Where there are any, header, records and prompts stay beside the seal.
     """
 
     identity: JobIdentity
@@ -103,8 +103,14 @@ class JournalSeal:
     file_sizes: Mapping[str, int]
     report: Mapping[str, Any]
     capacity: int
-    num_retriable: int
+    num_for_memory: int
+    num_passing: int
     errors_name: str
+    generation: int = 0
+
+    @property
+    def num_retriable(self) -> int:
+        return self.num_for_memory + self.num_passing
 
 
 class Journal:
@@ -125,10 +131,9 @@ class Journal:
             sync_directory(directory.parent)
         self._take_lock()
 
-    @property
-    def store_directory(self) -> Path:
+    def store_directory(self, generation: int = 0) -> Path:
         """Where the tokens of the job's prompts are kept."""
-        return self.directory / _PROMPTS
+        return self.directory / _of_generation(_PROMPTS, generation)
 
     def header(self) -> JournalHeader | None:
         """The header of a job whose ingestion has ended, else None."""
@@ -142,15 +147,41 @@ class Journal:
         replace_durably(self.directory / _HEADER, _to_json(header))
 
     def seal(self) -> JournalSeal | None:
-        """What a finished job left, else None."""
+        """What a finished job left, else None. A header of a later generation has put an end to it."""
         values = self._read_json(_SEAL)
-        return None if values is None else JournalSeal(**values)
+        if values is None:
+            return None
+        seal, header = JournalSeal(**values), self.header()
+        return None if header is not None and header.generation > seal.generation else seal
 
-    def write_seal(self, seal: JournalSeal) -> None:
+    def write_seal(self, seal: JournalSeal, lines: bytes) -> None:
         """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
-        hold all that counts."""
+        hold all that counts. `lines` are those of `TokenStore.line_hashes`."""
+        replace_durably(self.directory / _LINES, lines)
         replace_durably(self.directory / _SEAL, _to_json(seal))
-        self._discard(keep={_LOCK, _SEAL, *((_HEADER, _RECORDS, _PROMPTS) if seal.num_retriable else ())})
+        kept = (_HEADER, *self._names_of(seal.generation)) if seal.num_retriable else ()
+        self._discard(keep={_LOCK, _SEAL, _LINES, *kept})
+
+    def line_hashes(self) -> bytes:
+        """What `write_seal` was given. Raises: ConfigError where it is gone."""
+        try:
+            return (self.directory / _LINES).read_bytes()
+        except OSError:
+            raise ConfigError(f"{self.directory / _LINES} is damaged; discard the journal with --fresh") from None
+
+    def renew(self, header: JournalHeader) -> None:
+        """Put a job of a changed input, which has been read beside the old one, in its place. From the header on it
+        counts."""
+        self.write_header(header)
+        with writing_to(self.directory):
+            (self.directory / _SEAL).unlink(missing_ok=True)
+            sync_directory(self.directory)
+        self._discard(keep={_LOCK, _HEADER, *self._names_of(header.generation)})
+
+    def clear(self, generation: int) -> None:
+        """Remove what an attempt to read a changed input has left behind."""
+        names = set(self._names_of(generation))
+        self._discard(keep={entry.name for entry in self.directory.iterdir()} - names)
 
     def unseal(self) -> None:
         """Go on with a job that was finished: what it kept beside the seal counts again."""
@@ -166,8 +197,8 @@ class Journal:
             sync_directory(self.directory)
         self._discard(keep={_LOCK})
 
-    def open_records(self) -> RecordLog:
-        return RecordLog(self.directory / _RECORDS)
+    def open_records(self, generation: int = 0) -> RecordLog:
+        return RecordLog(self.directory / _of_generation(_RECORDS, generation))
 
     def close(self) -> None:
         """Release the lock."""
@@ -197,12 +228,16 @@ class Journal:
 
     def _discard(self, keep: set[str]) -> None:
         with writing_to(self.directory):
-            for name in _OWN_NAMES - keep:
-                entry = self.directory / name
+            for entry in [entry for entry in self.directory.iterdir() if _OWN_NAME.fullmatch(entry.name)]:
+                if entry.name in keep:
+                    continue
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
                     entry.unlink(missing_ok=True)
+
+    def _names_of(self, generation: int) -> tuple[str, str]:
+        return _of_generation(_RECORDS, generation), _of_generation(_PROMPTS, generation)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         """The fields of a header or a seal; None where there is no such file."""
@@ -220,8 +255,9 @@ class Journal:
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
         raise ConfigError(
-            f"{path} has format {version}, this version of blendserve reads {FORMAT_VERSION}; finish the job with "
-            "the version that began it, or discard the journal with --fresh"
+            f"{path} was written by another version of blendserve (journal format {version}; this one reads "
+            f"{FORMAT_VERSION}): finish the job with that version, write to another file (-o), or begin anew with "
+            "--fresh, which discards its answers"
         )
 
 
@@ -231,10 +267,21 @@ def why_another_job(recorded: JobIdentity, present: JobIdentity, directory: Path
     differences = recorded.differences(present)
     if not differences:
         return None
+    if is_changed_input(recorded, present):
+        return (
+            f"{directory} belongs to a job whose input was another one, or was changed since: add --reuse to keep the "
+            "answers of lines that did not change and to run the others, write to another file (-o), or discard that "
+            "job with --fresh"
+        )
     return (
         f"{directory} belongs to another job: {'; '.join(differences)}. Run the command that began it, write to "
         "another file (-o), or discard that job with --fresh"
     )
+
+
+def is_changed_input(recorded: JobIdentity, present: JobIdentity) -> bool:
+    """Is the input all that differs?"""
+    return recorded != present and replace(recorded, input_sha256=present.input_sha256) == present
 
 
 def _check_own(directory: Path) -> None:
@@ -275,6 +322,10 @@ def _check_ours(directory: Path) -> None:
             f"{directory} is where the journal belongs, and holds other files; move them away, or write to another "
             "file (-o)"
         )
+
+
+def _of_generation(name: str, generation: int) -> str:
+    return f"{name}.{generation}" if generation else name
 
 
 def _flat(identity: JobIdentity) -> dict[str, Any]:

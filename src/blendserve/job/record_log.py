@@ -12,7 +12,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -27,13 +27,15 @@ _SCAN_BYTES = 1 << 20
 class RecordKind(IntEnum):
     """What a body is: a finished row of one of the two files, or one choice of a line whose other choices still run.
 
-    A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back.
+    A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back. A PASSING_ROW
+    is one of any other reason that may pass, such as a server that was overloaded.
     """
 
     OUTPUT_ROW = 1
     ERROR_ROW = 2
     CHOICE = 3
     CAPACITY_ROW = 4
+    PASSING_ROW = 5
 
 
 class Record(NamedTuple):
@@ -83,20 +85,21 @@ class RecordLog:
                 os.fsync(self._descriptor)
         return num_cut
 
-    def drop(self, kind: RecordKind) -> int:
-        """Take all records of a kind out, as a whole or not at all: the others move up. Returns: how many they were.
+    def drop(self, kinds: Collection[RecordKind]) -> int:
+        """Take all records of some kinds out, as a whole or not at all: the others move up. Returns: how many they
+        were.
 
         For a log that nobody has read from yet: what `append` returned before holds no longer.
         """
         end = os.fstat(self._descriptor).st_size
-        num_dropped = sum(record.kind == kind for record in self.records(end))
+        num_dropped = sum(record.kind in kinds for record in self.records(end))
         if not num_dropped:
             return 0
         partial = self._path.with_name(self._path.name + ".partial")
         with writing_to(self._path):
             with open(create_new(partial), "wb", _SCAN_BYTES) as file:
                 for record in self.records(end):
-                    if record.kind != kind:
+                    if record.kind not in kinds:
                         file.write(_frame(record.kind, record.line_number, record.choice, record.body))
                 file.flush()
                 os.fsync(file.fileno())
@@ -143,6 +146,10 @@ class RecordLog:
                     return
                 yield _unpack(offset, payload)
                 offset += _FRAME.size + length
+
+    def whole_records(self) -> Iterator[Record]:
+        """Read all whole records of a log that was not recovered."""
+        return self.records(os.fstat(self._descriptor).st_size)
 
     def read(self, offset: int) -> Record:
         """Read back the record that `append` wrote at `offset`."""

@@ -21,7 +21,7 @@ from blendserve.job.disk import create_new, sync_directory, writing_to
 from blendserve.job.record_log import RecordKind, RecordLog
 
 _OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
-_ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
+_ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW, RecordKind.PASSING_ROW))
 
 OwnSizes = Mapping[str, Sequence[int]]
 """Sizes that files of a job have or may have had, by `JobPaths.name_of`: a file of another size is not its own."""
@@ -115,6 +115,34 @@ def why_other_errors(paths: JobPaths, recorded: str | None) -> str | None:
         f"{paths.errors}; run it with --errors {paths.path_of(recorded)}, write to another file (-o), or discard "
         "that job with --fresh"
     )
+
+
+def check_jobs_apart(all_paths: Sequence[JobPaths]) -> None:
+    """Raises: ConfigError when a file that one job writes is read or written by another one."""
+    if len(all_paths) < 2:
+        return
+    uses: dict[object, str] = {}
+    for paths in all_paths:
+        uses |= dict.fromkeys(_marks_of(paths.input), "is an input too")
+    for paths in all_paths:
+        for path, what in ((paths.output, "answers"), (paths.errors, "error rows")):
+            marks = _marks_of(path)
+            for mark in marks:
+                if mark in uses:
+                    raise ConfigError(
+                        f"{path}, where the {what} to {paths.input} go, {uses[mark]}; give every input an output of "
+                        "its own"
+                    )
+            uses |= dict.fromkeys(marks, f"would hold the {what} to {paths.input} too")
+
+
+def _marks_of(path: Path) -> set[object]:
+    """By what a file is known under every name: its place, with and without links, and its number on the disk."""
+    marks: set[object] = {str(_place_of(path)), os.path.realpath(path)}
+    if path.exists():
+        found = path.stat()
+        marks.add((found.st_dev, found.st_ino))
+    return marks
 
 
 def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:
