@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.job.job import JobProgress, JobReport
     from blendserve.job.reader import ReadLimits
-    from blendserve.offline.batch import run_batch
+    from blendserve.offline.batch import run_batch, run_batches
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
     from blendserve.request import SamplingParams
@@ -28,6 +28,7 @@ __all__ = [
     "SamplingParams",
     "VllmSettings",
     "run_batch",
+    "run_batches",
 ]
 
 _NAMES_BY_MODULE = {
@@ -35,7 +36,7 @@ _NAMES_BY_MODULE = {
     "blendserve.job.interrupts": ("JobInterrupted",),
     "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.job.reader": ("ReadLimits",),
-    "blendserve.offline.batch": ("run_batch",),
+    "blendserve.offline.batch": ("run_batch", "run_batches"),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams",),

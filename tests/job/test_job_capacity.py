@@ -79,7 +79,11 @@ def test_a_larger_memory_answers_what_was_refused_and_nothing_else(tmp_path: Pat
     assert 0 < len(larger.tried) < len(first.tried) / 2
     assert comparable(output) == comparable(whole)
     assert comparable(errors_of(output)) == comparable(errors_of(whole))
-    assert sorted(path.name for path in (tmp_path / "out.jsonl.journal").iterdir()) == ["complete.json", "lines", "lock"]
+    assert sorted(path.name for path in (tmp_path / "out.jsonl.journal").iterdir()) == [
+        "complete.json",
+        "lines",
+        "lock",
+    ]
     assert run(source, output, SMALL).tried == [], "what is answered stays answered"
 
 

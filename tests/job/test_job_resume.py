@@ -178,7 +178,11 @@ def test_a_finished_job_is_not_run_again(tmp_path: Path, job_input: Path) -> Non
         first.notes,
     )
     assert output.read_bytes() == content
-    assert sorted(path.name for path in (tmp_path / "out.jsonl.journal").iterdir()) == ["complete.json", "lines", "lock"]
+    assert sorted(path.name for path in (tmp_path / "out.jsonl.journal").iterdir()) == [
+        "complete.json",
+        "lines",
+        "lock",
+    ]
     run_fake(job_input, output, engine, is_fresh=True)
     assert engine.num_answers > 0
 

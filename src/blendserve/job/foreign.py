@@ -26,12 +26,16 @@ class Format(NamedTuple):
     remedy: str
 
 
-def _jq(program: str) -> str:
-    return f"convert it: jq -c '{program}' IN > batch.jsonl"
+def _jq(program: str, option: str = "-c") -> str:
+    return f"convert it: jq {option} '{program}' IN > batch.jsonl"
 
 
-_CHAT_FRAME = '{custom_id: (input_line_number|tostring), method: "POST", url: "/v1/chat/completions", body: .}'
-_TEXT_FRAME = '{custom_id: (input_line_number|tostring), method: "POST", url: "/v1/completions", body: .}'
+def _framed(url: str) -> str:
+    """Puts every body into a frame with its number as custom_id."""
+    frame = f'{{custom_id: tostring, method: "POST", url: "{url}", body: $body}}'
+    return _jq(f"foreach inputs as $body (0; . + 1; {frame})", "-nc")
+
+
 _AS_FRAME = f"write each line as {FRAME}"
 
 ANTHROPIC = Format("is in Anthropic's format for message batches (custom_id and params)", _AS_FRAME)
@@ -43,8 +47,8 @@ MISTRAL = Format(
 )
 FLAT = Format("has its parameters beside custom_id, and no body", f"move them into the body: {FRAME}")
 OUTPUT_ROWS = Format("holds a batch's answers, not its questions", "give the file that was answered")
-PROMPTS = Format("holds bare prompts", _jq(_TEXT_FRAME))
-CHATS = Format("holds bare chats (messages)", _jq(_CHAT_FRAME))
+PROMPTS = Format("holds bare prompts", _framed("/v1/completions"))
+CHATS = Format("holds bare chats (messages)", _framed("/v1/chat/completions"))
 INSTRUCTIONS = Format("holds training data (instruction, input, output)", _AS_FRAME)
 TEXTS = Format("holds bare texts (text)", _AS_FRAME)
 

@@ -192,7 +192,7 @@ def _wide_encoding(head: bytes) -> str | None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     sample = head[: len(head) // 4 * 4]
-    zeros = [sample[at::4].count(0) * 4 >= len(sample) * 3 for at in range(4)]  # most of each column of four bytes
+    zeros = [sample[at::4].count(0) * 16 >= len(sample) * 3 for at in range(4)]  # most of each column of four bytes
     patterns = {
         (False, True, False, True): "utf-16le",
         (True, False, True, False): "utf-16be",

@@ -137,22 +137,14 @@ class Journal:
 
     def header(self) -> JournalHeader | None:
         """The header of a job whose ingestion has ended, else None."""
-        values = self._read_json(_HEADER)
-        if values is None:
-            return None
-        files = {name: StoredFile(*of_file) for name, of_file in values["store_files"].items()}
-        return JournalHeader(**{**values, "store_files": files})
+        return read_header(self.directory)
 
     def write_header(self, header: JournalHeader) -> None:
         replace_durably(self.directory / _HEADER, _to_json(header))
 
     def seal(self) -> JournalSeal | None:
         """What a finished job left, else None. A header of a later generation has put an end to it."""
-        values = self._read_json(_SEAL)
-        if values is None:
-            return None
-        seal, header = JournalSeal(**values), self.header()
-        return None if header is not None and header.generation > seal.generation else seal
+        return read_seal(self.directory)
 
     def write_seal(self, seal: JournalSeal, lines: bytes) -> None:
         """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
@@ -198,7 +190,7 @@ class Journal:
         self._discard(keep={_LOCK})
 
     def open_records(self, generation: int = 0) -> RecordLog:
-        return RecordLog(self.directory / _of_generation(_RECORDS, generation))
+        return RecordLog(records_path(self.directory, generation))
 
     def close(self) -> None:
         """Release the lock."""
@@ -239,26 +231,50 @@ class Journal:
     def _names_of(self, generation: int) -> tuple[str, str]:
         return _of_generation(_RECORDS, generation), _of_generation(_PROMPTS, generation)
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        """The fields of a header or a seal; None where there is no such file."""
-        path = self.directory / name
-        try:
-            values: dict[str, Any] = json.loads(path.read_bytes())
-            version = values["format"]
-            if version == FORMAT_VERSION:
-                if values.pop("sha256") != _sha256(values):
-                    raise ValueError("the hash is that of other fields")
-                del values["format"]
-                return {**values, "identity": JobIdentity(**values["identity"])}
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
-        raise ConfigError(
-            f"{path} was written by another version of blendserve (journal format {version}; this one reads "
-            f"{FORMAT_VERSION}): finish the job with that version, write to another file (-o), or begin anew with "
-            "--fresh, which discards its answers"
-        )
+
+def read_header(directory: Path) -> JournalHeader | None:
+    """The header of a journal that another process may hold. Raises: ConfigError when it cannot be understood."""
+    values = _read_json(directory, _HEADER)
+    if values is None:
+        return None
+    files = {name: StoredFile(*of_file) for name, of_file in values["store_files"].items()}
+    return JournalHeader(**{**values, "store_files": files})
+
+
+def read_seal(directory: Path) -> JournalSeal | None:
+    """The seal of a journal that another process may hold. Raises: as `read_header`."""
+    values = _read_json(directory, _SEAL)
+    if values is None:
+        return None
+    seal, header = JournalSeal(**values), read_header(directory)
+    return None if header is not None and header.generation > seal.generation else seal
+
+
+def records_path(directory: Path, generation: int) -> Path:
+    """Where the records of a journal are."""
+    return directory / _of_generation(_RECORDS, generation)
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
+    """The fields of a header or a seal; None where there is no such file."""
+    path = directory / name
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        version = values["format"]
+        if version == FORMAT_VERSION:
+            if values.pop("sha256") != _sha256(values):
+                raise ValueError("the hash is that of other fields")
+            del values["format"]
+            return {**values, "identity": JobIdentity(**values["identity"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
+    raise ConfigError(
+        f"{path} was written by another version of blendserve (journal format {version}; this one reads "
+        f"{FORMAT_VERSION}): finish the job with that version, write to another file (-o), or begin anew with "
+        "--fresh, which discards its answers"
+    )
 
 
 def why_another_job(recorded: JobIdentity, present: JobIdentity, directory: Path) -> str | None:

@@ -134,18 +134,7 @@ class RecordLog:
 
     def records(self, num_bytes: int | None = None) -> Iterator[Record]:
         """Read the whole records of the first `num_bytes` (default: all), stopping before the first damaged one."""
-        end = self.num_bytes if num_bytes is None else num_bytes
-        with open(open_own(self._path), "rb", buffering=_SCAN_BYTES) as file:
-            offset = 0
-            while offset + _FRAME.size + _META.size <= end:
-                length, checksum = _FRAME.unpack(file.read(_FRAME.size))
-                if length < _META.size or offset + _FRAME.size + length > end:
-                    return
-                payload = file.read(length)
-                if zlib.crc32(payload) != checksum:
-                    return
-                yield _unpack(offset, payload)
-                offset += _FRAME.size + length
+        return read_records(self._path, self.num_bytes if num_bytes is None else num_bytes)
 
     def whole_records(self) -> Iterator[Record]:
         """Read all whole records of a log that was not recovered."""
@@ -159,6 +148,24 @@ class RecordLog:
     def close(self) -> None:
         """Close without syncing."""
         os.close(self._descriptor)
+
+
+def read_records(path: Path, num_bytes: int | None = None) -> Iterator[Record]:
+    """The whole records of the first `num_bytes` of a log (default: those that are there now), stopping before the
+    first damaged one. Another process may write to it meanwhile. Raises: OSError.
+    """
+    with open(open_own(path), "rb", buffering=_SCAN_BYTES) as file:
+        end = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
+        offset = 0
+        while offset + _FRAME.size + _META.size <= end:
+            length, checksum = _FRAME.unpack(file.read(_FRAME.size))
+            if length < _META.size or offset + _FRAME.size + length > end:
+                return
+            payload = file.read(length)
+            if zlib.crc32(payload) != checksum:
+                return
+            yield _unpack(offset, payload)
+            offset += _FRAME.size + length
 
 
 def _frame(kind: RecordKind, line_number: int, choice: int, body: bytes) -> bytes:

@@ -69,7 +69,7 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
     Raises: ConfigError when one of them is another one in disguise (links included), or cannot be written.
     """
     output = _place_of(output_path)
-    errors = _place_of(errors_path) if errors_path else output.with_name(_errors_name(output.name))
+    errors = _place_of(errors_path) if errors_path else errors_path_of(output)
     journal = output.with_name(output.name + ".journal")
     paths = JobPaths(input_path, output, errors, journal)
     partials = paths.partial_of(output), paths.partial_of(errors)
@@ -231,8 +231,9 @@ def _place_of(path: Path) -> Path:
     return Path(directory, path.name)
 
 
-def _errors_name(output_name: str) -> str:
-    return output_name.removesuffix(".jsonl") + ".errors.jsonl"
+def errors_path_of(output: Path) -> Path:
+    """Where error rows go that nobody gave a place: OUT.errors.jsonl beside OUT.jsonl."""
+    return output.with_name(output.name.removesuffix(".jsonl") + ".errors.jsonl")
 
 
 def _is_same_file(path: Path, other: Path) -> bool:
