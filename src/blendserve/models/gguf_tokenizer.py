@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from blendserve.errors import ConfigError
 from blendserve.models.ends import END_NAMES, ends_by_name, united
 from blendserve.models.gguf_file import GgufFile
+from blendserve.models.package_errors import told_as
 from blendserve.models.spec import brief
 from blendserve.models.tokenizer import Tokenizer
 
@@ -58,14 +59,10 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     is_byte_level = kind == "gpt2"
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     adds_bos = not is_byte_level or pre in _ADDS_BOS
-    try:
+    with told_as(f"{file.path} has a damaged vocabulary"):
         backend = _byte_level(file, pre, vocabulary) if is_byte_level else _sentencepiece(metadata, vocabulary)
         _add_tokens(backend, vocabulary, metadata.get("tokenizer.ggml.token_type") or ())
         _add_post_processor(backend, metadata, vocabulary, is_byte_level, adds_bos=adds_bos)
-    except ConfigError:
-        raise
-    except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"{file.path} has a damaged vocabulary ({brief(error)}); download it again") from error
     end_keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     named = [metadata[f"tokenizer.ggml.{key}"] for key in end_keys if f"tokenizer.ggml.{key}" in metadata]
     ends = united(named, ends_by_name(vocabulary))

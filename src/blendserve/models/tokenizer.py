@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blendserve.errors import ConfigError, RequestError
+from blendserve.models.package_errors import MEANT, reason_of, told_as
 from blendserve.request import TokenIds
 
 if TYPE_CHECKING:
@@ -87,11 +88,11 @@ class Tokenizer:
             return []
         try:
             return [self._known(token_ids) for token_ids in self.encode_batch(texts, add_special_tokens)]
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        except MEANT:
             raise
         except BaseException as error:  # noqa: BLE001  # the package panics with what is no Exception
             if len(texts) == 1:
-                reason = " ".join(str(error).split())[:100]
+                reason = reason_of(error)
                 return [RequestError(f"the tokenizer cannot encode this text: {reason}", code="invalid_value")]
         middle = len(texts) // 2
         halves = (texts[:middle], texts[middle:])
@@ -115,7 +116,8 @@ class Tokenizer:
     def decode(self, ids: TokenIds | Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 (a character cut in half, say) come out as U+FFFD."""
         listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        return str(self.backend.decode(listed, skip_special_tokens=skip_special_tokens))
+        with told_as("the model's tokenizer cannot turn its tokens into text"):
+            return str(self.backend.decode(listed, skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to the text: not always whole characters, none for ids past the vocabulary."""

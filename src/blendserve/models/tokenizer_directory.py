@@ -15,6 +15,7 @@ import tokenizers
 
 from blendserve.errors import ConfigError
 from blendserve.models.ends import united
+from blendserve.models.package_errors import told_as
 from blendserve.models.spec import brief, token_ids
 from blendserve.models.tokenizer import Tokenizer, read_json
 
@@ -33,10 +34,8 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     config = read_json(directory / "tokenizer_config.json")
     added = _added_tokens(directory, config)
     special_tokens = _special_tokens(config)
-    try:
+    with told_as(f"cannot add the tokens that {directory} lists to its tokenizer"):
         _add_tokens(backend, added, special_tokens, config)
-    except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"cannot add the tokens of {directory} to its tokenizer: {brief(error)}") from error
     generation_ids = token_ids(read_json(directory / "generation_config.json").get("eos_token_id"))
     own_id = backend.token_to_id(special_tokens.get("eos_token", ""))
     ends = united(generation_ids, () if own_id is None else (own_id,))
@@ -52,10 +51,8 @@ def _backend(directory: Path) -> tokenizers.Tokenizer:
             f'{directory} has {found}; write one with transformers: python -c "from transformers import AutoTokenizer; '
             f'AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"'
         )
-    try:
+    with told_as(f"cannot read {path}"):
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"cannot read {path}: {brief(error)}") from error
 
 
 def _added_tokens(directory: Path, config: dict[str, Any]) -> list[tokenizers.AddedToken]:
