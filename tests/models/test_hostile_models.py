@@ -121,6 +121,7 @@ def test_tensors_that_share_bytes_or_names_are_refused(tmp_path: Path, entries: 
 
 def test_an_index_leads_to_no_other_directory(tmp_path: Path) -> None:
     directory = tiny_directory(tmp_path / "m")
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../m/model.safetensors"}}))
     with pytest.raises(ConfigError, match="is no file of this directory"):
         SafetensorsWeights(directory, has_tied_embeddings=False)
