@@ -26,13 +26,15 @@ MAX_DIMENSIONS = 1 << 20
 class Abilities:
     """What an engine can beyond text. `adapters` are the names of LoRA adapters; `embeds`: it answers
     /v1/embeddings, and only that. `image_domains` are the hosts that pictures may be fetched from: a line must not send
-    the engine to whatever it can reach.
+    the engine to whatever it can reach. `checks_grammars`: structures are held against what our own engine can follow;
+    others check them themselves.
     """
 
     adapters: tuple[str, ...] = ()
     sees: bool = False
     embeds: bool = False
     image_domains: tuple[str, ...] = ()
+    checks_grammars: bool = True
 
 
 TEXT_ONLY = Abilities()

@@ -17,6 +17,7 @@ from blendserve.dialect.extras import (
     read_embedding_extras,
     take_pictures,
 )
+from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import (
     BODY_FIELDS,
     check_token_ids,
@@ -126,6 +127,8 @@ def _parse_text(
         prompts = _read_prompts("prompt", body)
         sampling = read_completion_parameters(body)
     if structure is not None:
+        if abilities.checks_grammars:
+            check_grammar(structure)
         sampling = replace(sampling, structured_outputs=structure)
     extras = Extras(adapter=_adapter_of(model, abilities), messages=conversation)
     return BatchLine(line_number, custom_id, url, model, prompts, sampling, extras.to_bytes())

@@ -69,6 +69,7 @@ class VllmEngine:
                 sees="vision_config" in config,
                 embeds=embeds,
                 image_domains=tuple(domain.lower() for domain in settings.image_domains),
+                checks_grammars=False,
             ),
         )
         self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)
