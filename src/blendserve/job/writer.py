@@ -23,6 +23,8 @@ from blendserve.job.record_log import RecordKind, RecordLog
 _OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
 _ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
 
+Sizes = Mapping[str, int]
+"""Bytes of files by `JobPaths.name_of`."""
 OwnSizes = Mapping[str, Sequence[int]]
 """Sizes that files of a job have or may have had, by `JobPaths.name_of`: a file of another size is not its own."""
 
@@ -99,9 +101,9 @@ def why_taken(paths: JobPaths, present_sizes: Mapping[str, int], own_sizes: OwnS
     return None
 
 
-def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
+def check_not_taken(paths: JobPaths, present_sizes: Sizes, own_sizes: OwnSizes) -> None:
     """Raises: ConfigError when the job would replace or remove what it did not write."""
-    if (reason := why_taken(paths, paths.present_sizes(), own_sizes)) is not None:
+    if (reason := why_taken(paths, present_sizes, own_sizes)) is not None:
         raise ConfigError(reason)
 
 
