@@ -28,12 +28,15 @@ class Door(Protocol):
     `reuses`: lines that did not change keep their answers when the input changes; the journal then keeps them after
     the end of the job too. `present_sizes`: bytes by `JobPaths.name_of` of what stands where rows go, and of `others`.
     `write_partials` writes the rows beside their places and returns their sizes; `replace_files` puts them in place.
+    `notes` are sentences that the user should read, once rows are written.
     """
 
     @property
     def paths(self) -> JobPaths: ...
     @property
     def reuses(self) -> bool: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     def sha256(self) -> str: ...
     def lines(self) -> Lines: ...
     def present_sizes(self, others: Iterable[str] = ()) -> dict[str, int]: ...
@@ -48,6 +51,7 @@ class BatchFile:
     """
 
     reuses = False
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -249,6 +249,7 @@ class _Attempt:
                 f"{rows.num_retriable} of the lines need more KV memory than there was: with a larger --kv-memory the "
                 "same command tries them again, and them alone."
             )
+        self._notes += self._door.notes
         return JobReport(
             output_path=str(self._paths.output),
             errors_path=str(errors) if self._paths.name_of(errors) in sizes else None,
