@@ -22,7 +22,6 @@ from batch_fakes import SERVED, batch_line, read_rows, run_fake, write_lines
 
 from blendserve.dialect.schema import BatchLine, ServedModel
 from blendserve.errors import ConfigError
-from blendserve.job import input_file
 from blendserve.job.foreign import MAX_LINES_BEFORE_VERDICT
 from blendserve.job.input_file import sha256_of
 from blendserve.job.reader import BadLine, BatchReader, ReadLimits
@@ -97,7 +96,7 @@ def test_damaged_bytes_never_end_a_read_with_another_error(tmp_path: Path, name:
 def test_a_missing_unpacker_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = packed_zstd(PLAIN)
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    monkeypatch.setattr(input_file.sys, "version_info", (3, 13))
+    monkeypatch.setattr(sys, "version_info", (3, 13))
     assert "pip install zstandard" in reason(tmp_path / "in.jsonl.zst", packed)
 
 
@@ -112,7 +111,7 @@ def test_zstd_is_unpacked_in_bounded_pieces(tmp_path: Path) -> None:
 
 
 ARRAY = json.dumps(LINES[:3])
-FOREIGN = {
+FOREIGN: dict[str, tuple[bytes | str, str]] = {
     "an array": (ARRAY, r"is one JSON array, not JSON lines; convert it: jq -c '\.\[\]' "),
     "a pretty array": (json.dumps(LINES[:3], indent=2), r"is one JSON array"),
     "pretty objects": ("\n".join(json.dumps(line, indent=2) for line in LINES[:3]), r"spread over several lines.*jq"),
@@ -177,7 +176,7 @@ def test_a_file_of_another_format_is_refused_before_its_end(tmp_path: Path) -> N
 
 
 def test_one_line_of_ours_makes_the_others_rows(tmp_path: Path) -> None:
-    lines = ['{"prompt": "x"}', "a text", '{"recordId": "a", "modelInput": {}}', LINES[0]]
+    lines: list[Any] = ['{"prompt": "x"}', "a text", '{"recordId": "a", "modelInput": {}}', LINES[0]]
     path = write_lines(tmp_path / "in.jsonl", lines)
     assert read(path) == [(1, "unknown_format"), (2, "invalid_json_line"), (3, "unknown_format"), (4, "id-0")]
     run_fake(path, tmp_path / "out.jsonl")

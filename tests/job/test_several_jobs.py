@@ -38,7 +38,8 @@ from blendserve.job.run import run_jobs
 def sources_in(directory: Path) -> list[Path]:
     """Files of different sizes, whose ids and prompts overlap; one of bad lines only."""
     directory.mkdir()
-    contents = [mixed_lines(40), mixed_lines(13), [batch_line("id-0"), batch_line("only here")], ["{bad"]]
+    few: list[Any] = [batch_line("id-0"), batch_line("only here")]
+    contents: list[list[Any]] = [mixed_lines(40), mixed_lines(13), few, ["{bad"]]
     return [write_lines(directory / f"{name}.jsonl", lines) for name, lines in zip("abcd", contents, strict=True)]
 
 

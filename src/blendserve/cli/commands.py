@@ -4,6 +4,7 @@ from __future__ import annotations
 
 HELP_BY_COMMAND = {
     "run": "answer every line of a batch file",
+    "map": "answer every row of a table",
     "export": "write the answers that a job has so far",
     "check": "validate a batch file without running it",
     "plan": "say what a batch file holds and how long it would take",

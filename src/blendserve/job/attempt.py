@@ -5,26 +5,29 @@ Nothing runs here: `run` hands the pending requests to an engine, and every end 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from blendserve.dialect.responses import Codec, error_row
+from blendserve.dialect.schema import BatchLine
 from blendserve.errors import ConfigError, ExecutorError
+from blendserve.job.door import Door
 from blendserve.job.ingest import encode_lines
-from blendserve.job.input_file import sha256_of
 from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.journal import Journal, JournalHeader, JournalSeal
 from blendserve.job.pending import PendingRequests
-from blendserve.job.reader import BadLine, BatchReader
+from blendserve.job.reader import BadLine
 from blendserve.job.record_log import RecordKind, RecordLog
+from blendserve.job.renewal import answers_of_output, answers_of_records, carry_over
 from blendserve.job.resume import Continue, Done, Recorded, Refuse, Renew, Start, Wanted, decide
-from blendserve.job.reuse import answers_of_output, answers_of_records, carry_over
+from blendserve.job.reuse import KeptAnswers, KeyedLines
 from blendserve.job.rows import RowAssembler
-from blendserve.job.store import StoreWriter, TokenStore
-from blendserve.job.writer import JobPaths, OwnSizes, check_not_taken, replace_files, write_partials
+from blendserve.job.store import StoredFile, StoreWriter, TokenStore
+from blendserve.job.writer import OwnSizes, Sizes, check_not_taken
 from blendserve.request import SequenceOutput
 
 
@@ -59,19 +62,20 @@ class Attempt:
         self,
         job: BatchJob,
         codec: Codec,
-        paths: JobPaths,
+        door: Door,
         clock: Callable[[], float],
         on_answer: Callable[[bytes], None] | None = None,
     ) -> None:
-        if not (job.is_fresh or paths.journal.exists()):
-            check_not_taken(paths, {})
+        if not (job.is_fresh or door.paths.journal.exists()):
+            check_not_taken(door.paths, door.present_sizes(), {})
         self.report: JobReport | None = None
-        self.paths = paths
+        self.paths = door.paths
+        self._door = door
         self._job = job
         self._codec = codec
         self._clock = clock
         self._on_answer = on_answer
-        self._journal = Journal(paths.journal)
+        self._journal = Journal(door.paths.journal)
         self._open: _Open | None = None
         self._tokens = _Tokens()
         self._notes: list[str] = []
@@ -97,10 +101,14 @@ class Attempt:
             case Done(report):
                 self.report = JobReport(**{**report, "notes": tuple(report["notes"]), "was_complete": True})
                 return
-            case Start(own_sizes):
-                self._journal.discard()
-                header = self._ingest(own_sizes)
+            case Start(own_sizes, reuses):
+                with ExitStack() as stack:
+                    kept = self._kept_answers(stack, own_sizes) if reuses else None
+                    if not reuses:
+                        self._journal.discard()
+                    header = self._ingest(own_sizes, kept=kept)
                 self._journal.write_header(header)
+                self._journal.discard_set_aside()
             case Renew(own_sizes, generation, earlier):
                 self._journal.clear(generation)
                 header = self._ingest(own_sizes, generation, earlier)
@@ -169,7 +177,7 @@ class Attempt:
             errors_name=header.errors_name,
             generation=header.generation,
         )
-        self._journal.write_seal(seal, self._open.store.line_hashes())
+        self._journal.write_seal(seal, self._open.store.line_hashes(), keeps_records=self._door.reuses)
         self.report = report
         return report
 
@@ -178,10 +186,20 @@ class Attempt:
         seal, header = (None, None) if job.is_fresh else (self._journal.seal(), self._journal.header())
         if seal is not None:
             seal = replace(seal, file_sizes=paths.renamed(seal.file_sizes))
-        present_sizes = paths.present_sizes(() if seal is None else seal.file_sizes)
-        identity = None if seal is None and header is None else job.identity(sha256_of(job.input_path))
-        wanted = Wanted(identity, paths, job.capacity, job.is_ordered, job.is_fresh, job.retries_failed, job.reuses)
-        return decide(Recorded(seal, header, present_sizes, self._has_answers(seal, header)), wanted)
+        present_sizes = self._door.present_sizes(() if seal is None else seal.file_sizes)
+        identity = None if seal is None and header is None else job.identity(self._door.sha256())
+        own_sizes = {} if job.is_fresh else self._journal.own_sizes()
+        wanted = Wanted(
+            identity=identity,
+            paths=paths,
+            capacity=job.capacity,
+            is_ordered=job.is_ordered,
+            is_fresh=job.is_fresh,
+            retries_failed=job.retries_failed,
+            reuses=self._door.reuses,
+            renews=job.reuses,
+        )
+        return decide(Recorded(seal, header, present_sizes, self._has_answers(seal, header), own_sizes), wanted)
 
     def _has_answers(self, seal: JournalSeal | None, header: JournalHeader | None) -> bool:
         if seal is not None:
@@ -192,28 +210,27 @@ class Attempt:
         with closing(self._journal.open_records(header.generation)) as log:
             return any(record.kind in answers for record in log.whole_records())
 
-    def _ingest(self, own_sizes: OwnSizes, generation: int = 0, earlier: JournalHeader | None = None) -> JournalHeader:
-        """Read the input into the store, and a row into the log for every line that cannot be answered, and for those
-        that an earlier generation has answered. Returns: the header; once it is written, all that counts."""
+    def _kept_answers(self, stack: ExitStack, own_sizes: OwnSizes) -> KeptAnswers | None:
+        """Empty the journal; its answers stay open until `stack` is closed."""
+        path = self._journal.set_aside(own_sizes)
+        return None if path is None else stack.enter_context(closing(KeptAnswers(path)))
+
+    def _ingest(
+        self,
+        own_sizes: OwnSizes,
+        generation: int = 0,
+        earlier: JournalHeader | None = None,
+        kept: KeptAnswers | None = None,
+    ) -> JournalHeader:
+        """Read the input into the store, and a row into the log for every line that cannot or need not be answered.
+        Returns: the header; once it is written, all that counts."""
         job = self._job
-        reader = BatchReader(job.input_path, job.served, job.limits)
-        writer = StoreWriter(self._journal.store_directory(generation))
+        reader = self._door.lines()
         with closing(self._journal.open_records(generation)) as log:
-
-            def refuse(line: BadLine) -> None:
-                log.append(
-                    RecordKind.ERROR_ROW, line.line_number, 0, error_row(line.line_number, line.custom_id, line.error)
-                )
-
-            try:
-                encode_lines(reader, self._codec, job.served.max_model_len, writer.add, refuse)
-                store_files = writer.finish()
-            except BaseException:
-                writer.abandon()
-                raise
-            if (reason := reader.other_models.reason(job.input_path, job.served.name)) is not None:
-                self._journal.clear(generation)
-                raise ConfigError(reason)
+            keyed = KeyedLines(log, kept)
+            lines = keyed.left(reader) if self._door.reuses else reader
+            store_files = self._store_lines(lines, self._journal.store_of(generation), log)
+            keyed.flush()
             header = JournalHeader(
                 identity=job.identity(reader.sha256),
                 created=int(self._clock()),
@@ -225,11 +242,30 @@ class Attempt:
                 errors_name=self.paths.name_of(self.paths.errors),
                 own_sizes=own_sizes,
                 generation=generation,
+                num_reused=keyed.num_reused,
             )
             if generation:
                 self._carry_over(header, earlier, log)
             log.sync()
             return replace(header, num_ingest_bytes=log.num_bytes)
+
+    def _store_lines(
+        self, lines: Iterable[BatchLine | BadLine], directory: Path, log: RecordLog
+    ) -> dict[str, StoredFile]:
+        """Write what can be answered into a new store, and a row into the log for what cannot."""
+        writer = StoreWriter(directory)
+
+        def refuse(line: BadLine) -> None:
+            log.append(
+                RecordKind.ERROR_ROW, line.line_number, 0, error_row(line.line_number, line.custom_id, line.error)
+            )
+
+        try:
+            encode_lines(lines, self._codec, self._job.served.max_model_len, writer.add, refuse)
+            return writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
 
     def _carry_over(self, header: JournalHeader, earlier: JournalHeader | None, log: RecordLog) -> None:
         """Record the answers of the generation before, from its records or, without `earlier`, from the output."""
@@ -248,7 +284,7 @@ class Attempt:
         self._journal.write_header(header)
 
     def _stored(self, header: JournalHeader) -> TokenStore:
-        directory = self._journal.store_directory(header.generation)
+        directory = self._journal.store_of(header.generation)
         return TokenStore.open(directory, header.store_files, self._job.served.max_model_len)
 
     def _opened(self, header: JournalHeader) -> _Open:
@@ -275,13 +311,14 @@ class Attempt:
             if record.kind == RecordKind.OUTPUT_ROW:
                 self._on_answer(record.body)
 
-    def _write_files(self, header: JournalHeader, log: RecordLog) -> dict[str, int]:
+    def _write_files(self, header: JournalHeader, log: RecordLog) -> Sizes:
         """Returns: bytes by name. The journal knows a file for the job's own before that stands there."""
-        check_not_taken(self.paths, header.own_sizes)
-        sizes = write_partials(log, self.paths, is_ordered=self._job.is_ordered)
-        check_not_taken(self.paths, header.own_sizes)  # again: that took a while
+        door = self._door
+        check_not_taken(self.paths, door.present_sizes(), header.own_sizes)
+        sizes = door.write_partials(log, is_ordered=self._job.is_ordered)
+        check_not_taken(self.paths, door.present_sizes(), header.own_sizes)  # again: that took a while
         self._journal.write_header(header.owning(sizes))
-        replace_files(self.paths, sizes)
+        door.replace_files(sizes)
         return sizes
 
     def _report(self, opened: _Open, sizes: Mapping[str, int]) -> JobReport:
@@ -298,6 +335,7 @@ class Attempt:
             )
         if rows.passing_by_code:
             self._notes.append(_retry_note(rows.passing_by_code))
+        self._notes += self._door.notes
         return JobReport(
             output_path=str(self.paths.output),
             errors_path=str(errors) if self.paths.name_of(errors) in sizes else None,
@@ -307,6 +345,7 @@ class Attempt:
             served_model=served.name,
             requested_model=header.requested_model,
             num_resumed=opened.num_resumed,
+            num_reused=header.num_reused,
             retriable_by_code=retriable,
             num_prompt_tokens=self._tokens.num_prompt,
             num_cached_tokens=self._tokens.num_cached,

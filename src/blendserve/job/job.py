@@ -80,6 +80,7 @@ class JobReport:
     - `errors_by_code`: how many error rows have each code.
     - `served_model`, `requested_model`: the model that answered, and the one that the lines asked for, if any.
     - `num_resumed`: requests that earlier runs had answered.
+    - `num_reused`: lines that kept their answers when the input changed (tables only).
     - `retriable_by_code`: how many error rows of each code may be answered on another try (failures of the engine or
       the server, timeouts, too little memory): `retry_failed` tries them again.
     - `num_prompt_tokens`, `num_cached_tokens`, `num_output_tokens`: tokens of this run; cached ones are prompt tokens
@@ -96,6 +97,7 @@ class JobReport:
     served_model: str
     requested_model: str | None
     num_resumed: int = 0
+    num_reused: int = 0
     retriable_by_code: Mapping[str, int] = field(default_factory=dict)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0

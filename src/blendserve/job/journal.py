@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -24,13 +23,18 @@ from typing import Any
 
 from blendserve.errors import ConfigError
 from blendserve.job.disk import open_own, replace_durably, sync_directory, writing_to
+from blendserve.job.ownership import check_journal, check_own
 from blendserve.job.record_log import RecordLog
 from blendserve.job.store import StoredFile
 
 FORMAT_VERSION = 5
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
 _LINES = "lines"
-_OWN_NAME = re.compile(r"lock|(header\.json|complete\.json|lines|records(\.\d+)?)(\.partial)?|prompts(\.\d+)?")
+_KEPT, _OWN = "kept", "own.json"
+"""Of a table that has changed, until the new one has been read: its records, and the sizes of its files."""
+_OWN_NAME = re.compile(
+    r"lock|kept|(header\.json|complete\.json|own\.json|lines|records(\.\d+)?)(\.partial)?|prompts(\.\d+)?"
+)
 
 _WORDS = {
     "dtype": "--dtype",
@@ -70,7 +74,8 @@ class JournalHeader:
 
     Two may change: `capacity`, the memory setting under which the journal's rows for want of memory came about, and
     `own_sizes`, by which the job knows its files: noted before they appear. `errors_name` is its error file,
-    `store_files` what ingestion left in the store. `generation` counts how often the input was changed and read anew.
+    `store_files` what ingestion left in the store. `generation` counts how often the input was changed and read anew,
+    `num_reused` lines of a table that kept the answer of an earlier run.
     """
 
     identity: JobIdentity
@@ -83,6 +88,7 @@ class JournalHeader:
     errors_name: str
     own_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     generation: int = 0
+    num_reused: int = 0
 
     def owning(self, sizes: Mapping[str, int]) -> JournalHeader:
         """The same job, which knows files of these sizes for its own too."""
@@ -125,13 +131,18 @@ class Journal:
         with writing_to(directory):
             with suppress(FileExistsError):
                 directory.mkdir(mode=0o700)
-            _check_own(directory)
-            _check_ours(directory)
+            check_own(directory)
+            check_journal(directory, _LOCK)
             self._lock = open_own(directory / _LOCK, os.O_RDWR | os.O_CREAT)
             sync_directory(directory.parent)
         self._take_lock()
 
-    def store_directory(self, generation: int = 0) -> Path:
+    @property
+    def store_directory(self) -> Path:
+        """Where the tokens of the job's prompts are kept, of an input that was read once."""
+        return self.store_of(0)
+
+    def store_of(self, generation: int) -> Path:
         """Where the tokens of the job's prompts are kept."""
         return self.directory / _of_generation(_PROMPTS, generation)
 
@@ -146,12 +157,13 @@ class Journal:
         """What a finished job left, else None. A header of a later generation has put an end to it."""
         return read_seal(self.directory)
 
-    def write_seal(self, seal: JournalSeal, lines: bytes) -> None:
+    def write_seal(self, seal: JournalSeal, lines: bytes = b"", *, keeps_records: bool = False) -> None:
         """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
-        hold all that counts. `lines` are those of `TokenStore.line_hashes`."""
+        hold all that counts. `lines` are those of `TokenStore.line_hashes`. `keeps_records`: the records alone stay."""
         replace_durably(self.directory / _LINES, lines)
         replace_durably(self.directory / _SEAL, _to_json(seal))
-        kept = (_HEADER, *self._names_of(seal.generation)) if seal.num_retriable else ()
+        records, prompts = self._names_of(seal.generation)
+        kept = (_HEADER, records, prompts) if seal.num_retriable else (records,) if keeps_records else ()
         self._discard(keep={_LOCK, _SEAL, _LINES, *kept})
 
     def line_hashes(self) -> bytes:
@@ -188,6 +200,41 @@ class Journal:
                 (self.directory / name).unlink(missing_ok=True)
             sync_directory(self.directory)
         self._discard(keep={_LOCK})
+
+    def set_aside(self, own_sizes: Mapping[str, Sequence[int]]) -> Path | None:
+        """Forget everything but the lock, the answers of this job and `own_sizes`. Returns: where the answers are, if
+        there are any.
+
+        What a job that was killed while it read its input had set aside stays so: its own records hold less.
+        """
+        replace_durably(self.directory / _OWN, json.dumps(own_sizes).encode())
+        kept, records = self.directory / _KEPT, self.directory / _RECORDS
+        with writing_to(self.directory):
+            if (self.directory / _HEADER).exists() or (self.directory / _SEAL).exists():
+                kept.unlink(missing_ok=True)
+            for name in (_SEAL, _HEADER):
+                (self.directory / name).unlink(missing_ok=True)
+            sync_directory(self.directory)
+            if records.exists() and not kept.exists():
+                records.rename(kept)
+        self._discard(keep={_LOCK, _KEPT, _OWN})
+        return kept if kept.exists() else None
+
+    def own_sizes(self) -> dict[str, list[int]]:
+        """The sizes that were set aside."""
+        path = self.directory / _OWN
+        try:
+            return {str(name): list(sizes) for name, sizes in json.loads(path.read_bytes()).items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError, TypeError):
+            raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
+
+    def discard_set_aside(self) -> None:
+        """Forget what `set_aside` kept: a new header and new records take its place."""
+        with writing_to(self.directory):
+            for name in (_KEPT, _OWN):
+                (self.directory / name).unlink(missing_ok=True)
 
     def open_records(self, generation: int = 0) -> RecordLog:
         return RecordLog(records_path(self.directory, generation))
@@ -298,46 +345,6 @@ def why_another_job(recorded: JobIdentity, present: JobIdentity, directory: Path
 def is_changed_input(recorded: JobIdentity, present: JobIdentity) -> bool:
     """Is the input all that differs?"""
     return recorded != present and replace(recorded, input_sha256=present.input_sha256) == present
-
-
-def _check_own(directory: Path) -> None:
-    """Raises: ConfigError where another user may have put a part of the journal there: it could lead anywhere.
-
-    Mutates: the mode of a directory that others may look into.
-    """
-    paths = [directory]
-    for parent, directories, files in os.walk(directory):
-        paths += [Path(parent, name) for name in (*directories, *files)]
-    for path in paths:
-        found = path.lstat()
-        reason = _foreign(found)
-        if reason:
-            raise ConfigError(
-                f"{path} {reason}; a journal is used only by the user who began it: move it away, or write to another "
-                "file (-o)"
-            )
-        if path == directory and stat.S_IMODE(found.st_mode) & 0o077:
-            path.chmod(0o700)
-
-
-def _foreign(found: os.stat_result) -> str:
-    """Why a path is not surely ours, as a verb and its object; empty where it is."""
-    if stat.S_ISLNK(found.st_mode):
-        return "is a symbolic link"
-    if found.st_uid != os.geteuid():
-        return f"belongs to user {found.st_uid}, and you are user {os.geteuid()}"
-    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH:
-        return f"is a directory that everybody may write to (mode {stat.S_IMODE(found.st_mode):o})"
-    return ""
-
-
-def _check_ours(directory: Path) -> None:
-    """Raises: ConfigError where a directory of that name is somebody else's: discarding a journal must not empty it."""
-    if not (directory / _LOCK).exists() and any(directory.iterdir()):
-        raise ConfigError(
-            f"{directory} is where the journal belongs, and holds other files; move them away, or write to another "
-            "file (-o)"
-        )
 
 
 def _of_generation(name: str, generation: int) -> str:

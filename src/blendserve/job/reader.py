@@ -59,10 +59,17 @@ class BatchReader:
 
     After the pass `sha256` is the hash of the file's bytes as stored, `num_lines` counts the lines that are not blank,
     `requested_model` is the model name that the file agreed on (that of its first valid line), and `other_models` says
-    which models its lines ask for that are not here.
+    which models its lines ask for that are not here. `refuses_other_models`: such lines refuse the file.
     """
 
-    def __init__(self, path: Path, served: ServedModel, limits: ReadLimits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        served: ServedModel,
+        limits: ReadLimits = DEFAULT_LIMITS,
+        *,
+        refuses_other_models: bool = False,
+    ) -> None:
         self.sha256 = ""
         self.num_lines = 0
         self.requested_model: str | None = None
@@ -70,6 +77,7 @@ class BatchReader:
         self._path = path
         self._served = served
         self._limits = limits
+        self._refuses_other_models = refuses_other_models
         self._num_requests = 0
         self._seen: set[bytes] = set()
         self._formats = FormatWatch()
@@ -94,6 +102,10 @@ class BatchReader:
             raise ConfigError(reason)
         if not self.num_lines:
             raise ConfigError(f"{self._path} is empty: a batch file has one request in each line")
+        if self._refuses_other_models:
+            reason = self.other_models.reason(self._path, self._served.name)
+            if reason is not None:
+                raise ConfigError(reason)
 
     def _number_lines(self, content: io.BufferedReader[Any]) -> Iterator[tuple[int, bytes | BadLine]]:
         """Lines by number; one that holds several requests counts as several lines."""

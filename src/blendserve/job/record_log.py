@@ -28,14 +28,22 @@ class RecordKind(IntEnum):
     """What a body is: a finished row of one of the two files, or one choice of a line whose other choices still run.
 
     A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back. A PASSING_ROW
-    is one of any other reason that may pass, such as a server that was overloaded.
+    is one of any other reason that may pass, such as a server that was overloaded. KEYS are hashes of lines (see
+    `reuse`).
     """
 
     OUTPUT_ROW = 1
     ERROR_ROW = 2
     CHOICE = 3
     CAPACITY_ROW = 4
-    PASSING_ROW = 5
+    KEYS = 5
+    PASSING_ROW = 6
+
+
+ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW, RecordKind.PASSING_ROW))
+"""Rows of the error file."""
+ROW_KINDS = ERROR_KINDS | {RecordKind.OUTPUT_ROW}
+"""Rows of either file."""
 
 
 class Record(NamedTuple):

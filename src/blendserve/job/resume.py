@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal, is_changed_input, why_another_job
@@ -15,17 +15,22 @@ from blendserve.job.writer import JobPaths, OwnSizes, why_other_errors, why_take
 class Recorded:
     """What stands on the disk. `present_sizes`: bytes of the output file, the error file and the files that `seal`
     names, by `JobPaths.name_of`; those that do not exist are left out. `has_answers`: some request was answered.
+    `own_sizes`: of files of a table that has changed and was being read.
     """
 
     seal: JournalSeal | None
     header: JournalHeader | None
     present_sizes: Mapping[str, int]
     has_answers: bool = True
+    own_sizes: OwnSizes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The job as it is asked for now. `identity` is None where nothing is recorded that it could be compared with."""
+    """The job as it is asked for now. `identity` is None where nothing is recorded that it could be compared with.
+    `reuses`: rows of a table that did not change keep their answers when the table changes. `renews`: the same of lines
+    of a file, which the user has to ask for.
+    """
 
     identity: JobIdentity | None
     paths: JobPaths
@@ -34,12 +39,16 @@ class Wanted:
     is_fresh: bool = False
     retries_failed: bool = False
     reuses: bool = False
+    renews: bool = False
 
 
 class Start(NamedTuple):
-    """Begin anew, whatever the journal holds. Files of `own_sizes` are the job's own and may be replaced."""
+    """Begin anew. Files of `own_sizes` are the job's own and may be replaced. `reuses`: answers that the journal holds
+    are kept for rows of a table that ask for the same; otherwise nothing that it holds counts.
+    """
 
     own_sizes: OwnSizes
+    reuses: bool = False
 
 
 class Continue(NamedTuple):
@@ -84,9 +93,9 @@ def decide(recorded: Recorded, wanted: Wanted) -> Decision:
     of_job = recorded.seal or recorded.header
     if of_job is not None and not recorded.has_answers and _why_another(of_job, wanted) is not None:
         return _start_over(recorded, wanted)  # nothing is lost
-    if wanted.reuses and (renewal := _renewal(recorded, wanted)) is not None:
+    if wanted.renews and (renewal := _renewal(recorded, wanted)) is not None:
         return renewal
-    own_sizes: OwnSizes = {}
+    own_sizes = recorded.own_sizes
     is_sealed = False
     if recorded.seal is not None:
         decision = _decide_sealed(recorded.seal, recorded.present_sizes, wanted)
@@ -99,10 +108,12 @@ def decide(recorded: Recorded, wanted: Wanted) -> Decision:
         if (reason := _why_another(header, wanted)) is not None:
             return Refuse(reason)
         own_sizes = {**own_sizes, **header.own_sizes}
+        if header.identity != wanted.identity:
+            header = None
     if (reason := why_taken(wanted.paths, recorded.present_sizes, own_sizes)) is not None:
         return Refuse(reason)
     if header is None:
-        return Start(own_sizes)
+        return Start(own_sizes, wanted.reuses)
     dropped: set[RecordKind] = set()
     if wanted.retries_failed:
         dropped |= {RecordKind.CAPACITY_ROW, RecordKind.PASSING_ROW}
@@ -156,6 +167,8 @@ def _decide_sealed(seal: JournalSeal, present_sizes: Mapping[str, int], wanted: 
             f"this job is complete, but {output} is in the order in which lines finished; run again with --ordered "
             "--fresh"
         )
+    if seal.identity != wanted.identity:
+        return Start(_in_lists(seal.file_sizes), wanted.reuses)
     has_other_memory = seal.num_for_memory > 0 and seal.capacity != wanted.capacity
     is_to_retry = wanted.retries_failed and seal.num_retriable > 0
     return None if has_other_memory or is_to_retry else Done(seal.report)
@@ -163,7 +176,10 @@ def _decide_sealed(seal: JournalSeal, present_sizes: Mapping[str, int], wanted: 
 
 def _why_another(recorded: JournalHeader | JournalSeal, wanted: Wanted) -> str | None:
     assert wanted.identity is not None, "something is recorded, and nothing to compare it with"
-    return why_another_job(recorded.identity, wanted.identity, wanted.paths.journal) or why_other_errors(
+    identity = wanted.identity
+    if wanted.reuses:
+        identity = replace(identity, input_sha256=recorded.identity.input_sha256)
+    return why_another_job(recorded.identity, identity, wanted.paths.journal) or why_other_errors(
         wanted.paths, recorded.errors_name
     )
 

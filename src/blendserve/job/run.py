@@ -13,12 +13,12 @@ from contextlib import ExitStack
 
 from blendserve.dialect.responses import Codec
 from blendserve.job.attempt import Attempt
-from blendserve.job.input_file import check_readable
+from blendserve.job.door import BatchFile, Door
 from blendserve.job.interrupts import Heard, JobInterrupted, left_of, terminable
 from blendserve.job.job import BatchJob, JobProgress, JobReport
 from blendserve.job.joined import join_pending
 from blendserve.job.pending import PendingRequests
-from blendserve.job.writer import check_jobs_apart, resolve_paths
+from blendserve.job.writer import check_jobs_apart
 from blendserve.request import SequenceOutput
 
 Generate = Callable[[PendingRequests], Iterator[SequenceOutput]]
@@ -36,17 +36,20 @@ def run_job(
     codec: Codec,
     generate: Generate,
     *,
+    door: Door | None = None,
     on_progress: OnProgress | None = None,
     on_answer: Callable[[bytes], None] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> JobReport:
-    """Run a batch job to its end, or to the end of one that was interrupted.
+    """Run a batch job to its end, or to the end of one that was interrupted. `door`: where lines come from and rows go;
+    None: the files that the job names.
 
     `on_answer` is told every row of the output as it is recorded, those of earlier runs first.
     Raises: ConfigError before any work when a path, the input or the journal does not allow it; CapacityError when the
     disk is full; ExecutorError when the engine fails; JobInterrupted. Whatever is raised later, finished work is kept.
     """
-    (report,) = run_jobs([job], codec, generate, on_progress=on_progress, on_answer=on_answer, clock=clock)
+    with Attempt(job, codec, door or _file_of(job), clock, on_answer) as attempt:
+        (report,) = _Joint([attempt], on_progress or _ignore).run(generate)
     return report
 
 
@@ -62,16 +65,18 @@ def run_jobs(
     """Run several jobs as one plan. Every job has its own journal and files, which are those of the job alone but for
     the count of cached tokens. Returns: a report for each, in their order. Raises: as `run_job`.
     """
-    for job in jobs:
-        check_readable(job.input_path)
-    all_paths = [resolve_paths(job.input_path, job.output_path, job.errors_path) for job in jobs]
-    check_jobs_apart(all_paths)
+    doors = [_file_of(job) for job in jobs]
+    check_jobs_apart([door.paths for door in doors])
     with ExitStack() as stack:
         attempts = [
-            stack.enter_context(Attempt(job, codec, paths, clock, on_answer))
-            for job, paths in zip(jobs, all_paths, strict=True)
+            stack.enter_context(Attempt(job, codec, door, clock, on_answer))
+            for job, door in zip(jobs, doors, strict=True)
         ]
         return _Joint(attempts, on_progress or _ignore).run(generate)
+
+
+def _file_of(job: BatchJob) -> BatchFile:
+    return BatchFile(job.input_path, job.output_path, job.errors_path, job.served, job.limits)
 
 
 class _Joint:
