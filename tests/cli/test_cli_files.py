@@ -148,9 +148,7 @@ def test_a_file_for_another_model_is_one_error_and_no_obstacle(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from blendserve.engines.native import engine
-    from blendserve.models.hub import ModelFiles
-
-    resolve = engine.resolve
+    from blendserve.models.hub import ModelFiles, resolve
 
     def default_is_tiny(name: str | None, *args: Any, **kwargs: Any) -> ModelFiles:
         return ModelFiles("tiny", tiny) if name is None else resolve(name, *args, **kwargs)
