@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,24 @@ def open_vllm(settings: VllmSettings, *, notify: Notify) -> VllmEngine:
     return VllmEngine(settings, files, api, notify=notify)
 
 
+def served_model_of(settings: VllmSettings, name: str, config: Mapping[str, Any]) -> ServedModel:
+    """What lines may ask for, from the model's config.json: vLLM itself is not needed for it."""
+    text = text_config_of(config)
+    return ServedModel(
+        names=(name,),
+        accepts_any_name=True,
+        vocab_size=whole_number(text, "vocab_size"),
+        max_model_len=settings.max_model_len or context_length_of(text),
+        abilities=Abilities(
+            adapters=tuple(sorted(settings.adapters)),
+            sees="vision_config" in config,
+            embeds=settings.task == "embed",
+            image_domains=tuple(domain.lower() for domain in settings.image_domains),
+            checks_grammars=False,
+        ),
+    )
+
+
 class VllmEngine:
     """An `Engine` on vLLM."""
 
@@ -60,19 +78,7 @@ class VllmEngine:
         self._model = model_cost_of(files.name, config)
         max_model_len = settings.max_model_len or context_length_of(text)
         embeds = settings.task == "embed"
-        self.served = ServedModel(
-            names=(files.name,),
-            accepts_any_name=True,
-            vocab_size=whole_number(text, "vocab_size"),
-            max_model_len=max_model_len,
-            abilities=Abilities(
-                adapters=tuple(sorted(settings.adapters)),
-                sees="vision_config" in config,
-                embeds=embeds,
-                image_domains=tuple(domain.lower() for domain in settings.image_domains),
-                checks_grammars=False,
-            ),
-        )
+        self.served = served_model_of(settings, files.name, config)
         self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)
         self.identity = identity_of(files.name, files)
         self.settings: dict[str, Any] = {
