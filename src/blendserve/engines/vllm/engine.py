@@ -71,10 +71,10 @@ class VllmEngine:
             max_model_len=max_model_len,
             abilities=Abilities(
                 adapters=tuple(sorted(settings.adapters)),
-                structures=not embeds,
                 sees="vision_config" in config,
                 embeds=embeds,
                 image_domains=tuple(domain.lower() for domain in settings.image_domains),
+                checks_grammars=False,
             ),
             default_sampling=sampling,
         )
