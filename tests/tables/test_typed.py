@@ -10,17 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 import pytest
-from batch_fakes import SERVED
 from table_fakes import TableEngine, TextEngine, run_map, write_parquet
 
-from blendserve.dialect.extras import Abilities
-from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
 from blendserve.tables.api import schema_of_model
 from blendserve.tables.recipe import Recipe
 from blendserve.tables.typed import shape_of
-
-STRUCTURED = ServedModel(SERVED.names, vocab_size=256, max_model_len=2048, abilities=Abilities(structures=True))
 
 
 class Part(pydantic.BaseModel):
@@ -132,7 +127,7 @@ def test_answers_are_structures_and_others_cost_their_row(tmp_path: Path, suffix
     recipe = Recipe(
         prompt="Say {{ text }}", schema=schema_of_model(Label), param_columns={"max_tokens": "limit"}, answer="label"
     )
-    report = run_map(source, output, recipe, TableEngine(TextEngine(answers), STRUCTURED))
+    report = run_map(source, output, recipe, TableEngine(TextEngine(answers)))
     assert report.notes[0].startswith("3 answers are not what was asked for")
     if suffix == ".parquet":
         found = pq.read_table(output)
@@ -148,7 +143,7 @@ def test_answers_are_structures_and_others_cost_their_row(tmp_path: Path, suffix
 def test_unnested_fields_are_columns(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "in.parquet", pa.table({"text": ["good", "text"]}))
     recipe = Recipe(prompt="Say {{ text }}", schema=schema_of_model(Label))
-    run_map(source, tmp_path / "out.parquet", recipe, TableEngine(TextEngine(answers), STRUCTURED), unnest=True)
+    run_map(source, tmp_path / "out.parquet", recipe, TableEngine(TextEngine(answers)), unnest=True)
     found = pq.read_table(tmp_path / "out.parquet")
     assert found.column_names[1:5] == ["sentiment", "stars", "parts", "is_spam"]
     assert found["stars"].to_pylist() == [5, None]
