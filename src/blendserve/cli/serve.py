@@ -213,8 +213,11 @@ def _webhook(args: argparse.Namespace) -> WebhookSettings | None:
     if args.webhook is None:
         return None
     from blendserve.serve.settings import WebhookSettings
+    from blendserve.serve.webhooks import parse_url, secret_bytes
 
+    parse_url(args.webhook)
     secret = os.environ.get("BLENDSERVE_WEBHOOK_SECRET") or _kept_secret(args.data)
+    secret_bytes(secret)
     return WebhookSettings(args.webhook, secret, args.webhook_private)
 
 

@@ -19,6 +19,7 @@ from blendserve.serve.records import BatchRecord, ReplyRecord
 from blendserve.serve.scheduler import Scheduler
 from blendserve.serve.settings import ServeSettings
 from blendserve.serve.store import SqliteStore
+from blendserve.serve.webhooks import Webhooks
 
 _SWEEP_S = 30.0
 
@@ -49,8 +50,13 @@ class Service:
         self.batches.attach(self.scheduler)
         await asyncio.to_thread(_wait_for_old_engine, self.settings)
         self.blobs.sweep(self.library.known_blobs())
+        works = [self.scheduler.run(), self._sweep()]
+        if self.settings.webhook is not None:
+            webhooks = Webhooks(self.store, self.settings.webhook, self.clock)
+            self.listeners.append(webhooks.told)
+            works.append(webhooks.run())
         self.batches.recover()
-        self._tasks = [asyncio.create_task(work) for work in (self.scheduler.run(), self._sweep())]
+        self._tasks = [asyncio.create_task(work) for work in works]
 
     async def stop(self) -> None:
         """Stop in good order. Batches that run are resumed by the next service."""
