@@ -184,7 +184,7 @@ def _choice_body(url: Url, choice: int, output: SequenceOutput, codec: Codec) ->
         return {"object": "embedding", "index": choice, "embedding": output.embedding}
     text = codec.text_of(output)
     logprobs = output.logprobs
-    if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
+    if output.finish_reason == "stop" and output.has_stop_token and not isinstance(output.stop_reason, str):
         logprobs = logprobs[:-1]  # of the stop token, which is no part of the text
     if url == CHAT_URL:
         return {

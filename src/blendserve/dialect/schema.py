@@ -16,8 +16,8 @@ from blendserve.dialect.extras import (
     Extras,
     read_embedding_extras,
     take_pictures,
-    take_structure,
 )
+from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import (
     BODY_FIELDS,
     check_token_ids,
@@ -28,6 +28,7 @@ from blendserve.dialect.parameters import (
     reject,
     shown,
 )
+from blendserve.dialect.structured import STRUCTURE_FIELDS, take_structure
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
@@ -42,6 +43,7 @@ Message = Mapping[str, str]
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 
 MAX_PROMPTS = 2048
+_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body"}) - {"metadata"}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _EMPTY_MESSAGE_FIELDS = frozenset(
     ("name", "refusal", "audio", "annotations", "function_call", "tool_calls", "tool_call_id", "reasoning_content")
@@ -111,9 +113,7 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
 def _parse_text(
     line_number: int, custom_id: str, url: Url, model: str | None, body: Mapping[str, Any], abilities: Abilities
 ) -> BatchLine:
-    structure: Mapping[str, Any] | None = None
-    if abilities.structures:
-        body, structure = take_structure(body)
+    body, structure = take_structure(with_extra_body(body))
     conversation: tuple[Mapping[str, Any], ...] = ()
     if url == CHAT_URL:
         messages, has_pictures = _read_conversation(body, abilities)
@@ -126,8 +126,32 @@ def _parse_text(
     else:
         prompts = _read_prompts("prompt", body)
         sampling = read_completion_parameters(body)
-    extras = Extras(adapter=_adapter_of(model, abilities), structure=structure, messages=conversation)
+    if structure is not None:
+        if abilities.checks_grammars:
+            check_grammar(structure)
+        sampling = replace(sampling, structured_outputs=structure)
+    extras = Extras(adapter=_adapter_of(model, abilities), messages=conversation)
     return BatchLine(line_number, custom_id, url, model, prompts, sampling, extras.to_bytes())
+
+
+def with_extra_body(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A body with what stands in its `extra_body`: clients write parameters there, and send them beside the others.
+
+    Raises: RequestError where it is no object, or names what the body names too.
+    """
+    extra = body.get("extra_body")
+    if extra is None:
+        return body if "extra_body" not in body else {name: body[name] for name in body if name != "extra_body"}
+    if not isinstance(extra, dict):
+        reject("extra_body", extra, "an object", code="invalid_type")
+    for name in extra:
+        if name in body:
+            raise RequestError(
+                f"{name[:100]} stands in the body and in extra_body; give it once",
+                code="invalid_value",
+                param=f"extra_body.{name[:100]}",
+            )
+    return {**{name: value for name, value in body.items() if name != "extra_body"}, **extra}
 
 
 def _parse_embedding(
@@ -184,7 +208,7 @@ def _read_custom_id(value: Mapping[str, Any]) -> str:
 def _check_no_misplaced(value: Mapping[str, Any]) -> None:
     if len(value) > 4:
         for name in value:
-            if name in BODY_FIELDS and name != "metadata":
+            if name in _MISPLACED_FIELDS:
                 raise _line_error("unknown_parameter", f"{name} stands outside the body; move it into the body", name)
 
 

@@ -161,7 +161,7 @@ class NativeExecutor:
             modes[mode],
             chunk_bytes=cost.chunk_bytes,
             tile_flop=cost.tile_flop,
-            step_bytes=cost.step_bytes,
+            iteration_bytes=cost.iteration_bytes,
             memory_lanes=cost.memory_lanes,
             gemm_flop_per_s=cost.gemm_flop_per_s,
             attention_flop_per_s=cost.attention_flop_per_s,
@@ -189,13 +189,17 @@ class NativeExecutor:
             self._model.start_trace()
         started = time.perf_counter()
         try:
-            token_ids, logprobs = self._model.step(
+            self._model.forward(
                 plan.slots,
                 plan.num_scheduled_tokens,
                 plan.num_computed_tokens,
                 plan.is_sampled,
                 plan.token_ids,
                 plan.block_tables,
+            )
+            masks = plan.masks
+            token_ids, logprobs = (
+                self._model.sample() if masks is None else self._model.sample(masks.row_of, masks.words())
             )
         except (ValueError, TypeError) as error:
             raise ExecutorError(

@@ -87,7 +87,7 @@ def run(
 ) -> JobReport:
     source = target.with_suffix(".in.jsonl")
     source.write_text("\n".join(lines))
-    abilities = Abilities(adapters=adapters, structures=not engine.embeds, embeds=engine.embeds)
+    abilities = Abilities(adapters=adapters, embeds=engine.embeds)
     served = ServedModel(("tiny",), vocab_size=SPEC.vocab_size, max_model_len=CONTEXT, abilities=abilities)
     codec = VllmCodec(load_tokenizer(ModelFiles("tiny", model)), {}, CONTEXT)
 
