@@ -19,17 +19,19 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from blendserve.dialect.schema import ServedModel
-from blendserve.engines.base import Engine
+from blendserve.engines.base import Engine, FrontedEngine
 from blendserve.engines.opening import open_engine
 from blendserve.errors import BlendServeError, CapacityError, ConfigError, ExecutorError, RequestError
 from blendserve.job.disk import open_own
 from blendserve.request import SequenceOutput
 from blendserve.serve.joined import WITHDRAWN, JoinedRequests
 from blendserve.serve.messages import (
+    Ask,
     BatchBroken,
     BatchDone,
     Command,
     EngineState,
+    Forget,
     Open,
     Opened,
     OpeningFailed,
@@ -42,6 +44,7 @@ from blendserve.serve.messages import (
     Share,
     Yield,
 )
+from blendserve.serve.online import Online
 from blendserve.serve.open_batch import OpenBatch, WithdrawnError
 
 _REPORT_INTERVAL_S = 0.25
@@ -54,7 +57,12 @@ class EngineWorker:
         self._connection = connection
         self._engine = engine
         self._served = served
-        self._rounds: queue.SimpleQueue[RunRound] = queue.SimpleQueue()
+        self._rounds: queue.SimpleQueue[RunRound | None] = queue.SimpleQueue()
+        self._online: Online | None = None
+        self._fronted: FrontedEngine | None = None
+        if isinstance(engine, FrontedEngine):
+            self._online, self._fronted = Online(engine, served, self.send), engine
+            engine.front = self._online.front
         self._send_lock = threading.Lock()
         self._batches_lock = threading.Lock()
         self._open: dict[str, OpenBatch] = {}
@@ -72,15 +80,27 @@ class EngineWorker:
         match command:
             case RunRound():
                 self._rounds.put(command)
+                if self._online is not None:
+                    self._online.front.hold()  # what runs by itself ends, and the round takes the others along
+            case Ask() if self._online is not None:
+                self._online.ask(command, int(time.time()))
+                self._rounds.put(None)
+            case Forget(id) if self._online is not None:
+                self._online.forget(id)
             case Yield(number):
                 self._yielded_round = number
             case Release(batch_id):
                 self._release(batch_id)
 
     def run(self) -> None:
-        """Run one round after the other, for ever."""
+        """Run one round after the other, for ever, and single requests while there is none."""
         while True:
-            self._run_round(self._rounds.get())
+            command = self._rounds.get()
+            if command is not None:
+                self._run_round(command)
+            if self._fronted is not None and self._online is not None:
+                while self._online.front.has_work and self._rounds.empty():
+                    self._fronted.answer_front()
 
     def _release(self, batch_id: str) -> None:
         with self._batches_lock:
@@ -239,7 +259,7 @@ def main(descriptor: int) -> int:
         connection.send(OpeningFailed(model.name, str(error) or "out of memory"))
         return 1
     worker = EngineWorker(connection, engine, served_as(engine, model.name, model.aliases))
-    worker.send(Opened(model.name, engine.identity, can_ask=False))
+    worker.send(Opened(model.name, engine.identity, can_ask=isinstance(engine, FrontedEngine)))
     threading.Thread(target=_listen, args=(connection, worker), name="listen", daemon=True).start()
     try:
         worker.run()

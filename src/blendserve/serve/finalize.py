@@ -19,7 +19,7 @@ from blendserve.dialect.responses import error_row
 from blendserve.errors import RequestError
 from blendserve.job.journal import Journal
 from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES
-from blendserve.job.record_log import RecordKind, RecordLog
+from blendserve.job.record_log import Record, RecordKind, RecordLog
 from blendserve.serve.blobs import Blobs, BlobWriter
 
 OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
@@ -91,16 +91,13 @@ class _Found:
         self._log = log
         line_numbers, offsets, kinds = array("q"), array("q"), array("b")
 
-        def visit(line_number: int, offset: int, kind: int) -> None:
-            line_numbers.append(line_number)
-            offsets.append(offset)
-            kinds.append(kind)
+        def visit(record: Record) -> None:
+            if record.kind in OUTPUT_KINDS | ERROR_KINDS:
+                line_numbers.append(record.line_number)
+                offsets.append(record.offset)
+                kinds.append(record.kind)
 
-        log.recover(
-            lambda record: (
-                None if record.kind == RecordKind.CHOICE else visit(record.line_number, record.offset, record.kind)
-            )
-        )
+        log.recover(visit)
         order = np.argsort(np.asarray(line_numbers, np.int64), kind="stable")
         self.line_numbers = np.asarray(line_numbers, np.int64)[order]
         self._offsets = np.asarray(offsets, np.int64)[order]

@@ -101,6 +101,7 @@ class Scheduler:
         self._num_misses = 0
         self._retry_at = 0.0
         self._is_swapping = False
+        self._wanted = settings.models[0]
         self._counted: dict[str, tuple[int, int, int]] = {}
 
     @property
@@ -112,7 +113,7 @@ class Scheduler:
 
     async def run(self) -> None:
         """Work until cancelled."""
-        self._start_engine(self._settings.models[0])
+        self._start_engine(self._wanted)
         while True:
             self._tick()
             with suppress(TimeoutError):
@@ -130,6 +131,16 @@ class Scheduler:
         except TimeoutError:
             self.host.kill()  # then the system takes its locks back
             await waiter
+
+    def has_model(self, model: ModelChoice) -> bool:
+        return self.host.model == model
+
+    def load(self, model: ModelChoice) -> bool:
+        """Load a model for single requests where no batch needs another one. Returns: False where one does."""
+        if self._running is not None or any(batch.model != model.name for batch in self.waiting()):
+            return False
+        self._swap(model)
+        return True
 
     def counts(self, batch_id: str) -> tuple[int, int] | None:
         """Rows of answers and of errors that a batch has, as far as they were heard of."""
@@ -172,7 +183,7 @@ class Scheduler:
         model = self._settings.model_named(chosen.model) if chosen else None
         if chosen is None or model is None:
             if not self.host.is_running:
-                self._start_engine(self._settings.models[0])
+                self._start_engine(self._wanted)
             return
         if self.host.model != model:
             self._swap(model)
@@ -246,6 +257,7 @@ class Scheduler:
         self.host.start(model)
 
     def _swap(self, model: ModelChoice) -> None:
+        self._wanted = model
         if not self.host.is_running:
             self._start_engine(model)
         else:

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from blendserve.errors import ConfigError
 from blendserve.job.disk import open_own
+from blendserve.serve.asking import Asking
 from blendserve.serve.batches import Batches
 from blendserve.serve.blobs import DirectoryBlobs
 from blendserve.serve.clock import Clock, steady_clock
@@ -48,6 +49,8 @@ class Service:
         self.batches = Batches(self.store, self.blobs, self.library, self.settings, self.clock, self._told)
         self.scheduler = Scheduler(self.store, self.blobs, self.batches, self.settings, self.clock, self.changed)
         self.batches.attach(self.scheduler)
+        self.asking = Asking(self.scheduler)
+        self.scheduler.on_report = self.asking.hear
         await asyncio.to_thread(_wait_for_old_engine, self.settings)
         self.blobs.sweep(self.library.known_blobs())
         works = [self.scheduler.run(), self._sweep()]
