@@ -81,7 +81,7 @@ def _vllm(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
         image_domains=tuple(args.image_domain),
     )
     config = read_json(files.path / "config.json")
-    served = served_model_of(settings, files.name, config)
+    served = served_model_of(settings, files, config)
     return served, VllmCodec(load_tokenizer(files), config, served.max_model_len)
 
 

@@ -104,6 +104,7 @@ def _sums(reports: Sequence[JobReport]) -> dict[str, Any]:
         "num_lines",
         "num_succeeded",
         "num_resumed",
+        "num_reused",
         "num_prompt_tokens",
         "num_cached_tokens",
         "num_output_tokens",
@@ -148,6 +149,10 @@ def _kv_peak(stats: RunStats) -> float:
 
 def _resumed(count: int) -> str:
     return f", {plural(count, 'request')} of them from an earlier run" if count else ""
+
+
+def _reused(count: int) -> str:
+    return f", {count} of them kept, for rows that did not change" if count else ""
 
 
 def _by_code(errors_by_code: Mapping[str, int], errors_path: str | None) -> str:
