@@ -73,7 +73,10 @@ class SafetensorsWeights:
                 if name.endswith("rotary_emb.inv_freq") or (name == "lm_head" and has_tied_embeddings):
                     continue  # a buffer of old checkpoints; a second copy of the embedding
                 if name in self._entry_by_name:
-                    raise ConfigError(f"tensor {brief(entry_name)} is in {self._entry_by_name[name].path} and {path}")
+                    raise ConfigError(
+                        f"tensor {brief(entry_name)} is in {self._entry_by_name[name].path} and {path}; remove the "
+                        "file that is not of the model"
+                    )
                 self._entry_by_name[name] = entry
 
     @property
