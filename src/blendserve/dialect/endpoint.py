@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from blendserve.dialect.extras import NO_EXTRAS, Abilities, Extras
-from blendserve.dialect.prompts import Message, Prompt
+from blendserve.dialect.prompts import Prompt
 from blendserve.errors import RequestError
+from blendserve.models.chat_formats import AnswerParts
+from blendserve.models.conversation import Conversation
+from blendserve.models.tool_formats.format import Tool
 from blendserve.request import SamplingParams, SequenceOutput, TokenIds
 
 EncodedPrompt = Sequence[int] | TokenIds
@@ -22,10 +25,14 @@ class Codec(Protocol):
 
     `encode` takes texts and conversations in batches and returns, in their order, token ids or why there are none; it
     raises RequestError where it does not know whose fault it is (the batch is then taken apart to find out). `text_of`
-    is the answer without its stop token or stop string.
+    is the answer without its stop token or stop string, `parts_of` the same taken apart: reasoning, calls of `tools`
+    (where the answer may hold any) and content, with the number of tokens that the reasoning took.
     """
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> Sequence[EncodedPrompt | RequestError]: ...
+    def encode(self, prompts: Sequence[str | Conversation]) -> Sequence[EncodedPrompt | RequestError]: ...
+    def parts_of(
+        self, prompt_token_ids: EncodedPrompt, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
+    ) -> tuple[AnswerParts, int]: ...
     def text_of(self, output: SequenceOutput) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 

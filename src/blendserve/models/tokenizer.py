@@ -111,6 +111,11 @@ class Tokenizer:
         listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         return str(self.backend.decode(listed, skip_special_tokens=skip_special_tokens))
 
+    def decode_keeping(self, ids: TokenIds | Sequence[int], kept: frozenset[int]) -> str:
+        """Text of token ids with those special tokens that are in `kept`, and without the others."""
+        dropped = self.special_token_ids - kept
+        return self.decode([int(one) for one in ids if int(one) not in dropped], skip_special_tokens=False)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to the text: not always whole characters, none for ids past the vocabulary."""
         token = self.backend.id_to_token(token_id)
