@@ -125,9 +125,7 @@ def _read_tool(name: str, tool: Any) -> Mapping[str, Any]:
     return {**tool, "type": "function", "function": {key: part for key, part in function.items() if part is not None}}
 
 
-def read_tool_choice(
-    name: str, value: Any, tools: tuple[Mapping[str, Any], ...]
-) -> tuple[ToolMode, str | None]:
+def read_tool_choice(name: str, value: Any, tools: tuple[Mapping[str, Any], ...]) -> tuple[ToolMode, str | None]:
     """Which calls are allowed or wanted, and the function that is asked for by name. Raises: RequestError."""
     if value in (None, "auto", "none"):
         return ("auto" if tools and value != "none" else "none"), None

@@ -1,5 +1,4 @@
-"""What a line may ask beyond text in and text out, where the engine can: an adapter, a structure of the answer,
-pictures, embeddings.
+"""What a line may ask beyond text in and text out, where the engine can: an adapter, pictures, embeddings.
 
 The reader takes it out of the body before the rules of `parameters` see the rest; the engine gets it back from the
 store's `bodies`, as the JSON of an `Extras`.
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -18,10 +17,11 @@ from blendserve.dialect.images import Picture
 from blendserve.dialect.parameters import integer_between, reject, shown
 from blendserve.dialect.urls import TEXT_URLS
 from blendserve.errors import RequestError
+from blendserve.models.chat_formats import ChatFormats
+from blendserve.models.tool_formats.format import Tool
 
 EncodingFormat = Literal["float", "base64"]
 
-STRUCTURE_KINDS = ("json", "regex", "choice", "grammar", "json_object")
 MAX_DIMENSIONS = 1 << 20
 
 
@@ -29,14 +29,16 @@ MAX_DIMENSIONS = 1 << 20
 class Abilities:
     """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
     adapters. `image_domains` are the hosts that pictures may be fetched from: a line must not send
-    the engine to whatever it can reach.
+    the engine to whatever it can reach. `chat` is how the model chats; `forces_json`: calls that a line demands come as
+    plain JSON, because the engine follows no grammar of the model's own format.
     """
 
     adapters: tuple[str, ...] = ()
-    structures: bool = False
     sees: bool = False
     image_domains: tuple[str, ...] = ()
     urls: tuple[str, ...] = TEXT_URLS
+    chat: ChatFormats = field(default_factory=ChatFormats)
+    forces_json: bool = False
 
 
 TEXT_ONLY = Abilities()
@@ -44,15 +46,22 @@ TEXT_ONLY = Abilities()
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """`structure` has one key, a kind of STRUCTURE_KINDS. `messages` is the whole conversation where it holds pictures;
-    the stored prompt is then only an estimate.
+    """`messages` is the whole conversation where it holds pictures, and `template` what its chat template is told; the
+    stored prompt is then only an estimate. The rest is how a chat's answer is read: `tools` that it may call, and how
+    it writes calls (`CallForm`).
     """
 
     adapter: str | None = None
-    structure: Mapping[str, Any] | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     encoding_format: EncodingFormat = "float"
     dimensions: int | None = None
+    template: Mapping[str, Any] | None = None
+    tools: tuple[Tool, ...] = ()
+    call_form: str = ""
+    named: str | None = None
+    is_parallel: bool = True
+    includes_reasoning: bool = True
+    num_id_characters: int = 0
 
     def to_bytes(self) -> bytes:
         """JSON of what differs from the default; empty where nothing does."""
@@ -64,61 +73,11 @@ class Extras:
         if not data:
             return NO_EXTRAS
         values = json.loads(data)
-        return cls(**{**values, "messages": tuple(values.get("messages", ()))})
+        tools = tuple(Tool(**tool) for tool in values.get("tools", ()))
+        return cls(**{**values, "messages": tuple(values.get("messages", ())), "tools": tools})
 
 
 NO_EXTRAS = Extras()
-
-
-def take_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """A body without what shapes its answer, and that: OpenAI's `response_format`, or vLLM's `structured_outputs`.
-
-    Raises: RequestError for one that is not understood, and for both at once.
-    """
-    rest = {name: value for name, value in body.items() if name not in ("response_format", "structured_outputs")}
-    formatted = _read_response_format(body.get("response_format"))
-    structured = _read_structured_outputs(body.get("structured_outputs"))
-    if formatted and structured:
-        raise RequestError(
-            "response_format and structured_outputs both shape the answer; give one of them",
-            code="invalid_value",
-            param="structured_outputs",
-        )
-    return rest, formatted or structured
-
-
-def _read_response_format(value: Any) -> Mapping[str, Any] | None:
-    if value is None:
-        return None
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json_object": True}
-    if kind != "json_schema":
-        reject("response_format", value, "an object of type text, json_object or json_schema")
-    named = value.get("json_schema")
-    schema = named.get("schema") if isinstance(named, dict) else None
-    if not isinstance(schema, dict):
-        reject("response_format.json_schema", named, 'an object {"name": "...", "schema": {...}}')
-    return {"json": schema}
-
-
-def _read_structured_outputs(value: Any) -> Mapping[str, Any] | None:
-    if value is None:
-        return None
-    given = {kind: item for kind, item in value.items() if item is not None} if isinstance(value, dict) else {}
-    if len(given) != 1 or next(iter(given)) not in STRUCTURE_KINDS:
-        reject("structured_outputs", value, f"an object with one of {', '.join(STRUCTURE_KINDS)}")
-    kind, item = next(iter(given.items()))
-    is_right = {
-        "json": isinstance(item, dict | str),
-        "choice": isinstance(item, list) and bool(item) and all(isinstance(choice, str) for choice in item),
-        "json_object": item is True,
-    }.get(kind, isinstance(item, str))
-    if not is_right:
-        reject(f"structured_outputs.{kind}", item, "of the type that vLLM takes", code="invalid_type")
-    return {kind: item}
 
 
 def take_pictures(messages: Any, domains: tuple[str, ...] = ()) -> tuple[Any, list[tuple[Picture, ...]]]:

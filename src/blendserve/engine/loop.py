@@ -202,6 +202,12 @@ class EngineLoop:
             )
         if request.num_prompt_tokens > batcher.capacity_tokens:
             raise self._outgrown(request, request.num_prompt_tokens)
+        if request.sampling.structured_outputs is not None and self.batcher.needs_tokens:
+            raise RequestError(
+                "this engine cannot follow a grammar; remove what shapes the answer, or choose another engine",
+                code="unsupported_parameter",
+                param="structured_outputs",
+            )
         keys = tuple(request.block_keys) if batcher.has_prefix_caching else ()
         return Sequence(request, min(request.max_output_tokens, room), keys)
 

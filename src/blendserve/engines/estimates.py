@@ -53,7 +53,12 @@ class EstimatingCodec:
         raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
 
     def parts_of(
-        self, prompt_token_ids: EncodedPrompt, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
+        self,
+        prompt_token_ids: EncodedPrompt,  # noqa: ARG002
+        output: SequenceOutput,
+        tools: Sequence[Tool],  # noqa: ARG002
+        *,
+        may_call: bool,  # noqa: ARG002
     ) -> NoReturn:
         self.text_of(output)
 

@@ -34,6 +34,9 @@ class AnswerParts(NamedTuple):
     reasoning_end: int = 0
 
 
+NO_PARTS = AnswerParts("")
+
+
 @dataclass(frozen=True, slots=True)
 class ChatFormats:
     """`special_ids` are the ids of those markers that are special tokens. `renders_tools`, `renders_calls`: the chat
@@ -101,5 +104,3 @@ def _chosen(name: str, option: str, known: Mapping[str, Format], recognised: For
     if name not in known:
         raise ConfigError(f"{option} is {name!r}; it must be {AUTO}, {NONE}, or one of {', '.join(known)}")
     return known[name]
-
-

@@ -90,8 +90,8 @@ class ChatTemplate:
         text = self._render(conversation)
         if text is None:
             raise _refused(
-                "no text of the user reaches the prompt; give content in another form (text, or text parts), or another "
-                "template (--chat-template)"
+                "no text of the user reaches the prompt; give content in another form (text, or text parts), or "
+                "another template (--chat-template)"
             )
         return text
 

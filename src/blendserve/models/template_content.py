@@ -49,8 +49,7 @@ def _names_of(template: nodes.Template, name: str, key: str | None) -> list[str]
     """The variables that hold `name` (with a key: that part of it) or a piece of it, `name` itself included."""
     found = [name] if key is None else []
     assignments = [*template.find_all(nodes.Assign)]
-    for target in _targets(assignments, name, key):
-        found.append(target)
+    found += _targets(assignments, name, key)
     for known in found:  # grows while it is walked
         found += [target for target in _targets(assignments, known, None) if target not in found]
     return found

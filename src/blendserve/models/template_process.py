@@ -149,7 +149,8 @@ def serve() -> NoReturn:
     date = datetime.date.fromisoformat(setup["date"])
     try:
         template = ChatTemplate(setup["source"], setup["special_tokens"], date)
-        of_tools = ChatTemplate(setup["tool_source"], setup["special_tokens"], date) if setup["tool_source"] else template
+        tool_source = setup["tool_source"]
+        of_tools = ChatTemplate(tool_source, setup["special_tokens"], date) if tool_source else template
     except ConfigError as error:
         _write_frame(target, {"error": str(error)})
         sys.exit()

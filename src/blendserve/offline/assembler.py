@@ -6,10 +6,11 @@ Holds what is unfinished and nothing else, so that a stream of prompts may be en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.parameters import MAX_CHOICES, check_params
+from blendserve.dialect.structured import check_structure
 from blendserve.engine.keys import block_keys
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.models.detokenize import text_of
@@ -100,6 +101,9 @@ class OutputAssembler:
         if before is not given or checked is None:
             try:
                 checked = check_params(given, self._vocab_size)
+                if given.structured_outputs is not None:
+                    structure = check_structure("structured_outputs", given.structured_outputs)
+                    checked = replace(checked, structured_outputs=structure)
             except RequestError as error:
                 checked = error
             self._checked = (given, checked)

@@ -67,7 +67,6 @@ class VllmEngine:
             max_model_len=max_model_len,
             abilities=Abilities(
                 adapters=tuple(sorted(settings.adapters)),
-                structures=not embeds,
                 sees="vision_config" in config,
                 image_domains=tuple(domain.lower() for domain in settings.image_domains),
                 urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,

@@ -122,7 +122,7 @@ def call_of(value: Any, *keys: str) -> ToolCall:
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or not name:
         raise NoCallError("no name")
-    arguments = next((value[key] for key in keys if key in value), {})
+    arguments: Any = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):
         arguments, _ = read_json(arguments)
     if not isinstance(arguments, dict):

@@ -1,4 +1,4 @@
-"""Mistral's formats: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}]`, and the newer `[TOOL_CALLS]name[ARGS]{...}`."""
+"""Mistral's formats: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}]`, and now `[TOOL_CALLS]name[ARGS]{...}`."""
 
 from __future__ import annotations
 
