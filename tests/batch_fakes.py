@@ -38,7 +38,9 @@ class FakeCodec:
 
     def _encode(self, prompt: str | Conversation) -> list[int]:
         if not isinstance(prompt, str):
-            prompt = "".join(f"{message['role']}:{text_of_content(message['content'])}\n" for message in prompt.messages)
+            prompt = "".join(
+                f"{message['role']}:{text_of_content(message['content'])}\n" for message in prompt.messages
+            )
         if "unspeakable" in prompt:
             raise RequestError("the template takes no such text", code="invalid_value", param="messages")
         return list(prompt.encode())
@@ -51,6 +53,8 @@ class FakeCodec:
     def parts_of(
         self, prompt_token_ids: Any, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
     ) -> tuple[AnswerParts, int]:
+        assert len(prompt_token_ids)
+        assert not tools
         assert not may_call
         return AnswerParts(self.text_of(output)), 0
 

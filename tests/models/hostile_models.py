@@ -17,6 +17,7 @@ import gguf
 from blendserve.config import EngineConfig
 from blendserve.engine.limits import resolve_limits
 from blendserve.errors import BlendServeError
+from blendserve.models.conversation import Conversation
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_model
@@ -168,7 +169,7 @@ def use(path: Path) -> str:
             model.weights.tensor(name)
         model.tokenizer.encode_each([MESSAGES[0]["content"]])
         if model.tokenizer.has_chat_template:
-            model.tokenizer.render_each([MESSAGES])
+            model.tokenizer.render_each([Conversation(tuple(MESSAGES))])
     except BlendServeError as error:
         return type(error).__name__ if len(str(error)) < 2000 else "an endless message"
     return "loaded"

@@ -17,6 +17,9 @@ from blendserve.dialect.tools import calls_body, conversation_of, structure_of, 
 from blendserve.dialect.urls import CHAT_URL
 from blendserve.models.conversation import Conversation
 
+_ROLES = {"developer": "system"}
+"""What few templates know, under the name that all know."""
+
 
 def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
     body, structure = take_structure(body)
@@ -43,8 +46,9 @@ def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
 
 def _with_pictures(body: Mapping[str, Any], conversation: Conversation) -> dict[str, Any]:
     """The conversation as an engine that sees is given it."""
+    given = [{**message, "role": _ROLES.get(message["role"], message["role"])} for message in body["messages"]]
     return {
-        "messages": tuple(body["messages"]),
+        "messages": tuple(given),
         "template": {
             "tools": list(conversation.tools),
             "variables": dict(conversation.variables),

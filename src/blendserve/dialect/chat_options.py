@@ -161,7 +161,7 @@ def _read_variables(given: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(documents, list) or not all(isinstance(document, Mapping) for document in documents):
             reject("documents", documents, "a list of objects", code="invalid_type")
         variables["documents"] = documents
-    return variables | read_template_kwargs("chat_template_kwargs", given.get("chat_template_kwargs") or {})
+    return variables | read_template_kwargs("chat_template_kwargs", given.get("chat_template_kwargs", {}))
 
 
 def _read_thinking(value: Any) -> dict[str, bool]:
