@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from blendserve.cli.options import chat_settings
 from blendserve.config import EngineConfig
 from blendserve.engines.settings import (
     EngineSettings,
@@ -63,6 +64,7 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         isa=args.isa,
         window=args.window,
         revision=args.revision,
+        chat=chat_settings(args),
     )
 
 
@@ -112,6 +114,7 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         arguments=dict(parse_argument(text) for text in args.vllm_arg),
         revision=args.revision,
         image_domains=tuple(args.image_domain),
+        chat=chat_settings(args),
     )
 
 

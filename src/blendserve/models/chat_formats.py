@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from blendserve.errors import ConfigError
-from blendserve.models.chat_template import reads_variable
+from blendserve.models.conversation import reads_variable
 from blendserve.models.reasoning_formats import (
     HARMONY_REASONING,
     REASONING_FORMATS,

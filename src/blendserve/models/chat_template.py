@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -20,7 +19,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from blendserve.errors import ConfigError, RequestError
-from blendserve.models.conversation import Conversation, Message, text_of_content
+from blendserve.models.conversation import Conversation, Message, reads_variable, text_of_content
 from blendserve.models.template_content import ContentForm, content_form, in_form, other_form, with_text_arguments
 
 # What a template may run into on messages that it was not written for; anything else is our own bug.
@@ -33,7 +32,6 @@ _RENDER_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
-_COMMENTS = re.compile(r"\{#.*?#\}", re.DOTALL)
 _END_MARK = "\ue0f8END\ue0f9"
 """Put behind the last message that an answer is to continue, to see where it ends in the prompt."""
 _OTHER_WORDS = " other words"
@@ -51,11 +49,6 @@ class _GenerationBlock(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def reads_variable(source: str | None, name: str) -> bool:
-    """Does a template's text mention `name`, comments aside? It is not parsed: it may come from anybody."""
-    return source is not None and re.search(rf"\b{re.escape(name)}\b", _COMMENTS.sub("", source)) is not None
 
 
 class ChatTemplate:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+_COMMENTS = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 Message = Mapping[str, Any]
 """`role` and `content`: a text, or a list of parts `{"type": "text", "text": ...}`. Some also have `name`, `tool_calls`
@@ -40,3 +43,8 @@ def num_characters(conversation: Conversation) -> int:
         len(text_of_content(message["content"])) + (len(str(message)) if len(message) > 2 else 0)
         for message in conversation.messages
     )
+
+
+def reads_variable(source: str | None, name: str) -> bool:
+    """Does a template's text mention `name`, comments aside? It is not parsed: it may come from anybody."""
+    return source is not None and re.search(rf"\b{re.escape(name)}\b", _COMMENTS.sub("", source)) is not None
