@@ -134,8 +134,9 @@ class SequenceOutput:
     """What the engine yields when the sequence of `Request.index` has ended.
 
     `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled;
-    there are none where a remote server gave the `response`. `embedding` is the vector of a request for one, as numbers
-    or, where base64 was asked for, as text.
+    `has_stop_token` is false where a complete grammar ended the sequence without one. There are none where a remote
+    server gave the `response`. `embedding` is the vector of a request for one, as numbers or, where base64 was asked
+    for, as text.
     """
 
     index: int
@@ -148,6 +149,7 @@ class SequenceOutput:
     error: Exception | None = None
     response: ServerResponse | None = None
     embedding: tuple[float, ...] | str | None = None
+    has_stop_token: bool = True
 
     @property
     def num_output_tokens(self) -> int:

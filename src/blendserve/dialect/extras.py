@@ -30,7 +30,8 @@ class Abilities:
     """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
     adapters. `image_domains` are the hosts that pictures may be fetched from: a line must not send
     the engine to whatever it can reach. `chat` is how the model chats; `forces_json`: calls that a line demands come as
-    plain JSON, because the engine follows no grammar of the model's own format.
+    plain JSON, because the engine follows no grammar of the model's own format. `checks_grammars`:
+    structures are held against what our own engine can follow; others check them themselves.
     """
 
     adapters: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Abilities:
     urls: tuple[str, ...] = TEXT_URLS
     chat: ChatFormats = field(default_factory=ChatFormats)
     forces_json: bool = False
+    checks_grammars: bool = True
 
 
 TEXT_ONLY = Abilities()

@@ -14,6 +14,7 @@ from typing import Any
 from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
 from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import TEXT_ONLY, Abilities
+from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary, reject, shown
 from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.structured import STRUCTURE_FIELDS
@@ -78,6 +79,9 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     custom_id, url, body = read_envelope(value, served.urls)
     model = _read_model(body, served)
     read = ENDPOINTS[url].read(with_extra_body(body), served.abilities)
+    structure = read.sampling.structured_outputs
+    if structure is not None and served.abilities.checks_grammars:
+        check_grammar(structure)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
     line = BatchLine(line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes())
     if served.vocab_size:

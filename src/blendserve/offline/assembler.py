@@ -142,7 +142,13 @@ class OutputAssembler:
         has_logprobs = sampling.logprobs is not None
         return CompletionOutput(
             index=choice,
-            text=text_of(self._tokenizer, result.token_ids, result.finish_reason, result.stop_reason),
+            text=text_of(
+                self._tokenizer,
+                result.token_ids,
+                result.finish_reason,
+                result.stop_reason,
+                has_stop_token=result.has_stop_token,
+            ),
             token_ids=tuple(result.token_ids.tolist()),
             finish_reason=result.finish_reason,
             stop_reason=result.stop_reason,

@@ -75,6 +75,7 @@ class VllmEngine:
                 forces_json=True,
                 image_domains=tuple(domain.lower() for domain in settings.image_domains),
                 urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
+                checks_grammars=False,
             ),
         )
         self.codec = VllmCodec(
