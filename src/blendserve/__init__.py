@@ -9,13 +9,16 @@ if TYPE_CHECKING:
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.job.job import JobProgress, JobReport
     from blendserve.job.reader import ReadLimits
+    from blendserve.models.chat_settings import ChatSettings
     from blendserve.offline.batch import run_batch
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
     from blendserve.request import SamplingParams
+    from blendserve.tables.api import map, map_file
 
 __all__ = [
     "LLM",
+    "ChatSettings",
     "CompletionOutput",
     "HttpSettings",
     "JobInterrupted",
@@ -27,6 +30,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "VllmSettings",
+    "map",
+    "map_file",
     "run_batch",
 ]
 
@@ -35,10 +40,12 @@ _NAMES_BY_MODULE = {
     "blendserve.job.interrupts": ("JobInterrupted",),
     "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.job.reader": ("ReadLimits",),
+    "blendserve.models.chat_settings": ("ChatSettings",),
     "blendserve.offline.batch": ("run_batch",),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams",),
+    "blendserve.tables.api": ("map", "map_file"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
