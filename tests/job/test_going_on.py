@@ -25,7 +25,7 @@ from batch_fakes import (
     stop_after,
     write_lines,
 )
-from test_job_crash import exit_code_of, in_child
+from crash_children import exit_code_of, in_child
 
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import CapacityError, ConfigError, ExecutorError, RequestError

@@ -25,7 +25,7 @@ from batch_fakes import (
     stop_after,
     write_lines,
 )
-from test_job_crash import exit_code_of, in_child
+from crash_children import exit_code_of, in_child
 
 from blendserve.errors import ConfigError
 from blendserve.job.interrupts import JobInterrupted
