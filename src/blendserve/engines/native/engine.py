@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
@@ -11,6 +12,7 @@ from blendserve.costs.model_cost import CostModel
 from blendserve.costs.stored_calibration import Calibration, machine_name, matching_calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.front import Front, NothingPlanned
 from blendserve.engine.limits import resolve_limits
@@ -26,6 +28,7 @@ from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.fingerprint import identity_of
+from blendserve.models.generation_config import note_of, sampling_defaults, shown_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.planner.plan import Plan, make_plan
@@ -40,8 +43,10 @@ def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserv
     files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
     model = load_model(files)
     resolve_limits(settings.config(), model.spec)
-    engine = NativeEngine(settings, model, identity_of(model.spec.name, files), notify=notify, observer=observer)
-    engine.notes = files.notes
+    sampling = checked_defaults(sampling_defaults(files, settings.generation_config))
+    identity = identity_of(model.spec.name, files)
+    engine = NativeEngine(settings, model, identity, sampling, notify=notify, observer=observer)
+    engine.notes = (*files.notes, *note_of(sampling))
     return engine
 
 
@@ -53,6 +58,7 @@ class NativeEngine:
         settings: NativeSettings,
         model: LoadedModel,
         identity: str,
+        default_sampling: Mapping[str, Any],
         *,
         notify: Notify,
         observer: RunObserver | None = None,
@@ -64,6 +70,7 @@ class NativeEngine:
             accepts_any_name=settings.model is not None,
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
+            default_sampling=default_sampling,
         )
         self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity
@@ -73,6 +80,7 @@ class NativeEngine:
             "dtype": self._config.dtype,
             "kv_dtype": self._config.kv_dtype,
             "kernels": KERNEL_REVISION,
+            "generation config": shown_defaults(default_sampling),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.notes: tuple[str, ...] = ()
