@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from blendserve.dialect.responses import error_code_of
+from blendserve.dialect.rows import error_code_of
 
 PAGE_LINES = 10
 MAX_SCANNED_ROWS = 20_000
