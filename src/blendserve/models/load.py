@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from blendserve.errors import ConfigError
 from blendserve.models.ends import united
+from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.hub import ModelFiles
-from blendserve.models.spec import ModelSpec, spec_from_hf_config
+from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer, read_json
 from blendserve.models.weights import Weights, check_weights
 
