@@ -14,6 +14,7 @@ from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.schema import ServedModel
+from blendserve.engine.front import Front, NothingPlanned
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import run_planned, run_windowed
@@ -85,6 +86,7 @@ class NativeEngine:
         self.notes: tuple[str, ...] = ()
         self.times = EngineTimes()
         self.stats: RunStats | None = None
+        self.front: Front | None = None
         self._model = model
         self._window = settings.window
         self._notify = notify
@@ -107,9 +109,10 @@ class NativeEngine:
         outputs: Iterator[SequenceOutput]
         if plan is None:
             assert self._window is not None
-            outputs = run_windowed(loop, pending, windows_of(pending, self._window), self._cost(), policy)
+            windows = windows_of(pending, self._window)
+            outputs = run_windowed(loop, pending, windows, self._cost(), policy, self.front)
         else:
-            outputs = run_planned(loop, pending, plan, policy)
+            outputs = run_planned(loop, pending, plan, policy, self.front)
         self._latest = (loop, plan, len(pending))
         try:
             yield from outputs
@@ -119,6 +122,13 @@ class NativeEngine:
             loop.stats.calibration = self._calibration_effort()
             self.stats = loop.stats
             self._tell_observer(policy, executor, loop.stats, plan)
+
+    def answer_front(self) -> None:
+        """Answer the requests of the front while nothing is planned."""
+        assert self.front is not None, "there is no front"
+        _, loop = self._opened = self._opened or self._open()
+        for _ in self.front.run(loop, (), NothingPlanned()):
+            raise AssertionError("nothing is planned")
 
     def plan(self, pending: PendingRequests) -> Plan:
         """The order of `pending` on this machine."""
