@@ -47,8 +47,9 @@ def _backend(directory: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         kinds = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (directory / name).is_file()]
         found = f"{kinds[0]}, but no tokenizer.json" if kinds else "no tokenizer.json"
+        needed = "transformers and sentencepiece" if "tokenizer.model" in kinds else "transformers"
         raise ConfigError(
-            f'{directory} has {found}; write one with transformers: python -c "from transformers import AutoTokenizer; '
+            f'{directory} has {found}; write one with {needed}: python -c "from transformers import AutoTokenizer; '
             f'AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"'
         )
     with told_as(f"cannot read {path}"):
