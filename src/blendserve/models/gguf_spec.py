@@ -69,7 +69,7 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
             has_tied_embeddings="output.weight" not in file.tensor_by_name,
             has_qkv_bias=architecture == "qwen2",
             has_qk_norm=architecture == "qwen3",
-            eos_token_ids=token_ids(file.metadata.get("tokenizer.ggml.eos_token_id")),
+            eos_token_ids=token_ids(file.metadata.get("tokenizer.ggml.eos_token_id"), f"the metadata of {name}"),
             context_limit=window_limit(window) if window and window < max_position else "",
         )
     )

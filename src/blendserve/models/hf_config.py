@@ -61,7 +61,7 @@ def spec_from_hf_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
             has_tied_embeddings=read("tie_word_embeddings", bool, False),
             has_qkv_bias=model_type == "qwen2",
             has_qk_norm=model_type == "qwen3",
-            eos_token_ids=token_ids(config.get("eos_token_id")),
+            eos_token_ids=token_ids(config.get("eos_token_id"), f"{name}'s config.json"),
             context_limit=context_limit,
         )
     )

@@ -107,12 +107,13 @@ MAX_SCALING = float(1 << 24)
 _MAX_SHOWN = 100
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
-    """Read a config's eos_token_id, which may be absent, one id, or a list of them. Raises: ConfigError."""
+def token_ids(value: Any, where: str) -> tuple[int, ...]:
+    """Read the eos_token_id of a file, which may be absent, one id, or a list of them. Raises: ConfigError."""
     listed = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(token_id) is int and 0 <= token_id < _MOST["vocab_size"] for token_id in listed):
-        raise ConfigError(f"eos_token_id is {brief(value)}; it must be a token id, or a list of them")
-    return tuple(listed)
+    whole = [int(item) if isinstance(item, float) and item.is_integer() else item for item in listed]
+    if not all(type(token_id) is int and 0 <= token_id < _MOST["vocab_size"] for token_id in whole):
+        raise ConfigError(f"eos_token_id is {brief(value)} in {where}; it must be a token id, or a list of them")
+    return tuple(whole)
 
 
 def brief(value: object) -> str:

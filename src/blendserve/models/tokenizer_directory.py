@@ -36,7 +36,8 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     special_tokens = _special_tokens(config)
     with told_as(f"cannot add the tokens that {directory} lists to its tokenizer"):
         _add_tokens(backend, added, special_tokens, config)
-    generation_ids = token_ids(read_json(directory / "generation_config.json").get("eos_token_id"))
+    path = directory / "generation_config.json"
+    generation_ids = token_ids(read_json(path).get("eos_token_id"), str(path))
     own_id = backend.token_to_id(special_tokens.get("eos_token", ""))
     ends = united(generation_ids, () if own_id is None else (own_id,))
     return Tokenizer(backend, ends, special_tokens, _chat_template_source(directory, config))
