@@ -37,7 +37,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, form.pop("dtype"))
     config = transformers.AutoConfig.for_model(**{**SUPPORTED[name], "torch_dtype": None})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    factory: Any = transformers.AutoModelForCausalLM
+    model = factory.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or "bias" in parameter_name:
@@ -45,7 +46,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, **form)
     (tmp_path / "config.json").write_text(json.dumps(SUPPORTED[name]))
     byte_level_tokenizer(320).save(str(tmp_path / "tokenizer.json"))
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    peer = factory.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         expected = peer(torch.tensor(TOKENS[None].astype(np.int64))).logits[0].double().numpy()
     loaded = load_model(ModelFiles("m", tmp_path))
