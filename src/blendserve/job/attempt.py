@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from blendserve.dialect.responses import Codec, error_row
+from blendserve.dialect.endpoint import Codec
+from blendserve.dialect.rows import error_row
 from blendserve.dialect.schema import BatchLine
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job.door import Door

@@ -95,7 +95,8 @@ def _report_lines(report: JobReport) -> list[str]:
     if report.was_complete:
         failed = f", {errors}" if report.num_failed else ""
         return [f"already complete: {report.output_path} ({answers}{failed}); --fresh runs it again"]
-    return [f"{answers} in {report.output_path}" + _resumed(report.num_resumed) + _reused(report.num_reused), errors]
+    kept = _resumed(report.num_resumed) + _reused(report.num_reused)
+    return [f"{answers} in {report.output_path}" + kept, errors]
 
 
 def _sums(reports: Sequence[JobReport]) -> dict[str, Any]:
