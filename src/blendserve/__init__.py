@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from blendserve.offline.batch import run_batch
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
-    from blendserve.request import SamplingParams
+    from blendserve.request import SamplingParams, StructuredOutputs
 
 __all__ = [
     "LLM",
@@ -26,6 +26,7 @@ __all__ = [
     "ReplicaSettings",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "VllmSettings",
     "run_batch",
 ]
@@ -38,7 +39,7 @@ _NAMES_BY_MODULE = {
     "blendserve.offline.batch": ("run_batch",),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
-    "blendserve.request": ("SamplingParams",),
+    "blendserve.request": ("SamplingParams", "StructuredOutputs"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
