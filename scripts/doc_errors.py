@@ -77,6 +77,12 @@ REQUEST_EXAMPLES = (
         "The engine does not support the parameter, and leaving it out would change the answer.",
         asks(tools=[{"type": "function", "function": {"name": "f"}}]),
     ),
+    Example(
+        "unsupported_schema",
+        "The schema asks for something that cannot be followed. The message names it.",
+        asks(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}}),
+    ),
+    Example("invalid_grammar", "A regular expression or a grammar has an error.", asks(guided_regex="(yes|no")),
     Example("context_length_exceeded", "The prompt does not fit the model's context.", line({"prompt": _LONG_PROMPT})),
     Example(
         "too_many_requests",
@@ -220,7 +226,8 @@ def _run_failing(source: Path, target: Path) -> None:
 def _http_run(server_settings: FakeSettings) -> Run:
     def run(source: Path, target: Path) -> None:
         with serving(server_settings) as server:
-            settings = HttpSettings(server.base_url, request_timeout_s=0.2, max_attempts=1, max_outage_s=5)
+            timeout_s = 0.2 if "hang" in server_settings.faults else 60.0  # a busy machine answers late
+            settings = HttpSettings(server.base_url, request_timeout_s=timeout_s, max_attempts=1, max_outage_s=5)
             run_batch(source, target, engine=settings)
 
     return run

@@ -18,8 +18,8 @@ FLOORS = {
     "plans": ("planner", "dialect"),
     "work": ("engine", "executors", "job"),
     "engines": ("engines", "calibration"),
-    "doors": ("offline", "simulator"),
-    "people": ("report", "cli"),
+    "doors": ("offline", "simulator", "tables"),
+    "people": ("report", "serve", "cli"),
 }
 """From the ground up. A part may import its own floor and those below."""
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS.values()) for part in parts}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
     from blendserve.request import SamplingParams, StructuredOutputs
+    from blendserve.tables.api import map, map_file
 
 __all__ = [
     "LLM",
@@ -28,6 +29,8 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputs",
     "VllmSettings",
+    "map",
+    "map_file",
     "run_batch",
 ]
 
@@ -40,6 +43,7 @@ _NAMES_BY_MODULE = {
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams", "StructuredOutputs"),
+    "blendserve.tables.api": ("map", "map_file"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 HELP_BY_COMMAND = {
     "run": "answer every line of a batch file",
+    "map": "answer every row of a table",
     "check": "validate a batch file without running it",
     "plan": "say what a batch file holds and how long it would take",
     "simulate": "simulate how long a job would take on given hardware",
     "calibrate": "measure this machine, so that plans fit it",
     "models": "list cached models, or fetch one",
+    "serve": "serve OpenAI's Batch API",
+    "keys": "make, list and revoke API keys of a service",
+    "submit": "send a batch file to a Batch API, and fetch the answers",
+    "batches": "show batches of a Batch API, and fetch their files",
+    "cancel": "cancel a batch of a Batch API",
 }
 
 EXIT_CODES = {

@@ -148,6 +148,7 @@ class StoreWriter:
                 file.flush()
                 os.fsync(file.fileno())
             sync_directory(self._directory)
+            sync_directory(self._directory.parent)  # before a header counts on it
         self._stack.close()
         return {name: StoredFile(self._sizes[name], file.sha256.hexdigest()) for name, file in self._hashed.items()}
 
