@@ -32,7 +32,7 @@ from blendserve.errors import ConfigError
 from blendserve.job.disk import sync_directory, writing_to
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
-from blendserve.planner.table import known_output_tokens
+from blendserve.planner.table import known_output_tokens, most_output_tokens
 from blendserve.request import Request, SamplingParams, StructuredOutputs, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
@@ -66,6 +66,7 @@ _FILES: dict[str, np.dtype[Any]] = {
     "bodies": np.dtype("u1"),
 }
 _HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
+_HAS_STRUCTURE = 1024
 _NO_LIMIT = -1
 _MAX_INTERNED_BYTES = 4 << 20
 """JSON of the parameter sets remembered at a time, which are about ten times as large: bounds memory, costs only
@@ -286,8 +287,28 @@ class TokenStore:
         limits = np.where(max_tokens == _NO_LIMIT, MAX_INT32, max_tokens)
         if self.max_model_len:
             limits = np.minimum(limits, self.max_model_len - lengths)
-        is_known = (self._lines["flags"][rows] & _HAS_KNOWN_LENGTH) != 0
-        return RequestTable(lengths, limits, np.where(is_known, limits, -1))
+        flags = self._lines["flags"][rows]
+        known = np.where((flags & _HAS_KNOWN_LENGTH) != 0, limits, -1)
+        if not (flags & _HAS_STRUCTURE).any():
+            return RequestTable(lengths, limits, known)
+        structure, bounds = self._structures(rows)
+        return RequestTable(lengths, np.minimum(limits, bounds), known, structure)
+
+    def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
+        """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""
+        structured = np.flatnonzero(self._lines["flags"][rows] & _HAS_STRUCTURE)
+        offsets, first, inverse = np.unique(
+            self._lines["sampling_offset"][rows[structured]], return_index=True, return_inverse=True
+        )
+        number_by_structure: dict[StructuredOutputs | None, int] = {}
+        numbers, bounds = np.zeros(len(rows), np.int64), np.full(len(rows), MAX_INT32, np.int64)
+        of_offset = np.zeros((2, len(offsets)), np.int64)
+        for at, row in enumerate(rows[structured[first]].tolist()):
+            sampling = self._sampling_of(self._lines[row])
+            number = number_by_structure.setdefault(sampling.structured_outputs, len(number_by_structure) + 1)
+            of_offset[:, at] = number, most_output_tokens(sampling, MAX_INT32)
+        numbers[structured], bounds[structured] = of_offset[:, inverse.ravel()]
+        return numbers, bounds
 
     def _limit(self, max_tokens: int | None, num_prompt_tokens: int) -> int:
         limit = MAX_INT32 if max_tokens is None else max_tokens
@@ -314,6 +335,7 @@ def _flags(line: BatchLine) -> int:
         (_HAS_SEED if sampling.seed is not None else 0)
         | (_IS_CHAT if line.url == CHAT_URL else 0)
         | (_IS_EMBEDDING if line.url == EMBEDDINGS_URL else 0)
+        | (_HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
         | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )
 
