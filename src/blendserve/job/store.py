@@ -3,7 +3,7 @@
 Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
 own, the rest is the system's page cache. Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE),
 `custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what else the engine is told
-(see `BatchLine`).
+(see `BatchLine`), `urls` one endpoint per line of text, numbered from 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE
+from blendserve.dialect.endpoint import StoredLine
 from blendserve.dialect.parameters import MAX_INT32
-from blendserve.dialect.responses import StoredLine
-from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Url
+from blendserve.dialect.schema import BatchLine
 from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
 from blendserve.job.disk import sync_directory, writing_to
+from blendserve.job.sampling_json import given_fields, sampling_from
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
 from blendserve.planner.table import known_output_tokens, most_output_tokens
@@ -54,9 +55,10 @@ LINE = np.dtype(
         ("num_prompts", "<i4"),
         ("n", "<i4"),
         ("flags", "<u4"),
+        ("digest", "V16"),
     ]
 )
-_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI").pack
+_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI16s").pack
 _FILES: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<i4"),
     "prompt_ends": np.dtype("<i8"),
@@ -64,9 +66,11 @@ _FILES: dict[str, np.dtype[Any]] = {
     "custom_ids": np.dtype("u1"),
     "sampling": np.dtype("u1"),
     "bodies": np.dtype("u1"),
+    "urls": np.dtype("u1"),
 }
-_HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
-_HAS_STRUCTURE = 1024
+_HAS_SEED, _HAS_KNOWN_LENGTH, _HAS_STRUCTURE = 1, 2, 4
+_URL_SHIFT = 8
+"""Flags of a line: the number of its URL stands above this bit."""
 _NO_LIMIT = -1
 _MAX_INTERNED_BYTES = 4 << 20
 """JSON of the parameter sets remembered at a time, which are about ten times as large: bounds memory, costs only
@@ -105,6 +109,7 @@ class StoreWriter:
         self._sizes = dict.fromkeys(_FILES, 0)
         self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._num_interned_bytes = 0
+        self._number_by_url: dict[str, int] = {}
         self._num_prompts = 0
         with ExitStack() as stack, writing_to(directory):
             directory.mkdir(mode=0o700)
@@ -138,7 +143,8 @@ class StoreWriter:
                 _NO_LIMIT if sampling.max_tokens is None else sampling.max_tokens,
                 len(token_ids),
                 sampling.n,
-                _flags(line),
+                _flags(line) | self._url_number(line.url) << _URL_SHIFT,
+                line.digest,
             )
             self._write("lines", record)
 
@@ -164,12 +170,18 @@ class StoreWriter:
         self._sizes[name] = offset + len(data)
         return offset
 
+    def _url_number(self, url: str) -> int:
+        if url not in self._number_by_url:
+            self._number_by_url[url] = len(self._number_by_url)
+            self._write("urls", url.encode() + b"\n")
+        return self._number_by_url[url]
+
     def _intern(self, sampling: SamplingParams) -> tuple[int, int]:
         values = _interned_values(sampling)
         key = (*values[:-1], tuple(values[-1].items()))
         place = self._interned.get(key)
         if place is None:
-            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=_given_fields).encode()
+            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=given_fields).encode()
             self._num_interned_bytes += len(data)
             if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._interned.clear()
@@ -194,6 +206,7 @@ class TokenStore:
         self._custom_ids = arrays["custom_ids"]
         self._sampling = arrays["sampling"]
         self._bodies = arrays["bodies"]
+        self._urls = arrays["urls"].tobytes().decode().splitlines()
         self._sampling_by_offset: dict[int, SamplingParams] = {}
         self._num_interned_bytes = 0
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
@@ -220,7 +233,7 @@ class TokenStore:
         return StoredLine(
             line_number=int(record["line_number"]),
             custom_id=self._custom_ids[begin : begin + size].tobytes().decode(),
-            url=_url_of(int(record["flags"])),
+            url=self._urls[int(record["flags"]) >> _URL_SHIFT],
             num_prompts=int(record["num_prompts"]),
             n=int(record["n"]),
             first_request=int(self._first_requests[row]),
@@ -232,6 +245,22 @@ class TokenStore:
         begin = int(record["body_offset"])
         return self._bodies[begin : begin + int(record["body_bytes"])].tobytes()
 
+    def digest(self, row: int) -> bytes:
+        """The hash of a line as the file has it."""
+        return bytes(self._lines["digest"][row])
+
+    def row_by_digest(self) -> dict[bytes, int]:
+        """The row of every line by its digest."""
+        return {bytes(digest): row for row, digest in enumerate(self._lines["digest"])}
+
+    def line_hashes(self) -> bytes:
+        """For every line the hash of its custom_id and its digest, 16 bytes each."""
+        ids, lines = self._custom_ids.tobytes(), self._lines
+        places = zip(lines["id_offset"].tolist(), lines["id_bytes"].tolist(), lines["digest"], strict=True)
+        return b"".join(
+            part for begin, size, digest in places for part in (hash_of_id(ids[begin : begin + size]), bytes(digest))
+        )
+
     def row_of(self, line_number: int) -> int | None:
         """The row of a line, None where that line is not in the store."""
         row = int(np.searchsorted(self._lines["line_number"], line_number))
@@ -242,8 +271,7 @@ class TokenStore:
         row = int(self.line_of_request[number])
         line = self._lines[row]
         choice = number - int(self._first_requests[row])
-        prompt = int(line["first_prompt"]) + choice // int(line["n"])
-        token_ids = self.prompt(prompt)
+        token_ids = self.prompt_of(number)
         seed = int(line["seed"]) if line["flags"] & _HAS_SEED else None
         max_tokens = None if line["max_tokens"] == _NO_LIMIT else int(line["max_tokens"])
         if seed is None:
@@ -264,6 +292,13 @@ class TokenStore:
         """Tokens of one prompt, a view of the map."""
         begin = int(self._prompt_ends[prompt - 1]) if prompt else 0
         return self._tokens[begin : int(self._prompt_ends[prompt])]
+
+    def prompt_of(self, number: int) -> TokenIds:
+        """Tokens of the prompt of request `number`."""
+        row = int(self.line_of_request[number])
+        line = self._lines[row]
+        choice = number - int(self._first_requests[row])
+        return self.prompt(int(line["first_prompt"]) + choice // int(line["n"]))
 
     def prompts_of(self, numbers: Int64s) -> Int64s:
         """The prompt of every request of `numbers`. Shapes: both int64[num_requests]."""
@@ -324,8 +359,13 @@ class TokenStore:
             if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._sampling_by_offset.clear()
                 self._num_interned_bytes = len(data)
-            sampling = self._sampling_by_offset[offset] = _sampling_from(values)
+            sampling = self._sampling_by_offset[offset] = sampling_from(values)
         return sampling
+
+
+def hash_of_id(custom_id: bytes) -> bytes:
+    """16 bytes that stand for a custom_id."""
+    return hashlib.blake2b(custom_id, digest_size=16).digest()
 
 
 def _flags(line: BatchLine) -> int:
@@ -333,30 +373,9 @@ def _flags(line: BatchLine) -> int:
     limit = MAX_INT32 if sampling.max_tokens is None else sampling.max_tokens
     return (
         (_HAS_SEED if sampling.seed is not None else 0)
-        | (_IS_CHAT if line.url == CHAT_URL else 0)
-        | (_IS_EMBEDDING if line.url == EMBEDDINGS_URL else 0)
         | (_HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
         | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )
-
-
-def _url_of(flags: int) -> Url:
-    if flags & _IS_EMBEDDING:
-        return EMBEDDINGS_URL
-    return CHAT_URL if flags & _IS_CHAT else COMPLETIONS_URL
-
-
-def _given_fields(structure: StructuredOutputs) -> dict[str, Any]:
-    return {name: value for name, value in asdict(structure).items() if value}
-
-
-def _sampling_from(values: dict[str, Any]) -> SamplingParams:
-    values["stop"] = tuple(values["stop"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
-    values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
-    if structure := values.get("structured_outputs"):
-        values["structured_outputs"] = StructuredOutputs(**{**structure, "choice": tuple(structure.get("choice", ()))})
-    return SamplingParams(**values)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], files: Mapping[str, StoredFile]) -> NDArray[Any]:

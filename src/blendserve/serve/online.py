@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blendserve.dialect.responses import error_row
+from blendserve.dialect.rows import error_row
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.engine.front import Front
 from blendserve.engines.base import Engine

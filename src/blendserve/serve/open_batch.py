@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from blendserve.dialect.responses import Codec, error_row
+from blendserve.dialect.endpoint import Codec
+from blendserve.dialect.rows import error_row
 from blendserve.dialect.schema import BatchLine, ServedModel
 from blendserve.engines.base import Engine
 from blendserve.errors import ConfigError
