@@ -98,6 +98,13 @@ def test_lines_of_every_text_endpoint_get_them() -> None:
         assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.5, 20)
 
 
+def test_what_extra_body_gives_counts() -> None:
+    body = {"prompt": "x", "extra_body": {"top_k": 5}}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    sampling = parse_line(line, 1, ServedModel(("m",), default_sampling=RECOMMENDED)).sampling
+    assert (sampling.top_k, sampling.top_p) == (5, 0.95)
+
+
 def test_llm_uses_them_where_a_call_gives_no_parameters(tmp_path: Path) -> None:
     """As in vLLM: parameters that are given are taken as they are."""
     path = str(directory(tmp_path / "m", temperature=0.0, max_new_tokens=3))
