@@ -83,9 +83,10 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     """Validate one JSON value. Raises: RequestError with code, param and status."""
     custom_id, url, body = read_envelope(value, served.urls)
     model = _read_model(body, served)
+    whole = with_extra_body(body)
     if url in TEXT_URLS and served.default_sampling:
-        body = {**with_defaults(body, served.default_sampling, is_completion=url == COMPLETIONS_URL)}
-    read = ENDPOINTS[url].read(with_extra_body(body), served.abilities)
+        whole = with_defaults(whole, served.default_sampling, is_completion=url == COMPLETIONS_URL)
+    read = ENDPOINTS[url].read(whole, served.abilities)
     structure = read.sampling.structured_outputs
     if structure is not None and served.abilities.checks_grammars:
         check_grammar(structure)
