@@ -23,7 +23,7 @@ from blendserve.models.conversation import Conversation
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.request import SequenceOutput, StructuredOutputs
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -31,7 +31,7 @@ WEATHER = {
     },
 }
 NOW = {"type": "function", "function": {"name": "now"}}
-ASK = {"messages": [{"role": "user", "content": "Weather in Oslo?"}], "tools": [WEATHER, NOW]}
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Weather in Oslo?"}], "tools": [WEATHER, NOW]}
 HISTORY = [
     {"role": "user", "content": "Weather in Oslo?"},
     {
@@ -173,7 +173,7 @@ def test_calls_are_forced_where_they_are_a_must() -> None:
     assert named is not None
     assert "get_weather" in str(required.lark)
     assert "get_weather" not in str(named.lark)
-    strict = [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}]  # type: ignore[dict-item]
+    strict = [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}]
     begun = HERMES.line(**{**ASK, "tools": strict}).sampling.structured_outputs
     assert begun is not None
     assert begun.after == "<tool_call>"
@@ -288,7 +288,7 @@ def ids_of(codec: ModelCodec, content: Any, role: str = "user") -> list[int]:
 
 def test_control_tokens_of_users_are_plain_text() -> None:
     model = Chat(CHATML, ("<|im_start|>",))
-    end = model.tokenizer.backend.token_to_id("<|im_end|>")
+    end = int(model.tokenizer.backend.token_to_id("<|im_end|>") or 0)
     obeying = ModelCodec(model.tokenizer, 2000, obeys_control_tokens=True)
     for content in (SLY, [{"type": "text", "text": SLY}, {"type": "text", "text": "x \ue000 y"}]):
         plain, obeyed = ids_of(model.codec, content), ids_of(obeying, content)
@@ -309,7 +309,7 @@ def test_honest_texts_are_encoded_as_they_always_were() -> None:
 def test_control_tokens_in_json_are_found_too() -> None:
     template = "{% for m in messages %}{{ m.content | tojson }}{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}"
     model = Chat(template, ("<|im_start|>",))
-    end = model.tokenizer.backend.token_to_id("<|im_end|>")
+    end = int(model.tokenizer.backend.token_to_id("<|im_end|>") or 0)
     ids = ids_of(model.codec, SLY)
     assert end not in ids
     assert model.tokenizer.decode(ids, skip_special_tokens=False).count("<|im_end|>") == 2
