@@ -63,10 +63,10 @@ class VllmEngine:
         self._model = model_cost_of(files.name, config)
         max_model_len = settings.max_model_len or context_length_of(text)
         embeds = settings.task == "embed"
-        tokenizer = settings.chat.applied(load_tokenizer(files))
-        formats = settings.chat.formats(tokenizer)
         source = str(settings.arguments.get("generation_config", settings.generation_config))
         sampling = {} if embeds else checked_defaults(sampling_defaults(files, source))
+        tokenizer = settings.chat.applied(load_tokenizer(files))
+        formats = settings.chat.formats(tokenizer)
         self.served = ServedModel(
             names=(files.name,),
             accepts_any_name=True,
