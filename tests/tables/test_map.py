@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from batch_fakes import FakeEngine, stop_after
 from table_fakes import PROMPT, TableEngine, TextEngine, run_map, table_of, write_parquet
 
 from blendserve.errors import ConfigError, ExecutorError
+from blendserve.job.pending import PendingRequests
+from blendserve.request import SequenceOutput
 from blendserve.tables.formats import batches_of, schema_of
 from blendserve.tables.places import place_of
 from blendserve.tables.recipe import Recipe
@@ -249,6 +253,25 @@ def test_a_table_that_grew_costs_what_grew(tmp_path: Path, source: Path) -> None
     assert report.num_reused == 36
     assert pq.read_table(output)["id"].to_pylist() == [*range(30, 43), *range(30)]
     assert run_map(source, output).was_complete
+
+
+def test_rows_that_failed_for_a_reason_that_may_pass_are_tried_again_when_asked(tmp_path: Path, source: Path) -> None:
+    output = tmp_path / "out.parquet"
+
+    def failing(pending: PendingRequests) -> Iterator[SequenceOutput]:
+        for end in FakeEngine()(pending):
+            is_lost = end.index % 9 == 0
+            yield replace(end, finish_reason="error", error=ExecutorError("the engine died")) if is_lost else end
+
+    first = run_map(source, output, engine=TableEngine(failing))
+    assert first.retriable_by_code == {"server_error": 4}
+    engine = TableEngine()
+    assert run_map(source, output, engine=engine).was_complete
+    again = run_map(source, output, engine=engine, retries_failed=True)
+    assert engine.fake.num_answers == 4
+    assert again.errors_by_code == {"invalid_row": 4}
+    run_map(source, tmp_path / "whole.parquet")
+    assert pq.read_table(output).equals(pq.read_table(tmp_path / "whole.parquet"))
 
 
 def test_a_lost_output_is_written_again_from_the_journal(tmp_path: Path, source: Path) -> None:

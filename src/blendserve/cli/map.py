@@ -29,7 +29,7 @@ _NUMBERS = ("max_tokens", "temperature", "seed")
 MOST_USED = (
     *("output", "prompt", "system", "schema", "unnest", "column", "examples", "max_tokens", "temperature"),
     *("model", "engine", "base_url", "kv_memory", "threads", "dtype", "replicas", "sample"),
-    *("fresh", "quiet", "json"),
+    *("fresh", "retry_failed", "quiet", "json"),
 )
 """What `map --help` shows beside the input; `map --help-all` shows the rest too."""
 
@@ -69,6 +69,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--fresh",
         action="store_true",
         help="discard what an earlier run of this job has finished (default: go on where it stopped)",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="try rows again that failed for a reason that may pass: a failure of the engine or the server, a timeout, "
+        "too little memory (default: keep their errors)",
     )
     parser.add_argument(
         "--journal",
@@ -223,6 +229,7 @@ def table_job(args: argparse.Namespace) -> TableJob:
         unnest=args.unnest,
         prefix=args.prefix,
         is_fresh=args.fresh,
+        retries_failed=args.retry_failed,
         inputs=args.input,
     )
 

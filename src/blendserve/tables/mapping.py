@@ -41,6 +41,7 @@ class TableJob:
     unnest: bool = False
     prefix: str = ""
     is_fresh: bool = False
+    retries_failed: bool = False
     inputs: Sequence[str] = ()
     order: FieldOrder | None = None
     order_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +79,7 @@ def run_table(
         settings={**engine.settings, **job.recipe.settings(), **job.order_settings},
         is_ordered=True,
         is_fresh=job.is_fresh,
+        retries_failed=job.retries_failed,
         capacity=engine.capacity_bytes,
     )
     try:
