@@ -102,7 +102,7 @@ TEXT: /(.|\\n)*/
 marked[lazy]: TEXT {json.dumps(marker)}
 BLANK: /{WHITESPACE}/
 """
-    grammars = json.loads(body)["grammars"]
+    grammars = json.loads(body)["grammars"] if body.startswith("{") else [{"lark_grammar": body}]
     return json.dumps({"grammars": [{"name": "free", "lark_grammar": lark}, {**grammars[0], "name": "body"}]})
 
 
