@@ -81,11 +81,12 @@ class BatchLine:
 
 def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLine:
     """Validate one JSON value. Raises: RequestError with code, param and status."""
-    custom_id, url, body = read_envelope(value, served.urls)
-    model = _read_model(body, served)
+    custom_id, url, given = read_envelope(value, served.urls)
+    model = _read_model(given, served)
+    body = with_extra_body(given)
     if url in TEXT_URLS and served.default_sampling:
-        body = {**with_defaults(body, served.default_sampling, is_completion=url == COMPLETIONS_URL)}
-    read = ENDPOINTS[url].read(with_extra_body(body), served.abilities)
+        body = with_defaults(body, served.default_sampling, is_completion=url == COMPLETIONS_URL)
+    read = ENDPOINTS[url].read(body, served.abilities)
     structure = read.sampling.structured_outputs
     if structure is not None and served.abilities.checks_grammars:
         check_grammar(structure)
