@@ -6,6 +6,7 @@ Decisions are those of `queue`; answers are journalled by the engine process; th
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ from blendserve.serve.running import RunningRound
 from blendserve.serve.settings import ModelChoice, ServeSettings
 from blendserve.serve.store import Store
 
+_log = logging.getLogger("blendserve.serve")
 MAX_FAILURES = 6
 """A batch that ran alone in so many rounds without one new row is given up."""
 _ALONE_AFTER = 2
@@ -285,6 +287,7 @@ class Scheduler:
                 self._wake.set()
             case OpeningFailed():
                 self.trouble = report.message
+                _log.warning("the model %s cannot be opened, and is tried again: %s", report.model, report.message)
             case Progress():
                 self._note(report)
             case BatchDone(batch_id):
@@ -351,6 +354,7 @@ class Scheduler:
             self.trouble = None
             return
         self.trouble = error
+        _log.warning("a round ended early; its batches go on with the next: %s", error)
         self._back_off(made_progress=bool(running.progressed))
         if not is_for_space:
             self._blame(running, error)
