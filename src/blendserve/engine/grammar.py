@@ -69,7 +69,7 @@ class GrammarCompiler:
         started = time.perf_counter()
         try:
             tokens = self._tokens = self._tokens or self._read_tokens()
-            text = grammar_text(structure, self._marker_token(structure.after))
+            text = grammar_text(structure, *map(self._marker_token, (structure.after, structure.begin)))
             matcher = llguidance.LLMatcher(tokens, text, log_level=0, limits=parser_limits())
             if matcher.is_error():
                 return refusal_of(structure, matcher.get_error())
