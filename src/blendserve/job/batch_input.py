@@ -12,8 +12,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.responses import Codec
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
+from blendserve.job.door import Lines
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests
 from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
@@ -42,25 +44,31 @@ def read_batch(
     holds no request.
     """
     served = ServedModel((spec.name,), accepts_any_name=True, vocab_size=0, max_model_len=spec.max_position)
+    reader = BatchReader(path, served, limits)
+    with read_lines(reader, ModelCodec(tokenizer, spec.max_position), spec.max_position) as (pending, refused):
+        if not len(pending):
+            codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
+            reason = f"all {sum(refused.values())} lines are refused ({codes})" if refused else "it is empty"
+            raise ConfigError(f"{path} holds no request to plan: {reason}; see `blendserve check`")
+        yield BatchInput(reader.num_lines, dict(sorted(refused.items())), pending.flat_prompts(), pending.table())
+
+
+@contextmanager
+def read_lines(lines: Lines, codec: Codec, max_model_len: int) -> Iterator[tuple[PendingRequests, Mapping[str, int]]]:
+    """Tokenize lines into a temporary store. Yields: their requests, and how many lines were refused by code."""
     refused: Counter[str] = Counter()
 
     def refuse(line: BadLine) -> None:
         refused[line.error.code] += 1
 
     with TemporaryDirectory(prefix="blendserve-") as name:
-        reader = BatchReader(path, served, limits)
         directory = Path(name) / "store"
         writer = StoreWriter(directory)
         try:
-            encode_lines(reader, ModelCodec(tokenizer, spec.max_position), spec.max_position, writer.add, refuse)
+            encode_lines(lines, codec, max_model_len, writer.add, refuse)
             files = writer.finish()
         except BaseException:
             writer.abandon()
             raise
-        store = TokenStore.open(directory, files, spec.max_position)
-        if not store.num_requests:
-            codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
-            reason = f"all {reader.num_lines} lines are refused ({codes})" if refused else "it is empty"
-            raise ConfigError(f"{path} holds no request to plan: {reason}; see `blendserve check`")
-        pending = PendingRequests(store, np.arange(store.num_requests))
-        yield BatchInput(reader.num_lines, dict(sorted(refused.items())), pending.flat_prompts(), pending.table())
+        store = TokenStore.open(directory, files, max_model_len)
+        yield PendingRequests(store, np.arange(store.num_requests)), refused

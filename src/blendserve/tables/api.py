@@ -43,6 +43,7 @@ def map(
     param_columns: Mapping[str, str] | None = None,
     id: str | None = None,
     fields: Iterable[str] = (),
+    reorder_fields: bool = False,
     column: str = "answer",
     prefix: str = "",
     engine: EngineSettings | Engine = _NATIVE,
@@ -64,7 +65,8 @@ def map(
     - `params`, `param_columns`: parameters of the request by name, such as `{"max_tokens": 64}`: values, and columns.
     - `id`: a column that names rows. `column`: the name of the answer's column (default: "answer"). `prefix`: before
       the names of the other new columns.
-    - `fields`: the columns that `{{ row_fields }}` in a prompt lists.
+    - `fields`: the columns that `{{ row_fields }}` in a prompt lists. `reorder_fields`: list them, row by row, in the
+      order that lets rows share most of their prompts (default: false, as it changes prompts).
     - `engine`, `policy`, `on_progress`: as in `run_batch`.
     - `journal`: a directory that keeps answers: the same call goes on after a crash, and rows that did not change
       keep their answers. None: nothing is kept. `fresh`: discard what it holds.
@@ -93,6 +95,7 @@ def map(
             unnest=unnest,
             prefix=prefix,
             is_fresh=fresh,
+            reorders_fields=reorder_fields,
         )
         run_job_of_table(job, engine, policy, on_progress)
         with pa.OSFile(job.output) as file:
@@ -115,6 +118,7 @@ def map_file(
     param_columns: Mapping[str, str] | None = None,
     id: str | None = None,
     fields: Iterable[str] = (),
+    reorder_fields: bool = False,
     column: str = "answer",
     prefix: str = "",
     rows_per_file: int | None = None,
@@ -133,8 +137,8 @@ def map_file(
       one).
 
     `prompt`, `system`, `messages`, `prompt_column`, `embed`, `schema`, `unnest`, `examples`, `params`, `param_columns`,
-    `id`, `fields`, `column`, `prefix`, `engine`, `policy`, `fresh` and `on_progress`: as in `map`. The
-    same call goes on where an earlier one stopped. Raises: as `run_batch` does.
+    `id`, `fields`, `reorder_fields`, `column`, `prefix`, `engine`, `policy`, `fresh` and `on_progress`: as in `map`.
+    The same call goes on where an earlier one stopped. Raises: as `run_batch` does.
     """
     require_data()
     from blendserve.tables.mapping import TableJob, open_table
@@ -151,6 +155,7 @@ def map_file(
         unnest=unnest,
         prefix=prefix,
         is_fresh=fresh,
+        reorders_fields=reorder_fields,
         inputs=[os.fspath(one) for one in listed],
     )
     return run_job_of_table(job, engine, policy, on_progress)
