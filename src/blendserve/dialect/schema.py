@@ -7,9 +7,10 @@ url, model) and what a server would answer with an HTTP status (everything about
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from blendserve.dialect.defaults import with_defaults
 from blendserve.dialect.extras import (
     TEXT_ONLY,
     Abilities,
@@ -57,7 +58,8 @@ class ServedModel:
     `names` are the model names a line may carry, the first being the one responses carry. `accepts_any_name` is for a
     user who chose the model himself: then one other name is taken too, if the whole file agrees on it. `vocab_size=0`
     and `max_model_len=0` mean: not known, not checked. `is_remote`: a server that checks bodies itself answers
-    (see `passthrough`). `abilities`: what lines may ask for beyond text. Units: tokens.
+    (see `passthrough`). `abilities`: what lines may ask for beyond text. `default_sampling`: parameters of a body that
+    gives none. Units: tokens.
     """
 
     names: tuple[str, ...]
@@ -66,6 +68,7 @@ class ServedModel:
     max_model_len: int = 0
     is_remote: bool = False
     abilities: Abilities = TEXT_ONLY
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -101,6 +104,8 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     """Validate one JSON value. Raises: RequestError with code, param and status."""
     custom_id, url, body = read_envelope(value, served.urls)
     model = _read_model(body, served)
+    if url in TEXT_URLS and served.default_sampling:
+        body = {**with_defaults(body, served.default_sampling, is_completion=url == COMPLETIONS_URL)}
     if url == EMBEDDINGS_URL:
         line = _parse_embedding(line_number, custom_id, model, body, served.abilities)
     else:
@@ -273,13 +278,13 @@ def _read_message(name: str, message: Any) -> Message:
 
 
 def _check_message_fields(name: str, message: Mapping[str, Any]) -> None:
-    for field, value in message.items():
-        if field in ("role", "content") or (field in _EMPTY_MESSAGE_FIELDS and (value is None or value == [])):
+    for member, value in message.items():
+        if member in ("role", "content") or (member in _EMPTY_MESSAGE_FIELDS and (value is None or value == [])):
             continue
         raise RequestError(
-            f"{name}.{field[:100]} is not supported and would change the prompt; remove it",
-            code="unsupported_parameter" if field in _EMPTY_MESSAGE_FIELDS else "unknown_parameter",
-            param=f"{name}.{field[:100]}",
+            f"{name}.{member[:100]} is not supported and would change the prompt; remove it",
+            code="unsupported_parameter" if member in _EMPTY_MESSAGE_FIELDS else "unknown_parameter",
+            param=f"{name}.{member[:100]}",
         )
 
 
