@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.job.job import JobProgress, JobReport
     from blendserve.job.reader import ReadLimits
-    from blendserve.offline.batch import run_batch
+    from blendserve.offline.batch import run_batch, run_batches
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
     from blendserve.request import SamplingParams
@@ -31,6 +31,7 @@ __all__ = [
     "map",
     "map_file",
     "run_batch",
+    "run_batches",
 ]
 
 _NAMES_BY_MODULE = {
@@ -38,7 +39,7 @@ _NAMES_BY_MODULE = {
     "blendserve.job.interrupts": ("JobInterrupted",),
     "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.job.reader": ("ReadLimits",),
-    "blendserve.offline.batch": ("run_batch",),
+    "blendserve.offline.batch": ("run_batch", "run_batches"),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams",),

@@ -200,7 +200,9 @@ def _add_parameters(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the job. Returns 0 when every row has an answer or an error; 130, 143, 129 or 138 when interrupted."""
+    """Run the job. Returns 0 when every row was answered, 3 when some have errors; 130, 143, 129 or 138 when
+    interrupted.
+    """
     from blendserve.tables.extra import require_data
 
     started_s = time.perf_counter()
@@ -223,8 +225,7 @@ def run(args: argparse.Namespace) -> int:
         tell("")
         tell(f"blendserve: {interrupt}")
         return interrupt.exit_code
-    _say(args, found, engine, time.perf_counter() - started_s)
-    return 0
+    return _say(args, found, engine, time.perf_counter() - started_s)
 
 
 def _answer(
@@ -238,16 +239,18 @@ def _answer(
     return run_sample(job, engine, args.policy, args.sample)
 
 
-def _say(args: argparse.Namespace, found: JobReport | Sample, engine: Engine, makespan_s: float) -> None:
+def _say(args: argparse.Namespace, found: JobReport | Sample, engine: Engine, makespan_s: float) -> int:
+    """Print what was found. Returns: the exit code."""
     from blendserve.job.job import JobReport
     from blendserve.report.summary import RunSummary
     from blendserve.report.table_text import sample_json, sample_text
 
     if isinstance(found, JobReport):
-        summary = RunSummary(found, args.policy, makespan_s, engine.times, engine.stats)
+        summary = RunSummary([found], args.policy, makespan_s, engine.times, engine.stats)
         say(json.dumps(summary.to_json()) if args.json else summary.to_text())
-    else:
-        say(json.dumps(sample_json(found)) if args.json else sample_text(found))
+        return summary.exit_code
+    say(json.dumps(sample_json(found)) if args.json else sample_text(found))
+    return 0
 
 
 def _dry_run(args: argparse.Namespace, job: TableJob, engine: Engine) -> int:

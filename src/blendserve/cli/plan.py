@@ -113,6 +113,16 @@ def _find_machine(args: argparse.Namespace, target: Target) -> Machine:
     )
 
 
+def _assumed_hardware(args: argparse.Namespace, machine: Machine) -> list[str]:
+    """What is assumed where nobody said for which hardware to plan, and this machine was not measured."""
+    if args.hardware is not None or machine.hardware.name != DEFAULT_HARDWARE:
+        return []
+    return [
+        f"This machine has not been measured, so the times are of {DEFAULT_HARDWARE}, not of this machine. `blendserve "
+        "calibrate` measures it; --hardware names other hardware."
+    ]
+
+
 def _report(
     args: argparse.Namespace, batch: BatchInput, plan: Plan, machine: Machine, tokenizer: Tokenizer, notes: list[str]
 ) -> PlanReport:
@@ -130,5 +140,5 @@ def _report(
         num_refused_by_code=batch.num_refused_by_code,
         summary=summarize_plan(plan, batch.prompts, tokenizer.decode),
         forecasts=forecasts,
-        notes=[*part_notes(forecasts), *notes],
+        notes=[*_assumed_hardware(args, machine), *part_notes(forecasts), *notes],
     )

@@ -82,13 +82,13 @@ class FinishedChoice:
 
 def output_row(line: StoredLine, choices: Sequence[FinishedChoice], model: str, created: int) -> bytes:
     """The row of an answered line. `choices` holds all of the line's, in order."""
-    key = _key(line.line_number, line.custom_id)
+    key = row_key(line.line_number, line.custom_id)
     body = _embeddings_body(choices, model) if line.url == EMBEDDINGS_URL else _text_body(line, choices, model, created)
     return _row(key, line.custom_id, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
 
 
 def _text_body(line: StoredLine, choices: Sequence[FinishedChoice], model: str, created: int) -> dict[str, Any]:
-    key = _key(line.line_number, line.custom_id)
+    key = row_key(line.line_number, line.custom_id)
     is_chat = line.url == CHAT_URL
     return {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{key}",
@@ -113,7 +113,7 @@ def _embeddings_body(choices: Sequence[FinishedChoice], model: str) -> dict[str,
 
 def error_row(line_number: int, custom_id: str | None, error: Exception) -> bytes:
     """The row of a line that failed: as an HTTP response where a server would have sent one, else as a plain error."""
-    key = _key(line_number, custom_id)
+    key = row_key(line_number, custom_id)
     message = f"line {line_number}: {error}"
     if not isinstance(error, RequestError):
         code = "insufficient_memory" if isinstance(error, CapacityError) else "server_error"
@@ -128,7 +128,7 @@ def error_row(line_number: int, custom_id: str | None, error: Exception) -> byte
 
 def served_row(line: StoredLine, response: ServerResponse) -> bytes:
     """The row of a line that a remote server answered, well or not: the server's own body, untouched."""
-    key = _key(line.line_number, line.custom_id)
+    key = row_key(line.line_number, line.custom_id)
     fields = {
         "status_code": response.status_code,
         "request_id": response.request_id or f"req_{key}",
@@ -161,7 +161,7 @@ def _to_json(value: object) -> bytes:
         return json.dumps(value, allow_nan=False).encode()
 
 
-def _key(line_number: int, custom_id: str | None) -> str:
+def row_key(line_number: int, custom_id: str | None) -> str:
     return blake2b(f"{line_number} {custom_id}".encode(), digest_size=16).hexdigest()
 
 
