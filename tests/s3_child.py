@@ -1,4 +1,4 @@
-"""A process that maps a table between places of an S3 server, and may be killed by its own n-th call of the server.
+"""A process that answers a table or a batch file of an S3 server, and may be killed by its own n-th call of the server.
 
 `python s3_child.py INPUT OUTPUT JOURNAL ROWS_PER_FILE [CALL NUMBER]`
 """
@@ -14,8 +14,11 @@ from typing import Any
 import s3fs
 from table_fakes import PROMPT, TableEngine
 
+from blendserve.job.places import RunOptions
+from blendserve.offline.batch import run_files
 from blendserve.tables.layout import Layout
 from blendserve.tables.mapping import TableJob, open_table, run_table
+from blendserve.tables.staging import stage
 
 
 def die_at(name: str, number: int) -> None:
@@ -33,9 +36,21 @@ def die_at(name: str, number: int) -> None:
     s3fs.S3FileSystem._call_s3 = counted
 
 
+def run_file(source: str, output: str, directory: Path) -> None:
+    """A batch file, as `blendserve run` answers it."""
+    staged, engine = stage(source, output, None, directory, is_fresh=False), TableEngine()
+    files = staged.files
+    (report,) = run_files([files], engine=engine, policy="blend", options=RunOptions())
+    report = staged.publish(report)
+    print(engine.fake.num_answers, report.output_path, report.was_complete)
+
+
 def main(source: str, output: str, journal: str, rows_per_file: str, *death: str) -> None:
     if death:
         die_at(death[0], int(death[1]))
+    if source.endswith(".jsonl"):
+        run_file(source, output, Path(journal))
+        return
     layout = Layout.of(output, rows_per_file=int(rows_per_file) or None)
     job = TableJob(open_table(source), output, PROMPT, layout, Path(journal), inputs=[source])
     engine = TableEngine()

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from batch_fakes import mixed_lines, write_lines
 from table_fakes import PROMPT, TableEngine, run_map, table_of, write_parquet
 
 from blendserve.errors import ConfigError
@@ -184,3 +185,26 @@ def test_mistakes_with_urls_are_told(tmp_path: Path, bucket: Any) -> None:
         open_table("nowhere://x.parquet")
     with pytest.raises(ConfigError, match=r"cannot write s3://no-such-bucket-anywhere/out.parquet"):
         run_table(job_on(source, "s3://no-such-bucket-anywhere/out.parquet", tmp_path / "kept"), TableEngine(), "blend")
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        ("put_object", 2),
+        pytest.param(("put_object", 1), marks=pytest.mark.thorough),
+        pytest.param(("get_object", 1), marks=pytest.mark.thorough),
+    ],
+)
+def test_a_batch_file_goes_on_too(tmp_path: Path, bucket: Any, death: tuple[str, int]) -> None:
+    fs, url = bucket
+    write_lines(tmp_path / "in.jsonl", mixed_lines(30))
+    fs.put_file(str(tmp_path / "in.jsonl"), f"{url}/in.jsonl")
+    output, errors, journal = f"{url}/out.jsonl", f"{url}/out.errors.jsonl", tmp_path / "kept"
+    assert child(f"{url}/in.jsonl", output, journal, 0, *death).returncode == -signal.SIGKILL
+    assert not fs.exists(output)
+    done = child(f"{url}/in.jsonl", output, journal)
+    assert done.returncode == 0, done.stderr
+    fs.invalidate_cache()
+    assert len(fs.cat_file(output).splitlines()) == 27
+    assert len(fs.cat_file(errors).splitlines()) == 3
+    assert child(f"{url}/in.jsonl", output, journal).stdout.split() == ["0", output, "True"]

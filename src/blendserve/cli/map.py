@@ -89,6 +89,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="discard what an earlier run of this job has finished (default: go on where it stopped)",
     )
     parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="ask rows again that failed for a reason that may pass: a failure of the engine or the server, a timeout, "
+        "too little memory (default: keep their errors)",
+    )
+    parser.add_argument(
         "--journal",
         type=Path,
         metavar="DIR",
@@ -297,6 +303,7 @@ def table_job(args: argparse.Namespace) -> TableJob:
         unnest=args.unnest,
         prefix=args.prefix,
         is_fresh=args.fresh,
+        retries_failed=args.retry_failed,
         inputs=args.input,
         reorders_fields=args.reorder_fields,
     )

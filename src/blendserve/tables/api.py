@@ -50,6 +50,7 @@ def map(
     policy: str = DEFAULT_POLICY,
     journal: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    retry_failed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> pa.Table:
     """Answer every row of a table: the same table comes back, with columns for the answers.
@@ -69,7 +70,8 @@ def map(
       order that lets rows share most of their prompts (default: false, as it changes prompts).
     - `engine`, `policy`, `on_progress`: as in `run_batch`.
     - `journal`: a directory that keeps answers: the same call goes on after a crash, and rows that did not change
-      keep their answers. None: nothing is kept. `fresh`: discard what it holds.
+      keep their answers. None: nothing is kept. `fresh`: discard what it holds. `retry_failed`: ask rows again that
+      failed for a reason that may pass.
 
     New columns: the answer, `error` (null where all went well), `finish_reason`, `prompt_tokens` and `output_tokens`.
     A row that cannot be answered has an error and costs nothing else. Raises: as `run_batch` does.
@@ -95,6 +97,7 @@ def map(
             unnest=unnest,
             prefix=prefix,
             is_fresh=fresh,
+            retries_failed=retry_failed,
             reorders_fields=reorder_fields,
         )
         run_job_of_table(job, engine, policy, on_progress)
@@ -126,6 +129,7 @@ def map_file(
     policy: str = DEFAULT_POLICY,
     journal: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    retry_failed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> JobReport:
     """Answer every row of a table in files, and write the table with the answers to `output`.
@@ -137,8 +141,8 @@ def map_file(
       one).
 
     `prompt`, `system`, `messages`, `prompt_column`, `embed`, `schema`, `unnest`, `examples`, `params`, `param_columns`,
-    `id`, `fields`, `reorder_fields`, `column`, `prefix`, `engine`, `policy`, `fresh` and `on_progress`: as in `map`.
-    The same call goes on where an earlier one stopped. Raises: as `run_batch` does.
+    `id`, `fields`, `reorder_fields`, `column`, `prefix`, `engine`, `policy`, `fresh`, `retry_failed` and `on_progress`:
+    as in `map`. The same call goes on where an earlier one stopped. Raises: as `run_batch` does.
     """
     require_data()
     from blendserve.tables.mapping import TableJob, open_table
@@ -155,6 +159,7 @@ def map_file(
         unnest=unnest,
         prefix=prefix,
         is_fresh=fresh,
+        retries_failed=retry_failed,
         reorders_fields=reorder_fields,
         inputs=[os.fspath(one) for one in listed],
     )

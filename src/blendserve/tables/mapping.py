@@ -41,6 +41,7 @@ class TableJob:
     unnest: bool = False
     prefix: str = ""
     is_fresh: bool = False
+    retries_failed: bool = False
     inputs: Sequence[str] = ()
     reorders_fields: bool = False
 
@@ -92,6 +93,7 @@ def run_table(
         settings={**engine.settings, **job.recipe.settings(), **({"--reorder-fields": True} if order else {})},
         is_ordered=True,
         is_fresh=job.is_fresh,
+        retries_failed=job.retries_failed,
         capacity=engine.capacity_bytes,
     )
     try:

@@ -11,8 +11,9 @@ from typing import Protocol
 from blendserve.errors import ConfigError
 from blendserve.job.disk import replace_durably
 from blendserve.job.writer import JobPaths, check_directory, place_of
+from blendserve.tables.extra import is_url
 from blendserve.tables.layout import Layout, remove, replace, size_of
-from blendserve.tables.places import Place, is_remote, using
+from blendserve.tables.places import Place, using
 from blendserve.tables.places import place_of as remote_place
 
 
@@ -124,9 +125,9 @@ def make_target(
     """Raises: ConfigError when the place cannot be written, or is one that the job reads."""
     local = [Path(place.path) for place in places if place.is_local]
     input_path = local[0] if local else Path(output).parent
-    if not is_remote(output):
+    if not is_url(output):
         for url in inputs:
-            if not is_remote(url) and _holds(url, place_of(Path(output.rstrip("/")))):
+            if not is_url(url) and _holds(url, place_of(Path(output.rstrip("/")))):
                 raise ConfigError(
                     f"{output} would be one of the inputs ({url}) when the command goes on after a crash; choose "
                     "another path"
