@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.job.job import JobProgress, JobReport
     from blendserve.job.reader import ReadLimits
+    from blendserve.models.chat_settings import ChatSettings
     from blendserve.offline.batch import run_batch, run_batches
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
-    from blendserve.request import SamplingParams
+    from blendserve.request import SamplingParams, StructuredOutputs
     from blendserve.tables.api import map, map_file
 
 __all__ = [
     "LLM",
+    "ChatSettings",
     "CompletionOutput",
     "HttpSettings",
     "JobInterrupted",
@@ -27,6 +29,7 @@ __all__ = [
     "ReplicaSettings",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "VllmSettings",
     "map",
     "map_file",
@@ -39,10 +42,11 @@ _NAMES_BY_MODULE = {
     "blendserve.job.interrupts": ("JobInterrupted",),
     "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.job.reader": ("ReadLimits",),
+    "blendserve.models.chat_settings": ("ChatSettings",),
     "blendserve.offline.batch": ("run_batch", "run_batches"),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
-    "blendserve.request": ("SamplingParams",),
+    "blendserve.request": ("SamplingParams", "StructuredOutputs"),
     "blendserve.tables.api": ("map", "map_file"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

@@ -19,6 +19,7 @@ from tiny_models import random_weights, tiny_spec
 from blendserve.config import EngineConfig
 from blendserve.engine.limits import resolve_limits
 from blendserve.errors import BlendServeError, RequestError
+from blendserve.models.conversation import Conversation
 from blendserve.models.fingerprint import fingerprint
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.hub import ModelFiles
@@ -120,7 +121,7 @@ class GgufParts:
         if source.random() < 0.3:
             return changed_bytes(self.content, source, 4, num_header_bytes)
         metadata = changed_json(self.metadata, source)
-        fields = b"".join(_gguf_string(key) + _gguf_value(value) for key, value in metadata.items())
+        fields = b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
         headers = self.tensor_headers
         if source.random() < 0.2:
             headers = changed_bytes(headers, source, 0, len(headers))
@@ -128,15 +129,15 @@ class GgufParts:
         return head + bytes(-len(head) % 32) + self.data
 
 
-def _gguf_string(text: str) -> bytes:
+def gguf_string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def _gguf_value(value: Any) -> bytes:
+def gguf_value(value: Any) -> bytes:
     """Type and value; what GGUF has no type for becomes a text."""
     if isinstance(value, list) and value and all(type(item) is type(value[0]) for item in value):
-        items = [_gguf_value(item) for item in value]
+        items = [gguf_value(item) for item in value]
         return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(i[4:] for i in items)
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
@@ -144,7 +145,7 @@ def _gguf_value(value: Any) -> bytes:
         return struct.pack("<Id", 12, value)
     if isinstance(value, int) and -(2**63) <= value < 2**64:
         return struct.pack("<Iq", 11, value) if value < 2**63 else struct.pack("<IQ", 10, value)
-    return struct.pack("<I", 8) + _gguf_string(str(value)[:100] if not isinstance(value, str) else value)
+    return struct.pack("<I", 8) + gguf_string(str(value)[:100] if not isinstance(value, str) else value)
 
 
 class HostileDirectory:
@@ -164,6 +165,8 @@ class HostileDirectory:
         sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2], **sampling}))
         if lists_added_tokens:
+            named = [{"name": "default", "template": settings["chat_template"]}, {"name": "tool_use", "template": "T"}]
+            settings["chat_template"] = named
             settings["added_tokens_decoder"] = {
                 "0": {"content": "<unk>", "special": True, "lstrip": False},
                 "320": {"content": "<think>", "special": False, "normalized": True},
@@ -232,7 +235,7 @@ def use(path: Path, *, renders: bool = True) -> str:
             if not isinstance(outcome, RequestError):
                 tokenizer.decode(outcome)
         if renders and tokenizer.has_chat_template:
-            tokenizer.render_each([MESSAGES])
+            tokenizer.render_each([Conversation(tuple(MESSAGES))])
     except BlendServeError as error:
         return type(error).__name__ if len(str(error)) < 2000 and "\n" not in str(error) else "no single line"
     return "loaded"

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import ENGINE_NAMES, add_line_abilities
 from blendserve.cli.engine_settings import read_adapters
-from blendserve.cli.options import add_model, add_reading, find_model, read_limits, say, served_model
+from blendserve.cli.options import (
+    add_chat,
+    add_model,
+    add_reading,
+    chat_settings,
+    find_model,
+    local_path,
+    read_limits,
+    say,
+    served_model,
+)
 from blendserve.dialect.codec import ModelCodec
-from blendserve.dialect.responses import Codec
+from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.schema import ServedModel
 from blendserve.engines.settings import VllmSettings
 from blendserve.errors import ConfigError
@@ -32,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "run, and no server is asked. The exit code is 1 when a line has an error.",
     )
     parser.add_argument(
-        "input", type=Path, metavar="IN.jsonl", help="the batch file, plain or compressed (gzip, bzip2, xz, zstd)"
+        "input", type=local_path, metavar="IN.jsonl", help="the batch file, plain or compressed (gzip, bzip2, xz, zstd)"
     )
     parser.add_argument(
         "--engine",
@@ -42,6 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "is not known) (default: native)",
     )
     add_model(parser)
+    add_chat(parser)
     add_line_abilities(parser.add_argument_group("vLLM engine"))
     add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
@@ -59,9 +69,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _native(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
-    model = load_model(find_model(args))
+    chat, model = chat_settings(args), load_model(find_model(args))
+    model = replace(model, tokenizer=chat.applied(model.tokenizer))
     served = served_model(args, model)
-    return served, ModelCodec(model.tokenizer, served.max_model_len)
+    return served, ModelCodec(
+        model.tokenizer, served.max_model_len, served.abilities.chat, obeys_control_tokens=chat.obeys_control_tokens
+    )
 
 
 def _vllm(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
@@ -80,9 +93,13 @@ def _vllm(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
         adapters=read_adapters(args.lora),
         image_domains=tuple(args.image_domain),
     )
-    config = read_json(files.path / "config.json")
-    served = served_model_of(settings, files, config)
-    return served, VllmCodec(load_tokenizer(files), config, served.max_model_len)
+    config, chat = read_json(files.path / "config.json"), chat_settings(args)
+    tokenizer = chat.applied(load_tokenizer(files))
+    formats = chat.formats(tokenizer)
+    served = served_model_of(settings, files, config, formats)
+    return served, VllmCodec(
+        tokenizer, config, served.max_model_len, formats, obeys_control_tokens=chat.obeys_control_tokens
+    )
 
 
 def _http(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:

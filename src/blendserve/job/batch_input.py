@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from blendserve.dialect.codec import ModelCodec
-from blendserve.dialect.responses import Codec
+from blendserve.dialect.endpoint import Codec
+from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
 from blendserve.job.door import Lines
@@ -20,6 +22,7 @@ from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests
 from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
 from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.models.chat_settings import DEFAULT_CHAT, ChatSettings
 from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.planner.base import RequestTable
@@ -38,18 +41,35 @@ class BatchInput:
 
 @contextmanager
 def read_batch(
-    path: Path, spec: ModelSpec, tokenizer: Tokenizer, limits: ReadLimits = DEFAULT_LIMITS
+    path: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    chat: ChatSettings = DEFAULT_CHAT,
+    default_sampling: Mapping[str, Any] | None = None,
 ) -> Iterator[BatchInput]:
-    """Tokenize a file into a temporary store that is gone afterwards. Raises: ConfigError when it cannot be read, or
-    holds no request.
+    """Tokenize a file into a temporary store that is gone afterwards. `default_sampling`: of lines that give none.
+
+    Raises: ConfigError when it cannot be read, or holds no request.
     """
-    served = ServedModel((spec.name,), accepts_any_name=True, vocab_size=0, max_model_len=spec.max_position)
+    tokenizer = chat.applied(tokenizer)
+    formats = chat.formats(tokenizer)
+    served = ServedModel(
+        (spec.name,),
+        accepts_any_name=True,
+        vocab_size=0,
+        max_model_len=spec.max_position,
+        abilities=Abilities(chat=formats),
+        default_sampling=default_sampling or {},
+    )
+    codec = ModelCodec(tokenizer, spec.max_position, formats, obeys_control_tokens=chat.obeys_control_tokens)
     reader = BatchReader(path, served, limits)
-    with read_lines(reader, ModelCodec(tokenizer, spec.max_position), spec.max_position) as (pending, refused):
+    with read_lines(reader, codec, spec.max_position) as (pending, refused):
         if not len(pending):
             codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
-            reason = f"all {sum(refused.values())} lines are refused ({codes})" if refused else "it is empty"
-            raise ConfigError(f"{path} holds no request to plan: {reason}; see `blendserve check`")
+            raise ConfigError(
+                f"{path} holds no line that can be answered ({codes}); `blendserve check {path}` says why"
+            )
         yield BatchInput(reader.num_lines, dict(sorted(refused.items())), pending.flat_prompts(), pending.table())
 
 

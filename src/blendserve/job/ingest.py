@@ -6,17 +6,19 @@ Lines are encoded in batches, so that the tokenizer may use all cores; a bad lin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-from blendserve.dialect.responses import Codec, EncodedPrompt
-from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Prompt
+from blendserve.dialect.endpoint import Codec, EncodedPrompt
+from blendserve.dialect.endpoints import ENDPOINTS
+from blendserve.dialect.prompts import Prompt
+from blendserve.dialect.schema import BatchLine
 from blendserve.errors import RequestError
 from blendserve.job.reader import BadLine
+from blendserve.models.conversation import Conversation, num_characters
 
 MAX_BATCH_LINES = 1024
 MAX_BATCH_CHARACTERS = 4 << 20
 """Bounds what is held as text at a time; both large enough to keep every core's tokenizer busy."""
-
-_PROMPT_FIELD_BY_URL = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt", EMBEDDINGS_URL: "input"}
 
 TokenLists = Sequence[EncodedPrompt]
 
@@ -39,7 +41,7 @@ def encode_lines(
             elif isinstance(outcome, RequestError):
                 refuse(BadLine(line.line_number, line.custom_id, outcome))
             else:
-                accept(line, outcome)
+                accept(_settled(line, outcome, codec), outcome)
         batch.clear()
 
     for line in lines:
@@ -49,6 +51,15 @@ def encode_lines(
             flush()
             num_characters = 0
     flush()
+
+
+def _settled(line: BatchLine, token_lists: TokenLists, codec: Codec) -> BatchLine:
+    """A chat whose answer must have a shape: where its reasoning ends, only the prompt tells."""
+    structure = line.sampling.structured_outputs
+    if structure is None or not isinstance(line.prompts[0], Conversation):
+        return line
+    settled = codec.settled(structure, token_lists[0])
+    return replace(line, sampling=replace(line.sampling, structured_outputs=settled))
 
 
 def _encode_batch(
@@ -89,14 +100,16 @@ def _encode_or_isolate(texts: list[Prompt], codec: Codec) -> Sequence[EncodedPro
 def _checked(
     line: BatchLine, encoded: Sequence[EncodedPrompt | RequestError], max_model_len: int
 ) -> TokenLists | RequestError:
-    param = _PROMPT_FIELD_BY_URL[line.url]
+    param = ENDPOINTS[line.url].prompt_field if line.url in ENDPOINTS else None
     token_lists: list[EncodedPrompt] = []
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
             return RequestError(token_ids.message, code=token_ids.code, param=token_ids.param or param)
         if not len(token_ids):
             return RequestError(
-                f"{param} is empty: it comes to no token; write at least one word", code="invalid_value", param=param
+                f"{param or 'the prompt'} is empty: it comes to no token; write at least one word",
+                code="invalid_value",
+                param=param,
             )
         if max_model_len and len(token_ids) >= max_model_len:
             return RequestError(
@@ -110,7 +123,7 @@ def _checked(
 
 
 def _is_text(prompt: Prompt) -> bool:
-    return isinstance(prompt, str) or not isinstance(prompt[0], int)
+    return not isinstance(prompt, tuple)
 
 
 def _num_characters(line: BatchLine | BadLine) -> int:
@@ -125,4 +138,4 @@ def _num_characters(line: BatchLine | BadLine) -> int:
 def _prompt_characters(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(4 if isinstance(part, int) else len(part["content"]) for part in prompt)
+    return 4 * len(prompt) if isinstance(prompt, tuple) else num_characters(prompt)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from blendserve.dialect.responses import row_key
+from blendserve.dialect.rows import key_of
 from blendserve.job.record_log import RecordKind, RecordLog
 from blendserve.job.store import TokenStore, hash_of_id
 
@@ -55,7 +55,7 @@ def carry_over(answers: Iterable[EarlierAnswer], store: TokenStore, log: RecordL
         line = store.line(row)
         key = _ROW_KEY.match(body)
         if key is not None:  # ids are made of line numbers
-            body = body.replace(key.group(1), row_key(line.line_number, line.custom_id).encode())
+            body = body.replace(key.group(1), key_of(line.line_number, line.custom_id).encode())
         log.append(RecordKind.OUTPUT_ROW, line.line_number, 0, body)
         num_carried += 1
     return num_carried

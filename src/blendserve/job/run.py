@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 
-from blendserve.dialect.responses import Codec
+from blendserve.dialect.endpoint import Codec
 from blendserve.job.attempt import Attempt
 from blendserve.job.door import BatchFile, Door
 from blendserve.job.interrupts import Heard, JobInterrupted, left_of, terminable

@@ -3,7 +3,7 @@
 Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
 own, the rest is the system's page cache. Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE),
 `custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what else the engine is told
-(see `BatchLine`).
+(see `BatchLine`), `urls` one endpoint per line of text, numbered from 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,15 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE
+from blendserve.dialect.endpoint import StoredLine
 from blendserve.dialect.parameters import MAX_INT32
-from blendserve.dialect.responses import StoredLine
-from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Url
+from blendserve.dialect.schema import BatchLine
 from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
 from blendserve.job.disk import sync_directory, writing_to
+from blendserve.job.sampling_json import given_fields, sampling_from
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
-from blendserve.planner.table import known_output_tokens
+from blendserve.planner.table import known_output_tokens, most_output_tokens
 from blendserve.request import Request, SamplingParams, StructuredOutputs, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
@@ -65,8 +66,11 @@ _FILES: dict[str, np.dtype[Any]] = {
     "custom_ids": np.dtype("u1"),
     "sampling": np.dtype("u1"),
     "bodies": np.dtype("u1"),
+    "urls": np.dtype("u1"),
 }
-_HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
+_HAS_SEED, _HAS_KNOWN_LENGTH, _HAS_STRUCTURE = 1, 2, 4
+_URL_SHIFT = 8
+"""Flags of a line: the number of its URL stands above this bit."""
 _NO_LIMIT = -1
 _MAX_INTERNED_BYTES = 4 << 20
 """JSON of the parameter sets remembered at a time, which are about ten times as large: bounds memory, costs only
@@ -105,6 +109,7 @@ class StoreWriter:
         self._sizes = dict.fromkeys(_FILES, 0)
         self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._num_interned_bytes = 0
+        self._number_by_url: dict[str, int] = {}
         self._num_prompts = 0
         with ExitStack() as stack, writing_to(directory):
             directory.mkdir(mode=0o700)
@@ -138,7 +143,7 @@ class StoreWriter:
                 _NO_LIMIT if sampling.max_tokens is None else sampling.max_tokens,
                 len(token_ids),
                 sampling.n,
-                _flags(line),
+                _flags(line) | self._url_number(line.url) << _URL_SHIFT,
                 line.digest,
             )
             self._write("lines", record)
@@ -165,12 +170,18 @@ class StoreWriter:
         self._sizes[name] = offset + len(data)
         return offset
 
+    def _url_number(self, url: str) -> int:
+        if url not in self._number_by_url:
+            self._number_by_url[url] = len(self._number_by_url)
+            self._write("urls", url.encode() + b"\n")
+        return self._number_by_url[url]
+
     def _intern(self, sampling: SamplingParams) -> tuple[int, int]:
         values = _interned_values(sampling)
         key = (*values[:-1], tuple(values[-1].items()))
         place = self._interned.get(key)
         if place is None:
-            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=_given_fields).encode()
+            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=given_fields).encode()
             self._num_interned_bytes += len(data)
             if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._interned.clear()
@@ -195,6 +206,7 @@ class TokenStore:
         self._custom_ids = arrays["custom_ids"]
         self._sampling = arrays["sampling"]
         self._bodies = arrays["bodies"]
+        self._urls = arrays["urls"].tobytes().decode().splitlines()
         self._sampling_by_offset: dict[int, SamplingParams] = {}
         self._num_interned_bytes = 0
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
@@ -221,7 +233,7 @@ class TokenStore:
         return StoredLine(
             line_number=int(record["line_number"]),
             custom_id=self._custom_ids[begin : begin + size].tobytes().decode(),
-            url=_url_of(int(record["flags"])),
+            url=self._urls[int(record["flags"]) >> _URL_SHIFT],
             num_prompts=int(record["num_prompts"]),
             n=int(record["n"]),
             first_request=int(self._first_requests[row]),
@@ -259,8 +271,7 @@ class TokenStore:
         row = int(self.line_of_request[number])
         line = self._lines[row]
         choice = number - int(self._first_requests[row])
-        prompt = int(line["first_prompt"]) + choice // int(line["n"])
-        token_ids = self.prompt(prompt)
+        token_ids = self.prompt_of(number)
         seed = int(line["seed"]) if line["flags"] & _HAS_SEED else None
         max_tokens = None if line["max_tokens"] == _NO_LIMIT else int(line["max_tokens"])
         if seed is None:
@@ -281,6 +292,13 @@ class TokenStore:
         """Tokens of one prompt, a view of the map."""
         begin = int(self._prompt_ends[prompt - 1]) if prompt else 0
         return self._tokens[begin : int(self._prompt_ends[prompt])]
+
+    def prompt_of(self, number: int) -> TokenIds:
+        """Tokens of the prompt of request `number`."""
+        row = int(self.line_of_request[number])
+        line = self._lines[row]
+        choice = number - int(self._first_requests[row])
+        return self.prompt(int(line["first_prompt"]) + choice // int(line["n"]))
 
     def prompts_of(self, numbers: Int64s) -> Int64s:
         """The prompt of every request of `numbers`. Shapes: both int64[num_requests]."""
@@ -304,8 +322,28 @@ class TokenStore:
         limits = np.where(max_tokens == _NO_LIMIT, MAX_INT32, max_tokens)
         if self.max_model_len:
             limits = np.minimum(limits, self.max_model_len - lengths)
-        is_known = (self._lines["flags"][rows] & _HAS_KNOWN_LENGTH) != 0
-        return RequestTable(lengths, limits, np.where(is_known, limits, -1))
+        flags = self._lines["flags"][rows]
+        known = np.where((flags & _HAS_KNOWN_LENGTH) != 0, limits, -1)
+        if not (flags & _HAS_STRUCTURE).any():
+            return RequestTable(lengths, limits, known)
+        structure, bounds = self._structures(rows)
+        return RequestTable(lengths, np.minimum(limits, bounds), known, structure)
+
+    def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
+        """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""
+        structured = np.flatnonzero(self._lines["flags"][rows] & _HAS_STRUCTURE)
+        offsets, first, inverse = np.unique(
+            self._lines["sampling_offset"][rows[structured]], return_index=True, return_inverse=True
+        )
+        number_by_structure: dict[StructuredOutputs | None, int] = {}
+        numbers, bounds = np.zeros(len(rows), np.int64), np.full(len(rows), MAX_INT32, np.int64)
+        of_offset = np.zeros((2, len(offsets)), np.int64)
+        for at, row in enumerate(rows[structured[first]].tolist()):
+            sampling = self._sampling_of(self._lines[row])
+            number = number_by_structure.setdefault(sampling.structured_outputs, len(number_by_structure) + 1)
+            of_offset[:, at] = number, most_output_tokens(sampling, MAX_INT32)
+        numbers[structured], bounds[structured] = of_offset[:, inverse.ravel()]
+        return numbers, bounds
 
     def _limit(self, max_tokens: int | None, num_prompt_tokens: int) -> int:
         limit = MAX_INT32 if max_tokens is None else max_tokens
@@ -321,7 +359,7 @@ class TokenStore:
             if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._sampling_by_offset.clear()
                 self._num_interned_bytes = len(data)
-            sampling = self._sampling_by_offset[offset] = _sampling_from(values)
+            sampling = self._sampling_by_offset[offset] = sampling_from(values)
         return sampling
 
 
@@ -335,29 +373,9 @@ def _flags(line: BatchLine) -> int:
     limit = MAX_INT32 if sampling.max_tokens is None else sampling.max_tokens
     return (
         (_HAS_SEED if sampling.seed is not None else 0)
-        | (_IS_CHAT if line.url == CHAT_URL else 0)
-        | (_IS_EMBEDDING if line.url == EMBEDDINGS_URL else 0)
+        | (_HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
         | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )
-
-
-def _url_of(flags: int) -> Url:
-    if flags & _IS_EMBEDDING:
-        return EMBEDDINGS_URL
-    return CHAT_URL if flags & _IS_CHAT else COMPLETIONS_URL
-
-
-def _given_fields(structure: StructuredOutputs) -> dict[str, Any]:
-    return {name: value for name, value in asdict(structure).items() if value}
-
-
-def _sampling_from(values: dict[str, Any]) -> SamplingParams:
-    values["stop"] = tuple(values["stop"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
-    values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
-    if structure := values.get("structured_outputs"):
-        values["structured_outputs"] = StructuredOutputs(**{**structure, "choice": tuple(structure.get("choice", ()))})
-    return SamplingParams(**values)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], files: Mapping[str, StoredFile]) -> NDArray[Any]:

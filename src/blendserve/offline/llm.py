@@ -20,17 +20,20 @@ from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.defaults import checked_defaults
-from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
 from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.host import cache_dir
+from blendserve.models.chat_encoder import ChatEncoder
+from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.generation_config import sampling_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
-from blendserve.offline.assembler import OutputAssembler
+from blendserve.offline.assembler import OutputAssembler, given_token_ids
+from blendserve.offline.chats import encode_chats
+from blendserve.offline.formats import with_format
 from blendserve.offline.outputs import RequestOutput
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
@@ -103,6 +106,8 @@ class LLM:
         files = resolve(model, cache_dir())
         self.model = load_model(files)
         self._default_sampling = checked_defaults(sampling_defaults(files, generation_config))
+        self._formats = ChatFormats.of(self.model.tokenizer)
+        self._chat_encoder = ChatEncoder(self.model.tokenizer)
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
@@ -137,13 +142,17 @@ class LLM:
         self,
         messages: Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        response_format: Mapping[str, Any] | type | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several. The model's chat template makes the prompts.
 
+        `response_format`: a pydantic model, a JSON schema, or OpenAI's object of that name, for every answer.
         A conversation that the template does not accept comes back with `error` set; the others are answered. A
         generator of conversations is read a window at a time, as `stream` does.
         Raises: ConfigError when the model has no chat template, or after `close`.
         """
+        sampling_params = with_format(sampling_params, response_format)
         if not isinstance(messages, Sequence):
             return _in_order(self.stream(messages, sampling_params))
         listed = _listed_conversations(messages)
@@ -247,30 +256,20 @@ class LLM:
     def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
         """Text and token ids of every prompt, or why it has none."""
         tokenizer = self.model.tokenizer
-        chats = [prompt for prompt in prompts if are_chats or _is_conversation(prompt)]
-        rendered = iter(tokenizer.render_each(chats) if chats else [])  # type: ignore[arg-type]
-        texts: list[tuple[str | RequestError | None, bool]] = []
-        for prompt in prompts:
-            is_chat = are_chats or _is_conversation(prompt)
-            texts.append((next(rendered) if is_chat else prompt if isinstance(prompt, str) else None, is_chat))
-        encoded = [
-            iter(
-                tokenizer.encode_each(
-                    [text for text, is_chat in texts if isinstance(text, str) and is_chat == of_kind],
-                    add_special_tokens=not of_kind,
-                    max_tokens=self.config.max_model_len,
-                )
-            )
-            for of_kind in (False, True)
-        ]
+        is_chat = [are_chats or _is_conversation(prompt) for prompt in prompts]
+        chats = [prompt for prompt, is_one in zip(prompts, is_chat, strict=True) if is_one]
+        max_tokens = self.config.max_model_len
+        of_chats = iter(encode_chats(self._chat_encoder, self._formats, chats, max_tokens=max_tokens))
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        of_texts = iter(tokenizer.encode_each(texts, max_tokens=max_tokens))
         found: list[Encoded] = []
-        for (text, is_chat), prompt in zip(texts, prompts, strict=True):
-            if isinstance(text, str):
-                found.append((text, next(encoded[is_chat])))
-            elif isinstance(text, RequestError):
-                found.append((None, text))
+        for prompt, is_one in zip(prompts, is_chat, strict=True):
+            if is_one:
+                found.append(next(of_chats))
+            elif isinstance(prompt, str):
+                found.append((prompt, next(of_texts)))
             else:
-                found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
+                found.append((None, given_token_ids(prompt, self.model.spec.vocab_size)))
         return found
 
     def _assembler(self) -> OutputAssembler:
@@ -391,25 +390,3 @@ def _listed_conversations(messages: Conversation | Sequence[Conversation]) -> li
     if len(messages) and isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
     return list(messages)  # type: ignore[arg-type]
-
-
-def _token_ids(prompt: Prompt, vocab_size: int) -> TokenIds | RequestError:
-    """A prompt given as token ids; an error where it is anything else."""
-    try:
-        token_ids = np.asarray(prompt)
-    except ValueError:  # lists of different lengths
-        token_ids = np.zeros((0, 0))
-    if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
-        return RequestError(
-            f"the prompt is {shown(prompt)}; it must be a text or a list of token ids",
-            code="invalid_type",
-            param="prompt",
-        )
-    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-        return RequestError(
-            f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
-            f"{vocab_size - 1}",
-            code="invalid_token_id",
-            param="prompt",
-        )
-    return token_ids.astype(np.int32)

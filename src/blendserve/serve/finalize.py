@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from blendserve.dialect.responses import error_row
+from blendserve.dialect.rows import error_row
 from blendserve.errors import RequestError
 from blendserve.job.journal import Journal
 from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from blendserve.dialect.passthrough import parse_remote_line
-from blendserve.dialect.schema import EMBEDDINGS_URL, ServedModel, parse_line
+from blendserve.dialect.schema import ServedModel, parse_line
+from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.engines.base import Engine
 from blendserve.errors import ConfigError, RequestError
 from blendserve.job.job import BatchJob, JobProgress, JobReport

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blendserve.dialect.parameters import shown
-from blendserve.dialect.schema import CHAT_URL, EMBEDDINGS_URL
+from blendserve.dialect.urls import CHAT_URL, EMBEDDINGS_URL
 from blendserve.errors import ConfigError, RequestError
 from blendserve.tables.template import RowTemplate
 

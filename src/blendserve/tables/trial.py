@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from blendserve.dialect.responses import FinishedChoice, error_row, output_row, served_row
+from blendserve.dialect.endpoint import Choice
+from blendserve.dialect.extras import Extras
+from blendserve.dialect.rows import error_row, finished_choice, key_of, output_row, served_row
 from blendserve.engines.base import Engine
 from blendserve.errors import BlendServeError
 from blendserve.job.batch_input import read_lines
@@ -169,16 +171,18 @@ class _Taken:
 
     def _note(self, part: PendingRequests, output: SequenceOutput) -> None:
         """Keep the row that the job will have for this answer."""
-        store = part.store
-        line = store.line(int(store.line_of_request[part.numbers[output.index]]))
+        store, number = part.store, int(part.numbers[output.index])
+        row = int(store.line_of_request[number])
+        line = store.line(row)
         self._num_output_tokens += output.num_output_tokens
         if output.response is not None:
             body = served_row(line, output.response)
         elif output.error is not None:
             body = error_row(line.line_number, line.custom_id, output.error)
         else:
-            choice = FinishedChoice.from_output(line.url, 0, output, self._engine.codec)
-            body = output_row(line, [choice], self._engine.served.name, 0)
+            extras, key = Extras.from_bytes(store.body(row)), key_of(line.line_number, line.custom_id)
+            choice = Choice(line, key, 0, store.prompt_of(number), output, extras, self._engine.codec)
+            body = output_row(line, extras, [finished_choice(choice)], self._engine.served.name, 0)
         self.rows.append((line.line_number, line.custom_id, body))
 
     def _end(self) -> NoReturn:

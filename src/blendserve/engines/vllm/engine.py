@@ -12,6 +12,7 @@ from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
+from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
 from blendserve.engine.stats import RunStats
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify
 from blendserve.engines.settings import VllmSettings
@@ -31,6 +32,7 @@ from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests, plan_pending
+from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.fingerprint import fingerprint, identity_of
 from blendserve.models.foreign_config import text_config_of, whole_number
 from blendserve.models.generation_config import note_of, sampling_defaults, shown_defaults
@@ -53,7 +55,9 @@ def open_vllm(settings: VllmSettings, *, notify: Notify) -> VllmEngine:
     return VllmEngine(settings, files, api, notify=notify)
 
 
-def served_model_of(settings: VllmSettings, files: ModelFiles, config: Mapping[str, Any]) -> ServedModel:
+def served_model_of(
+    settings: VllmSettings, files: ModelFiles, config: Mapping[str, Any], formats: ChatFormats
+) -> ServedModel:
     """What lines may ask for, from the model's files alone: vLLM itself is not needed for it."""
     text = text_config_of(config)
     embeds = settings.task == "embed"
@@ -66,8 +70,10 @@ def served_model_of(settings: VllmSettings, files: ModelFiles, config: Mapping[s
         abilities=Abilities(
             adapters=tuple(sorted(settings.adapters)),
             sees="vision_config" in config,
-            embeds=embeds,
+            chat=formats,
+            forces_json=True,
             image_domains=tuple(domain.lower() for domain in settings.image_domains),
+            urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
             checks_grammars=False,
         ),
         default_sampling={} if embeds else checked_defaults(sampling_defaults(files, source)),
@@ -83,9 +89,13 @@ class VllmEngine:
         self._model = model_cost_of(files.name, config)
         max_model_len = settings.max_model_len or context_length_of(text)
         embeds = settings.task == "embed"
-        self.served = served_model_of(settings, files, config)
+        tokenizer = settings.chat.applied(load_tokenizer(files))
+        formats = settings.chat.formats(tokenizer)
+        self.served = served_model_of(settings, files, config, formats)
         sampling = self.served.default_sampling
-        self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)
+        self.codec = VllmCodec(
+            tokenizer, config, max_model_len, formats, obeys_control_tokens=settings.chat.obeys_control_tokens
+        )
         self.identity = identity_of(files.name, files)
         self.settings: dict[str, Any] = {
             "engine": "vllm",
@@ -96,6 +106,7 @@ class VllmEngine:
                 f"{name} {fingerprint(ModelFiles(name, Path(at)))}" for name, at in settings.adapters.items()
             ),
             "vllm arguments": shown_arguments(settings.arguments),
+            **settings.chat.identity(),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.times = EngineTimes()
