@@ -70,7 +70,7 @@ REQUEST_EXAMPLES = (
         (line({"prompt": "Hi", "model": "gpt-4o-mini"}, custom_id="b"),),
     ),
     Example("invalid_type", "A parameter has the wrong JSON type.", asks(temperature="hot")),
-    Example("invalid_value", "A parameter is out of range.", asks(temperature=3)),
+    Example("invalid_value", "A parameter is out of range.", asks(top_p=3)),
     Example("unknown_parameter", "No parameter has this name.", asks(temprature=1)),
     Example(
         "unsupported_parameter",

@@ -102,7 +102,7 @@ def neutral_table() -> str:
 
 def ignored_list() -> str:
     """Parameters of any value that change nothing."""
-    return ", ".join(f"`{name}`" for name in sorted(parameters._IGNORED)) + "."
+    return ", ".join(f"`{name}`" for name in sorted(parameters.IGNORED_FIELDS)) + "."
 
 
 def embeddings_list() -> str:
@@ -128,7 +128,7 @@ def _wanted(name: str, read: Callable[[str, Any], Any]) -> str:
             read(name, probe)
         except RequestError as error:
             words = error.message.rpartition("; ")[2].removeprefix("it must be ")
-            if not found or (words not in found and words.startswith(("between", "above", "at most"))):
+            if not found or (words not in found and words.startswith(("between", "above", "at most", "finite"))):
                 found.append(words)
     text = " ".join(found[:1] + [words if words.startswith("between") else f", {words}" for words in found[1:]])
     for long, short in _SHORT.items():

@@ -15,7 +15,7 @@ from blendserve.errors import RequestError
 from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests
 from blendserve.job.run import Generate, run_job
-from blendserve.request import Request, SequenceOutput, TokenLogprob
+from blendserve.request import Request, SamplingParams, SequenceOutput, TokenLogprob
 
 EOS = 0
 NUM_JOB_LINES = 60
@@ -40,7 +40,7 @@ class FakeCodec:
             raise RequestError("the template takes no such text", code="invalid_value", param="messages")
         return list(prompt.encode())
 
-    def text_of(self, output: SequenceOutput) -> str:
+    def text_of(self, output: SequenceOutput, _: SamplingParams) -> str:
         ends_in_stop_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
         token_ids = output.token_ids[:-1] if ends_in_stop_token else output.token_ids
         return bytes(token_ids.tolist()).decode(errors="replace")

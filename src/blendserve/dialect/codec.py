@@ -8,7 +8,7 @@ from blendserve.dialect.schema import COMPLETIONS_URL, Message
 from blendserve.errors import RequestError
 from blendserve.models.detokenize import text_of
 from blendserve.models.tokenizer import Tokenizer
-from blendserve.request import SequenceOutput, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, TokenIds
 
 
 class ModelCodec:
@@ -48,8 +48,8 @@ class ModelCodec:
             for at, outcome in zip(texts, encoded, strict=True):
                 outcomes[at] = outcome
 
-    def text_of(self, output: SequenceOutput) -> str:
-        return text_of(self._tokenizer, output.token_ids, output.finish_reason, output.stop_reason)
+    def text_of(self, output: SequenceOutput, sampling: SamplingParams) -> str:
+        return text_of(self._tokenizer, output.token_ids, output.finish_reason, output.stop_reason, sampling)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)

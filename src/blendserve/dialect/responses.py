@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from blendserve.dialect.schema import CHAT_URL, EMBEDDINGS_URL, Message, Url
 from blendserve.errors import CapacityError, RequestError
-from blendserve.request import SequenceOutput, ServerResponse, TokenIds, TokenLogprob
+from blendserve.request import SamplingParams, SequenceOutput, ServerResponse, TokenIds, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI reports for minus infinity, which JSON cannot say."""
@@ -30,11 +30,11 @@ class Codec(Protocol):
 
     `encode` takes texts and conversations in batches and returns, in their order, token ids or why there are none; it
     raises RequestError where it does not know whose fault it is (the batch is then taken apart to find out). `text_of`
-    is the answer without its stop token or stop string.
+    is the answer as its parameters want it, mostly without its stop token or stop string.
     """
 
     def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> Sequence[EncodedPrompt | RequestError]: ...
-    def text_of(self, output: SequenceOutput) -> str: ...
+    def text_of(self, output: SequenceOutput, sampling: SamplingParams) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
@@ -64,9 +64,11 @@ class FinishedChoice:
     num_output_tokens: int
 
     @classmethod
-    def from_output(cls, url: Url, choice: int, output: SequenceOutput, codec: Codec) -> FinishedChoice:
+    def from_output(
+        cls, url: Url, choice: int, output: SequenceOutput, codec: Codec, sampling: SamplingParams
+    ) -> FinishedChoice:
         return cls(
-            _choice_body(url, choice, output, codec),
+            _choice_body(url, choice, output, codec, sampling),
             output.num_prompt_tokens,
             output.num_cached_tokens,
             len(output.token_ids),
@@ -179,12 +181,15 @@ def _usage(line: StoredLine, choices: Sequence[FinishedChoice]) -> dict[str, Any
     }
 
 
-def _choice_body(url: Url, choice: int, output: SequenceOutput, codec: Codec) -> dict[str, Any]:
+def _choice_body(
+    url: Url, choice: int, output: SequenceOutput, codec: Codec, sampling: SamplingParams
+) -> dict[str, Any]:
     if url == EMBEDDINGS_URL:
         return {"object": "embedding", "index": choice, "embedding": output.embedding}
-    text = codec.text_of(output)
+    text = codec.text_of(output, sampling)
     logprobs = output.logprobs
-    if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
+    ends_in_stop_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
+    if ends_in_stop_token and not sampling.include_stop_str_in_output:
         logprobs = logprobs[:-1]  # of the stop token, which is no part of the text
     if url == CHAT_URL:
         return {

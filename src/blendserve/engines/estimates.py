@@ -22,7 +22,7 @@ from blendserve.models.known import known_model
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.tree import PrefixTree
-from blendserve.request import SequenceOutput, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, TokenIds
 
 BYTES_PER_TOKEN = 4
 DEFAULT_MAX_OUTPUT_TOKENS = 4096
@@ -47,7 +47,7 @@ class EstimatingCodec:
             for prompt, outcome in zip(prompts, encoded, strict=True)
         ]
 
-    def text_of(self, output: SequenceOutput) -> NoReturn:
+    def text_of(self, output: SequenceOutput, _: SamplingParams) -> NoReturn:
         raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
 
     def token_bytes(self, token_id: int) -> NoReturn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from blendserve.dialect.parameters import kept_tokens
 from blendserve.dialect.responses import Codec, EncodedPrompt
 from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Prompt
 from blendserve.errors import RequestError
@@ -94,6 +95,7 @@ def _checked(
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
             return RequestError(token_ids.message, code=token_ids.code, param=token_ids.param or param)
+        token_ids = kept_tokens(token_ids, line.sampling, max_model_len)
         if not len(token_ids):
             return RequestError(
                 f"{param} is empty: it comes to no token; write at least one word", code="invalid_value", param=param
@@ -118,7 +120,8 @@ def _num_characters(line: BatchLine | BadLine) -> int:
     if isinstance(line, BadLine):
         return len(line.custom_id or "")
     sampling = line.sampling
-    listed = 4 * len(sampling.stop_token_ids) + 8 * len(sampling.logit_bias) + sum(map(len, sampling.stop))
+    token_ids = len(sampling.stop_token_ids) + len(sampling.allowed_token_ids or ())
+    listed = 4 * token_ids + 8 * len(sampling.logit_bias) + sum(map(len, (*sampling.stop, *sampling.bad_words)))
     return len(line.custom_id) + len(line.body) + listed + sum(map(_prompt_characters, line.prompts))
 
 

@@ -91,7 +91,7 @@ class RowAssembler:
             self._finish(row, line, kind, error_row(line.line_number, line.custom_id, error))
             return
         choice = number - line.first_request
-        finished = FinishedChoice.from_output(line.url, choice, output, self._codec)
+        finished = FinishedChoice.from_output(line.url, choice, output, self._codec, self._store.sampling(row))
         offsets = self._offsets.get(row, {})
         if len(offsets) + 1 < line.num_choices:
             body = finished.to_bytes()

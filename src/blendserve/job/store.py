@@ -73,6 +73,7 @@ repeated entries in the file."""
 
 _OWN_FIELDS = ("seed", "max_tokens", "logit_bias")
 _INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.name not in _OWN_FIELDS), "logit_bias")
+_LIST_FIELDS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 _interned_values = attrgetter(*_INTERNED_FIELDS)
 
 
@@ -208,6 +209,10 @@ class TokenStore:
     def num_lines(self) -> int:
         return len(self._lines)
 
+    def sampling(self, row: int) -> SamplingParams:
+        """The parameters of a line, but for `seed` and `max_tokens`."""
+        return self._sampling_of(self._lines[row])
+
     @property
     def num_requests(self) -> int:
         return len(self.line_of_request)
@@ -324,8 +329,8 @@ def _url_of(flags: int) -> Url:
 
 
 def _sampling_from(values: dict[str, Any]) -> SamplingParams:
-    values["stop"] = tuple(values["stop"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    for name in _LIST_FIELDS:
+        values[name] = None if values[name] is None else tuple(values[name])
     values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
     return SamplingParams(**values)
 

@@ -138,7 +138,7 @@ class OutputAssembler:
         has_logprobs = sampling.logprobs is not None
         return CompletionOutput(
             index=choice,
-            text=text_of(self._tokenizer, result.token_ids, result.finish_reason, result.stop_reason),
+            text=text_of(self._tokenizer, result.token_ids, result.finish_reason, result.stop_reason, sampling),
             token_ids=tuple(result.token_ids.tolist()),
             finish_reason=result.finish_reason,
             stop_reason=result.stop_reason,
