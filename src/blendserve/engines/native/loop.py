@@ -11,6 +11,7 @@ from blendserve.costs.this_machine import overlap_cost_of, peaks_of
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir
+from blendserve.models.bad_words import BadWords
 from blendserve.models.load import LoadedModel
 
 
@@ -28,6 +29,7 @@ def open_executor(
         peaks=peaks_of(config.num_threads, config.dtype, config.kv_dtype),
         trace=trace,
         overlap_cost=overlap_cost_of(config.num_threads, config.dtype, config.kv_dtype),
+        bad_words=BadWords(model.tokenizer),
     )
 
 
