@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="directory, GGUF file or hub id (default: the default model)")
     parser.add_argument("--text", type=Path, action="append", help="text to read (default: docs/*.md)")
     parser.add_argument("--tokens", type=int, default=8000, help="tokens of it (default: 8000)")
-    parser.add_argument("--window", type=int, default=1000, help="tokens of one context (default: 1000)")
+    parser.add_argument("--context", type=int, default=1000, help="tokens of one context (default: 1000)")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, action="append", help="of the KV cache (default: each)")
     args = parser.parse_args()
     common.print_header()
@@ -79,13 +79,13 @@ def main() -> None:
     paths = args.text or sorted((common.ROOT / "docs").glob("*.md"))
     token_ids = model.tokenizer.encode("\n\n".join(path.read_text() for path in paths))[: args.tokens]
     specification = ReferenceModel(model.spec, model.weights)
-    exact = mean_nll(lambda ids: prompt_logits(specification, ids), token_ids, args.window)
+    exact = mean_nll(lambda ids: prompt_logits(specification, ids), token_ids, args.context)
     rows = [["float32 specification", "", "", f"{exact:.5f}", ""]]
     for dtype, isa in (kernels for kernels in KERNELS if _native.is_supported(kernels[1])):
         for kv_dtype in args.kv_dtype or KV_DTYPES:
-            nll = native_nll(model, dtype, kv_dtype, isa, token_ids, args.window)
+            nll = native_nll(model, dtype, kv_dtype, isa, token_ids, args.context)
             rows.append([dtype, kv_dtype, isa, f"{nll:.5f}", f"{nll / exact - 1:+.3%}"])
-    print(f"{model.spec.name}, {len(token_ids)} tokens in windows of {args.window}\n")
+    print(f"{model.spec.name}, {len(token_ids)} tokens in contexts of {args.context}\n")
     print(common.table(["weights", "KV", "instruction set", "mean NLL", "against float32"], rows))
 
 

@@ -100,11 +100,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights (bf16)")
     parser.add_argument("--chunk-bytes", type=int, help="of KV fetched beside one tile of a matrix product")
     parser.add_argument("--tile-flop", type=int, help="of such a tile")
-    parser.add_argument("--step-bytes", type=int, help="fetched per step of its inner loop")
+    parser.add_argument("--iteration-bytes", type=int, help="fetched per iteration of its inner loop")
     parser.add_argument("--memory-lanes", type=int, help="threads that may hold attention; 0: all")
     arguments = parser.parse_args()
     cost = overlap_cost_of(arguments.threads, arguments.dtype) or OverlapCost()
-    given = {name: getattr(arguments, name) for name in ("chunk_bytes", "tile_flop", "step_bytes", "memory_lanes")}
+    given = {name: getattr(arguments, name) for name in ("chunk_bytes", "tile_flop", "iteration_bytes", "memory_lanes")}
     cost = replace(cost, **{name: value for name, value in given.items() if value is not None})
     print_header()
     with closing(

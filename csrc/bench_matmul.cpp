@@ -90,22 +90,22 @@ double median_ratio(const std::vector<double>& first, const std::vector<double>&
 
 #if defined(__x86_64__)
 // 12 independent chains of multiply-adds on registers: as fast as one core can go.
-[[gnu::target("avx2,fma"), gnu::noinline]] void multiply_add_loop(int64_t steps) {
+[[gnu::target("avx2,fma"), gnu::noinline]] void multiply_add_loop(int64_t iterations) {
   typedef float Floats __attribute__((vector_size(32)));
   Floats a[12] = {};
   Floats x = Floats{} + 0.5f;
-  for (int64_t i = 0; i < steps; ++i) {
+  for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
     for (auto& sum : a) asm volatile("vfmadd231ps %1, %1, %0" : "+x"(sum) : "x"(x));
   }
 }
 double multiply_add_gflop_per_s(ThreadTeam& team) {
-  constexpr int64_t kSteps = 100000;  // about 1 ms
+  constexpr int64_t kIterations = 100000;  // about 1 ms
   const std::function<void()> op = [&] {
-    team.run(team.num_threads(), [](int64_t, int) { multiply_add_loop(kSteps); });
+    team.run(team.num_threads(), [](int64_t, int) { multiply_add_loop(kIterations); });
   };
   const Timing time = timing(sample_in_turn({&op, 1}, team.num_threads() == 1, 0.02, 5).front());
-  return static_cast<double>(team.num_threads() * kSteps * 12 * 16) / time.best * 1e-9;
+  return static_cast<double>(team.num_threads() * kIterations * 12 * 16) / time.best * 1e-9;
 }
 #else
 double multiply_add_gflop_per_s(ThreadTeam&) { return 0; }

@@ -190,7 +190,7 @@ nb::dict default_overlap() {
   nb::dict result;
   result["chunk_bytes"] = kDefault.chunk_bytes;
   result["tile_flop"] = kDefault.tile_flop;
-  result["step_bytes"] = kDefault.step_bytes;
+  result["iteration_bytes"] = kDefault.iteration_bytes;
   result["memory_lanes"] = kDefault.memory_lanes;
   result["gemm_flop_per_s"] = kDefault.gemm_flop_per_s;
   result["attention_flop_per_s"] = kDefault.attention_flop_per_s;
@@ -245,7 +245,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<OverlapOptions>(m, "OverlapOptions")
       .def(nb::init<OverlapMode, int64_t, int64_t, int64_t, int, double, double, double, double, double, double>(),
-           nb::arg("mode"), nb::kw_only(), nb::arg("chunk_bytes"), nb::arg("tile_flop"), nb::arg("step_bytes"),
+           nb::arg("mode"), nb::kw_only(), nb::arg("chunk_bytes"), nb::arg("tile_flop"), nb::arg("iteration_bytes"),
            nb::arg("memory_lanes"), nb::arg("gemm_flop_per_s"), nb::arg("attention_flop_per_s"),
            nb::arg("kv_bytes_per_s"), nb::arg("weight_bytes_per_s"), nb::arg("compute_delay"), nb::arg("memory_delay"));
 

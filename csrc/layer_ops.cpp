@@ -61,12 +61,12 @@ void LayerOps::norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, 
 }
 
 void LayerOps::multiply(NanoBatch& nano, const PackedMatrix& w, int64_t tile, const std::vector<float>& bias, float* y,
-                        int64_t ldy, PrefetchRuns* runs) {
-  matmul_tile(nano.packed, w, nano.grid.tile(tile), bias.empty() ? nullptr : bias.data(), false, y, ldy, runs);
+                        int64_t ldy, PrefetchPieces* pieces) {
+  matmul_tile(nano.packed, w, nano.grid.tile(tile), bias.empty() ? nullptr : bias.data(), false, y, ldy, pieces);
 }
 
-void LayerOps::multiply_and_add(NanoBatch& nano, const PackedMatrix& w, int64_t tile, PrefetchRuns* runs) {
-  matmul_tile(nano.packed, w, nano.grid.tile(tile), nullptr, true, nano.residual, shape_.hidden_size, runs);
+void LayerOps::multiply_and_add(NanoBatch& nano, const PackedMatrix& w, int64_t tile, PrefetchPieces* pieces) {
+  matmul_tile(nano.packed, w, nano.grid.tile(tile), nullptr, true, nano.residual, shape_.hidden_size, pieces);
 }
 
 int64_t LayerOps::rotate_rows(int64_t num_rows) const {

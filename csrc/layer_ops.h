@@ -30,8 +30,9 @@ class LayerOps {
   void embed(NanoBatch& nano, int64_t panel);
   void norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, int64_t panel, int worker);
   void multiply(NanoBatch& nano, const PackedMatrix& w, int64_t tile, const std::vector<float>& bias, float* y,
-                int64_t ldy, PrefetchRuns* runs);
-  void multiply_and_add(NanoBatch& nano, const PackedMatrix& w, int64_t tile, PrefetchRuns* runs);  // to the residual
+                int64_t ldy, PrefetchPieces* pieces);
+  void multiply_and_add(NanoBatch& nano, const PackedMatrix& w, int64_t tile,
+                        PrefetchPieces* pieces);  // to the residual
   int64_t num_rotate_tiles(int64_t num_rows) const;
   void rotate_and_cache(NanoBatch& nano, int64_t layer, int64_t tile);
   void attend(NanoBatch& nano, int64_t layer, const AttentionTask& task, int worker);

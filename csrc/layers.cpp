@@ -15,24 +15,25 @@ NanoBatch nano_batch(const ModelShape& shape, const ModelLimits& limits, int num
 }
 
 PipelineOptions pipeline_options(const OverlapOptions& overlap) {
-  return {overlap.chunk_bytes, overlap.step_bytes, overlap.memory_lanes};
+  return {overlap.chunk_bytes, overlap.iteration_bytes, overlap.memory_lanes};
 }
 
 const AttentionTask& memory_task(const NanoBatch& nano, int64_t tile) {
   return nano.batch.tasks()[static_cast<size_t>(nano.batch.num_compute_tasks() + tile)];
 }
 
-// Runs over the blocks of positions [begin, end) of one layer and head.
-int64_t list_block_runs(const KvCache& cache, const uint16_t* head, const int32_t* blocks, int64_t begin, int64_t end,
-                        const uint16_t** runs, int64_t max_runs) {
-  constexpr int64_t kRunElements = kPrefetchRunBytes / static_cast<int64_t>(sizeof(uint16_t));
+// Pieces of the blocks of positions [begin, end) of one layer and head.
+int64_t list_block_pieces(const KvCache& cache, const uint16_t* head, const int32_t* blocks, int64_t begin, int64_t end,
+                          const uint16_t** pieces, int64_t max_pieces) {
+  constexpr int64_t kPieceElements = kPrefetchPieceBytes / static_cast<int64_t>(sizeof(uint16_t));
   // Whole in bf16, since heads are padded; in int8 the line of scales is left out.
-  const int64_t per_block = std::max<int64_t>(cache.head_stride() / kRunElements, 1);
+  const int64_t per_block = std::max<int64_t>(cache.head_stride() / kPieceElements, 1);
   int64_t count = 0;
   for (int64_t block = begin / kBlockSize; block < div_up(end, kBlockSize); ++block) {
     const uint16_t* start = head + blocks[block] * cache.block_stride();
-    for (int64_t run = 0; run < per_block && count < max_runs; ++run) runs[count++] = start + run * kRunElements;
-    if (count == max_runs) return count;
+    for (int64_t piece = 0; piece < per_block && count < max_pieces; ++piece)
+      pieces[count++] = start + piece * kPieceElements;
+    if (count == max_pieces) return count;
   }
   return count;
 }
@@ -146,16 +147,16 @@ OpTiles Layers::cut_matmul(NanoBatch& nano, const PackedMatrix& w, Stage stage) 
   return {nano.grid.size(), TileClass::kCompute, urgency_of(stage)};
 }
 
-void Layers::run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) {
-  if (!trace_.is_on()) return run_tile(nano(chain), op, tile, worker, runs);
+void Layers::run(int chain, int64_t op, int64_t tile, int worker, PrefetchPieces* pieces) {
+  if (!trace_.is_on()) return run_tile(nano(chain), op, tile, worker, pieces);
   const int64_t begin_ns = TraceRecorder::now_ns();
-  run_tile(nano(chain), op, tile, worker, runs);
+  run_tile(nano(chain), op, tile, worker, pieces);
   const auto layer = static_cast<int32_t>(op == 0 ? -1 : layer_of(op));
   trace_.record(worker, static_cast<int32_t>(counted_op(stage_of(op))), layer, chain, begin_ns,
                 TraceRecorder::now_ns());
 }
 
-void Layers::run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) {
+void Layers::run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, PrefetchPieces* pieces) {
   const int64_t i = layer_of(op);
   const LayerWeights& layer = this->layer(op);
   switch (stage_of(op)) {
@@ -164,7 +165,7 @@ void Layers::run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, Pre
     case Stage::kInputNorm:
       return ops_.norm_and_pack(nano, layer.input_norm, tile, worker);
     case Stage::kQkv:
-      return ops_.multiply(nano, layer.qkv, tile, layer.qkv_bias, nano.qkv, shape_.qkv_width(), runs);
+      return ops_.multiply(nano, layer.qkv, tile, layer.qkv_bias, nano.qkv, shape_.qkv_width(), pieces);
     case Stage::kRotate:
       return ops_.rotate_and_cache(nano, i, tile);
     case Stage::kAttendCompute:
@@ -176,34 +177,34 @@ void Layers::run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, Pre
     case Stage::kPackAttention:
       return ops_.pack_attention(nano, tile);
     case Stage::kOutput:
-      return ops_.multiply_and_add(nano, layer.o, tile, runs);
+      return ops_.multiply_and_add(nano, layer.o, tile, pieces);
     case Stage::kPostNorm:
       return ops_.norm_and_pack(nano, layer.post_attention_norm, tile, worker);
     case Stage::kGateUp:
-      return ops_.multiply(nano, layer.gate_up, tile, {}, nano.gate_up, 2 * shape_.intermediate_size, runs);
+      return ops_.multiply(nano, layer.gate_up, tile, {}, nano.gate_up, 2 * shape_.intermediate_size, pieces);
     case Stage::kActivate:
       return ops_.activate_and_pack(nano, tile, worker);
     case Stage::kDown:
-      return ops_.multiply_and_add(nano, layer.down, tile, runs);
+      return ops_.multiply_and_add(nano, layer.down, tile, pieces);
   }
 }
 
-int64_t Layers::num_fetched_runs(int chain, int64_t op, int64_t tile) const {
+int64_t Layers::num_fetched_pieces(int chain, int64_t op, int64_t tile) const {
   const PackedMatrix* w = matrix_of(op);
   if (w == nullptr) return 0;
-  return num_prefetch_runs(w->format(), nano(chain).grid.tile(tile), w->k(), overlap_.step_bytes);
+  return num_prefetch_pieces(w->format(), nano(chain).grid.tile(tile), w->k(), overlap_.iteration_bytes);
 }
 
 // Of a group: what is shared, then what each member reads alone.
-int64_t Layers::list_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const {
+int64_t Layers::list_pieces(int chain, int64_t op, int64_t tile, const uint16_t** pieces, int64_t max_pieces) const {
   const NanoBatch& nano = this->nano(chain);
   const AttentionTask& task = memory_task(nano, tile);
   const std::span<const BatchEntry> entries = nano.batch.entries();
   const uint16_t* head = nano.cache->head(layer_of(op), task.kv_head);
   int64_t count = 0;
   const auto add = [&](const BatchEntry& entry, int64_t begin, int64_t end) {
-    count += list_block_runs(*nano.cache, head, entry.block_table, begin, std::min(end, entry.first_position + 1),
-                             runs + count, max_runs - count);
+    count += list_block_pieces(*nano.cache, head, entry.block_table, begin, std::min(end, entry.first_position + 1),
+                               pieces + count, max_pieces - count);
   };
   const BatchEntry& entry = entries[static_cast<size_t>(task.entry)];
   if (task.segment >= 0) {

@@ -39,17 +39,17 @@ class Layers : private Chains {
   int64_t num_ops(int chain) const override;
   int64_t num_awaited_ops(int chain, int64_t op) const override;
   OpTiles begin(int chain, int64_t op) override;
-  int64_t num_fetched_runs(int chain, int64_t op, int64_t tile) const override;
-  void run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) override;
+  int64_t num_fetched_pieces(int chain, int64_t op, int64_t tile) const override;
+  void run(int chain, int64_t op, int64_t tile, int worker, PrefetchPieces* pieces) override;
   void end(int chain, int64_t op) override;
-  int64_t list_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const override;
+  int64_t list_pieces(int chain, int64_t op, int64_t tile, const uint16_t** pieces, int64_t max_pieces) const override;
 
   NanoBatch& nano(int chain) { return nano_batches_[static_cast<size_t>(chain)]; }
   const NanoBatch& nano(int chain) const { return nano_batches_[static_cast<size_t>(chain)]; }
   const LayerWeights& layer(int64_t op) const { return weights_.layers[static_cast<size_t>(layer_of(op))]; }
   const PackedMatrix* matrix_of(int64_t op) const;  // null where the op is no matmul
   OpTiles cut_matmul(NanoBatch& nano, const PackedMatrix& w, Stage stage);
-  void run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, PrefetchRuns* runs);
+  void run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, PrefetchPieces* pieces);
 
   ModelShape shape_;
   const ModelWeights& weights_;

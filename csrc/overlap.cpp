@@ -16,12 +16,12 @@ constexpr double kMargin = 0.01;
 }  // namespace
 
 void check_overlap(const OverlapOptions& options) {
-  const bool is_step_fit = options.step_bytes >= 1 && options.step_bytes <= kMaxPrefetchStepBytes;
-  if (options.chunk_bytes >= 1 && options.tile_flop >= 1 && is_step_fit) return;
-  throw std::invalid_argument("overlap needs chunk_bytes, tile_flop and step_bytes (at most " +
-                              std::to_string(kMaxPrefetchStepBytes) + ") of 1 or more; got " +
+  const bool is_iteration_fit = options.iteration_bytes >= 1 && options.iteration_bytes <= kMaxPrefetchIterationBytes;
+  if (options.chunk_bytes >= 1 && options.tile_flop >= 1 && is_iteration_fit) return;
+  throw std::invalid_argument("overlap needs chunk_bytes, tile_flop and iteration_bytes (at most " +
+                              std::to_string(kMaxPrefetchIterationBytes) + ") of 1 or more; got " +
                               std::to_string(options.chunk_bytes) + ", " + std::to_string(options.tile_flop) + " and " +
-                              std::to_string(options.step_bytes));
+                              std::to_string(options.iteration_bytes));
 }
 
 bool overlap_pays(const StepWork& work, const WorkRates& rates, const OverlapOptions& options) {

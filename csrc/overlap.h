@@ -17,8 +17,8 @@ struct OverlapOptions {
   int64_t chunk_bytes = 256 * 1024;
   // Of a matmul tile: as long as it takes to fetch a chunk.
   int64_t tile_flop = 3'500'000;
-  // Bytes fetched per step of two k of a matmul; kernels of AVX2 take a line at most.
-  int64_t step_bytes = 128;
+  // Bytes fetched per iteration (two k) of a matmul; kernels of AVX2 take a line at most.
+  int64_t iteration_bytes = 128;
   int memory_lanes = 0;  // 0: all workers
   // Rates of this machine on all threads, for kAuto.
   double gemm_flop_per_s = 165e9;

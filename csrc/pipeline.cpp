@@ -26,8 +26,8 @@ Pipeline::Pipeline(ThreadTeam& team, const PipelineOptions& options) : team_(tea
 void Pipeline::set_options(const PipelineOptions& options) {
   options_ = options;
   if (options_.memory_lanes < 1) options_.memory_lanes = team_.num_threads();
-  const int64_t max_runs = std::max<int64_t>(1, options.chunk_bytes / kPrefetchRunBytes);
-  for (Worker& worker : workers_) worker.runs.resize(static_cast<size_t>(max_runs));
+  const int64_t max_pieces = std::max<int64_t>(1, options.chunk_bytes / kPrefetchPieceBytes);
+  for (Worker& worker : workers_) worker.pieces.resize(static_cast<size_t>(max_pieces));
 }
 
 void Pipeline::run(Chains& chains, int num_chains) noexcept {
@@ -61,14 +61,14 @@ void Pipeline::work(int worker) {
 
 // Beside memory tiles, where there are some and the tile can fetch what they read: they run after it, from cache.
 void Pipeline::run_compute_tile(const Claim& compute, int worker) {
-  const int64_t capacity = num_chains_ > 1 ? chains_->num_fetched_runs(compute.chain, compute.op, compute.tile) : 0;
+  const int64_t capacity = num_chains_ > 1 ? chains_->num_fetched_pieces(compute.chain, compute.op, compute.tile) : 0;
   if (capacity == 0) return run_tile(compute, worker, nullptr);
   Worker& mine = workers_[static_cast<size_t>(worker)];
-  const int64_t max_runs = std::min(capacity, static_cast<int64_t>(mine.runs.size()));
+  const int64_t max_pieces = std::min(capacity, static_cast<int64_t>(mine.pieces.size()));
   const bool has_lane = take_lane();
-  const int64_t num_runs = has_lane ? take_memory_tiles(mine, max_runs) : 0;
-  PrefetchRuns runs = {mine.runs.data(), mine.runs.data() + num_runs, options_.step_bytes};
-  run_tile(compute, worker, num_runs > 0 ? &runs : nullptr);
+  const int64_t num_pieces = has_lane ? take_memory_tiles(mine, max_pieces) : 0;
+  PrefetchPieces pieces = {mine.pieces.data(), mine.pieces.data() + num_pieces, options_.iteration_bytes};
+  run_tile(compute, worker, num_pieces > 0 ? &pieces : nullptr);
   for (const Claim& held : mine.memory_tiles) run_tile(held, worker, nullptr);
   mine.memory_tiles.clear();
   if (has_lane) num_lanes_taken_.fetch_sub(1, std::memory_order_relaxed);
@@ -83,17 +83,18 @@ bool Pipeline::take_lane() {
   return false;
 }
 
-// Takes memory tiles as long as another one like the last fits into what can be fetched. Returns the number of runs.
-int64_t Pipeline::take_memory_tiles(Worker& mine, int64_t max_runs) {
-  int64_t num_runs = 0;
+// Takes memory tiles as long as another one like the last fits into what can be fetched. Returns the number of pieces.
+int64_t Pipeline::take_memory_tiles(Worker& mine, int64_t max_pieces) {
+  int64_t num_pieces = 0;
   Claim held;
-  int64_t last_runs = 1;
-  while (num_runs + last_runs <= max_runs && mine.memory_tiles.size() < kMaxHeldTiles && claim_memory(held)) {
+  int64_t last_pieces = 1;
+  while (num_pieces + last_pieces <= max_pieces && mine.memory_tiles.size() < kMaxHeldTiles && claim_memory(held)) {
     mine.memory_tiles.push_back(held);
-    last_runs = chains_->list_runs(held.chain, held.op, held.tile, mine.runs.data() + num_runs, max_runs - num_runs);
-    num_runs += last_runs;
+    last_pieces =
+        chains_->list_pieces(held.chain, held.op, held.tile, mine.pieces.data() + num_pieces, max_pieces - num_pieces);
+    num_pieces += last_pieces;
   }
-  return num_runs;
+  return num_pieces;
 }
 
 bool Pipeline::claim(int chain, TileClass tile_class, Claim& claim) {
@@ -125,8 +126,8 @@ bool Pipeline::claim_memory(Claim& claim) {
   return this->claim(first, TileClass::kMemory, claim) || this->claim(1 - first, TileClass::kMemory, claim);
 }
 
-void Pipeline::run_tile(const Claim& claim, int worker, PrefetchRuns* runs) {
-  chains_->run(claim.chain, claim.op, claim.tile, worker, runs);
+void Pipeline::run_tile(const Claim& claim, int worker, PrefetchPieces* pieces) {
+  chains_->run(claim.chain, claim.op, claim.tile, worker, pieces);
   Chain& state = state_[static_cast<size_t>(claim.chain)];
   if (state.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   chains_->end(claim.chain, claim.op);

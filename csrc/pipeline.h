@@ -34,19 +34,20 @@ class Chains {
   // How many ops of the other chain must be done before this one begins.
   virtual int64_t num_awaited_ops(int chain, int64_t op) const = 0;
   virtual OpTiles begin(int chain, int64_t op) = 0;
-  // How many runs of memory a compute tile can fetch beside its own work.
-  virtual int64_t num_fetched_runs(int chain, int64_t op, int64_t tile) const = 0;
-  // `runs` is memory to fetch meanwhile, null for none.
-  virtual void run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) = 0;
+  // How many pieces of memory a compute tile can fetch beside its own work.
+  virtual int64_t num_fetched_pieces(int chain, int64_t op, int64_t tile) const = 0;
+  // `pieces` is memory to fetch meanwhile, null for none.
+  virtual void run(int chain, int64_t op, int64_t tile, int worker, PrefetchPieces* pieces) = 0;
   virtual void end(int chain, int64_t op) = 0;
-  // Writes up to `max_runs` runs that cover what a memory tile reads and returns their number.
-  virtual int64_t list_runs(int chain, int64_t op, int64_t tile, const uint16_t** runs, int64_t max_runs) const = 0;
+  // Lists up to `max_pieces` pieces that cover what a memory tile reads and returns their number.
+  virtual int64_t list_pieces(int chain, int64_t op, int64_t tile, const uint16_t** pieces,
+                              int64_t max_pieces) const = 0;
 };
 
 struct PipelineOptions {
-  int64_t chunk_bytes;  // of memory tiles that a worker fetches beside one compute tile
-  int64_t step_bytes;   // of that, per step of the matmul
-  int memory_lanes;     // workers that may hold memory tiles while there are compute tiles; 0: all
+  int64_t chunk_bytes;      // of memory tiles that a worker fetches beside one compute tile
+  int64_t iteration_bytes;  // of that, per iteration of the matmul
+  int memory_lanes;         // workers that may hold memory tiles while there are compute tiles; 0: all
 };
 
 class Pipeline {
@@ -79,7 +80,7 @@ class Pipeline {
   };
   struct Worker {
     std::vector<Claim> memory_tiles;
-    std::vector<const uint16_t*> runs;
+    std::vector<const uint16_t*> pieces;
   };
 
   void work(int worker);
@@ -87,9 +88,9 @@ class Pipeline {
   bool claim_compute(Claim& claim);
   bool claim_memory(Claim& claim);
   bool take_lane();
-  int64_t take_memory_tiles(Worker& mine, int64_t max_runs);
+  int64_t take_memory_tiles(Worker& mine, int64_t max_pieces);
   void run_compute_tile(const Claim& compute, int worker);
-  void run_tile(const Claim& claim, int worker, PrefetchRuns* runs);
+  void run_tile(const Claim& claim, int worker, PrefetchPieces* pieces);
   void go_on(int chain, int64_t op);
   void resume(int chain);
   void publish(int chain, int64_t op, const OpTiles& tiles);

@@ -1,6 +1,6 @@
-// Attention on AVX512-BF16 (vdpbf16ps): two neighbours of a reduction per lane and step, summed into float32. Queries,
-// with log2(e) folded in, and weights are rounded to bf16; the sum of weights is that of the rounded ones, so that
-// their rounding cancels in part.
+// Attention on AVX512-BF16 (vdpbf16ps): two neighbours of a reduction per lane and instruction, summed into float32.
+// Queries, with log2(e) folded in, and weights are rounded to bf16; the sum of weights is that of the rounded ones, so
+// that their rounding cancels in part.
 //
 // A score is one chain over rising dimensions, an output one chain over rising pairs of tokens from (output before the
 // chunk) * decay on. A weight that does not count is +0. So the rows beside a query never change its bits.
@@ -9,7 +9,7 @@
 namespace blendserve::avx512bf16 {
 namespace {
 
-constexpr int kScoreSteps = 4;  // of two dimensions, unrolled; head_dim is a multiple of 16
+constexpr int kScoreUnroll = 4;  // of two dimensions, unrolled; head_dim is a multiple of 16
 
 // Queries as [head_dim / 2][rows][2].
 struct PackedQuery {
@@ -20,7 +20,7 @@ struct PackedQuery {
 BLENDSERVE_INLINE __m512bh load_pairs(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 BLENDSERVE_INLINE __m512bh repeat_pair(const uint16_t* p) { return (__m512bh)_mm512_set1_epi32(load_int(p)); }
 
-// Inlined into every unrolled step, the emulation takes minutes to compile.
+// Inlined into every unrolled iteration, the emulation takes minutes to compile.
 #if defined(BLENDSERVE_SIMDE)
 [[gnu::noinline]] __m512 add_products(__m512 sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
 #else
@@ -41,14 +41,14 @@ void add_scores(const uint16_t* q, int64_t q_stride, int64_t head_dim, const Chu
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sums[r][b] = _mm512_setzero_ps();
   }
-  for (int64_t begin = 0; begin < kBlockSize * head_dim; begin += 32 * kScoreSteps) {
+  for (int64_t begin = 0; begin < kBlockSize * head_dim; begin += 32 * kScoreUnroll) {
 #pragma GCC unroll 4
-    for (int step = 0; step < kScoreSteps; ++step, q += q_stride) {
+    for (int unrolled = 0; unrolled < kScoreUnroll; ++unrolled, q += q_stride) {
       __m512bh key[kBlocks];
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) {
-        key[b] = load_pairs(keys[b] + begin + 32 * step);
-        if constexpr (kPrefetch) prefetch(next[b] + begin + 32 * step);
+        key[b] = load_pairs(keys[b] + begin + 32 * unrolled);
+        if constexpr (kPrefetch) prefetch(next[b] + begin + 32 * unrolled);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

@@ -1,6 +1,6 @@
-// Attention over a cache in int8 on AVX512-VNNI (vpdpbusd): four neighbours of a reduction per lane and step, summed
-// into int32. Queries are rotated as keys are and rounded to 16 bits, in two planes of signed bytes with a scale per
-// row.
+// Attention over a cache in int8 on AVX512-VNNI (vpdpbusd): four neighbours of a reduction per lane and instruction,
+// summed into int32. Queries are rotated as keys are and rounded to 16 bits, in two planes of signed bytes with a scale
+// per row.
 //
 // The logarithm of a value's scale is added to the token's score, so that the weight 2^(score - max + 16) holds it;
 // weights are rounded to 16 bits, in two planes of unsigned bytes. Integer sums are exact: the rows beside a query

@@ -11,7 +11,7 @@ constexpr int kPassRows = 6;
 constexpr int kPassVectors[kPassRows + 1] = {0, 8, 4, 4, 2, 2, 2};
 constexpr int kBlockVectors = kBlockSize / kWidth;
 
-// The two steps that use all 16 registers are written out for AVX2: compilers load ahead of them and spill sums.
+// The two loop bodies that use all 16 registers are written out for AVX2: compilers load ahead of them and spill sums.
 BLENDSERVE_INLINE void add_products_of_row(const float* x, Vec v0, Vec v1, Vec& sum0, Vec& sum1) {
 #if defined(BLENDSERVE_USE_AVX2)
   Vec factor;

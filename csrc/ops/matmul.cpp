@@ -125,20 +125,20 @@ void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t 
   }
 }
 
-int64_t num_prefetch_runs([[maybe_unused]] MatmulFormat format, [[maybe_unused]] const MatmulTile& tile,
-                          [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t step_bytes) {
+int64_t num_prefetch_pieces([[maybe_unused]] MatmulFormat format, [[maybe_unused]] const MatmulTile& tile,
+                            [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t iteration_bytes) {
 #if defined(__x86_64__)
-  if (format.dtype == Dtype::kInt8) return kernels::num_prefetch_runs_int8(format.isa, tile, k, step_bytes);
-  if (format.isa == Isa::kAvx512Bf16) return kernels::num_prefetch_runs_avx512bf16(tile, k, step_bytes);
-  if (format.isa != Isa::kPortable) return kernels::num_prefetch_runs_avx2(tile, k, step_bytes);
+  if (format.dtype == Dtype::kInt8) return kernels::num_prefetch_pieces_int8(format.isa, tile, k, iteration_bytes);
+  if (format.isa == Isa::kAvx512Bf16) return kernels::num_prefetch_pieces_avx512bf16(tile, k, iteration_bytes);
+  if (format.isa != Isa::kPortable) return kernels::num_prefetch_pieces_avx2(tile, k, iteration_bytes);
 #endif
   return 0;
 }
 
 void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias,
-                 bool accumulate, float* y, int64_t ldy, PrefetchRuns* runs) {
-  if (w.dtype() == Dtype::kInt8) return kernels::int8_tile(packed_x, w, tile, bias, accumulate, y, ldy, runs);
-  const kernels::TileArgs args{packed_x, w.data(), w.k(), tile, bias, accumulate, y, ldy, runs};
+                 bool accumulate, float* y, int64_t ldy, PrefetchPieces* pieces) {
+  if (w.dtype() == Dtype::kInt8) return kernels::int8_tile(packed_x, w, tile, bias, accumulate, y, ldy, pieces);
+  const kernels::TileArgs args{packed_x, w.data(), w.k(), tile, bias, accumulate, y, ldy, pieces};
   switch (w.isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx2:

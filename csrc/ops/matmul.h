@@ -92,10 +92,10 @@ struct MatmulTile {
   // First column that the same thread probably multiplies by next: the tile asks for its weights. None by default.
   int64_t next_col = -1;
 };
-// How many runs a tile takes at most; 0 where its kernel takes none.
-int64_t num_prefetch_runs(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t step_bytes);
+// How many pieces a tile takes at most; 0 where its kernel takes none.
+int64_t num_prefetch_pieces(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
 void matmul_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias,
-                 bool accumulate, float* y, int64_t ldy, PrefetchRuns* runs = nullptr);
+                 bool accumulate, float* y, int64_t ldy, PrefetchPieces* pieces = nullptr);
 
 // How to cut one matmul into tiles: tile i of size() covers tile(i). Tiles that share weights follow each other, so
 // that the threads that run them at the same time read those weights from memory once.

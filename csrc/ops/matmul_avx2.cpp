@@ -20,7 +20,7 @@ enum class Source { kPacked, kPackedAndKept, kKept };
 // Fewer groups of rows expand for themselves: to write and read 36 KiB pays from about 8 groups (43 rows) on.
 constexpr int64_t kMinKeptGroups = 8;
 
-// One block of output: kRows rows x kPanels panels of 16 columns, over `num_k` (even) steps of k.
+// One block of output: kRows rows x kPanels panels of 16 columns, over `num_k` (even) elements of k.
 struct Block {
   const float* x;
   int64_t ldx;
@@ -119,10 +119,10 @@ void kernel(const Block& b) {
   load_sums<kRows, 2 * kPanels>(b, sums);
   int64_t pairs = b.num_k / 2;
   Prefetcher<kPanels <= 2 ? kPanels : 2> prefetcher(b.schedule);
-  for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
+  for (; can_ask(kRows) && pairs >= kTurnIterations; pairs -= kTurnIterations) {
     prefetcher.begin_turn(at.w);
-    for (int step = 0; step < kTurnSteps; ++step) {
-      prefetcher.ask(step, sums[0][0]);
+    for (int iteration = 0; iteration < kTurnIterations; ++iteration) {
+      prefetcher.ask(iteration, sums[0][0]);
       add_pair<kRows, kPanels, kSource>(b, at, sums);
     }
   }
@@ -194,7 +194,7 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
     PrefetchSchedule schedule;
     const int64_t next = column_to_ask_for(a.tile, col, num_columns);
     if (next >= 0) schedule = shares.of_set(group, a.w + next / kWeightPanel * panel_stride + k * kWeightPanel);
-    if (groups.count > 1) schedule.runs = a.runs;
+    if (groups.count > 1) schedule.pieces = a.pieces;
     float* y = a.y + row * a.ldy + col;
     ask_for_outputs(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row), num_columns);
     const Block b{.x = static_cast<const float*>(a.x) + row * ldx + k,
@@ -229,13 +229,13 @@ int64_t block_size(int64_t num_rows, int64_t k) {
 }  // namespace
 
 // None beside one group of rows: that waits for its own weights.
-int64_t num_prefetch_runs_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+int64_t num_prefetch_pieces_avx2(const MatmulTile& tile, int64_t k, int64_t iteration_bytes) {
   const RowGroups groups(tile.row_end - tile.row_begin);
   if (groups.count == 1) return 0;
   const int64_t num_k = round_up(k, 2), block_k = block_size(groups.num_rows, k);
-  const int64_t num_turns = num_k / block_k * (block_k / 2 / kTurnSteps) + num_k % block_k / 2 / kTurnSteps;
+  const int64_t num_turns = num_k / block_k * (block_k / 2 / kTurnIterations) + num_k % block_k / 2 / kTurnIterations;
   const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kWeightPanel);
-  return num_runs_of_turns<1>(groups.count * num_panels * num_turns, step_bytes);
+  return num_pieces_of_turns<1>(groups.count * num_panels * num_turns, iteration_bytes);
 }
 
 void tile_avx2(const TileArgs& args) {

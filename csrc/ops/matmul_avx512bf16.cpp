@@ -1,5 +1,5 @@
-// bf16 dot products of AVX512-BF16 (vdpbf16ps): two neighbours in k per lane and step, summed into float32. Activations
-// are rounded to bf16. An output element is one chain of these over rising k in every kernel here.
+// bf16 dot products of AVX512-BF16 (vdpbf16ps): two neighbours in k per lane and instruction, summed into float32.
+// Activations are rounded to bf16. An output element is one chain of these over rising k in every kernel here.
 #include "ops/avx512.h"
 #include "ops/matmul_kernels.h"
 #include "ops/prefetch_schedule.h"
@@ -65,15 +65,15 @@ void kernel(const Block& b) {
   const uint16_t* w = b.w;
   int64_t pairs = b.num_pairs;
   Prefetcher<2> prefetcher(b.schedule);
-  for (; can_ask(kRows) && pairs >= kTurnSteps; pairs -= kTurnSteps) {
+  for (; can_ask(kRows) && pairs >= kTurnIterations; pairs -= kTurnIterations) {
     prefetcher.begin_turn(w);
     BLENDSERVE_UNROLL_TURN
-    for (int step = 0; step < kTurnSteps; ++step) {
-      prefetcher.ask(step, sums[0][0]);
-      add_pair<kRows, kVectors>(x + step * 2 * kRowPanel, w + step * 2 * kPanel, b.panel_stride, sums);
+    for (int iteration = 0; iteration < kTurnIterations; ++iteration) {
+      prefetcher.ask(iteration, sums[0][0]);
+      add_pair<kRows, kVectors>(x + iteration * 2 * kRowPanel, w + iteration * 2 * kPanel, b.panel_stride, sums);
     }
-    x += kTurnSteps * 2 * kRowPanel;
-    w += kTurnSteps * 2 * kPanel;
+    x += kTurnIterations * 2 * kRowPanel;
+    w += kTurnIterations * 2 * kPanel;
   }
   for (; pairs > 0; --pairs) {
     add_pair<kRows, kVectors>(x, w, b.panel_stride, sums);
@@ -179,14 +179,14 @@ struct RowSets {
 void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin, int64_t end) {
   const int64_t num_k = round_up(a.k, 2), num_pairs = num_k / 2, panel_stride = num_k * kPanel;
   const int64_t row = a.tile.row_begin + set * kRowPanel, num_rows = min64(kRowPanel, a.tile.row_end - row);
-  const int64_t step = min64(panels_at_once(num_rows) * kPanel, sets.strip);
-  for (int64_t col = begin; col < end; col += step) {
-    const int64_t num_columns = min64(step, end - col), num_panels = ceil_div(num_columns, kPanel);
+  const int64_t width = min64(panels_at_once(num_rows) * kPanel, sets.strip);
+  for (int64_t col = begin; col < end; col += width) {
+    const int64_t num_columns = min64(width, end - col), num_panels = ceil_div(num_columns, kPanel);
     const uint16_t* w = a.w + col / kPanel * panel_stride;
     PrefetchSchedule schedule;
     const int64_t next = column_to_ask_for(a.tile, col, sets.strip);
     if (set < sets.num_asking && next >= 0) schedule = sets.shares.of_set(set, a.w + next / kPanel * panel_stride);
-    if (sets.count > 1) schedule.runs = a.runs;
+    if (sets.count > 1) schedule.pieces = a.pieces;
     const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
                   .w = w,
                   .panel_stride = panel_stride,
@@ -209,11 +209,11 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
 }  // namespace
 
 // None beside one panel of rows: that waits for its own weights.
-int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+int64_t num_prefetch_pieces_avx512bf16(const MatmulTile& tile, int64_t k, int64_t iteration_bytes) {
   const RowSets sets(tile, k);
   if (sets.count == 1) return 0;
   const int64_t num_panels = ceil_div(tile.col_end - tile.col_begin, kPanel);
-  return num_runs_of_turns<2>(sets.num_asking * num_panels * (ceil_div(k, 2) / kTurnSteps), step_bytes);
+  return num_pieces_of_turns<2>(sets.num_asking * num_panels * (ceil_div(k, 2) / kTurnIterations), iteration_bytes);
 }
 
 // All sets of rows visit a strip while its weights are near, and ask for their share of the next one's.

@@ -58,9 +58,9 @@ MatmulGrid suggest_grid(MatmulFormat format, int64_t m, int64_t n, int64_t k, in
   const int64_t flop = 2 * std::max(m, kBandwidthRows) * n * k;
   const int64_t min_flop = format.dtype == Dtype::kInt8 ? kMinInt8TileFlop : kMinTileFlop;
   const int64_t max_rounds = std::clamp<int64_t>(flop / min_flop / num_threads, 1, kMaxTilesPerThread);
-  const int64_t col_step = m == 1 ? 2 * kColumnPanel : kColumnPanel;  // one row runs on strips of 64 columns
-  return {m, n, row_tile, strips_per_tile(ceil_div(n, col_step), num_row_tiles, max_rounds, num_threads) * col_step,
-          num_threads};
+  const int64_t strip_width = m == 1 ? 2 * kColumnPanel : kColumnPanel;  // one row runs on strips of 64 columns
+  return {m, n, row_tile,
+          strips_per_tile(ceil_div(n, strip_width), num_row_tiles, max_rounds, num_threads) * strip_width, num_threads};
 }
 
 }  // namespace blendserve

@@ -134,7 +134,7 @@ void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t 
 }
 
 void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate,
-               float* y, int64_t ldy, PrefetchRuns* runs) {
+               float* y, int64_t ldy, PrefetchPieces* pieces) {
   const Int8TileArgs args{static_cast<const uint8_t*>(packed_x),
                           w.int8_data(),
                           w.scales(),
@@ -146,7 +146,7 @@ void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& ti
                           accumulate,
                           y,
                           ldy,
-                          runs};
+                          pieces};
   switch (w.isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
@@ -162,17 +162,17 @@ void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& ti
   }
 }
 
-int64_t num_prefetch_runs_int8([[maybe_unused]] Isa isa, [[maybe_unused]] const MatmulTile& tile,
-                               [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t step_bytes) {
+int64_t num_prefetch_pieces_int8([[maybe_unused]] Isa isa, [[maybe_unused]] const MatmulTile& tile,
+                                 [[maybe_unused]] int64_t k, [[maybe_unused]] int64_t iteration_bytes) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
-      return num_prefetch_runs_int8_avx2(tile, k, step_bytes);
+      return num_prefetch_pieces_int8_avx2(tile, k, iteration_bytes);
     case Isa::kAvxVnni:
-      return num_prefetch_runs_int8_avxvnni(tile, k, step_bytes);
+      return num_prefetch_pieces_int8_avxvnni(tile, k, iteration_bytes);
     case Isa::kAvx512Vnni:
     case Isa::kAvx512Bf16:
-      return num_prefetch_runs_int8_avx512vnni(tile, k, step_bytes);
+      return num_prefetch_pieces_int8_avx512vnni(tile, k, iteration_bytes);
 #endif
     default:
       return 0;

@@ -17,7 +17,8 @@ struct Lanes : Avx2Vectors {
 
   [[gnu::always_inline]] static void add_products(Ints& sum, Ints bytes, Ints weights) {
     const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, weights), _mm256_set1_epi16(1));
-    // In so many words, since GCC 12 would start all products of a step before it adds any, and run out of registers.
+    // In so many words, since GCC 12 would start all products of an iteration before it adds any, and run out of
+    // registers.
     asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
   }
 };
@@ -25,8 +26,8 @@ struct Lanes : Avx2Vectors {
 }  // namespace
 
 void int8_tile_avx2(const Int8TileArgs& args) { int8_tile_on<Lanes>(args); }
-int64_t num_prefetch_runs_int8_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  return num_int8_prefetch_runs<Lanes>(tile, k, step_bytes);
+int64_t num_prefetch_pieces_int8_avx2(const MatmulTile& tile, int64_t k, int64_t iteration_bytes) {
+  return num_int8_prefetch_pieces<Lanes>(tile, k, iteration_bytes);
 }
 
 float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes) {

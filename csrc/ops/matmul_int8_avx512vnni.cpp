@@ -43,8 +43,8 @@ struct Lanes {
 }  // namespace
 
 void int8_tile_avx512vnni(const Int8TileArgs& args) { int8_tile_on<Lanes>(args); }
-int64_t num_prefetch_runs_int8_avx512vnni(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  return num_int8_prefetch_runs<Lanes>(tile, k, step_bytes);
+int64_t num_prefetch_pieces_int8_avx512vnni(const MatmulTile& tile, int64_t k, int64_t iteration_bytes) {
+  return num_int8_prefetch_pieces<Lanes>(tile, k, iteration_bytes);
 }
 
 }  // namespace blendserve::kernels

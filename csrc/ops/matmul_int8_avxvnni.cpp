@@ -26,8 +26,8 @@ struct Lanes : Avx2Vectors {
 }  // namespace
 
 void int8_tile_avxvnni(const Int8TileArgs& args) { int8_tile_on<Lanes>(args); }
-int64_t num_prefetch_runs_int8_avxvnni(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
-  return num_int8_prefetch_runs<Lanes>(tile, k, step_bytes);
+int64_t num_prefetch_pieces_int8_avxvnni(const MatmulTile& tile, int64_t k, int64_t iteration_bytes) {
+  return num_int8_prefetch_pieces<Lanes>(tile, k, iteration_bytes);
 }
 
 }  // namespace blendserve::kernels

@@ -98,36 +98,36 @@ template <class Lanes, int kRows, int kVectors, bool kIsFirst, bool kIsLast>
   }
 }
 
-// Sums of one group: they start at the group's offsets, then take `num_quads` (a multiple of kInt8Step / 4) quads.
+// Sums of one group: they start at the group's offsets, then take `num_quads` (a multiple of kInt8Unroll / 4) quads.
 template <class Lanes, int kRows, int kPanels, int kVectors>
 [[gnu::always_inline]] inline void sum_int8_group(const Int8Block& b, const int32_t* offsets, int64_t num_quads,
                                                   Int8Rows<kRows>& x, const int8_t*& w,
                                                   Prefetcher<Lanes::kMaxPanels>& prefetcher,
                                                   typename Lanes::Ints (&sums)[kRows][kVectors]) {
-  constexpr int kStep = static_cast<int>(kInt8Step) / 4;
+  constexpr int kQuads = static_cast<int>(kInt8Unroll) / 4;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const auto start = Lanes::load(offsets + v * Lanes::kWidth);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) sums[r][v] = start;
   }
-  for (; can_ask_int8(kRows) && num_quads >= kTurnSteps; num_quads -= kTurnSteps) {
+  for (; can_ask_int8(kRows) && num_quads >= kTurnIterations; num_quads -= kTurnIterations) {
     prefetcher.begin_turn(w);
     BLENDSERVE_UNROLL_TURN
-    for (int quad = 0; quad < kTurnSteps; ++quad) {
+    for (int quad = 0; quad < kTurnIterations; ++quad) {
       prefetcher.ask(quad, sums[0][0]);
       add_int8_quad<Lanes, kRows, kVectors>(x, quad, w, b.panel_stride, sums);
     }
-    x.advance(4 * kTurnSteps);
-    w += 4 * kTurnSteps * kInt8Panel;
+    x.advance(4 * kTurnIterations);
+    w += 4 * kTurnIterations * kInt8Panel;
   }
-  for (; num_quads > 0; num_quads -= kStep) {
+  for (; num_quads > 0; num_quads -= kQuads) {
 #pragma GCC unroll 4
-    for (int quad = 0; quad < kStep; ++quad) {
+    for (int quad = 0; quad < kQuads; ++quad) {
       add_int8_quad<Lanes, kRows, kVectors>(x, quad, w, b.panel_stride, sums);
     }
-    x.advance(kInt8Step);
-    w += kInt8Step * kInt8Panel;
+    x.advance(kInt8Unroll);
+    w += kInt8Unroll * kInt8Panel;
   }
 }
 
@@ -178,7 +178,7 @@ void run_int8_block(const Int8Block& b, int64_t num_rows, int64_t num_panels) {
 // Turns of one kernel: groups of k are not cut inside a turn.
 inline int64_t num_int8_turns(int64_t k) {
   const int64_t group = int8_group(k), num_whole = k / group;
-  return num_whole * (group / 4 / kTurnSteps) + int8_padded(k - num_whole * group) / 4 / kTurnSteps;
+  return num_whole * (group / 4 / kTurnIterations) + int8_padded(k - num_whole * group) / 4 / kTurnIterations;
 }
 
 // What all blocks of a tile share, computed once: a division takes as long as ten products. Sets of rows differ by one
@@ -203,11 +203,11 @@ struct Int8Plan {
 
 // None beside one set of rows: that waits for its own weights.
 template <class Lanes>
-int64_t num_int8_prefetch_runs(const MatmulTile& tile, int64_t k, int64_t step_bytes) {
+int64_t num_int8_prefetch_pieces(const MatmulTile& tile, int64_t k, int64_t iteration_bytes) {
   const Int8Plan<Lanes> plan(tile, k);
   if (plan.num_sets == 1) return 0;
   const int64_t num_strips = ceil_div(tile.col_end - tile.col_begin, plan.kStrip);
-  return num_runs_of_turns<Lanes::kMaxPanels>(plan.num_sets * num_strips * num_int8_turns(k), step_bytes);
+  return num_pieces_of_turns<Lanes::kMaxPanels>(plan.num_sets * num_strips * num_int8_turns(k), iteration_bytes);
 }
 
 // One set of rows on the columns of one strip.
@@ -218,7 +218,7 @@ void run_int8_set(const Int8TileArgs& a, const Int8Plan<Lanes>& plan, int64_t se
   const int64_t next = column_to_ask_for(a.tile, col, plan.kStrip);
   PrefetchSchedule schedule;
   if (next >= 0) schedule = plan.shares.of_set(set, a.w + next / kInt8Panel * plan.panel_stride);
-  if (plan.num_sets > 1) schedule.runs = a.runs;
+  if (plan.num_sets > 1) schedule.pieces = a.pieces;
   const Int8Block b{.x = a.x + row * plan.ldx,
                     .ldx = plan.ldx,
                     .w = a.w + col / kInt8Panel * plan.panel_stride,

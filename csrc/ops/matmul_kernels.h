@@ -44,7 +44,7 @@ struct TileArgs {
   bool accumulate;
   float* y;
   int64_t ldy;
-  PrefetchRuns* runs;  // may be null
+  PrefetchPieces* pieces;  // may be null
 };
 
 inline constexpr int64_t kInt8Panel = 16;  // two AVX registers or one AVX-512 register of 32-bit lanes
@@ -52,17 +52,17 @@ inline constexpr int32_t kInt8Zero = 128;
 inline constexpr float kInt8Max = 127.0f;
 // Kernels take k by so many, zeros behind the last: a loop of 48 turns for a group of 192 would end with a branch that
 // nobody predicts, one of 12 turns does not.
-inline constexpr int64_t kInt8Step = 16;
-[[gnu::always_inline]] constexpr int64_t int8_padded(int64_t k) { return round_up(k, kInt8Step); }
+inline constexpr int64_t kInt8Unroll = 16;
+[[gnu::always_inline]] constexpr int64_t int8_padded(int64_t k) { return round_up(k, kInt8Unroll); }
 // Values of one row that share a scale, at most: outliers cost precision to their own group only. On the default model
 // one scale per row moves the likelihood of text twice as far.
 inline constexpr int64_t kMaxInt8Group = 256;
 
 [[gnu::always_inline]] constexpr int64_t int8_group(int64_t k) {
-  return round_up(ceil_div(k, ceil_div(k, kMaxInt8Group)), kInt8Step);
+  return round_up(ceil_div(k, ceil_div(k, kMaxInt8Group)), kInt8Unroll);
 }
 [[gnu::always_inline]] constexpr int64_t num_int8_groups(int64_t k) { return ceil_div(k, int8_group(k)); }
-// Bytes from one row of 8-bit activations to the next: k padded to whole steps, then
+// Bytes from one row of 8-bit activations to the next: k padded to whole iterations, then
 // the scales of its groups; an odd number of cache lines.
 [[gnu::always_inline]] constexpr int64_t int8_row_stride(int64_t k) {
   return (ceil_div(int8_padded(k) + num_int8_groups(k) * int64_t{sizeof(float)}, 64) | 1) * 64;
@@ -95,18 +95,18 @@ struct Int8TileArgs {
   bool accumulate;
   float* y;
   int64_t ldy;
-  PrefetchRuns* runs;  // may be null
+  PrefetchPieces* pieces;  // may be null
 };
 
 void int8_tile_portable(const Int8TileArgs& args);
 void int8_tile_avx2(const Int8TileArgs& args);
 void int8_tile_avxvnni(const Int8TileArgs& args);
 void int8_tile_avx512vnni(const Int8TileArgs& args);
-// Dispatch of the int8 halves of pack_activations, matmul_tile and num_prefetch_runs.
+// Dispatch of the int8 halves of pack_activations, matmul_tile and num_prefetch_pieces.
 void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate,
-               float* y, int64_t ldy, PrefetchRuns* runs);
-int64_t num_prefetch_runs_int8(Isa isa, const MatmulTile& tile, int64_t k, int64_t step_bytes);
+               float* y, int64_t ldy, PrefetchPieces* pieces);
+int64_t num_prefetch_pieces_int8(Isa isa, const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
 // Some floats of a row as bytes; returns their scale.
 float int8_group_portable(const float* x, int64_t count, uint8_t* bytes);
 float int8_group_avx2(const float* x, int64_t count, uint8_t* bytes);
@@ -114,12 +114,12 @@ float int8_group_avx512(const float* x, int64_t count, uint8_t* bytes);
 
 void tile_portable(const TileArgs& args);
 void tile_avx2(const TileArgs& args);
-// How many runs a tile of a kernel takes.
-int64_t num_prefetch_runs_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes);
-int64_t num_prefetch_runs_avx512bf16(const MatmulTile& tile, int64_t k, int64_t step_bytes);
-int64_t num_prefetch_runs_int8_avx2(const MatmulTile& tile, int64_t k, int64_t step_bytes);
-int64_t num_prefetch_runs_int8_avxvnni(const MatmulTile& tile, int64_t k, int64_t step_bytes);
-int64_t num_prefetch_runs_int8_avx512vnni(const MatmulTile& tile, int64_t k, int64_t step_bytes);
+// How many pieces a tile of a kernel takes.
+int64_t num_prefetch_pieces_avx2(const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
+int64_t num_prefetch_pieces_avx512bf16(const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
+int64_t num_prefetch_pieces_int8_avx2(const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
+int64_t num_prefetch_pieces_int8_avxvnni(const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
+int64_t num_prefetch_pieces_int8_avx512vnni(const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
 void tile_avx512bf16(const TileArgs& args);
 void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
 

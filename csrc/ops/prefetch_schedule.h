@@ -1,16 +1,18 @@
-// When the kernels of matrix products ask for memory into L2: the weights of the next strip, and the runs of a caller.
-// All kernels of all instruction sets follow this schedule. Private to csrc/ops/matmul*.cpp.
+// When the kernels of matrix products ask for memory into L2: the weights of the next strip, and the pieces of a
+// caller. All kernels of all instruction sets follow this schedule. Private to csrc/ops/matmul*.cpp.
 //
-// A turn is kTurnSteps steps of a kernel's inner loop. Its addresses are chosen once, at its begin; its steps ask for
-// lines at constant offsets from them, without a branch or a counter. Where there is nothing to ask for they ask for
-// weights that the kernel just read: a hit in L1 costs nothing measurable beside 8 or more products per step.
+// A turn is kTurnIterations iterations of a kernel's inner loop. Its addresses are chosen once, at its begin; its
+// iterations ask for lines at constant offsets from them, without a branch or a counter. Where there is nothing to ask
+// for they ask for weights that the kernel just read: a hit in L1 costs nothing measurable beside 8 or more products
+// per iteration.
 #pragma once
 
 #include <cstdint>
 
 #include "ops/matmul.h"
 
-// Before the loop over the steps of a turn: offsets become constants. Emulated intrinsics would compile for minutes.
+// Before the loop over the iterations of a turn: offsets become constants. Emulated intrinsics would compile for
+// minutes.
 #if defined(BLENDSERVE_SIMDE)
 #define BLENDSERVE_UNROLL_TURN _Pragma("GCC unroll 1")
 #else
@@ -19,29 +21,29 @@
 
 namespace blendserve::kernels {
 
-inline constexpr int kTurnSteps = 16;
+inline constexpr int kTurnIterations = 16;
 inline constexpr int64_t kLineBytes = 64;
-static_assert(kTurnSteps * kLineBytes == kPrefetchRunBytes);
+static_assert(kTurnIterations * kLineBytes == kPrefetchPieceBytes);
 
-// Bytes per step that a kernel asks for, which takes at most kLines lines of runs per step.
+// Bytes per iteration that a kernel asks for, which takes at most kLines lines of pieces in each.
 template <int kLines>
-[[gnu::always_inline]] constexpr int64_t turn_bytes(int64_t step_bytes) {
-  return kTurnSteps * (step_bytes < kLines * kLineBytes ? step_bytes : kLines * kLineBytes);
+[[gnu::always_inline]] constexpr int64_t turn_bytes(int64_t iteration_bytes) {
+  return kTurnIterations * (iteration_bytes < kLines * kLineBytes ? iteration_bytes : kLines * kLineBytes);
 }
 
-// Runs that such kernels take in so many turns.
+// Pieces that such kernels take in so many turns.
 template <int kLines>
-[[gnu::always_inline]] constexpr int64_t num_runs_of_turns(int64_t num_turns, int64_t step_bytes) {
-  return num_turns * turn_bytes<kLines>(step_bytes) / kPrefetchRunBytes;
+[[gnu::always_inline]] constexpr int64_t num_pieces_of_turns(int64_t num_turns, int64_t iteration_bytes) {
+  return num_turns * turn_bytes<kLines>(iteration_bytes) / kPrefetchPieceBytes;
 }
 
-// What one call of a kernel asks for: runs of a caller, and its share of the weights that are needed next. Where one
-// set of rows asks for all of a strip, it has no other runs.
+// What one call of a kernel asks for: pieces of a caller, and its share of the weights that are needed next. Where one
+// set of rows asks for all of a strip, it has no other pieces.
 struct PrefetchSchedule {
   const void* share = nullptr;
-  int64_t share_step_bytes = 0;
+  int64_t share_iteration_bytes = 0;
   const void* strip = nullptr;
-  PrefetchRuns* runs = nullptr;
+  PrefetchPieces* pieces = nullptr;
 };
 
 // The column after the strip [col, col + width) of a tile whose weights are to be asked for; -1 for none.
@@ -57,19 +59,19 @@ struct PrefetchSchedule {
   }
 }
 
-// How the sets of rows of a tile share in asking for strips, which take each of them `num_steps` steps.
+// How the sets of rows of a tile share in asking for strips, which take each of them `num_iterations` iterations.
 struct StripShares {
-  [[gnu::always_inline]] StripShares(int64_t strip_bytes, int64_t num_sets, int64_t num_steps)
+  [[gnu::always_inline]] StripShares(int64_t strip_bytes, int64_t num_sets, int64_t num_iterations)
       : is_whole(num_sets == 1),
-        bytes((strip_bytes / num_sets + kPrefetchRunBytes - 1) / kPrefetchRunBytes * kPrefetchRunBytes),
-        step_bytes((bytes + num_steps - 1) / num_steps) {}
+        bytes((strip_bytes / num_sets + kPrefetchPieceBytes - 1) / kPrefetchPieceBytes * kPrefetchPieceBytes),
+        iteration_bytes((bytes + num_iterations - 1) / num_iterations) {}
   [[gnu::always_inline]] PrefetchSchedule of_set(int64_t set, const void* strip) const {
     if (is_whole) return {.strip = strip};
-    return {.share = static_cast<const char*>(strip) + set * bytes, .share_step_bytes = step_bytes};
+    return {.share = static_cast<const char*>(strip) + set * bytes, .share_iteration_bytes = iteration_bytes};
   }
 
   bool is_whole;
-  int64_t bytes, step_bytes;
+  int64_t bytes, iteration_bytes;
 };
 
 // The schedule at work, in a kernel's registers.
@@ -79,56 +81,56 @@ class Prefetcher {
 
  public:
   [[gnu::always_inline]] explicit Prefetcher(const PrefetchSchedule& schedule)
-      : runs_(schedule.runs),
+      : pieces_(schedule.pieces),
         share_(static_cast<const char*>(schedule.share)),
-        share_turn_bytes_(kTurnSteps * schedule.share_step_bytes),
-        share_due_bytes_(kPrefetchRunBytes - share_turn_bytes_),
+        share_turn_bytes_(kTurnIterations * schedule.share_iteration_bytes),
+        share_due_bytes_(kPrefetchPieceBytes - share_turn_bytes_),
         strip_(static_cast<const char*>(schedule.strip)) {}
 
-  // `weights`: what the turn's steps read.
+  // `weights`: what the turn's iterations read.
   [[gnu::always_inline]] void begin_turn(const void* weights) {
-    share_run_ = first_ = second_ = static_cast<const char*>(weights);
+    share_piece_ = first_ = second_ = static_cast<const char*>(weights);
     share_due_bytes_ += share_turn_bytes_;
-    if (share_ != nullptr && share_due_bytes_ >= kPrefetchRunBytes) {
-      share_due_bytes_ -= kPrefetchRunBytes;
-      share_run_ = share_;
-      share_ += kPrefetchRunBytes;
+    if (share_ != nullptr && share_due_bytes_ >= kPrefetchPieceBytes) {
+      share_due_bytes_ -= kPrefetchPieceBytes;
+      share_piece_ = share_;
+      share_ += kPrefetchPieceBytes;
     }
-    if (runs_ != nullptr) {
-      runs_->due_bytes += turn_bytes<kLines>(runs_->step_bytes);
+    if (pieces_ != nullptr) {
+      pieces_->due_bytes += turn_bytes<kLines>(pieces_->iteration_bytes);
       take(first_);
       if constexpr (kLines > 1) take(second_);
     } else if (strip_ != nullptr) {
       first_ = strip_;
-      second_ = strip_ + kPrefetchRunBytes;
-      strip_ += kLines * kPrefetchRunBytes;
+      second_ = strip_ + kPrefetchPieceBytes;
+      strip_ += kLines * kPrefetchPieceBytes;
     }
   }
-  // `step` counts from 0 in every turn. `sum` is one that each step adds to: GCC would issue all prefetches of a turn
-  // at its begin, where they stall the products, if none depended on the step before.
+  // `iteration` counts from 0 in every turn. `sum` is one that each adds to: GCC would issue all prefetches of a turn
+  // at its begin, where they stall the products, if none depended on the iteration before.
   template <class Sum>
-  [[gnu::always_inline]] void ask(int step, [[maybe_unused]] Sum& sum) {
+  [[gnu::always_inline]] void ask(int iteration, [[maybe_unused]] Sum& sum) {
 #if !defined(BLENDSERVE_SIMDE)
-    asm("" : "+r"(first_), "+r"(second_), "+r"(share_run_), "+v"(sum));
+    asm("" : "+r"(first_), "+r"(second_), "+r"(share_piece_), "+v"(sum));
 #endif
-    __builtin_prefetch(share_run_ + step * kLineBytes, 0, 2);
-    __builtin_prefetch(first_ + step * kLineBytes, 0, 2);
-    if constexpr (kLines > 1) __builtin_prefetch(second_ + step * kLineBytes, 0, 2);
+    __builtin_prefetch(share_piece_ + iteration * kLineBytes, 0, 2);
+    __builtin_prefetch(first_ + iteration * kLineBytes, 0, 2);
+    if constexpr (kLines > 1) __builtin_prefetch(second_ + iteration * kLineBytes, 0, 2);
   }
 
  private:
   [[gnu::always_inline]] void take(const char*& address) {
-    if (runs_->due_bytes < kPrefetchRunBytes || runs_->begin == runs_->end) return;
-    runs_->due_bytes -= kPrefetchRunBytes;
-    address = reinterpret_cast<const char*>(*runs_->begin++);
+    if (pieces_->due_bytes < kPrefetchPieceBytes || pieces_->begin == pieces_->end) return;
+    pieces_->due_bytes -= kPrefetchPieceBytes;
+    address = reinterpret_cast<const char*>(*pieces_->begin++);
   }
 
-  PrefetchRuns* runs_;
+  PrefetchPieces* pieces_;
   const char* share_;
   int64_t share_turn_bytes_;
   int64_t share_due_bytes_;
   const char* strip_;
-  const char* share_run_ = nullptr;
+  const char* share_piece_ = nullptr;
   const char* first_ = nullptr;
   const char* second_ = nullptr;
 };

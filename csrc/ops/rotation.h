@@ -13,7 +13,7 @@ inline constexpr int64_t kMaxRotatedHead = 512;  // of larger ones integer sums 
 [[gnu::always_inline]] constexpr int64_t rotation_size(int64_t head_dim) { return head_dim & -head_dim; }
 
 // Multiplies each group of rotation_size channels by a Hadamard matrix. Doing it twice multiplies by rotation_size,
-// which is a power of two. Every step is one addition of two floats: the same bits on every instruction set.
+// which is a power of two. Every operation is one addition of two floats: the same bits on every instruction set.
 [[gnu::always_inline]] inline void rotate_head(float* x, int64_t head_dim) {
   const int64_t size = rotation_size(head_dim);
   for (int64_t half = 1; half < size; half *= 2) {

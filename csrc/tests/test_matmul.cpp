@@ -304,9 +304,9 @@ void packed_rows_are_rounded_one_by_one() {
   }
 }
 
-// A tile takes as many runs as its kernel says, or all where there are fewer, and computes the same.
+// A tile takes as many pieces as its kernel says, or all where there are fewer, and computes the same.
 void fetching_beside_it_changes_nothing() {
-  const std::vector<uint16_t> memory(kPrefetchRunBytes / sizeof(uint16_t));
+  const std::vector<uint16_t> memory(kPrefetchPieceBytes / sizeof(uint16_t));
   const std::vector<const uint16_t*> list(5000, memory.data());
   for_each_format([&](MatmulFormat format) {
     for (const int64_t m : {2, 12, 25, 27, 64}) {
@@ -314,23 +314,23 @@ void fetching_beside_it_changes_nothing() {
       const Operands o(format, {m, n, k, true, true});
       const Activations packed(format, o.x, m, k);
       MatmulTile tile = {0, m, 0, n};
-      const auto run = [&](PrefetchRuns* runs) {
+      const auto run = [&](PrefetchPieces* pieces) {
         std::vector<float> y = o.y;
-        matmul_tile(packed.data, o.w, tile, o.bias_or_null(), true, y.data(), n, runs);
+        matmul_tile(packed.data, o.w, tile, o.bias_or_null(), true, y.data(), n, pieces);
         return y;
       };
       const std::vector<float> alone = run(nullptr);
       tile.next_col = 32;
       expect_same_bits(run(nullptr), alone, o, "beside weights that come next");
-      for (const int64_t step_bytes : {16, 48, 64, 100, 128}) {
-        const int64_t num_taken = num_prefetch_runs(format, tile, k, step_bytes);
+      for (const int64_t iteration_bytes : {16, 48, 64, 100, 128}) {
+        const int64_t num_taken = num_prefetch_pieces(format, tile, k, iteration_bytes);
         if (m == 2 || format.isa == Isa::kPortable) CHECK(num_taken == 0, name_of(format), " m ", m);
         if (m == 64 && format.isa != Isa::kPortable) CHECK(num_taken > 0, name_of(format), " m ", m);
-        PrefetchRuns many = {list.data(), list.data() + list.size(), step_bytes};
+        PrefetchPieces many = {list.data(), list.data() + list.size(), iteration_bytes};
         expect_same_bits(run(&many), alone, o, "beside many runs");
         CHECK(many.begin - list.data() == num_taken, name_of(format), " m ", m, " takes ", many.begin - list.data(),
               " of ", num_taken);
-        PrefetchRuns few = {list.data(), list.data() + num_taken / 2, step_bytes};
+        PrefetchPieces few = {list.data(), list.data() + num_taken / 2, iteration_bytes};
         expect_same_bits(run(&few), alone, o, "beside few runs");
         CHECK(few.left() == 0, name_of(format), " m ", m, " leaves ", few.left(), " of ", num_taken / 2);
       }

@@ -71,11 +71,11 @@ void overlap_reads_only_what_is_written() {
 
 void overlap_that_cannot_be_is_refused() {
   Run run({Isa::kPortable}, kPlain, 1);
-  for (const auto& [chunk, flop, step] : {std::array<int64_t, 3>{0, 1, 1}, {1, 0, 1}, {1, 1, 0}, {1, 1, 129}}) {
+  for (const auto& [chunk, flop, iteration] : {std::array<int64_t, 3>{0, 1, 1}, {1, 0, 1}, {1, 1, 0}, {1, 1, 129}}) {
     OverlapOptions overlap;
     overlap.chunk_bytes = chunk;
     overlap.tile_flop = flop;
-    overlap.step_bytes = step;
+    overlap.iteration_bytes = iteration;
     CHECK(test::throws<std::invalid_argument>([&] { run.model().set_overlap(overlap); }));
   }
 }

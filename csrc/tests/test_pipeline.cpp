@@ -29,7 +29,7 @@ struct FakeOp {
   int64_t num_tiles;
   TileClass tile_class = TileClass::kCompute;
   int64_t num_awaited = 0;  // ops of the other chain
-  int64_t num_fetched = 0;  // runs that each tile could fetch
+  int64_t num_fetched = 0;  // pieces that each tile could fetch
 };
 
 // Checks on the way: an op begins when the one before it has ended and what it awaits has, and ends after its tiles.
@@ -50,17 +50,17 @@ class FakeChains final : public Chains {
     CHECK(num_ended_[at(1 - chain)].load() >= fake.num_awaited);
     return {fake.num_tiles, fake.tile_class, static_cast<int32_t>(op % 3)};
   }
-  int64_t num_fetched_runs(int chain, int64_t op, int64_t) const override {
+  int64_t num_fetched_pieces(int chain, int64_t op, int64_t) const override {
     return ops_[at(chain)][at(op)].num_fetched;
   }
-  void run(int chain, int64_t op, int64_t tile, int worker, PrefetchRuns* runs) override {
+  void run(int chain, int64_t op, int64_t tile, int worker, PrefetchPieces* pieces) override {
     CHECK(num_ended_[at(chain)].load() == op);
     CHECK(worker >= 0);
-    if (ops_[at(chain)][at(op)].tile_class == TileClass::kMemory) CHECK(runs == nullptr);
-    if (meets_in_pairs_ && ops_[at(chain)][at(op)].num_fetched > 0) meet(runs != nullptr);
-    if (runs != nullptr) {
-      CHECK(runs->left() <= ops_[at(chain)][at(op)].num_fetched);
-      num_fetched_ += runs->left();
+    if (ops_[at(chain)][at(op)].tile_class == TileClass::kMemory) CHECK(pieces == nullptr);
+    if (meets_in_pairs_ && ops_[at(chain)][at(op)].num_fetched > 0) meet(pieces != nullptr);
+    if (pieces != nullptr) {
+      CHECK(pieces->left() <= ops_[at(chain)][at(op)].num_fetched);
+      num_fetched_ += pieces->left();
     }
     runs_[at(chain)][at(op)][at(tile)].fetch_add(1);
   }
@@ -70,10 +70,10 @@ class FakeChains final : public Chains {
     }
     num_ended_[at(chain)].store(op + 1);
   }
-  int64_t list_runs(int, int64_t, int64_t, const uint16_t** runs, int64_t max_runs) const override {
+  int64_t list_pieces(int, int64_t, int64_t, const uint16_t** pieces, int64_t max_pieces) const override {
     ++num_held_;
-    const int64_t count = max_runs < 3 ? max_runs : 3;
-    for (int64_t i = 0; i < count; ++i) runs[i] = nullptr;
+    const int64_t count = max_pieces < 3 ? max_pieces : 3;
+    for (int64_t i = 0; i < count; ++i) pieces[i] = nullptr;
     return count;
   }
 
@@ -167,7 +167,7 @@ void memory_tiles_are_fetched_beside_compute_tiles() {
   // Both begin with compute; the first chain's memory tiles are then there beside the second one's compute tiles.
   FakeChains chains({{1}, {4, TileClass::kMemory}}, {{20, TileClass::kCompute, 1, 8}});
   pipeline.run(chains, 2);
-  CHECK(chains.num_fetched() == 4 * 3, chains.num_fetched());  // 4 runs are a chunk, a memory tile has 3
+  CHECK(chains.num_fetched() == 4 * 3, chains.num_fetched());  // 4 pieces are a chunk, a memory tile has 3
 }
 
 // Who gets no lane does not keep another from getting one: of two workers that always run matmul tiles at the same

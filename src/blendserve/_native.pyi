@@ -113,7 +113,7 @@ class OverlapOptions:
         *,
         chunk_bytes: int,
         tile_flop: int,
-        step_bytes: int,
+        iteration_bytes: int,
         memory_lanes: int,
         gemm_flop_per_s: float,
         attention_flop_per_s: float,

@@ -11,7 +11,7 @@ from blendserve.calibration.step_probe import Work
 from blendserve.costs.step_cost import SEQUENTIAL, Interference, OverlapCost
 
 DEFAULT = OverlapCost()
-OTHER = replace(DEFAULT, step_bytes=64)
+OTHER = replace(DEFAULT, iteration_bytes=64)
 
 
 def trial(cost: OverlapCost, compute_s: float, memory_s: float, on_s: float) -> OverlapTrial:
@@ -24,7 +24,7 @@ def trial(cost: OverlapCost, compute_s: float, memory_s: float, on_s: float) -> 
 def test_the_fastest_setting_is_kept() -> None:
     trials = [trial(DEFAULT, 1.0, 1.0, 1.9), trial(OTHER, 1.0, 1.0, 1.5)]
     best = best_overlap(trials, 0.0)
-    assert best.step_bytes == 64
+    assert best.iteration_bytes == 64
     assert best.interference.step_s(1.0, 1.0) == pytest.approx(1.5)
 
 

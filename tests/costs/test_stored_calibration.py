@@ -26,7 +26,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 3', '"version": 2')]
+    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 4', '"version": 3')]
 )
 def test_a_bad_calibration_asks_for_a_new_one(text: str) -> None:
     with pytest.raises(ConfigError, match="blendserve calibrate"):
@@ -41,9 +41,11 @@ def test_rates_that_cannot_be_are_refused(rate: float) -> None:
         replace(CALIBRATION, gemm_points=((1, rate),))
 
 
-@pytest.mark.parametrize("wrong", [{"step_bytes": 0}, {"step_bytes": 129}, {"chunk_bytes": -1}, {"memory_lanes": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"iteration_bytes": 0}, {"iteration_bytes": 129}, {"chunk_bytes": -1}, {"memory_lanes": -1}]
+)
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=r"step_bytes.*calibrate"):
+    with pytest.raises(ConfigError, match=r"iteration_bytes.*calibrate"):
         replace(CALIBRATION, **wrong)  # type: ignore[arg-type]
 
 

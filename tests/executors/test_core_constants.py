@@ -22,5 +22,5 @@ def test_overlap_begins_with_the_same_settings() -> None:
 
 def test_a_calibration_without_settings_means_the_same_ones() -> None:
     stored = {field.name: field.default for field in fields(Calibration)}
-    settings = ("chunk_bytes", "tile_flop", "step_bytes", "memory_lanes")
+    settings = ("chunk_bytes", "tile_flop", "iteration_bytes", "memory_lanes")
     assert {name: stored[name] for name in settings} == {name: _native.DEFAULT_OVERLAP[name] for name in settings}

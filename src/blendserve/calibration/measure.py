@@ -140,7 +140,7 @@ def calibrate(
         attention_share=side_by_side.attention_beside.median if side_by_side else 0.0,
         chunk_bytes=cost.chunk_bytes,
         tile_flop=cost.tile_flop,
-        step_bytes=cost.step_bytes,
+        iteration_bytes=cost.iteration_bytes,
         memory_lanes=cost.memory_lanes,
         kv_dtype=kv_dtype,
         effort=effort.name,

@@ -83,8 +83,8 @@ def measure_overlap(
 
 def _overlap_settings(num_threads: int) -> list[OverlapCost]:
     default = OverlapCost()
-    slow = replace(default, step_bytes=48, chunk_bytes=384 << 10, tile_flop=5_000_000)
-    settings = [default, slow, replace(slow, step_bytes=128)]
+    slow = replace(default, iteration_bytes=48, chunk_bytes=384 << 10, tile_flop=5_000_000)
+    settings = [default, slow, replace(slow, iteration_bytes=128)]
     return settings + ([replace(default, memory_lanes=num_threads // 2)] if num_threads > 2 else [])
 
 

@@ -118,7 +118,7 @@ def _describe_overlap(measured: Measurements) -> list[str]:
     lines = [f"{'prompt tokens':>13}  steps of {num_decodes} decodes: apart, side by side in each core"]
     lines += [
         f"{trial.num_prompt_tokens:>13}  {_in_ms(trial.off_s)}, {_in_ms(trial.on_s)}: {trial.off_s / trial.on_s:.3f}x "
-        f"({trial.cost.chunk_bytes >> 10} KiB, {trial.cost.step_bytes} bytes per step)"
+        f"({trial.cost.chunk_bytes >> 10} KiB, {trial.cost.iteration_bytes} bytes per iteration)"
         for trial in measured.overlap
     ]
     delays = (found.compute_delay, found.memory_delay)

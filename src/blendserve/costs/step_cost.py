@@ -189,7 +189,8 @@ class OverlapCost:
     rates of all threads, and the three settings that calibration tries. `interference` is that of steps that overlap;
     SEQUENTIAL means that it does not pay. The defaults are those of csrc/overlap.h.
 
-    `chunk_bytes` of KV are fetched beside a matmul tile of `tile_flop`, `step_bytes` per step of its inner loop.
+    `chunk_bytes` of KV are fetched beside a matmul tile of `tile_flop`, `iteration_bytes` per iteration of its inner
+    loop.
     """
 
     gemm_flop_per_s: float = 165e9
@@ -199,5 +200,5 @@ class OverlapCost:
     interference: Interference = SEQUENTIAL
     chunk_bytes: int = 256 << 10
     tile_flop: int = 3_500_000
-    step_bytes: int = 128
+    iteration_bytes: int = 128
     memory_lanes: int = 0

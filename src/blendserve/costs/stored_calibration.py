@@ -23,9 +23,9 @@ from blendserve.errors import ConfigError
 # Decode attention of the native engine over 1,024 shared of 1,124 tokens, and over copies of them, 3 query heads of 64
 # per KV head, one Zen 3 thread (build/dev/bench_attention): 0.84 and 1.40 ms, 0.125 of both for the 100 of its own.
 _NATIVE_SHARED_KV_SHARE = 0.56
-_MOST_STEP_BYTES = 128  # two cache lines
+_MOST_ITERATION_BYTES = 128  # two cache lines
 _CALIBRATE_AGAIN = "run `blendserve calibrate` again"
-_VERSION = 3
+_VERSION = 4
 
 CalibrationEffort = Literal["first-run", "quick", "thorough"]
 """How a machine was measured: by the first long run on it in at most 3 s, or by `blendserve calibrate`, with --quick or
@@ -63,7 +63,7 @@ class Calibration:
     attention_share: float = 0.0
     chunk_bytes: int = 256 << 10
     tile_flop: int = 3_500_000
-    step_bytes: int = 128
+    iteration_bytes: int = 128
     memory_lanes: int = 0
     kv_dtype: KvDtype = "bf16"
     effort: CalibrationEffort = "thorough"
@@ -81,11 +81,11 @@ class Calibration:
         others = (self.constant_s, self.gemm_share, self.attention_share)
         if not (all(0 < rate < math.inf for rate in rates) and all(0 <= value < math.inf for value in others)):
             raise ConfigError(f"a calibration needs positive rates; got {self}; {_CALIBRATE_AGAIN}")
-        settings = (self.chunk_bytes, self.tile_flop, self.step_bytes)
-        if min(settings) < 1 or self.step_bytes > _MOST_STEP_BYTES or self.memory_lanes < 0:
+        settings = (self.chunk_bytes, self.tile_flop, self.iteration_bytes)
+        if min(settings) < 1 or self.iteration_bytes > _MOST_ITERATION_BYTES or self.memory_lanes < 0:
             raise ConfigError(
-                f"a calibration needs chunk_bytes, tile_flop and step_bytes (at most {_MOST_STEP_BYTES}) of 1 or more; "
-                f"got {settings} and {self.memory_lanes} memory_lanes; {_CALIBRATE_AGAIN}"
+                "a calibration needs chunk_bytes, tile_flop and iteration_bytes of 1 or more, the last at most "
+                f"{_MOST_ITERATION_BYTES}; got {settings} and {self.memory_lanes} memory_lanes; {_CALIBRATE_AGAIN}"
             )
         if self.effort not in get_args(CalibrationEffort):
             raise ConfigError(f"a calibration cannot have the effort {self.effort!r}; {_CALIBRATE_AGAIN}")
@@ -114,7 +114,7 @@ class Calibration:
             interference=Interference(self.compute_delay, self.memory_delay),
             chunk_bytes=self.chunk_bytes,
             tile_flop=self.tile_flop,
-            step_bytes=self.step_bytes,
+            iteration_bytes=self.iteration_bytes,
             memory_lanes=self.memory_lanes,
         )
 

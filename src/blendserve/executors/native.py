@@ -166,7 +166,7 @@ class NativeExecutor:
             modes[mode],
             chunk_bytes=cost.chunk_bytes,
             tile_flop=cost.tile_flop,
-            step_bytes=cost.step_bytes,
+            iteration_bytes=cost.iteration_bytes,
             memory_lanes=cost.memory_lanes,
             gemm_flop_per_s=cost.gemm_flop_per_s,
             attention_flop_per_s=cost.attention_flop_per_s,

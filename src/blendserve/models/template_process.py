@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 
 from blendserve.errors import ConfigError, RequestError
 
-_WINDOW_BYTES = 1 << 15
+_GROUP_BYTES = 1 << 15
 """Of conversations on their way at once: less than a pipe holds (64 KiB), so that neither side waits for the other."""
 _LENGTH_BYTES = 8
 _START = (
@@ -77,21 +77,21 @@ class TemplateProcess:
     def _answers(self, requests: Sequence[bytes]) -> Iterator[str | RequestError]:
         answers: list[str | RequestError] = []
         try:
-            for window in _windows(requests):
-                answers += self._answers_of_window(window)
+            for group in _groups(requests):
+                answers += self._answers_of_group(group)
         except BaseException:
             self.close()  # what it still has to say answers nobody
             raise
         return iter(answers)
 
-    def _answers_of_window(self, window: Sequence[bytes]) -> list[str | RequestError]:
+    def _answers_of_group(self, group: Sequence[bytes]) -> list[str | RequestError]:
         answers: list[str | RequestError] = []
         num_deaths = 0
-        while len(answers) < len(window):
+        while len(answers) < len(group):
             process = self._running()
             try:
-                _send(process, b"".join(window[len(answers) :]))
-                while len(answers) < len(window):
+                _send(process, b"".join(group[len(answers) :]))
+                while len(answers) < len(group):
                     answers.append(_answer(_receive(process)))
                     num_deaths = 0
             except (EOFError, BrokenPipeError):
@@ -211,17 +211,17 @@ def _answer(reply: Mapping[str, str]) -> str | RequestError:
     return RequestError(reply["refused"], code="invalid_value", param="messages")
 
 
-def _windows(requests: Sequence[bytes]) -> Iterator[list[bytes]]:
-    window: list[bytes] = []
+def _groups(requests: Sequence[bytes]) -> Iterator[list[bytes]]:
+    group: list[bytes] = []
     num_bytes = 0
     for request in requests:
-        if window and num_bytes + len(request) > _WINDOW_BYTES:
-            yield window
-            window, num_bytes = [], 0
-        window.append(request)
+        if group and num_bytes + len(request) > _GROUP_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append(request)
         num_bytes += len(request)
-    if window:
-        yield window
+    if group:
+        yield group
 
 
 def _frame(value: Mapping[str, Any]) -> bytes:

@@ -32,13 +32,13 @@ from blendserve.planner.tree import BLOCK_KEY_BITS
 class BlendSettings:
     """`kv_share`: share of the KV memory that forecasts may fill; more loses to preemption, less leaves steps empty.
     `max_reserve`: most of it that is held for the compute end. `refresh_steps`: steps between two forecasts from
-    scratch. `window`: requests at the compute end whose shape decides what it needs.
+    scratch. `num_upcoming`: requests at the compute end whose shape decides what it needs.
     """
 
     kv_share: float = 0.95
     max_reserve: float = 0.5
     refresh_steps: int = 16
-    window: int = 256
+    num_upcoming: int = 256
 
 
 MAX_LOOKAHEAD = 1 << 16
@@ -233,7 +233,7 @@ class BlendPolicy:
     def _upcoming(self) -> Int64s:
         """What the compute end will deliver next: the last requests of a job are within reach of both ends, and most of
         them are not its own."""
-        upcoming = self._scanner.upcoming(self._settings.window)
+        upcoming = self._scanner.upcoming(self._settings.num_upcoming)
         return upcoming[~self._remaining.are_memory_intensive(upcoming)]
 
     def _replan(self, view: SchedulerView) -> None:

@@ -1,7 +1,7 @@
 """Prompts in lexicographic order, with the prefix that neighbours share: all a prefix tree needs to know of tokens.
 
 Big-endian token ids compare as byte strings, so the sort is one `memcmp` per comparison; shared prefixes are measured
-window by window for all neighbours at once. Nothing here knows costs or lengths of outputs.
+stretch by stretch for all neighbours at once. Nothing here knows costs or lengths of outputs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from blendserve.request import TokenIds
 Int64s = NDArray[np.int64]
 
 _CHUNK_TOKENS = 1 << 22  # tokens turned into byte strings at a time: bounds the temporary copy at 16 MB
-_WINDOW_TOKENS = 64  # 256 bytes, four cache lines, compared per neighbour and round
-_PAIRS_PER_ROUND = 1 << 14  # 2 x 4 MB of windows at a time: stays in the last-level cache
+_STRETCH_TOKENS = 64  # 256 bytes, four cache lines, compared per neighbour and round
+_PAIRS_PER_ROUND = 1 << 14  # 2 x 4 MB of stretches at a time: stays in the last-level cache
 
 
 class FlatPrompts(NamedTuple):
@@ -79,29 +79,29 @@ def _lexicographic_order(prompts: FlatPrompts) -> Int64s:
 def _common_prefixes(token_ids: TokenIds, starts_a: Int64s, starts_b: Int64s, limits: Int64s) -> Int64s:
     """Length of the common prefix of token_ids[a : a + limit] and token_ids[b : b + limit], for every pair."""
     shared = np.zeros(len(limits), dtype=np.int64)
-    padded_tail = np.concatenate([token_ids[-_WINDOW_TOKENS:], np.full(_WINDOW_TOKENS, -1, dtype=np.int32)])
-    tail_start = max(0, len(token_ids) - _WINDOW_TOKENS)
+    padded_tail = np.concatenate([token_ids[-_STRETCH_TOKENS:], np.full(_STRETCH_TOKENS, -1, dtype=np.int32)])
+    tail_start = max(0, len(token_ids) - _STRETCH_TOKENS)
     for begin in range(0, len(limits), _PAIRS_PER_ROUND):
         active = np.arange(begin, min(begin + _PAIRS_PER_ROUND, len(limits)))
         while len(active):
             done = shared[active]
-            windows_a = _windows(token_ids, padded_tail, tail_start, starts_a[active] + done)
-            windows_b = _windows(token_ids, padded_tail, tail_start, starts_b[active] + done)
-            is_different = windows_a != windows_b
-            first = np.where(is_different.any(axis=1), is_different.argmax(axis=1), _WINDOW_TOKENS)
+            stretches_a = _stretches(token_ids, padded_tail, tail_start, starts_a[active] + done)
+            stretches_b = _stretches(token_ids, padded_tail, tail_start, starts_b[active] + done)
+            is_different = stretches_a != stretches_b
+            first = np.where(is_different.any(axis=1), is_different.argmax(axis=1), _STRETCH_TOKENS)
             reached = np.minimum(done + first, limits[active])
             shared[active] = reached
-            active = active[(first == _WINDOW_TOKENS) & (reached < limits[active])]
+            active = active[(first == _STRETCH_TOKENS) & (reached < limits[active])]
     return shared
 
 
-def _windows(token_ids: TokenIds, padded_tail: TokenIds, tail_start: int, starts: Int64s) -> TokenIds:
-    """Rows of _WINDOW_TOKENS tokens from each start; a few rows near the end of the array come from its padded copy."""
+def _stretches(token_ids: TokenIds, padded_tail: TokenIds, tail_start: int, starts: Int64s) -> TokenIds:
+    """Rows of _STRETCH_TOKENS tokens from each start; rows near the end of the array come from its padded copy."""
     is_tail = starts >= tail_start
     if not is_tail.any():
-        return sliding_window_view(token_ids, _WINDOW_TOKENS)[starts]
-    rows = np.empty((len(starts), _WINDOW_TOKENS), dtype=np.int32)
+        return sliding_window_view(token_ids, _STRETCH_TOKENS)[starts]
+    rows = np.empty((len(starts), _STRETCH_TOKENS), dtype=np.int32)
     if not is_tail.all():
-        rows[~is_tail] = sliding_window_view(token_ids, _WINDOW_TOKENS)[starts[~is_tail]]
-    rows[is_tail] = sliding_window_view(padded_tail, _WINDOW_TOKENS)[starts[is_tail] - tail_start]
+        rows[~is_tail] = sliding_window_view(token_ids, _STRETCH_TOKENS)[starts[~is_tail]]
+    rows[is_tail] = sliding_window_view(padded_tail, _STRETCH_TOKENS)[starts[is_tail] - tail_start]
     return rows
