@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 from blendserve.dialect import extras, parameters, passthrough, schema
 from blendserve.dialect.extras import Abilities
-from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, ServedModel
+from blendserve.dialect.schema import ServedModel
+from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL
 from blendserve.errors import RequestError
 
 _ADAPTER = "my-adapter"
 ENGINES = {
     "`native`": ServedModel(("my-model",)),
     "`vllm`": ServedModel(("my-model",), abilities=Abilities(adapters=(_ADAPTER,), structures=True, sees=True)),
-    "`vllm --task embed`": ServedModel(("my-model",), abilities=Abilities(embeds=True)),
+    "`vllm --task embed`": ServedModel(("my-model",), abilities=Abilities(urls=(EMBEDDINGS_URL,))),
     "`http`": ServedModel(("the server's",), accepts_any_name=True, is_remote=True),
 }
 _USER = {"role": "user", "content": "Hello"}

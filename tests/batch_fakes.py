@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from blendserve.dialect.schema import Message, ServedModel
+from blendserve.dialect.prompts import Message
+from blendserve.dialect.schema import ServedModel
 from blendserve.errors import RequestError
 from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests

@@ -12,6 +12,7 @@ from batch_fakes import FakeCodec, read_rows
 
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
+from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import remote_cost
 from blendserve.engines.vllm.driver import VllmDriver
@@ -29,7 +30,7 @@ ABLE = ServedModel(
     max_model_len=1024,
     abilities=Abilities(adapters=("pirate", "poet"), structures=True, sees=True),
 )
-EMBEDDER = ServedModel(("tiny",), vocab_size=256, max_model_len=1024, abilities=Abilities(embeds=True))
+EMBEDDER = ServedModel(("tiny",), vocab_size=256, max_model_len=1024, abilities=Abilities(urls=(EMBEDDINGS_URL,)))
 ADAPTERS = {"pirate": "/adapters/pirate", "poet": "/adapters/poet"}
 BY_SCHEDULER = {"scheduler_cls": "blendserve.engines.vllm.scheduler.BlendScheduler"}
 

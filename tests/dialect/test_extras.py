@@ -13,12 +13,13 @@ import pytest
 from blendserve.dialect.extras import Abilities, Extras, take_pictures
 from blendserve.dialect.images import Picture, image_size
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
+from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.errors import RequestError
 from blendserve.job.reader import BadLine, BatchReader
 
 ABLE = ServedModel(("tiny",), abilities=Abilities(adapters=("pirate",), structures=True, sees=True))
 PLAIN = ServedModel(("tiny",))
-EMBEDDER = ServedModel(("tiny",), abilities=Abilities(embeds=True))
+EMBEDDER = ServedModel(("tiny",), abilities=Abilities(urls=(EMBEDDINGS_URL,)))
 HELLO = [{"role": "user", "content": "hello"}]
 
 

@@ -57,7 +57,9 @@ def test_a_named_model_replaces_the_lines_own() -> None:
         ({"x": float("inf")}, {}, "invalid_value"),
         ({}, {"custom_id": ""}, "invalid_custom_id"),
         ({}, {"method": "GET"}, "invalid_method"),
-        ({}, {"url": "/v1/embeddings"}, "invalid_url"),
+        ({}, {"url": "v1/rerank"}, "invalid_url"),
+        ({}, {"url": "/v1/../files"}, "invalid_url"),
+        ({}, {"url": "http://["}, "invalid_url"),
         ({}, {"max_tokens": 4}, "unknown_parameter"),
     ],
 )
@@ -99,3 +101,26 @@ def test_known_lengths_are_seen() -> None:
     assert parse({"max_tokens": 5, "ignore_eos": True}).sampling.ignore_eos
     assert not parse({"max_tokens": 5, "ignore_eos": True, "stop": "x"}).sampling.ignore_eos
     assert parse({"max_tokens": 5, "min_tokens": 5, "n": 2}).sampling.min_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "prompt", "max_tokens"),
+    [
+        ("/v1/embeddings", {"input": ["one", "two"]}, "one\ntwo", 1),
+        ("/v1/embeddings", {"input": [1, 2, 3]}, (1, 2, 3), 1),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 9}, "Hello", 9),
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "instructions": "Short."},
+            ({"role": "system", "content": "Short."}, {"role": "user", "content": "Hi"}),
+            None,
+        ),
+        ("/v1/moderations", {"input": "Hello"}, "Hello", 1),
+        ("/rerank", {"query": "q", "documents": ["d"]}, '{"query": "q", "documents": ["d"]}', 1),
+        ("/score", {"text_1": "a", "text_2": "b"}, '{"text_1": "a", "text_2": "b"}', 1),
+    ],
+)
+def test_any_endpoint_of_the_server_is_passed_on(url: str, body: dict[str, Any], prompt: Any, max_tokens: Any) -> None:
+    line = parse(body, url=url)
+    assert (line.url, line.prompts, line.sampling.max_tokens) == (url, (prompt,), max_tokens)
+    assert json.loads(line.body) == body, "the body is the user's own"

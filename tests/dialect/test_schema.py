@@ -339,6 +339,8 @@ def test_messages_that_are_none(messages: Any, param: str) -> None:
         ({"method": "GET"}, "invalid_method"),
         ({"method": None}, "invalid_method"),
         ({"url": "/v1/embeddings"}, "invalid_url"),
+        ({"url": "/v1/files"}, "invalid_url"),
+        ({"url": "/chat/completions" * 100}, "invalid_url"),
         ({"url": "v1/chat/completions"}, "invalid_url"),
         ({"url": None}, "invalid_url"),
         ({"body": None}, "missing_required_parameter"),

@@ -34,7 +34,7 @@ def test_a_journal_is_for_the_user_alone(tmp_path: Path, job_input: Path) -> Non
     with pytest.raises(JobInterrupted):
         run_fake(job_input, tmp_path / "out.jsonl", stop_after(2, KeyboardInterrupt()))
     found = {path.relative_to(directory): mode_of(path) for path in directory.rglob("*")}
-    assert len(found) == 10
+    assert len(found) == 11
     assert set(found.values()) == {0o600, 0o700}
     assert mode_of(directory) == 0o700
     directory.chmod(0o755)

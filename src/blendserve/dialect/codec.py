@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from blendserve.dialect.schema import COMPLETIONS_URL, Message
+from blendserve.dialect.prompts import Message
+from blendserve.dialect.urls import COMPLETIONS_URL
 from blendserve.errors import RequestError
 from blendserve.models.detokenize import text_of
 from blendserve.models.tokenizer import Tokenizer

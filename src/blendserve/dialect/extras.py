@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from blendserve.dialect.images import Picture
 from blendserve.dialect.parameters import integer_between, reject, shown
+from blendserve.dialect.urls import TEXT_URLS
 from blendserve.errors import RequestError
 
 EncodingFormat = Literal["float", "base64"]
@@ -26,16 +27,16 @@ MAX_DIMENSIONS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What an engine can beyond text. `adapters` are the names of LoRA adapters; `embeds`: it answers
-    /v1/embeddings, and only that. `image_domains` are the hosts that pictures may be fetched from: a line must not send
+    """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
+    adapters. `image_domains` are the hosts that pictures may be fetched from: a line must not send
     the engine to whatever it can reach.
     """
 
     adapters: tuple[str, ...] = ()
     structures: bool = False
     sees: bool = False
-    embeds: bool = False
     image_domains: tuple[str, ...] = ()
+    urls: tuple[str, ...] = TEXT_URLS
 
 
 TEXT_ONLY = Abilities()
@@ -55,18 +56,18 @@ class Extras:
 
     def to_bytes(self) -> bytes:
         """JSON of what differs from the default; empty where nothing does."""
-        values = {name: value for name, value in asdict(self).items() if value != getattr(_NOTHING, name)}
+        values = {name: value for name, value in asdict(self).items() if value != getattr(NO_EXTRAS, name)}
         return json.dumps(values, ensure_ascii=False).encode() if values else b""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Extras:
         if not data:
-            return _NOTHING
+            return NO_EXTRAS
         values = json.loads(data)
         return cls(**{**values, "messages": tuple(values.get("messages", ()))})
 
 
-_NOTHING = Extras()
+NO_EXTRAS = Extras()
 
 
 def take_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:

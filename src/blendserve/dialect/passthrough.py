@@ -12,12 +12,15 @@ from hashlib import blake2b
 from typing import Any
 
 from blendserve.dialect.parameters import MAX_INT32, shown
-from blendserve.dialect.schema import CHAT_URL, BatchLine, Message, Prompt, ServedModel, Url, read_envelope
+from blendserve.dialect.prompts import Message, Prompt
+from blendserve.dialect.schema import BatchLine, ServedModel, read_envelope
+from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
 COMPLETIONS_MAX_TOKENS = 16
 """What OpenAI's completions endpoint generates when the body names no limit."""
+_LIMIT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _MEDIA_FIELDS = ("image_url", "input_audio", "file", "video_url", "audio_url")
 
 
@@ -26,7 +29,7 @@ def parse_remote_line(value: object, line_number: int, served: ServedModel) -> B
 
     Raises: RequestError for a bad envelope, a body that asks for a stream, or one that is no JSON.
     """
-    custom_id, url, body = read_envelope(value)
+    custom_id, url, body = read_envelope(value, ())
     if body.get("stream"):
         raise RequestError(
             f"stream is {shown(body['stream'])}; a batch file is answered by whole responses: remove it",
@@ -39,25 +42,35 @@ def parse_remote_line(value: object, line_number: int, served: ServedModel) -> B
         custom_id=custom_id,
         url=url,
         model=model if isinstance(model, str) and model else None,
-        prompts=(planning_prompt(url, body),),
+        prompts=(planning_prompt(body),),
         sampling=_planning_sampling(url, body),
         body=_to_json(body if served.accepts_any_name else {**body, "model": served.name}),
     )
 
 
-def planning_prompt(url: Url, body: Mapping[str, Any]) -> Prompt:
+def planning_prompt(body: Mapping[str, Any]) -> Prompt:
     """What the prompt's length and shared prefix are taken from; never empty."""
-    if url == CHAT_URL:
-        return _conversation(body)
-    prompt: Any = body.get("prompt")
+    if "messages" in body:
+        return _conversation(body, body["messages"])
+    prompt: Any = body.get("prompt", body.get("input"))
+    if prompt is None:  # documents to rank, texts to compare
+        prompt = json.dumps({name: value for name, value in body.items() if name != "model"})
     if _is_token_ids(prompt):
         return tuple(prompt)
     parts = prompt if isinstance(prompt, list) else [prompt]
+    if any(isinstance(part, dict) for part in parts) or "instructions" in body:
+        return _conversation(body, _items(body, parts))
     return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts) or " "
 
 
-def _conversation(body: Mapping[str, Any]) -> Prompt:
-    messages = body.get("messages")
+def _items(body: Mapping[str, Any], parts: list[Any]) -> list[Any]:
+    """The input of /v1/responses as messages."""
+    given = [part if isinstance(part, dict) else {"role": "user", "content": part} for part in parts]
+    items = [part if "role" in part else {"role": "user", "content": json.dumps(part)} for part in given]
+    return [{"role": "system", "content": body.get("instructions")}, *items] if body.get("instructions") else items
+
+
+def _conversation(body: Mapping[str, Any], messages: Any) -> Prompt:
     listed = messages if isinstance(messages, list) else []
     conversation: list[Message] = [
         {"role": str(message.get("role")), "content": "\n".join(_texts(message))}
@@ -82,19 +95,26 @@ def _texts(message: Mapping[str, Any]) -> Iterable[str]:
         yield json.dumps(message["tool_calls"])
 
 
-def _planning_sampling(url: Url, body: Mapping[str, Any]) -> SamplingParams:
+def _planning_sampling(url: str, body: Mapping[str, Any]) -> SamplingParams:
     """Limits of all choices of the line together, which is what the server's usage will count."""
+    if not _generates(url):
+        return SamplingParams(max_tokens=1, ignore_eos=True)
     prompt = body.get("prompt")
     num_prompts = len(prompt) if isinstance(prompt, list) and prompt and not _is_token_ids(prompt) else 1
     num_choices = num_prompts * (_count(body.get("n")) or 1)
-    default = None if url == CHAT_URL else COMPLETIONS_MAX_TOKENS
-    max_tokens = _count(body.get("max_completion_tokens")) or _count(body.get("max_tokens")) or default
+    limits = (_count(body.get(name)) for name in _LIMIT_FIELDS)
+    max_tokens = next(filter(None, limits), COMPLETIONS_MAX_TOKENS if url == COMPLETIONS_URL else None)
     can_stop = body.get("stop") or body.get("stop_token_ids")
     return SamplingParams(
         max_tokens=None if max_tokens is None else min(max_tokens * num_choices, MAX_INT32),
         min_tokens=min((_count(body.get("min_tokens")) or 0) * num_choices, MAX_INT32),
         ignore_eos=body.get("ignore_eos") is True and not can_stop,
     )
+
+
+def _generates(url: str) -> bool:
+    """Does the endpoint write text? Others read their input once, which planning sees as one token of answer."""
+    return url in (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL)
 
 
 def _count(value: object) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from blendserve.dialect.responses import Codec
+from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.stats import RunStats
 from blendserve.engines.native.measured import MeasuredRun

@@ -15,7 +15,7 @@ from blendserve.costs.hardware import known_hardware, peak_cost_model
 from blendserve.costs.model_cost import CostModel, ModelCost
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.parameters import MAX_INT32
-from blendserve.dialect.schema import Message
+from blendserve.dialect.prompts import Message
 from blendserve.errors import ExecutorError, RequestError
 from blendserve.job.pending import PendingRequests
 from blendserve.models.known import known_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blendserve.dialect.responses import Codec
+from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.schema import BatchLine, ServedModel
 from blendserve.job.ingest import TokenLists, encode_lines
 from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits

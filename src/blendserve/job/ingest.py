@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from blendserve.dialect.endpoint import Codec, EncodedPrompt
+from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.parameters import kept_tokens
-from blendserve.dialect.responses import Codec, EncodedPrompt
-from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Prompt
+from blendserve.dialect.prompts import Prompt
+from blendserve.dialect.schema import BatchLine
 from blendserve.errors import RequestError
 from blendserve.job.reader import BadLine
 
 MAX_BATCH_LINES = 1024
 MAX_BATCH_CHARACTERS = 4 << 20
 """Bounds what is held as text at a time; both large enough to keep every core's tokenizer busy."""
-
-_PROMPT_FIELD_BY_URL = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt", EMBEDDINGS_URL: "input"}
 
 TokenLists = Sequence[EncodedPrompt]
 
@@ -90,7 +90,7 @@ def _encode_or_isolate(texts: list[Prompt], codec: Codec) -> Sequence[EncodedPro
 def _checked(
     line: BatchLine, encoded: Sequence[EncodedPrompt | RequestError], max_model_len: int
 ) -> TokenLists | RequestError:
-    param = _PROMPT_FIELD_BY_URL[line.url]
+    param = ENDPOINTS[line.url].prompt_field if line.url in ENDPOINTS else None
     token_lists: list[EncodedPrompt] = []
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
@@ -98,7 +98,9 @@ def _checked(
         token_ids = kept_tokens(token_ids, line.sampling, max_model_len)
         if not len(token_ids):
             return RequestError(
-                f"{param} is empty: it comes to no token; write at least one word", code="invalid_value", param=param
+                f"{param or 'the prompt'} is empty: it comes to no token; write at least one word",
+                code="invalid_value",
+                param=param,
             )
         if max_model_len and len(token_ids) >= max_model_len:
             return RequestError(

@@ -25,7 +25,7 @@ from blendserve.job.disk import open_own, replace_durably, sync_directory, writi
 from blendserve.job.record_log import RecordLog
 from blendserve.job.store import StoredFile
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
 
 _OWN_NAMES = frozenset(

@@ -9,13 +9,14 @@ from collections import Counter
 
 import numpy as np
 
+from blendserve.dialect.endpoint import Choice, Codec, StoredLine
 from blendserve.dialect.extras import Extras
-from blendserve.dialect.responses import (
-    Codec,
-    FinishedChoice,
-    StoredLine,
+from blendserve.dialect.rows import (
+    choice_from_bytes,
+    choice_to_bytes,
     error_code_of,
     error_row,
+    finished_choice,
     output_row,
     served_row,
 )
@@ -91,19 +92,23 @@ class RowAssembler:
             self._finish(row, line, kind, error_row(line.line_number, line.custom_id, error))
             return
         choice = number - line.first_request
-        finished = FinishedChoice.from_output(line.url, choice, output, self._codec, self._store.sampling(row))
+        extras = Extras.from_bytes(self._store.body(row))
+        prompt_token_ids = self._store.prompt_of(number)
+        finished = finished_choice(
+            Choice(line, choice, prompt_token_ids, output, extras, self._codec, self._store.sampling(row))
+        )
         offsets = self._offsets.get(row, {})
         if len(offsets) + 1 < line.num_choices:
-            body = finished.to_bytes()
+            body = choice_to_bytes(finished)
             offset = self._log.append(RecordKind.CHOICE, line.line_number, choice, body)
             self._offsets.setdefault(row, {})[choice] = offset
             self._is_done[number] = True
             return
-        choices = {at: FinishedChoice.from_bytes(self._log.read(offset).body) for at, offset in offsets.items()}
+        choices = {at: choice_from_bytes(self._log.read(offset).body) for at, offset in offsets.items()}
         choices[choice] = finished
         in_order = [choices[at] for at in range(line.num_choices)]
-        model = Extras.from_bytes(self._store.body(row)).adapter or self._model
-        self._finish(row, line, RecordKind.OUTPUT_ROW, output_row(line, in_order, model, self._created))
+        body = output_row(line, extras, in_order, self._model, self._created)
+        self._finish(row, line, RecordKind.OUTPUT_ROW, body)
 
     def _finish(self, row: int, line: StoredLine, kind: RecordKind, body: bytes) -> None:
         self._log.append(kind, line.line_number, 0, body)

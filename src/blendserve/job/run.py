@@ -11,7 +11,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 
-from blendserve.dialect.responses import Codec, error_row
+from blendserve.dialect.endpoint import Codec
+from blendserve.dialect.rows import error_row
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job.ingest import encode_lines
 from blendserve.job.interrupts import Heard, JobInterrupted, left_of, terminable

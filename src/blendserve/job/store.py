@@ -3,7 +3,7 @@
 Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
 own, the rest is the system's page cache. Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE),
 `custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what else the engine is told
-(see `BatchLine`).
+(see `BatchLine`), `urls` one endpoint per line of text, numbered from 0.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE
+from blendserve.dialect.endpoint import StoredLine
 from blendserve.dialect.parameters import MAX_INT32
-from blendserve.dialect.responses import StoredLine
-from blendserve.dialect.schema import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, Url
+from blendserve.dialect.schema import BatchLine
 from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
 from blendserve.job.disk import sync_directory, writing_to
@@ -64,8 +64,11 @@ _FILES: dict[str, np.dtype[Any]] = {
     "custom_ids": np.dtype("u1"),
     "sampling": np.dtype("u1"),
     "bodies": np.dtype("u1"),
+    "urls": np.dtype("u1"),
 }
-_HAS_SEED, _IS_CHAT, _HAS_KNOWN_LENGTH, _IS_EMBEDDING = 1, 2, 4, 8
+_HAS_SEED, _HAS_KNOWN_LENGTH = 1, 2
+_URL_SHIFT = 8
+"""Flags of a line: the number of its URL stands above this bit."""
 _NO_LIMIT = -1
 _MAX_INTERNED_BYTES = 4 << 20
 """JSON of the parameter sets remembered at a time, which are about ten times as large: bounds memory, costs only
@@ -105,6 +108,7 @@ class StoreWriter:
         self._sizes = dict.fromkeys(_FILES, 0)
         self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._num_interned_bytes = 0
+        self._number_by_url: dict[str, int] = {}
         self._num_prompts = 0
         with ExitStack() as stack, writing_to(directory):
             directory.mkdir(mode=0o700)
@@ -138,7 +142,7 @@ class StoreWriter:
                 _NO_LIMIT if sampling.max_tokens is None else sampling.max_tokens,
                 len(token_ids),
                 sampling.n,
-                _flags(line),
+                _flags(line) | self._url_number(line.url) << _URL_SHIFT,
             )
             self._write("lines", record)
 
@@ -162,6 +166,12 @@ class StoreWriter:
         self._files[name].write(data)
         self._sizes[name] = offset + len(data)
         return offset
+
+    def _url_number(self, url: str) -> int:
+        if url not in self._number_by_url:
+            self._number_by_url[url] = len(self._number_by_url)
+            self._write("urls", url.encode() + b"\n")
+        return self._number_by_url[url]
 
     def _intern(self, sampling: SamplingParams) -> tuple[int, int]:
         values = _interned_values(sampling)
@@ -193,6 +203,7 @@ class TokenStore:
         self._custom_ids = arrays["custom_ids"]
         self._sampling = arrays["sampling"]
         self._bodies = arrays["bodies"]
+        self._urls = arrays["urls"].tobytes().decode().splitlines()
         self._sampling_by_offset: dict[int, SamplingParams] = {}
         self._num_interned_bytes = 0
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
@@ -223,7 +234,7 @@ class TokenStore:
         return StoredLine(
             line_number=int(record["line_number"]),
             custom_id=self._custom_ids[begin : begin + size].tobytes().decode(),
-            url=_url_of(int(record["flags"])),
+            url=self._urls[int(record["flags"]) >> _URL_SHIFT],
             num_prompts=int(record["num_prompts"]),
             n=int(record["n"]),
             first_request=int(self._first_requests[row]),
@@ -245,8 +256,7 @@ class TokenStore:
         row = int(self.line_of_request[number])
         line = self._lines[row]
         choice = number - int(self._first_requests[row])
-        prompt = int(line["first_prompt"]) + choice // int(line["n"])
-        token_ids = self.prompt(prompt)
+        token_ids = self.prompt_of(number)
         seed = int(line["seed"]) if line["flags"] & _HAS_SEED else None
         max_tokens = None if line["max_tokens"] == _NO_LIMIT else int(line["max_tokens"])
         if seed is None:
@@ -267,6 +277,13 @@ class TokenStore:
         """Tokens of one prompt, a view of the map."""
         begin = int(self._prompt_ends[prompt - 1]) if prompt else 0
         return self._tokens[begin : int(self._prompt_ends[prompt])]
+
+    def prompt_of(self, number: int) -> TokenIds:
+        """Tokens of the prompt of request `number`."""
+        row = int(self.line_of_request[number])
+        line = self._lines[row]
+        choice = number - int(self._first_requests[row])
+        return self.prompt(int(line["first_prompt"]) + choice // int(line["n"]))
 
     def prompts_of(self, numbers: Int64s) -> Int64s:
         """The prompt of every request of `numbers`. Shapes: both int64[num_requests]."""
@@ -314,18 +331,9 @@ class TokenStore:
 def _flags(line: BatchLine) -> int:
     sampling = line.sampling
     limit = MAX_INT32 if sampling.max_tokens is None else sampling.max_tokens
-    return (
-        (_HAS_SEED if sampling.seed is not None else 0)
-        | (_IS_CHAT if line.url == CHAT_URL else 0)
-        | (_IS_EMBEDDING if line.url == EMBEDDINGS_URL else 0)
-        | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
+    return (_HAS_SEED if sampling.seed is not None else 0) | (
+        _HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0
     )
-
-
-def _url_of(flags: int) -> Url:
-    if flags & _IS_EMBEDDING:
-        return EMBEDDINGS_URL
-    return CHAT_URL if flags & _IS_CHAT else COMPLETIONS_URL
 
 
 def _sampling_from(values: dict[str, Any]) -> SamplingParams:

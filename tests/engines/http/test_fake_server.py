@@ -24,7 +24,7 @@ def test_the_same_request_gets_the_same_answer() -> None:
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert body["usage"]["completion_tokens"] <= 6
     assert answer("/v1/chat/completions", BODY + b" ")[1] != content
-    assert answer("/v1/embeddings", BODY)[0] == 404
+    assert answer("/v1/models", BODY)[0] == 404
     assert answer("/v1/completions", BODY)[0] == 400
     assert answer("/v1/completions", b"{")[0] == 400
 

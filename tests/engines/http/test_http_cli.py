@@ -154,3 +154,29 @@ def test_limits_must_make_sense(option: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["run", "in.jsonl", "-o", "out.jsonl", option])
     assert option.split("=")[1] in capsys.readouterr().err
+
+
+def test_any_endpoint_of_the_server_is_asked_however_its_address_is_spelled(tmp_path: Path) -> None:
+    lines = [
+        ("/v1/embeddings", {"input": ["one", "two"]}),
+        ("/embeddings/", {"input": "one"}),
+        ("https://elsewhere.example/v1/responses", {"input": "hello", "max_output_tokens": 4}),
+        ("/openai/deployments/d/chat/completions?api-version=1", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/moderations", {"input": "hello"}),
+        ("/rerank", {"query": "q", "documents": ["a", "b"]}),
+        ("/score", {"text_1": "a", "text_2": ["b"]}),
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        "\n".join(
+            json.dumps({"custom_id": str(number), "method": "POST", "url": url, "body": body})
+            for number, (url, body) in enumerate(lines)
+        )
+    )
+    with serving(FakeSettings()) as server:
+        assert main(arguments(server, source, output, "--quiet", "--ordered")) == 0
+    fields = [
+        next(iter(row["response"]["body"].keys() & {"data", "output", "choices", "results"}))
+        for row in read_rows(output)
+    ]
+    assert fields == ["data", "data", "output", "choices", "results", "results", "data"]

@@ -13,6 +13,7 @@ from vllm_cases import ABLE, BY_SCHEDULER, EMBEDDER, StopError, chat, check_rows
 
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
+from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.engines.vllm.driver import MAX_DEATHS
 from blendserve.engines.vllm.fake import FakeEngine, FakeEngineDeadError, FakeVllm
 from blendserve.errors import ExecutorError
@@ -340,7 +341,7 @@ def test_an_embedding_is_made_with_the_adapter_that_its_line_names(tmp_path: Pat
         return add(request_id, prompt, params, lora_request)
 
     inside.add_request = seen
-    able = replace(EMBEDDER, accepts_any_name=True, abilities=Abilities(adapters=("poet",), embeds=True))
+    able = replace(EMBEDDER, accepts_any_name=True, abilities=Abilities(adapters=("poet",), urls=(EMBEDDINGS_URL,)))
     run_vllm(engine, source, target, served=able)
     assert sorted(adapters, key=str) == ["/adapters/poet", None]
     assert {row["custom_id"]: row["response"]["body"]["model"] for row in read_rows(target)} == {

@@ -17,6 +17,7 @@ from vllm_real_cases import SPEC, model, pytestmark
 
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
+from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
 from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import remote_cost
 from blendserve.engines.vllm.api import InstalledVllm, is_cpu_build, is_tested
@@ -87,7 +88,9 @@ def run(
 ) -> JobReport:
     source = target.with_suffix(".in.jsonl")
     source.write_text("\n".join(lines))
-    abilities = Abilities(adapters=adapters, structures=not engine.embeds, embeds=engine.embeds)
+    abilities = Abilities(
+        adapters=adapters, structures=not engine.embeds, urls=(EMBEDDINGS_URL,) if engine.embeds else TEXT_URLS
+    )
     served = ServedModel(("tiny",), vocab_size=SPEC.vocab_size, max_model_len=CONTEXT, abilities=abilities)
     codec = VllmCodec(load_tokenizer(ModelFiles("tiny", model)), {}, CONTEXT)
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blendserve.dialect.schema import Url
 from blendserve.engines.http.client import MAX_RESPONSE_BYTES, ApiKey, HttpClient, NoReplyError, ServerAddress
 from blendserve.engines.http.clock import Clock, SystemClock
 from blendserve.engines.http.inflight import HttpInflight
@@ -226,7 +225,7 @@ class _Dispatch:
         self._num_postponed += 1
         self._make_room(index, 0)
 
-    async def _ask(self, client: HttpClient, url: Url, body: bytes) -> Answer | Failure | Stop:
+    async def _ask(self, client: HttpClient, url: str, body: bytes) -> Answer | Failure | Stop:
         self._engine.stats.num_sent += 1
         try:
             return judge(await client.post(url, body), self._clock.wall())

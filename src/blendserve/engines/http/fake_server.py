@@ -202,12 +202,23 @@ class FakeServer:
         return _response(status, _error(f"injected: {fault}", status), *extra)
 
 
+_OTHER_ENDPOINTS = {
+    "/v1/embeddings": "data",
+    "/v1/responses": "output",
+    "/v1/moderations": "results",
+    "/v1/rerank": "results",
+    "/v1/score": "data",
+}
+
+
 def answer(path: str, body: bytes, refused_status: int = 400) -> tuple[int, bytes]:
     """Status and content for one body: words that depend on it alone, `n` choices, and their usage."""
     try:
         request = json.loads(body)
     except ValueError:
         return 400, _error("no JSON", 400)
+    if path in _OTHER_ENDPOINTS:
+        return 200, json.dumps(_other_answer(path, body)).encode()
     if path not in ("/v1/chat/completions", "/v1/completions"):
         return 404, _error(f"no endpoint {path}", 404)
     is_chat = path.endswith("chat/completions")
@@ -234,6 +245,15 @@ def answer(path: str, body: bytes, refused_status: int = 400) -> tuple[int, byte
             },
         }
     ).encode()
+
+
+def _other_answer(path: str, body: bytes) -> dict[str, Any]:
+    """One result, in the field in which such an endpoint has them, and what it counts."""
+    result = {"index": 0, "id": blake2b(body, digest_size=16).hexdigest()}
+    return {
+        _OTHER_ENDPOINTS[path]: [result],
+        "usage": {"prompt_tokens": len(body) // 4, "total_tokens": len(body) // 4},
+    }
 
 
 def _choice(index: int, is_chat: bool, digest: bytes, num_tokens: int) -> dict[str, Any]:

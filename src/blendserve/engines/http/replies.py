@@ -105,6 +105,10 @@ def parse_retry_after(value: str | None, wall_s: float) -> float | None:
     return max(seconds, 0.0) if seconds < float("inf") else None
 
 
+_RESULTS = ("choices", "data", "output", "results")
+"""Where servers put answers: text; embeddings, scores and images; /v1/responses; rerank and moderations."""
+
+
 def _judge_success(reply: Reply) -> Answer | Failure:
     content_type = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
@@ -113,13 +117,14 @@ def _judge_success(reply: Reply) -> Answer | Failure:
         body = reply.json()
     except (ValueError, RecursionError) as error:
         return _invalid(f"HTTP 200 with a body that is not valid JSON: {error}")
-    if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or not body["choices"]:
-        return _invalid("HTTP 200 with JSON that has no choices")
+    if not isinstance(body, dict) or not any(isinstance(body.get(name), list) and body[name] for name in _RESULTS):
+        return _invalid(f"HTTP 200 with JSON that has none of {', '.join(_RESULTS)}")
     usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
-    details = usage.get("prompt_tokens_details")
+    details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
+    num_output = _count(usage, "completion_tokens") or _count(usage, "output_tokens") or 0
     return Answer(
-        ServerResponse(200, body, reply.headers.get("x-request-id"), _count(usage, "completion_tokens") or 0),
-        _count(usage, "prompt_tokens"),
+        ServerResponse(200, body, reply.headers.get("x-request-id"), num_output),
+        _count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
         (_count(details, "cached_tokens") or 0) if isinstance(details, dict) else 0,
     )
 

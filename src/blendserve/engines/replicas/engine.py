@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blendserve.dialect.responses import Codec
+from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.schema import ServedModel
 from blendserve.engines.base import Engine, EngineStatus, EngineTimes, Notify
 from blendserve.engines.replicas.cluster import ReplicaShape, import_ray

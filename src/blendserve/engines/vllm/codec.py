@@ -10,7 +10,7 @@ import numpy as np
 
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.images import Picture
-from blendserve.dialect.schema import Message
+from blendserve.dialect.prompts import Message
 from blendserve.engines.vllm.cost import picture_tokens
 from blendserve.errors import RequestError
 from blendserve.models.tokenizer import Tokenizer

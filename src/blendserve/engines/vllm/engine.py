@@ -11,6 +11,7 @@ from typing import Any
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
+from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
 from blendserve.engine.stats import RunStats
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify
 from blendserve.engines.settings import VllmSettings
@@ -68,8 +69,8 @@ class VllmEngine:
                 adapters=tuple(sorted(settings.adapters)),
                 structures=not embeds,
                 sees="vision_config" in config,
-                embeds=embeds,
                 image_domains=tuple(domain.lower() for domain in settings.image_domains),
+                urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
             ),
         )
         self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)

@@ -1,0 +1,34 @@
+"""/v1/embeddings: one request for each input; it generates nothing, which planning sees as one token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody
+from blendserve.dialect.extras import Abilities, read_embedding_extras
+from blendserve.dialect.prompts import read_prompts
+from blendserve.dialect.urls import EMBEDDINGS_URL
+from blendserve.request import SamplingParams
+
+
+def _read(body: Mapping[str, Any], _: Abilities) -> ReadBody:
+    extras = read_embedding_extras(body)
+    return ReadBody(read_prompts("input", body), SamplingParams(max_tokens=1, ignore_eos=True), extras)
+
+
+def _choice_body(choice: Choice) -> dict[str, Any]:
+    return {"object": "embedding", "index": choice.choice, "embedding": choice.output.embedding}
+
+
+def _body(answered: AnsweredLine) -> dict[str, Any]:
+    num_tokens = sum(choice.num_prompt_tokens for choice in answered.choices)
+    return {
+        "object": "list",
+        "data": [choice.body for choice in answered.choices],
+        "model": answered.model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+
+
+EMBEDDINGS = Endpoint(EMBEDDINGS_URL, "input", _read, _choice_body, _body)
