@@ -106,19 +106,20 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ServerResponse:
-    """What a remote server answered to a whole line: its status and JSON body, kept as they came.
+    """What a remote server answered to a whole line: its status and JSON body, kept as they came. The body is mostly an
+    object.
 
     `request_id` is the server's own, where it gave one. Units: tokens, as the server counts them.
     """
 
     status_code: int
-    body: Mapping[str, Any]
+    body: Any
     request_id: str | None = None
     num_output_tokens: int = 0
 
     @property
     def is_success(self) -> bool:
-        return self.status_code == 200
+        return 200 <= self.status_code < 300
 
 
 @dataclass(frozen=True, slots=True)

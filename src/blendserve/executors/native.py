@@ -82,8 +82,8 @@ class NativeExecutor:
     """Runs steps on this machine's CPU. `config` gives the largest step, the longest sequence, the threads and the
     precisions of weights and of KV; `isa` is "auto" or a name that `_native.is_supported` accepts.
 
-    `overlap_cost` tells steps in which overlap pays where `config.overlap` is "auto": none where it is None. `bad_words`
-    gives the token sequences of words.
+    `overlap_cost` tells steps in which overlap pays where `config.overlap` is "auto": none where it is None.
+    `bad_words` gives the token sequences of words.
 
     `compute_s` and `memory_s` of a step are its work at the rates of `peaks`: all arithmetic of matrix products and
     attention, and what has to come from memory (weights once, KV once per sequence or shared prefix). Over its

@@ -1,8 +1,8 @@
 """How a token is chosen from a row of logits: the rule that every executor with real logits follows.
 
-In this order: allowed tokens only; no bad word completed; logit bias; no end token before `min_tokens`; repetition, then frequency and presence penalties; at
-temperature 0 the largest logit wins (the lowest id among equals). Otherwise logits / temperature are filtered by min_p,
-top_k and top_p and the token is drawn by inverse CDF in token-id order with
+In this order: only allowed tokens; no bad word completed; logit bias; no end token before `min_tokens`; repetition,
+then frequency and presence penalties; at temperature 0 the largest logit wins (the lowest id among equals). Otherwise
+logits / temperature are filtered by min_p, top_k and top_p and the token is drawn by inverse CDF in token-id order with
 u = (word 0 of Philox4x32-10, key = seed, counter = output position) >> 8, times 2^-24.
 So a token depends on its request's seed, its position and the logits, never on the batch. csrc/ops/sample is its twin.
 """

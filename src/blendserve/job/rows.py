@@ -83,8 +83,9 @@ class RowAssembler:
             raise ExecutorError(f"the engine ended request {number} twice; this is a bug, please report it")
         line = self._store.line(row)
         if output.response is not None:
-            kind = RecordKind.OUTPUT_ROW if output.response.is_success else RecordKind.ERROR_ROW
-            self._finish(row, line, kind, served_row(line, output.response))
+            kind = RecordKind.ERROR_ROW if output.finish_reason == "error" else RecordKind.OUTPUT_ROW
+            problem = output.error if output.response.is_success else None
+            self._finish(row, line, kind, served_row(line, output.response, problem))
             return
         if output.finish_reason == "error":
             error = output.error or ExecutorError("the engine gave no reason")
