@@ -30,7 +30,7 @@ void Head::sample(std::span<const HeadRow> rows, Sample* samples, OpSeconds& op_
       const std::span<float> logits = {workspace_.logits() + i * shape_.vocab_size,
                                        static_cast<size_t>(shape_.vocab_size)};
       samples[begin + static_cast<size_t>(i)] =
-          sample_row(isa_, logits, *row.params, row.tokens, scratch_[static_cast<size_t>(worker)]);
+          sample_row(isa_, logits, *row.params, row.tokens, scratch_[static_cast<size_t>(worker)], row.mask);
     });
   }
 }

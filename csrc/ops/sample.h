@@ -1,5 +1,5 @@
 // Choosing the next token of one sequence from its logits; executors/sampling.py is the specification. In this order:
-// raw log probabilities; allowed tokens, bad words, bias, banned tokens, penalties; greedy, or temperature, min_p,
+// mask; raw log probabilities; allowed tokens, bad words, bias, banned tokens, penalties; greedy, or temperature, min_p,
 // top_k, top_p and one draw by inverse CDF in token order. Depends on the logits, the parameters, the sequence's tokens
 // and its seed, on nothing else.
 #pragma once
@@ -66,9 +66,14 @@ struct Sample {
   std::vector<TokenLogit> top;  // log probabilities, best first
 };
 
-// Samples the token after `tokens`, prompt and output so far. Mutates: `logits`.
+// Tokens of a mask's word.
+inline constexpr int64_t kMaskBits = 32;
+
+// Samples the token after `tokens`, prompt and output so far. `mask` is null where every token may come; else bit
+// token % kMaskBits of word token / kMaskBits says which may. Where bias, bans and penalties leave none of them, it is
+// the first that the mask has. Mutates: `logits`.
 Sample sample_row(Isa isa, std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
-                  SampleScratch& scratch);
+                  SampleScratch& scratch, const int32_t* mask = nullptr);
 
 // Philox4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key.
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);

@@ -17,6 +17,29 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
+class StructuredOutputs:
+    """What an answer must look like: exactly one of the first six. Names are those of vLLM's offline API, but `lark`.
+
+    - `json`: a JSON schema as text (`dialect.structured.checked` also takes an object).
+    - `json_object`: some JSON object.
+    - `regex`: a regular expression for the whole answer.
+    - `choice`: one of these texts.
+    - `grammar`: a context-free grammar, in Lark's or GBNF's notation; which one is seen from the text.
+    - `lark`: a grammar in llguidance's own dialect of Lark, taken as it is.
+    - `after`: the grammar begins behind the first occurrence of this text. What is before it is free, and so is an
+      answer in which it never occurs (default: empty, the grammar holds from the first token on).
+    """
+
+    json: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
+    lark: str | None = None
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen. Names and defaults are those of vLLM's offline API.
 
@@ -43,6 +66,7 @@ class SamplingParams:
     - `truncate_prompt_tokens`: keep only so many tokens of the prompt, its last ones; -1: as many as the context holds
       beside one token of answer. None, the default, keeps all.
     - `detokenize`: false gives token ids and no text (default: true).
+    - `structured_outputs`: what the answer must look like (default: free text).
     """
 
     max_tokens: int | None = 16
@@ -68,6 +92,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     detokenize: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +152,9 @@ class SequenceOutput:
     """What the engine yields when the sequence of `Request.index` has ended.
 
     `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled;
-    there are none where a remote server gave the `response`. `embedding` is the vector of a request for one, as numbers
-    or, where base64 was asked for, as text.
+    `has_stop_token` is false where a complete grammar ended the sequence without one. There are none where a remote
+    server gave the `response`. `embedding` is the vector of a request for one, as numbers or, where base64 was asked
+    for, as text.
     """
 
     index: int
@@ -141,6 +167,7 @@ class SequenceOutput:
     error: Exception | None = None
     response: ServerResponse | None = None
     embedding: tuple[float, ...] | str | None = None
+    has_stop_token: bool = True
 
     @property
     def num_output_tokens(self) -> int:

@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody, text_usage
-from blendserve.dialect.extras import Abilities, Extras, take_structure
+from blendserve.dialect.extras import Abilities, Extras
 from blendserve.dialect.logprobs import chat_logprobs, logprobs_of_text
 from blendserve.dialect.messages import read_conversation
 from blendserve.dialect.parameters import read_chat_parameters
+from blendserve.dialect.structured import take_structure, with_structure
 from blendserve.dialect.urls import CHAT_URL
 
 
 def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
-    structure: Mapping[str, Any] | None = None
-    if abilities.structures:
-        body, structure = take_structure(body)
+    body, structure = take_structure(body)
     messages, has_pictures = read_conversation(body, abilities)
     conversation: tuple[Mapping[str, Any], ...] = ()
     if has_pictures:
         conversation = tuple(
             {**given, "role": read["role"]} for given, read in zip(body["messages"], messages, strict=True)
         )
-    return ReadBody((messages,), read_chat_parameters(body), Extras(structure=structure, messages=conversation))
+    sampling = with_structure(read_chat_parameters(body), structure, is_checked=abilities.checks_grammars)
+    return ReadBody((messages,), sampling, Extras(messages=conversation))
 
 
 def _choice_body(choice: Choice) -> dict[str, Any]:

@@ -50,7 +50,14 @@ class ModelCodec:
                 outcomes[at] = outcome
 
     def text_of(self, output: SequenceOutput, sampling: SamplingParams) -> str:
-        return text_of(self._tokenizer, output.token_ids, output.finish_reason, output.stop_reason, sampling)
+        return text_of(
+            self._tokenizer,
+            output.token_ids,
+            output.finish_reason,
+            output.stop_reason,
+            sampling,
+            has_stop_token=output.has_stop_token,
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)

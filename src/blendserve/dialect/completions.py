@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody, text_usage
-from blendserve.dialect.extras import Abilities, Extras, take_structure
+from blendserve.dialect.extras import Abilities
 from blendserve.dialect.logprobs import completion_logprobs, logprobs_of_text
 from blendserve.dialect.parameters import read_completion_parameters
 from blendserve.dialect.prompts import read_prompts
+from blendserve.dialect.structured import take_structure, with_structure
 from blendserve.dialect.urls import COMPLETIONS_URL
 
 
 def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
-    structure: Mapping[str, Any] | None = None
-    if abilities.structures:
-        body, structure = take_structure(body)
+    body, structure = take_structure(body)
     prompts = read_prompts("prompt", body)
-    return ReadBody(prompts, read_completion_parameters(body), Extras(structure=structure))
+    sampling = with_structure(read_completion_parameters(body), structure, is_checked=abilities.checks_grammars)
+    return ReadBody(prompts, sampling)
 
 
 def _choice_body(choice: Choice) -> dict[str, Any]:

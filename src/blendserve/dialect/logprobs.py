@@ -14,7 +14,8 @@ LOWEST_LOGPROB = -9999.0
 
 def logprobs_of_text(output: SequenceOutput, sampling: SamplingParams) -> Sequence[TokenLogprob]:
     """Those of the tokens that the answer's text holds: a final stop token is no part of it, unless that was asked."""
-    ends_in_stop_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
+    is_stopped = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
+    ends_in_stop_token = is_stopped and output.has_stop_token
     is_left_out = ends_in_stop_token and not sampling.include_stop_str_in_output
     return output.logprobs[:-1] if is_left_out else output.logprobs
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -239,7 +239,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "stream": (False,),
     "best_of": (1,),
     "echo": (False,),
-    "response_format": ({"type": "text"},),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
@@ -299,13 +298,17 @@ def read_completion_parameters(body: Mapping[str, Any]) -> SamplingParams:
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
-    """Hold parameters that came from Python against the rules of a request body.
+    """Hold parameters that came from Python against the rules of a request body; `structured_outputs` is left as it is.
 
     Returns: them as a body would give them (lists as tuples, one stop string as a tuple of one). Raises: RequestError.
     """
-    given = {field.name: _as_json(getattr(params, field.name)) for field in fields(SamplingParams)}
+    given = {
+        field.name: _as_json(getattr(params, field.name))
+        for field in fields(SamplingParams)
+        if field.name != "structured_outputs"
+    }
     values = {name: _PYTHON_READERS[name](name, value) for name, value in given.items() if value is not None}
-    checked = _build(values, default_max_tokens=None)
+    checked = replace(_build(values, default_max_tokens=None), structured_outputs=params.structured_outputs)
     check_vocabulary(checked, vocab_size)
     return checked
 
@@ -318,13 +321,12 @@ def _as_json(value: Any) -> Any:
     return [_as_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def kept_tokens(token_ids: Tokens, params: SamplingParams, max_model_len: int) -> Tokens:
-    """The end of a prompt that `truncate_prompt_tokens` keeps. -1 keeps what the context holds beside the answer;
-    `max_model_len=0`: the context is not known.
+def kept_tokens(token_ids: Tokens, num_kept: int | None, max_tokens: int | None, max_model_len: int) -> Tokens:
+    """The end of a prompt that `truncate_prompt_tokens` keeps, all where it is None. -1 keeps what the context holds
+    beside `max_tokens` of answer; `max_model_len=0`: the context is not known.
     """
-    num_kept = params.truncate_prompt_tokens
     if num_kept == -1:
-        num_kept = max(1, max_model_len - (params.max_tokens or 1)) if max_model_len else None
+        num_kept = max(1, max_model_len - (max_tokens or 1)) if max_model_len else None
     return token_ids if num_kept is None else token_ids[-num_kept:]  # type: ignore[return-value]
 
 

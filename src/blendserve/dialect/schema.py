@@ -15,12 +15,14 @@ from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import TEXT_ONLY, Abilities
 from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary, reject, shown
 from blendserve.dialect.prompts import Prompt
+from blendserve.dialect.structured import STRUCTURE_FIELDS
 from blendserve.dialect.urls import CHAT_URL, canonical_url
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
 MAX_URL_CHARACTERS = 1000
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[\w.~-]+)+", re.ASCII)
+_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body"}) - {"metadata"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class BatchLine:
 
 def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLine:
     """Validate one JSON value. Raises: RequestError with code, param and status."""
-    custom_id, url, body = read_envelope(value, served.urls)
+    custom_id, url, given = read_envelope(value, served.urls)
+    body = with_extra_body(given)
     model = _read_model(body, served)
     read = ENDPOINTS[url].read(body, served.abilities)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
@@ -80,6 +83,26 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line
+
+
+def with_extra_body(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A body with what stands in its `extra_body`: clients write parameters there, and send them beside the others.
+
+    Raises: RequestError where it is no object, or names what the body names too.
+    """
+    extra = body.get("extra_body")
+    if extra is None:
+        return body if "extra_body" not in body else {name: body[name] for name in body if name != "extra_body"}
+    if not isinstance(extra, dict):
+        reject("extra_body", extra, "an object", code="invalid_type")
+    for name in extra:
+        if name in body:
+            raise RequestError(
+                f"{name[:100]} stands in the body and in extra_body; give it once",
+                code="invalid_value",
+                param=f"extra_body.{name[:100]}",
+            )
+    return {**{name: value for name, value in body.items() if name != "extra_body"}, **extra}
 
 
 def _adapter_of(model: str | None, abilities: Abilities) -> str | None:
@@ -129,7 +152,7 @@ def _read_custom_id(value: Mapping[str, Any]) -> str:
 def _check_no_misplaced(value: Mapping[str, Any]) -> None:
     if len(value) > 4:
         for name in value:
-            if name in BODY_FIELDS and name != "metadata":
+            if name in _MISPLACED_FIELDS:
                 raise _line_error("unknown_parameter", f"{name} stands outside the body; move it into the body", name)
 
 

@@ -17,7 +17,7 @@ from blendserve.config import BLOCK_SIZE, KvDtype
 from blendserve.engine.step import Int32s, StepPlan, StepResult
 from blendserve.errors import ConfigError
 from blendserve.executors.int8_kv import CHUNK_TOKENS, Int8KvCache, attend_by_floats, attend_by_integers
-from blendserve.executors.sampling import BadWordLookup, no_bad_words, sample, token_logprob
+from blendserve.executors.sampling import BadWordLookup, masked, no_bad_words, sample, token_logprob
 from blendserve.models.int8 import Int8Rows, int8_activations, int8_product, int8_weights
 from blendserve.models.rope import inverse_frequencies
 from blendserve.models.spec import ModelSpec
@@ -244,6 +244,7 @@ class ReferenceExecutor:
         started = time.perf_counter()
         tokens: list[int] = []
         logprobs: dict[int, TokenLogprob] = {}
+        masks, words = plan.masks, None if plan.masks is None else plan.masks.words()
         for entry, slot in enumerate(plan.slots.tolist()):
             begin = int(plan.num_computed_tokens[entry])
             end = begin + int(plan.num_scheduled_tokens[entry])
@@ -253,9 +254,11 @@ class ReferenceExecutor:
                 continue
             request = self._request_by_slot[slot]
             logits = self._model.logits(hidden[-1:])[0]
-            words = self._bad_words(request.sampling.bad_words)
+            if masks is not None and words is not None and masks.row_of[len(tokens)] >= 0:
+                logits = masked(logits, words[masks.row_of[len(tokens)]])
+            bad_words = self._bad_words(request.sampling.bad_words)
             output_ids = plan.token_ids[slot, request.num_prompt_tokens : end]
-            token = sample(logits, request, output_ids, self.eos_token_ids, words)
+            token = sample(logits, request, output_ids, self.eos_token_ids, bad_words)
             if request.sampling.logprobs is not None:
                 logprobs[len(tokens)] = token_logprob(logits, token, request.sampling.logprobs)
             tokens.append(token)

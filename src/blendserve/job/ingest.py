@@ -95,7 +95,9 @@ def _checked(
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
             return RequestError(token_ids.message, code=token_ids.code, param=token_ids.param or param)
-        token_ids = kept_tokens(token_ids, line.sampling, max_model_len)
+        token_ids = kept_tokens(
+            token_ids, line.sampling.truncate_prompt_tokens, line.sampling.max_tokens, max_model_len
+        )
         if not len(token_ids):
             return RequestError(
                 f"{param or 'the prompt'} is empty: it comes to no token; write at least one word",

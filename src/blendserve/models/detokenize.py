@@ -72,6 +72,8 @@ def text_of(
     finish_reason: FinishReason,
     stop_reason: int | str | None,
     sampling: SamplingParams,
+    *,
+    has_stop_token: bool = True,
 ) -> str:
     """Text of a finished sequence, as its parameters want it: by default without special tokens, its stop token, or its
     stop string and what follows it. A character that the end cut is left out.
@@ -79,7 +81,7 @@ def text_of(
     if not sampling.detokenize:
         return ""
     skips, includes = sampling.skip_special_tokens, sampling.include_stop_str_in_output
-    if finish_reason != "stop" or not len(token_ids):
+    if finish_reason != "stop" or not has_stop_token or not len(token_ids):
         return _whole_text(tokenizer, token_ids, skips)
     if not isinstance(stop_reason, str):
         return _whole_text(tokenizer, token_ids if includes else token_ids[:-1], skips)

@@ -5,33 +5,51 @@ Batch files add a journal around the same engine (`job`); everything else betwee
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice, repeat, zip_longest
+from dataclasses import replace
+from itertools import chain, islice
 from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
+from typing import Any, NamedTuple, Self
 
 from blendserve.calibration.first_run import expected_work_s
-from blendserve.config import Dtype, EngineConfig, KvDtype
+from blendserve.config import EngineConfig
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
-from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
-from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
-from blendserve.engines.native.loop import calibrate_executor, open_executor
-from blendserve.errors import ConfigError, ExecutorError, RequestError
+from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
+from blendserve.errors import ConfigError, ExecutorError
 from blendserve.host import cache_dir
-from blendserve.models.detokenize import StopChecker
 from blendserve.models.hub import resolve
-from blendserve.models.load import load_model
+from blendserve.models.load import load_model, load_tokenizer
 from blendserve.offline.assembler import OutputAssembler
+from blendserve.offline.options import dtype_of, kv_dtype_of, read_options
 from blendserve.offline.outputs import RequestOutput
+from blendserve.offline.progress import ProgressBar, UseTqdm
+from blendserve.offline.prompts import (
+    Conversation,
+    Encoded,
+    Message,
+    Prompt,
+    TokenizationOptions,
+    are_listed,
+    encode_prompts,
+    is_conversation,
+    listed_conversations,
+    listed_params,
+    listed_prompts,
+    paired,
+    read_tokenization,
+    refuse_lora,
+    truncated,
+)
+from blendserve.offline.tokenizer import LLMTokenizer
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
@@ -39,15 +57,20 @@ from blendserve.planner.sorting import flatten
 from blendserve.planner.table import request_table
 from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
-from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
-
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
-Encoded = tuple[str | None, TokenIds | RequestError]
+from blendserve.request import Request, SamplingParams, SequenceOutput
 
 DEFAULT_WINDOW = 4096
 """Prompts that a stream reads and plans at a time: enough to find what they share, few enough to begin soon."""
+
+
+_Params = SamplingParams | Iterable[SamplingParams] | None
+
+
+class Asked(NamedTuple):
+    """How the prompts of one call are read."""
+
+    are_chats: bool = False
+    tokenization: TokenizationOptions = TokenizationOptions()
 
 
 class LLM:
@@ -55,12 +78,18 @@ class LLM:
 
     - `model`: a directory with config.json and safetensors, a .gguf file, a hub id (owner/name), or a name from
       `blendserve models`. None: the default model, SmolLM2-135M-Instruct.
+    - `revision`: commit, tag or branch of a hub model. None: the newest.
+    - `tokenizer`: another model whose tokenizer is used. None: the model's own.
     - `policy`: the order in which requests run (default: "blend").
-    - `kv_memory_bytes`, `max_model_len`, `num_threads`: 0, the default, decides from the machine and the model.
+    - `kv_memory_bytes`, `max_model_len`, `num_threads`: 0 or None decides from the machine and the model (default).
     - `max_num_seqs`: most requests that run at once (default: 256).
     - `max_num_batched_tokens`: most tokens in one step, which is one forward pass (default: 2048).
-    - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`.
+    - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`. vLLM's "auto" and
+      "bfloat16" are "bf16".
     - `seed`: for requests that are sampled and give no seed of their own (default: 0).
+    - `options`: other options of vLLM's `LLM`. `kv_cache_memory_bytes` and `kv_cache_dtype` are `kv_memory_bytes` and
+      `kv_dtype`. Those that change no answer, such as `gpu_memory_utilization`, have no effect: `notes` and a warning
+      name them. Those that would change answers are refused.
 
     Answers depend on the request, the model, `dtype`, `kv_dtype` and `isa`. A sampled request without a seed of its
     own also depends on `seed` and on its place in the list. Nothing else changes answers.
@@ -73,66 +102,97 @@ class LLM:
         model: str | None = None,
         *,
         policy: str = "blend",
-        kv_memory_bytes: int = 0,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        max_model_len: int = 0,
-        num_threads: int = 0,
-        enable_prefix_caching: bool = True,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        kv_memory_bytes: int | None = 0,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = 0,
+        num_threads: int | None = 0,
+        enable_prefix_caching: bool | None = None,
         overlap: str = "auto",
-        dtype: Dtype = "bf16",
-        kv_dtype: KvDtype = "bf16",
+        dtype: str = "bf16",
+        kv_dtype: str = "bf16",
         isa: str = "auto",
-        seed: int = 0,
+        seed: int | None = 0,
+        **options: Any,
     ) -> None:
         if policy not in POLICY_NAMES:
             raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")
+        memory = options.pop("kv_cache_memory_bytes", None) or kv_memory_bytes
+        kv_dtype = options.pop("kv_cache_dtype", None) or kv_dtype
+        note = read_options(options, known=tuple(inspect.signature(LLM).parameters))
         config = EngineConfig(
-            kv_memory_bytes=kv_memory_bytes,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            num_threads=num_threads,
-            enable_prefix_caching=enable_prefix_caching,
+            kv_memory_bytes=memory or 0,
+            max_num_seqs=256 if max_num_seqs is None else max_num_seqs,
+            max_num_batched_tokens=2048 if max_num_batched_tokens is None else max_num_batched_tokens,
+            max_model_len=max_model_len or 0,
+            num_threads=num_threads or 0,
+            enable_prefix_caching=enable_prefix_caching is not False,
             overlap=overlap,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
+            dtype=dtype_of(dtype),
+            kv_dtype=kv_dtype_of(kv_dtype),
         )
-        self.model = load_model(resolve(model, cache_dir()))
+        self.model = load_model(resolve(model, cache_dir(), revision=revision))
+        if tokenizer is not None and tokenizer != model:
+            self.model = replace(self.model, tokenizer=load_tokenizer(resolve(tokenizer, cache_dir())))
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
-        self.seed = seed
-        self.notes: tuple[str, ...] = ()
+        self.seed = seed or 0
+        self.notes: tuple[str, ...] = () if note is None else (note,)
         """Sentences that the user should read, such as why a calibration was not used."""
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
         self._measured: Calibration | None = None
-        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, kv_dtype, overlap=overlap)
+        self._cost = cost_of(
+            self.model.spec, self.config.num_threads, self._note, config.dtype, config.kv_dtype, overlap=overlap
+        )
         self._executor = open_executor(self.model, self.config, isa=isa)
-        self._engine = EngineLoop(self._executor, self.config, stop_checker=StopChecker(self.model.tokenizer))
+        self._engine = open_loop(self.model, self.config, self._executor)
         self._is_closed = False
         self._lock = threading.RLock()
         self._owner = os.getpid()
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] | None = None,
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        prompt_token_ids: Any = None,
     ) -> list[RequestOutput]:
-        """Answer prompts. Each is a text or a list of token ids; outputs are in the order of the prompts.
+        """Answer prompts, in the shapes of vLLM: a text, a list of token ids, `{"prompt": text}`,
+        `{"prompt_token_ids": ids}`, or a list of those. Outputs are in the order of the prompts.
 
-        `sampling_params`: one for all prompts, or one per prompt. None: `SamplingParams()`. A prompt that cannot be
-        answered (it is too long, or a parameter is out of range) comes back with `error` set; the others are answered.
-        A generator of prompts is read a window at a time, as `stream` does.
+        - `sampling_params`: one for all prompts, or one per prompt. None: `get_default_sampling_params()`.
+        - `use_tqdm`: show a progress bar on standard error (default: true); or what makes the bar.
+        - `tokenization_kwargs`: `add_special_tokens` and `truncate_prompt_tokens` for all prompts.
+        - `prompt_token_ids`: prompts as token ids, as older versions of vLLM take them; `prompts` is left out then.
+        - `priority` has no effect on answers. `lora_request` is refused: this engine has no adapters.
+
+        A prompt that cannot be answered (it is too long, or a parameter is out of range) comes back with `error` set;
+        the others are answered. A generator of prompts is read a window at a time, as `stream` does.
         Raises: ConfigError when the numbers of prompts and parameters differ, or after `close`.
         """
-        if not isinstance(prompts, str | Sequence | np.ndarray):
-            return _in_order(self.stream(prompts, sampling_params))
-        listed = _listed_prompts(prompts)  # type: ignore[arg-type]  # a generator is none of these
-        return self._answer(self._encode(listed), _listed_params(sampling_params, len(listed)))
+        refuse_lora(lora_request)
+        del priority  # the planner orders the work
+        if (prompts is None) == (prompt_token_ids is None):
+            raise ConfigError("give prompts: texts, token ids, or a list of those")
+        asked = Asked(tokenization=read_tokenization(tokenization_kwargs))
+        given: Any = prompts if prompt_token_ids is None else prompt_token_ids
+        if not are_listed(given):
+            return self._read_all(given, sampling_params, asked, use_tqdm)
+        return self._answer(listed_prompts(given), sampling_params, asked, use_tqdm)
 
     def chat(
         self,
-        messages: Conversation | Iterable[Conversation],
+        messages: Message | Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: Any = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several. The model's chat template makes the prompts.
 
@@ -140,10 +200,11 @@ class LLM:
         generator of conversations is read a window at a time, as `stream` does.
         Raises: ConfigError when the model has no chat template, or after `close`.
         """
-        if not isinstance(messages, Sequence):
-            return _in_order(self.stream(messages, sampling_params))
-        listed = _listed_conversations(messages)
-        return self._answer(self._encode(listed, are_chats=True), _listed_params(sampling_params, len(listed)))
+        refuse_lora(lora_request)
+        asked = Asked(are_chats=True)
+        if not are_listed(messages):
+            return self._read_all(messages, sampling_params, asked, use_tqdm)
+        return self._answer(listed_conversations(messages), sampling_params, asked, use_tqdm)
 
     def stream(
         self,
@@ -163,7 +224,15 @@ class LLM:
         if window < 1:
             raise ConfigError(f"window is {window}; it must be at least 1 prompt")
         self._check_open()
-        return self._stream(_paired(prompts, sampling_params), window)
+        return self._stream(paired(prompts, self._defaulted(sampling_params)), window, Asked())
+
+    def get_tokenizer(self) -> LLMTokenizer:
+        """The model's tokenizer, with the methods of transformers' tokenizers that prompts are made with."""
+        return LLMTokenizer(self.model.tokenizer)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without parameters takes."""
+        return SamplingParams()
 
     @property
     def stats(self) -> RunStats:
@@ -228,34 +297,30 @@ class LLM:
             self._check_open()
             yield
 
-    def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
+    def _encode(self, prompts: Sequence[Prompt | Conversation], asked: Asked) -> list[Encoded]:
         """Text and token ids of every prompt, or why it has none."""
-        tokenizer = self.model.tokenizer
-        chats = [prompt for prompt in prompts if are_chats or _is_conversation(prompt)]
-        rendered = iter(tokenizer.render_each(chats) if chats else [])  # type: ignore[arg-type]
-        texts: list[tuple[str | RequestError | None, bool]] = []
-        for prompt in prompts:
-            is_chat = are_chats or _is_conversation(prompt)
-            texts.append((next(rendered) if is_chat else prompt if isinstance(prompt, str) else None, is_chat))
-        encoded = [
-            iter(
-                tokenizer.encode_each(
-                    [text for text, is_chat in texts if isinstance(text, str) and is_chat == of_kind],
-                    add_special_tokens=not of_kind,
-                    max_tokens=self.config.max_model_len,
-                )
+        tokenizer, max_model_len = self.model.tokenizer, self.config.max_model_len
+        is_chat = [asked.are_chats or is_conversation(prompt) for prompt in prompts]
+        chats = iter(self._encode_chats([prompt for prompt, is_one in zip(prompts, is_chat, strict=True) if is_one]))
+        others = iter(
+            encode_prompts(
+                [prompt for prompt, is_one in zip(prompts, is_chat, strict=True) if not is_one],
+                tokenizer,
+                vocab_size=self.model.spec.vocab_size,
+                max_model_len=max_model_len,
+                adds_special_tokens=asked.tokenization.add_special_tokens,
             )
-            for of_kind in (False, True)
-        ]
-        found: list[Encoded] = []
-        for (text, is_chat), prompt in zip(texts, prompts, strict=True):
-            if isinstance(text, str):
-                found.append((text, next(encoded[is_chat])))
-            elif isinstance(text, RequestError):
-                found.append((None, text))
-            else:
-                found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
-        return found
+        )
+        return [next(chats) if is_one else next(others) for is_one in is_chat]
+
+    def _encode_chats(self, chats: Sequence[Any]) -> list[Encoded]:
+        if not chats:
+            return []
+        tokenizer = self.model.tokenizer
+        rendered = tokenizer.render_each(chats)
+        texts = [text for text in rendered if isinstance(text, str)]
+        encoded = iter(tokenizer.encode_each(texts, False, self.config.max_model_len))
+        return [Encoded(text, next(encoded)) if isinstance(text, str) else Encoded(None, text) for text in rendered]
 
     def _assembler(self) -> OutputAssembler:
         return OutputAssembler(
@@ -265,29 +330,68 @@ class LLM:
             seed=self.seed,
         )
 
-    def _answer(self, encoded: Sequence[Encoded], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    def _answer(
+        self, prompts: Sequence[Prompt | Conversation], given: _Params, asked: Asked, use_tqdm: UseTqdm
+    ) -> list[RequestOutput]:
         """Plan all prompts together, run them, and return their outputs in order."""
         self._check_open()
         assembler = self._assembler()
         requests: list[Request] = []
-        for (text, token_ids), sampling in zip(encoded, params, strict=True):
+        params = listed_params(self._defaulted(given), len(prompts))
+        for (text, token_ids), sampling in self._kept(self._encode(prompts, asked), params, asked):
             requests += assembler.add(text, token_ids, sampling)
-        if requests:
-            prompts = flatten(request.prompt_token_ids for request in requests)
-            tree, table = PrefixTree.from_flat(prompts), _table(requests)
-            with self._turn():
-                self._calibrate(lambda: tree, table)
-                plan = make_plan(tree, table, self._cost, seed=self.seed)
-                for output in run_planned(self._engine, requests, plan, self.policy):
-                    assembler.apply(output)
-        return _in_order(assembler.take())
+        outputs, progress = assembler.take(), ProgressBar(use_tqdm, len(prompts))
+        progress.add(outputs)
+        try:
+            if requests:
+                outputs += self._run(requests, assembler, progress)
+        finally:
+            progress.close()
+        return _in_order(outputs)
+
+    def _run(
+        self, requests: Sequence[Request], assembler: OutputAssembler, progress: ProgressBar
+    ) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        tree = PrefixTree.from_flat(flatten(request.prompt_token_ids for request in requests))
+        table = _table(requests)
+        with self._turn():
+            self._calibrate(lambda: tree, table)
+            plan = make_plan(tree, table, self._cost, seed=self.seed)
+            for output in run_planned(self._engine, requests, plan, self.policy):
+                assembler.apply(output)
+                whole = assembler.take()
+                progress.add(whole)
+                outputs += whole
+        return outputs
+
+    def _read_all(self, prompts: Iterable[Any], given: _Params, asked: Asked, use_tqdm: UseTqdm) -> list[RequestOutput]:
+        """Answer prompts that are made one by one."""
+        progress, outputs = ProgressBar(use_tqdm, None), []
+        try:
+            for output in self._stream(paired(prompts, self._defaulted(given)), DEFAULT_WINDOW, asked):
+                outputs.append(output)
+                progress.add([output])
+        finally:
+            progress.close()
+        return _in_order(outputs)
+
+    def _defaulted(self, given: _Params) -> SamplingParams | Iterable[SamplingParams]:
+        return self.get_default_sampling_params() if given is None else given
+
+    def _kept(
+        self, encoded: Iterable[Encoded], params: Iterable[SamplingParams], asked: Asked
+    ) -> Iterator[tuple[Encoded, SamplingParams]]:
+        """Prompts cut where only their ends are wanted, each with its parameters."""
+        for one, sampling in zip(encoded, params, strict=True):
+            yield truncated(one, sampling, asked.tokenization, self.config.max_model_len), sampling
 
     def _stream(
-        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int
+        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int, asked: Asked
     ) -> Iterator[RequestOutput]:
         self._check_open()
         assembler = self._assembler()
-        windows = self._windows(pairs, window, assembler)
+        windows = self._windows(pairs, window, assembler, asked)
         if (first := next(windows, None)) is not None:
             prompts, table = first.prompts, first.table
             with self._turn():
@@ -314,11 +418,16 @@ class LLM:
             return next(outputs, None)
 
     def _windows(
-        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], size: int, assembler: OutputAssembler
+        self,
+        pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]],
+        size: int,
+        assembler: OutputAssembler,
+        asked: Asked,
     ) -> Iterator[Window]:
         while taken := list(islice(pairs, size)):
             requests: list[Request] = []
-            for (text, token_ids), (_, sampling) in zip(self._encode([p for p, _ in taken]), taken, strict=True):
+            encoded = self._encode([prompt for prompt, _ in taken], asked)
+            for (text, token_ids), sampling in self._kept(encoded, (sampling for _, sampling in taken), asked):
                 requests += assembler.add(text, token_ids, sampling)
             yield Window(flatten(request.prompt_token_ids for request in requests), _table(requests))
 
@@ -332,68 +441,3 @@ def _table(requests: Sequence[Request]) -> RequestTable:
 
 def _in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
     return sorted(outputs, key=lambda output: int(output.request_id))
-
-
-def _paired(
-    prompts: Iterable[Prompt | Conversation], params: SamplingParams | Iterable[SamplingParams] | None
-) -> Iterator[tuple[Prompt | Conversation, SamplingParams]]:
-    if params is None or isinstance(params, SamplingParams):
-        yield from zip(prompts, repeat(params or SamplingParams()))
-        return
-    missing = object()
-    for number, (prompt, sampling) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
-        if prompt is missing or sampling is missing:
-            few, more = ("prompts", "sampling parameters") if prompt is missing else ("sampling parameters", "prompts")
-            raise ConfigError(f"there are {number} {few} and more {more}; give one for all prompts, or one per prompt")
-        yield prompt, sampling  # type: ignore[misc]
-
-
-def _is_conversation(prompt: Prompt | Conversation) -> bool:
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-        return False
-    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if len(prompts) and all(isinstance(prompt, int | np.integer) for prompt in prompts):
-        return [prompts]  # type: ignore[list-item]  # one prompt, given as its token ids
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _listed_params(params: SamplingParams | Iterable[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    listed = list(params)
-    if len(listed) != count:
-        raise ConfigError(f"{len(listed)} sampling parameters for {count} prompts; give one for all or one per prompt")
-    return listed
-
-
-def _listed_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    if len(messages) and isinstance(messages[0], Mapping):
-        return [messages]  # type: ignore[list-item]
-    return list(messages)  # type: ignore[arg-type]
-
-
-def _token_ids(prompt: Prompt, vocab_size: int) -> TokenIds | RequestError:
-    """A prompt given as token ids; an error where it is anything else."""
-    try:
-        token_ids = np.asarray(prompt)
-    except ValueError:  # lists of different lengths
-        token_ids = np.zeros((0, 0))
-    if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
-        return RequestError(
-            f"the prompt is {shown(prompt)}; it must be a text or a list of token ids",
-            code="invalid_type",
-            param="prompt",
-        )
-    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-        return RequestError(
-            f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
-            f"{vocab_size - 1}",
-            code="invalid_token_id",
-            param="prompt",
-        )
-    return token_ids.astype(np.int32)
