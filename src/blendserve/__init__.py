@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.job.job import JobProgress, JobReport
     from blendserve.job.reader import ReadLimits
+    from blendserve.models.chat_settings import ChatSettings
     from blendserve.offline.batch import run_batch
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "ChatSettings",
     "CompletionOutput",
     "HttpSettings",
     "JobInterrupted",
@@ -38,6 +40,7 @@ _NAMES_BY_MODULE = {
     "blendserve.job.interrupts": ("JobInterrupted",),
     "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.job.reader": ("ReadLimits",),
+    "blendserve.models.chat_settings": ("ChatSettings",),
     "blendserve.offline.batch": ("run_batch",),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),

@@ -59,7 +59,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "max_tokens 0": (line("max_tokens 0", {**CHAT, "max_tokens": 0}), "invalid_value"),
     "empty messages": (line("empty messages", {"messages": []}), "invalid_type"),
-    "tools": (line("tools", {**CHAT, "tools": [{}]}), "unsupported_parameter"),
+    "tools": (line("tools", {**CHAT, "tools": [{}]}), "invalid_type"),
     "response_format": (line("format", {**CHAT, "response_format": {"type": "xml"}}), "invalid_value"),
     "schema": (line("schema", {**CHAT, "structured_outputs": {"json": {"not": {}}}}), "unsupported_schema"),
     "grammar": (line("grammar", {**CHAT, "guided_regex": "(a"}), "invalid_grammar"),

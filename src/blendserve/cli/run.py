@@ -12,7 +12,7 @@ from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_engine, add_engine_choice, add_replicas, add_watching, check_options
 from blendserve.cli.engine_settings import engine_settings
 from blendserve.cli.help import add_two_helps
-from blendserve.cli.options import add_model, add_reading, read_limits, say, tell
+from blendserve.cli.options import add_chat, add_model, add_reading, read_limits, say, tell
 from blendserve.engines.base import RunObserver
 from blendserve.planner.policies import POLICY_NAMES
 
@@ -53,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--quiet", action="store_true", help="show no progress (default: a progress line on standard error)"
     )
+    add_chat(parser)
     add_reading(parser)
     add_watching(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object (default: as text)")

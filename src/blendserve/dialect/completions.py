@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody, text_usage
@@ -10,15 +11,16 @@ from blendserve.dialect.extras import Abilities
 from blendserve.dialect.logprobs import completion_logprobs, logprobs_of_text
 from blendserve.dialect.parameters import read_completion_parameters
 from blendserve.dialect.prompts import read_prompts
-from blendserve.dialect.structured import take_structure, with_structure
+from blendserve.dialect.structured import take_structure
 from blendserve.dialect.urls import COMPLETIONS_URL
 
 
-def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
+def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:  # noqa: ARG001
     body, structure = take_structure(body)
-    prompts = read_prompts("prompt", body)
-    sampling = with_structure(read_completion_parameters(body), structure, is_checked=abilities.checks_grammars)
-    return ReadBody(prompts, sampling)
+    sampling = read_completion_parameters(body)
+    if structure is not None:
+        sampling = replace(sampling, structured_outputs=structure)
+    return ReadBody(read_prompts("prompt", body), sampling)
 
 
 def _choice_body(choice: Choice) -> dict[str, Any]:

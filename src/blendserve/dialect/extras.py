@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -17,6 +17,8 @@ from blendserve.dialect.images import Picture
 from blendserve.dialect.parameters import integer_between, reject, shown
 from blendserve.dialect.urls import TEXT_URLS
 from blendserve.errors import RequestError
+from blendserve.models.chat_formats import ChatFormats
+from blendserve.models.tool_formats.format import Tool
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -26,15 +28,18 @@ MAX_DIMENSIONS = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
-    adapters. `image_domains` are the hosts that pictures may be fetched from: a line must not send the engine to
-    whatever it can reach. `checks_grammars`: structures are held against what our own engine can follow; others check
-    them themselves.
+    adapters. `image_domains` are the hosts that pictures may be fetched from: a line must not send
+    the engine to whatever it can reach. `chat` is how the model chats; `forces_json`: calls that a line demands come as
+    plain JSON, because the engine follows no grammar of the model's own format. `checks_grammars`:
+    structures are held against what our own engine can follow; others check them themselves.
     """
 
     adapters: tuple[str, ...] = ()
     sees: bool = False
     image_domains: tuple[str, ...] = ()
     urls: tuple[str, ...] = TEXT_URLS
+    chat: ChatFormats = field(default_factory=ChatFormats)
+    forces_json: bool = False
     checks_grammars: bool = True
 
 
@@ -43,12 +48,22 @@ TEXT_ONLY = Abilities()
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """`messages` is the whole conversation where it holds pictures; the stored prompt is then only an estimate."""
+    """`messages` is the whole conversation where it holds pictures, and `template` what its chat template is told; the
+    stored prompt is then only an estimate. The rest is how a chat's answer is read: `tools` that it may call, and how
+    it writes calls (`CallForm`).
+    """
 
     adapter: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     encoding_format: EncodingFormat = "float"
     dimensions: int | None = None
+    template: Mapping[str, Any] | None = None
+    tools: tuple[Tool, ...] = ()
+    call_form: str = ""
+    named: str | None = None
+    is_parallel: bool = True
+    includes_reasoning: bool = True
+    num_id_characters: int = 0
 
     def to_bytes(self) -> bytes:
         """JSON of what differs from the default; empty where nothing does."""
@@ -60,7 +75,8 @@ class Extras:
         if not data:
             return NO_EXTRAS
         values = json.loads(data)
-        return cls(**{**values, "messages": tuple(values.get("messages", ()))})
+        tools = tuple(Tool(**tool) for tool in values.get("tools", ()))
+        return cls(**{**values, "messages": tuple(values.get("messages", ())), "tools": tools})
 
 
 NO_EXTRAS = Extras()

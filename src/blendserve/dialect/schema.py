@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
 from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import TEXT_ONLY, Abilities
+from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary, reject, shown
 from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.structured import STRUCTURE_FIELDS
@@ -21,8 +23,8 @@ from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
 MAX_URL_CHARACTERS = 1000
+_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body", *CHAT_OPTION_FIELDS}) - {"metadata"}
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[\w.~-]+)+", re.ASCII)
-_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body"}) - {"metadata"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,9 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     body = with_extra_body(given)
     model = _read_model(body, served)
     read = ENDPOINTS[url].read(body, served.abilities)
+    structure = read.sampling.structured_outputs
+    if structure is not None and served.abilities.checks_grammars:
+        check_grammar(structure)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
     line = BatchLine(line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes())
     if served.vocab_size:

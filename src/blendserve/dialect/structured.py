@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import reject
 from blendserve.errors import RequestError
-from blendserve.request import SamplingParams, StructuredOutputs
+from blendserve.request import StructuredOutputs
 
 STRUCTURE_KINDS = ("json", "regex", "choice", "grammar", "json_object")
 MAX_STRUCTURE_CHARACTERS = 1 << 18
@@ -42,19 +41,6 @@ def take_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], StructuredO
             f"{' and '.join(names)} both shape the answer; give one of them", code="invalid_value", param=names[-1]
         )
     return rest, next(iter(given.values()), None)
-
-
-def with_structure(
-    sampling: SamplingParams, structure: StructuredOutputs | None, *, is_checked: bool
-) -> SamplingParams:
-    """Parameters with the shape of the answer. Raises: RequestError where it `is_checked` and our engine cannot follow
-    it.
-    """
-    if structure is None:
-        return sampling
-    if is_checked:
-        check_grammar(structure)
-    return replace(sampling, structured_outputs=structure)
 
 
 def _read(name: str, value: Any) -> StructuredOutputs | None:

@@ -17,6 +17,7 @@ from blendserve.dialect.rows import (
     error_code_of,
     error_row,
     finished_choice,
+    key_of,
     output_row,
     served_row,
 )
@@ -97,9 +98,8 @@ class RowAssembler:
         choice = number - line.first_request
         extras = Extras.from_bytes(self._store.body(row))
         prompt_token_ids = self._store.prompt_of(number)
-        finished = finished_choice(
-            Choice(line, choice, prompt_token_ids, output, extras, self._codec, self._store.sampling(row))
-        )
+        key, sampling = key_of(line.line_number, line.custom_id), self._store.sampling(row)
+        finished = finished_choice(Choice(line, key, choice, prompt_token_ids, output, extras, self._codec, sampling))
         offsets = self._offsets.get(row, {})
         if len(offsets) + 1 < line.num_choices:
             body = choice_to_bytes(finished)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 
 from blendserve.models.tokenizer import Tokenizer
-from blendserve.request import FinishReason, Request, SamplingParams, TokenIds
+from blendserve.request import FinishReason, Request, SamplingParams, SequenceOutput, TokenIds
 
 _MAX_CHARACTER_BYTES = 4
 _REPLACEMENT = "\ufffd"  # what `decode` gives for bytes that are not (yet) a character
@@ -81,28 +81,47 @@ def text_of(
     if not sampling.detokenize:
         return ""
     skips, includes = sampling.skip_special_tokens, sampling.include_stop_str_in_output
+    kept = frozenset[int]() if skips else tokenizer.special_token_ids
     if finish_reason != "stop" or not has_stop_token or not len(token_ids):
-        return _whole_text(tokenizer, token_ids, skips)
+        return _whole_text(tokenizer, token_ids, kept)
     if not isinstance(stop_reason, str):
-        return _whole_text(tokenizer, token_ids if includes else token_ids[:-1], skips)
+        return _whole_text(tokenizer, token_ids if includes else token_ids[:-1], kept)
     before, text = tokenizer.decode(token_ids[:-1], skips), tokenizer.decode(token_ids, skips)
     end = find_new(text, before, stop_reason)
     return text if end < 0 else text[: end + len(stop_reason) * includes]
 
 
-def _whole_text(tokenizer: Tokenizer, token_ids: TokenIds, skips_special: bool) -> str:
-    """The text up to the last whole character. The tokens of a torn one are taken away before decoding, as some
-    decoders lose the characters before it too; where its first token also ends another character, the mark that stands
-    for the torn bytes goes.
+def marked_text_of(
+    tokenizer: Tokenizer, output: SequenceOutput, sampling: SamplingParams, marks: frozenset[int]
+) -> str:
+    """The same with those special tokens that are in `marks`; the last token too, where it is one of them."""
+    if not sampling.detokenize:
+        return ""
+    kept = marks if sampling.skip_special_tokens else tokenizer.special_token_ids
+    token_ids, stop = output.token_ids, output.stop_reason
+    if output.finish_reason != "stop" or not output.has_stop_token or not len(token_ids):
+        return _whole_text(tokenizer, token_ids, kept)
+    if not isinstance(stop, str):
+        includes = sampling.include_stop_str_in_output or int(token_ids[-1]) in marks
+        return _whole_text(tokenizer, token_ids if includes else token_ids[:-1], kept)
+    text = tokenizer.decode_keeping(token_ids, kept)
+    end = find_new(text, tokenizer.decode_keeping(token_ids[:-1], kept), stop)
+    return text if end < 0 else text[: end + len(stop) * sampling.include_stop_str_in_output]
+
+
+def _whole_text(tokenizer: Tokenizer, token_ids: TokenIds, kept: frozenset[int]) -> str:
+    """The text up to the last whole character, with those special tokens that are in `kept`.
+
+    The tokens of a torn character are taken away before decoding, as some decoders lose the characters before it too;
+    where its first token also ends another character, the mark that stands for the torn bytes goes.
     """
-    kept = token_ids.tolist()
-    if skips_special:
-        kept = [token_id for token_id in kept if token_id not in tokenizer.special_token_ids]
-    num_torn = num_torn_bytes(b"".join(map(tokenizer.token_bytes, kept[-_MAX_CHARACTER_BYTES:])))
-    while num_torn and len(data := tokenizer.token_bytes(kept[-1])) <= num_torn:
+    dropped = tokenizer.special_token_ids - kept
+    shown = [token_id for token_id in token_ids.tolist() if token_id not in dropped]
+    num_torn = num_torn_bytes(b"".join(map(tokenizer.token_bytes, shown[-_MAX_CHARACTER_BYTES:])))
+    while num_torn and len(data := tokenizer.token_bytes(shown[-1])) <= num_torn:
         num_torn -= len(data)
-        kept.pop()
-    text = tokenizer.decode(kept, skips_special)
+        shown.pop()
+    text = tokenizer.decode(shown, skip_special_tokens=False)
     return text.removesuffix(_REPLACEMENT) if num_torn else text
 
 

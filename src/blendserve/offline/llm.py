@@ -6,15 +6,12 @@ Batch files add a journal around the same engine (`job`); everything else betwee
 from __future__ import annotations
 
 import inspect
-import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
@@ -29,6 +26,7 @@ from blendserve.host import cache_dir
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model, load_tokenizer
 from blendserve.offline.assembler import OutputAssembler
+from blendserve.offline.encoder import Asked, PromptEncoder, asked_of_chat
 from blendserve.offline.options import dtype_of, kv_dtype_of, read_options
 from blendserve.offline.outputs import RequestOutput
 from blendserve.offline.progress import ProgressBar, UseTqdm
@@ -37,10 +35,7 @@ from blendserve.offline.prompts import (
     Encoded,
     Message,
     Prompt,
-    TokenizationOptions,
     are_listed,
-    encode_prompts,
-    is_conversation,
     listed_conversations,
     listed_params,
     listed_prompts,
@@ -50,6 +45,7 @@ from blendserve.offline.prompts import (
     truncated,
 )
 from blendserve.offline.tokenizer import LLMTokenizer
+from blendserve.offline.turns import Turns
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
@@ -64,13 +60,6 @@ DEFAULT_WINDOW = 4096
 
 
 _Params = SamplingParams | Iterable[SamplingParams] | None
-
-
-class Asked(NamedTuple):
-    """How the prompts of one call are read."""
-
-    are_chats: bool = False
-    tokenization: TokenizationOptions = TokenizationOptions()
 
 
 class LLM:
@@ -137,6 +126,7 @@ class LLM:
         if tokenizer is not None and tokenizer != model:
             self.model = replace(self.model, tokenizer=load_tokenizer(resolve(tokenizer, cache_dir())))
         self.config = resolve_limits(config, self.model.spec)
+        self._encoder = PromptEncoder(self.model.tokenizer, self.model.spec.vocab_size, self.config.max_model_len)
         self.policy = policy
         self.seed = seed or 0
         self.notes: tuple[str, ...] = () if note is None else (note,)
@@ -149,9 +139,7 @@ class LLM:
         )
         self._executor = open_executor(self.model, self.config, isa=isa)
         self._engine = open_loop(self.model, self.config, self._executor)
-        self._is_closed = False
-        self._lock = threading.RLock()
-        self._owner = os.getpid()
+        self._turns = Turns()
 
     def generate(
         self,
@@ -193,15 +181,41 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: UseTqdm = True,
         lora_request: Any = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several. The model's chat template makes the prompts.
+
+        - `sampling_params`, `use_tqdm`, `lora_request`, `tokenization_kwargs`: as in `generate`.
+        - `chat_template`: the text of another template. None: the model's own.
+        - `add_generation_prompt`: the template begins the answer. None: unless `continue_final_message`.
+        - `continue_final_message`: the answer goes on with the last message (default: false).
+        - `tools`: functions that the template describes to the model, in OpenAI's form (default: none).
+        - `chat_template_kwargs`: variables of the template, such as `{"enable_thinking": False}` (default: none).
+        - `chat_template_content_format` and `mm_processor_kwargs` have no effect: what form of content a template
+          takes is found out, and this engine reads text only.
 
         A conversation that the template does not accept comes back with `error` set; the others are answered. A
         generator of conversations is read a window at a time, as `stream` does.
         Raises: ConfigError when the model has no chat template, or after `close`.
         """
         refuse_lora(lora_request)
-        asked = Asked(are_chats=True)
+        del mm_processor_kwargs
+        asked = asked_of_chat(
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            tokenization_kwargs=tokenization_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         if not are_listed(messages):
             return self._read_all(messages, sampling_params, asked, use_tqdm)
         return self._answer(listed_conversations(messages), sampling_params, asked, use_tqdm)
@@ -223,12 +237,12 @@ class LLM:
         """
         if window < 1:
             raise ConfigError(f"window is {window}; it must be at least 1 prompt")
-        self._check_open()
+        self._turns.check_open()
         return self._stream(paired(prompts, self._defaulted(sampling_params)), window, Asked())
 
     def get_tokenizer(self) -> LLMTokenizer:
         """The model's tokenizer, with the methods of transformers' tokenizers that prompts are made with."""
-        return LLMTokenizer(self.model.tokenizer)
+        return LLMTokenizer(self.model.tokenizer, self._encoder)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a call without parameters takes."""
@@ -243,11 +257,7 @@ class LLM:
         """Stop the threads and free the memory, once other threads' calls have ended. A closed LLM refuses prompts;
         closing it again does nothing.
         """
-        if self._owner != os.getpid():
-            return  # the threads are those of the process that we were forked from
-        with self._lock:
-            self._is_closed = True
-            self._engine.close()
+        self._turns.finish(self._engine.close)
 
     def __enter__(self) -> Self:
         return self
@@ -280,48 +290,6 @@ class LLM:
                 config.overlap,
             )
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ConfigError("this LLM is closed; make a new one")
-        if self._owner != os.getpid():
-            raise ConfigError(
-                f"this LLM was opened by process {self._owner}, and this process ({os.getpid()}) was forked from it "
-                "without its threads; make a new LLM here, or start processes with the method spawn"
-            )
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Keep other threads out of the engine. Raises: ConfigError when this LLM cannot answer any more."""
-        self._check_open()
-        with self._lock:
-            self._check_open()
-            yield
-
-    def _encode(self, prompts: Sequence[Prompt | Conversation], asked: Asked) -> list[Encoded]:
-        """Text and token ids of every prompt, or why it has none."""
-        tokenizer, max_model_len = self.model.tokenizer, self.config.max_model_len
-        is_chat = [asked.are_chats or is_conversation(prompt) for prompt in prompts]
-        chats = iter(self._encode_chats([prompt for prompt, is_one in zip(prompts, is_chat, strict=True) if is_one]))
-        others = iter(
-            encode_prompts(
-                [prompt for prompt, is_one in zip(prompts, is_chat, strict=True) if not is_one],
-                tokenizer,
-                vocab_size=self.model.spec.vocab_size,
-                max_model_len=max_model_len,
-                adds_special_tokens=asked.tokenization.add_special_tokens,
-            )
-        )
-        return [next(chats) if is_one else next(others) for is_one in is_chat]
-
-    def _encode_chats(self, chats: Sequence[Any]) -> list[Encoded]:
-        if not chats:
-            return []
-        tokenizer = self.model.tokenizer
-        rendered = tokenizer.render_each(chats)
-        texts = [text for text in rendered if isinstance(text, str)]
-        encoded = iter(tokenizer.encode_each(texts, False, self.config.max_model_len))
-        return [Encoded(text, next(encoded)) if isinstance(text, str) else Encoded(None, text) for text in rendered]
-
     def _assembler(self) -> OutputAssembler:
         return OutputAssembler(
             self.model.tokenizer,
@@ -334,11 +302,11 @@ class LLM:
         self, prompts: Sequence[Prompt | Conversation], given: _Params, asked: Asked, use_tqdm: UseTqdm
     ) -> list[RequestOutput]:
         """Plan all prompts together, run them, and return their outputs in order."""
-        self._check_open()
+        self._turns.check_open()
         assembler = self._assembler()
         requests: list[Request] = []
         params = listed_params(self._defaulted(given), len(prompts))
-        for (text, token_ids), sampling in self._kept(self._encode(prompts, asked), params, asked):
+        for (text, token_ids), sampling in self._kept(self._encoder.encode(prompts, asked), params, asked):
             requests += assembler.add(text, token_ids, sampling)
         outputs, progress = assembler.take(), ProgressBar(use_tqdm, len(prompts))
         progress.add(outputs)
@@ -355,7 +323,7 @@ class LLM:
         outputs: list[RequestOutput] = []
         tree = PrefixTree.from_flat(flatten(request.prompt_token_ids for request in requests))
         table = _table(requests)
-        with self._turn():
+        with self._turns.turn():
             self._calibrate(lambda: tree, table)
             plan = make_plan(tree, table, self._cost, seed=self.seed)
             for output in run_planned(self._engine, requests, plan, self.policy):
@@ -389,12 +357,12 @@ class LLM:
     def _stream(
         self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int, asked: Asked
     ) -> Iterator[RequestOutput]:
-        self._check_open()
+        self._turns.check_open()
         assembler = self._assembler()
         windows = self._windows(pairs, window, assembler, asked)
         if (first := next(windows, None)) is not None:
             prompts, table = first.prompts, first.table
-            with self._turn():
+            with self._turns.turn():
                 self._calibrate(lambda: PrefixTree.from_flat(prompts), table)
             windows = chain([first], windows)
         outputs = run_windowed(self._engine, assembler, windows, self._cost, self.policy)
@@ -403,9 +371,7 @@ class LLM:
                 assembler.apply(output)
                 yield from assembler.take()
         finally:
-            if self._owner == os.getpid():  # else the lock may be held for ever
-                with self._lock:
-                    outputs.close()
+            self._turns.release(outputs.close)
         if assembler.num_unfinished or next(pairs, None) is not None:
             raise ExecutorError(
                 "another call of this LLM ended this stream before all of its prompts were answered; read a stream to "
@@ -414,7 +380,7 @@ class LLM:
         yield from assembler.take()
 
     def _next_of(self, outputs: Iterator[SequenceOutput]) -> SequenceOutput | None:
-        with self._turn():
+        with self._turns.turn():
             return next(outputs, None)
 
     def _windows(
@@ -426,7 +392,7 @@ class LLM:
     ) -> Iterator[Window]:
         while taken := list(islice(pairs, size)):
             requests: list[Request] = []
-            encoded = self._encode([prompt for prompt, _ in taken], asked)
+            encoded = self._encoder.encode([prompt for prompt, _ in taken], asked)
             for (text, token_ids), sampling in self._kept(encoded, (sampling for _, sampling in taken), asked):
                 requests += assembler.add(text, token_ids, sampling)
             yield Window(flatten(request.prompt_token_ids for request in requests), _table(requests))

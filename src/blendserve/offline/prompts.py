@@ -42,6 +42,9 @@ class TokenizationOptions(NamedTuple):
     truncate_prompt_tokens: int | None = None
 
 
+NO_TOKENIZATION = TokenizationOptions()
+
+
 def read_tokenization(given: Mapping[str, Any] | None) -> TokenizationOptions:
     """Raises: ConfigError for an option that is not known."""
     for name in given or {}:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from blendserve.errors import RequestError
 from blendserve.models.tokenizer import Tokenizer
+from blendserve.offline.encoder import PromptEncoder, asked_of_chat
 
 
 class LLMTokenizer:
     """Text to token ids and back. What is not here, `backend_tokenizer` (of the package `tokenizers`) has."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoder: PromptEncoder) -> None:
         self._tokenizer = tokenizer
+        self._encoder = encoder
         self.backend_tokenizer = tokenizer.backend
         self.chat_template = tokenizer.chat_template_source
 
@@ -98,15 +101,31 @@ class LLMTokenizer:
     def apply_chat_template(
         self,
         conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = True,
+        **variables: Any,
     ) -> Any:
-        """The prompt of a conversation: its token ids, or with `tokenize=False` its text.
+        """The prompt of a conversation: its token ids, or with `tokenize=False` its text. `variables` are what the
+        template is told beside the messages.
 
-        Raises: ConfigError when the model has no chat template, RequestError when it does not take these messages.
+        Raises: ConfigError when the model has no chat template, or when an option is wrong; RequestError when the
+        template does not take these messages.
         """
-        text = self._tokenizer.apply_chat_template(conversation, add_generation_prompt)
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+        asked = asked_of_chat(
+            chat_template=None,
+            chat_template_content_format="auto",
+            tokenization_kwargs=None,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=variables or None,
+        )
+        (encoded,) = self._encoder.encode([conversation], asked)
+        if isinstance(encoded.token_ids, RequestError):
+            raise encoded.token_ids
+        return encoded.token_ids.tolist() if tokenize else encoded.text
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self.backend_tokenizer.token_to_id(token)

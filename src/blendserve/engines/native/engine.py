@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
@@ -11,6 +12,7 @@ from blendserve.costs.model_cost import CostModel
 from blendserve.costs.stored_calibration import Calibration, machine_name, matching_calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.loop import EngineLoop
@@ -38,6 +40,7 @@ def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserv
     CapacityError where the KV memory asked for holds nothing: before a large file is read rather than after."""
     files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
     model = load_model(files)
+    model = replace(model, tokenizer=settings.chat.applied(model.tokenizer))
     resolve_limits(settings.config(), model.spec)
     engine = NativeEngine(settings, model, identity_of(model.spec.name, files), notify=notify, observer=observer)
     engine.notes = files.notes
@@ -58,13 +61,17 @@ class NativeEngine:
     ) -> None:
         self._config = settings.config()
         context = resolve_limits(EngineConfig(max_model_len=self._config.max_model_len), model.spec).max_model_len
+        formats = settings.chat.formats(model.tokenizer)
         self.served = ServedModel(
             names=(model.spec.name,),
             accepts_any_name=settings.model is not None,
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
+            abilities=Abilities(chat=formats),
         )
-        self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
+        self.codec = ModelCodec(
+            model.tokenizer, context, formats, obeys_control_tokens=settings.chat.obeys_control_tokens
+        )
         self.identity = identity
         self._isa = best_isa() if settings.isa == "auto" else settings.isa  # kernels round differently: never mix them
         self.settings = {
@@ -72,6 +79,7 @@ class NativeEngine:
             "dtype": self._config.dtype,
             "kv_dtype": self._config.kv_dtype,
             "kernels": KERNEL_REVISION,
+            **settings.chat.identity(),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.notes: tuple[str, ...] = ()
