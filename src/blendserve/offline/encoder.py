@@ -13,6 +13,7 @@ from blendserve.errors import ConfigError, RequestError
 from blendserve.models.chat_encoder import ChatEncoder
 from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.tokenizer import Tokenizer
+from blendserve.models.tool_formats.hermes import HERMES
 from blendserve.offline.chats import NO_OPTIONS, encode_chats
 from blendserve.offline.prompts import (
     NO_TOKENIZATION,
@@ -99,4 +100,7 @@ class PromptEncoder:
         tokenizer = self._tokenizer
         if template is not None:
             tokenizer = replace(tokenizer, chat_template_source=template, tool_template_source=None)
-        return ChatEncoder(tokenizer), ChatFormats.of(tokenizer)
+        formats = ChatFormats.of(tokenizer)
+        if formats.tools is None and formats.renders_tools:  # answers are not read for calls here: any format will do
+            formats = replace(formats, tools=HERMES)
+        return ChatEncoder(tokenizer), formats
