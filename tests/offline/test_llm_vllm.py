@@ -110,7 +110,7 @@ def test_one_message_is_a_conversation(llm: LLM) -> None:
     (expected,) = llm.chat([USER], GREEDY)
     assert expected.prompt == "user: what is the answer?\nassistant: "
     for messages in (USER, [[USER]], (USER,), ([USER] for _ in range(1))):
-        (output,) = llm.chat(messages, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+        (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
         assert (output.prompt, output.outputs) == (expected.prompt, expected.outputs)
 
 
@@ -233,7 +233,8 @@ class Bar:
 
 
 def test_a_bar_of_the_callers_own(llm: LLM) -> None:
-    llm.generate([TEXT, [400], TEXT], GREEDY, use_tqdm=Bar)
+    prompts: list[Any] = [TEXT, [400], TEXT]
+    llm.generate(prompts, GREEDY, use_tqdm=Bar)
     llm.generate((TEXT for _ in range(2)), GREEDY, use_tqdm=Bar)
     first, second = Bar.made
     assert (first.settings["total"], first.num_updates, first.is_closed) == (3, 3, True)
@@ -245,7 +246,7 @@ def test_priorities_change_no_answer(llm: LLM) -> None:
 
 
 def test_options_of_vllm_that_change_no_answer_are_named_once(tiny: Path) -> None:
-    options = {
+    options: dict[str, Any] = {
         "gpu_memory_utilization": 0.9,
         "trust_remote_code": True,
         "tensor_parallel_size": 2,
@@ -311,7 +312,7 @@ def test_the_tokenizer_is_that_of_transformers_in_use(llm: LLM, tiny: Path) -> N
     assert ours.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
     assert ours.convert_tokens_to_ids("</s>") == 2
     for adds in (False, True):
-        keywords = {"tokenize": False, "add_generation_prompt": adds, "enable_thinking": False}
+        keywords: dict[str, Any] = {"tokenize": False, "add_generation_prompt": adds, "enable_thinking": False}
         assert ours.apply_chat_template([USER], **keywords) == theirs.apply_chat_template([USER], **keywords)
     assert ours.apply_chat_template([USER]) == ours.encode("user: what is the answer?\n")
     with pytest.raises(RequestError):

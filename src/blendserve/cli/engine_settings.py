@@ -66,6 +66,7 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         window=args.window,
         revision=args.revision,
         chat=chat_settings(args),
+        generation_config=args.generation_config,
     )
 
 
@@ -117,6 +118,7 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         revision=args.revision,
         image_domains=tuple(args.image_domain),
         chat=chat_settings(args),
+        generation_config=args.generation_config,
     )
 
 

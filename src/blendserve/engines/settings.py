@@ -64,8 +64,11 @@ class NativeSettings:
     - `window`: plan so many requests at a time. None: the whole file before it runs.
     - `memory_share`: the part of the machine's memory that this engine may take, from 0 to 1 (default: 1).
     - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
+    - `generation_config`: where sampling parameters of lines that give none come from: "auto", the model's
+      generation_config.json (default); "vllm", nowhere; or a directory with a generation_config.json.
 
-    Answers depend on `model`, `dtype`, `kv_dtype`, `isa` and `chat`; all other settings change time only.
+    Answers depend on `model`, `dtype`, `kv_dtype`, `isa`, `chat` and `generation_config`; all other settings change
+    time only.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -84,6 +87,7 @@ class NativeSettings:
     memory_share: float = 1.0
     revision: str | None = None
     chat: ChatSettings = DEFAULT_CHAT
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("isa", self.isa, ISA_NAMES)
@@ -118,6 +122,7 @@ class VllmSettings:
     - `arguments`: any other fields of vLLM's EngineArgs, such as `{"tensor_parallel_size": 4}` (default: none).
     - `memory_share`: the part of the machine's memory that this engine may take on a CPU, from 0 to 1 (default: 1).
     - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
+    - `generation_config`: as in `NativeSettings`.
 
     Raises: ConfigError for a value that cannot work.
     """
@@ -138,6 +143,7 @@ class VllmSettings:
     revision: str | None = None
     image_domains: tuple[str, ...] = ()
     chat: ChatSettings = DEFAULT_CHAT
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -16,6 +16,8 @@ from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.models.detokenize import text_of
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.offline.outputs import CompletionOutput, RequestOutput
+from blendserve.planner.base import RequestTable
+from blendserve.planner.table import request_table
 from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
@@ -169,4 +171,12 @@ def _failed(
         outputs=tuple(CompletionOutput(choice, "", (), "error") for choice in range(num_choices)),
         num_cached_tokens=0,
         error=error,
+    )
+
+
+def table_of(requests: Sequence[Request]) -> RequestTable:
+    """What a planner needs to know of requests, in their order."""
+    return request_table(
+        (request.num_prompt_tokens for request in requests),
+        ((request.sampling, request.max_output_tokens) for request in requests),
     )

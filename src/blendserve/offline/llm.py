@@ -17,18 +17,20 @@ from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
+from blendserve.dialect.defaults import checked_defaults
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
 from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.host import cache_dir
+from blendserve.models.generation_config import sampling_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model, load_tokenizer
-from blendserve.offline.assembler import OutputAssembler
+from blendserve.offline.assembler import OutputAssembler, table_of
 from blendserve.offline.encoder import Asked, PromptEncoder, asked_of_chat
 from blendserve.offline.options import dtype_of, kv_dtype_of, read_options
-from blendserve.offline.outputs import RequestOutput
+from blendserve.offline.outputs import RequestOutput, in_order
 from blendserve.offline.progress import ProgressBar, UseTqdm
 from blendserve.offline.prompts import (
     Conversation,
@@ -50,7 +52,6 @@ from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
-from blendserve.planner.table import request_table
 from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
 from blendserve.request import Request, SamplingParams, SequenceOutput
@@ -76,6 +77,7 @@ class LLM:
     - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`. vLLM's "auto" and
       "bfloat16" are "bf16".
     - `seed`: for requests that are sampled and give no seed of their own (default: 0).
+    - `generation_config`: as in `NativeSettings`, for calls without sampling parameters.
     - `options`: other options of vLLM's `LLM`. `kv_cache_memory_bytes` and `kv_cache_dtype` are `kv_memory_bytes` and
       `kv_dtype`. Those that change no answer, such as `gpu_memory_utilization`, have no effect: `notes` and a warning
       name them. Those that would change answers are refused.
@@ -104,6 +106,7 @@ class LLM:
         kv_dtype: str = "bf16",
         isa: str = "auto",
         seed: int | None = 0,
+        generation_config: str = "auto",
         **options: Any,
     ) -> None:
         if policy not in POLICY_NAMES:
@@ -122,9 +125,11 @@ class LLM:
             dtype=dtype_of(dtype),
             kv_dtype=kv_dtype_of(kv_dtype),
         )
-        self.model = load_model(resolve(model, cache_dir(), revision=revision))
+        files = resolve(model, cache_dir(), revision=revision)
+        self.model = load_model(files)
         if tokenizer is not None and tokenizer != model:
             self.model = replace(self.model, tokenizer=load_tokenizer(resolve(tokenizer, cache_dir())))
+        self._default_sampling = checked_defaults(sampling_defaults(files, generation_config))
         self.config = resolve_limits(config, self.model.spec)
         self._encoder = PromptEncoder(self.model.tokenizer, self.model.spec.vocab_size, self.config.max_model_len)
         self.policy = policy
@@ -245,8 +250,10 @@ class LLM:
         return LLMTokenizer(self.model.tokenizer, self._encoder)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a call without parameters takes."""
-        return SamplingParams()
+        """What a call without sampling parameters gets: `SamplingParams()` with the values of the model's
+        generation_config.json.
+        """
+        return SamplingParams(**self._default_sampling)
 
     @property
     def stats(self) -> RunStats:
@@ -315,14 +322,14 @@ class LLM:
                 outputs += self._run(requests, assembler, progress)
         finally:
             progress.close()
-        return _in_order(outputs)
+        return in_order(outputs)
 
     def _run(
         self, requests: Sequence[Request], assembler: OutputAssembler, progress: ProgressBar
     ) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         tree = PrefixTree.from_flat(flatten(request.prompt_token_ids for request in requests))
-        table = _table(requests)
+        table = table_of(requests)
         with self._turns.turn():
             self._calibrate(lambda: tree, table)
             plan = make_plan(tree, table, self._cost, seed=self.seed)
@@ -342,7 +349,7 @@ class LLM:
                 progress.add([output])
         finally:
             progress.close()
-        return _in_order(outputs)
+        return in_order(outputs)
 
     def _defaulted(self, given: _Params) -> SamplingParams | Iterable[SamplingParams]:
         return self.get_default_sampling_params() if given is None else given
@@ -395,15 +402,4 @@ class LLM:
             encoded = self._encoder.encode([prompt for prompt, _ in taken], asked)
             for (text, token_ids), sampling in self._kept(encoded, (sampling for _, sampling in taken), asked):
                 requests += assembler.add(text, token_ids, sampling)
-            yield Window(flatten(request.prompt_token_ids for request in requests), _table(requests))
-
-
-def _table(requests: Sequence[Request]) -> RequestTable:
-    return request_table(
-        (request.num_prompt_tokens for request in requests),
-        ((request.sampling, request.max_output_tokens) for request in requests),
-    )
-
-
-def _in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
-    return sorted(outputs, key=lambda output: int(output.request_id))
+            yield Window(flatten(request.prompt_token_ids for request in requests), table_of(requests))
