@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from doc_cli import cli_page
-from doc_errors import error_sections
+from doc_errors import codes_table, error_sections
 from doc_fields import asks_table, chat_options_list, embeddings_list, ignored_list, neutral_table, parameters_table
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -30,6 +30,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "ignored parameters": ignored_list,
     "chat options": chat_options_list,
     "embedding parameters": embeddings_list,
+    "error codes": codes_table,
     "errors": _errors,
 }
 

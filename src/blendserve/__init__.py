@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from blendserve.job.job import JobProgress, JobReport
     from blendserve.job.reader import ReadLimits
     from blendserve.models.chat_settings import ChatSettings
-    from blendserve.offline.batch import run_batch
+    from blendserve.offline.batch import run_batch, run_batches
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, RequestOutput
     from blendserve.request import SamplingParams
@@ -33,6 +33,7 @@ __all__ = [
     "map",
     "map_file",
     "run_batch",
+    "run_batches",
 ]
 
 _NAMES_BY_MODULE = {
@@ -41,7 +42,7 @@ _NAMES_BY_MODULE = {
     "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.job.reader": ("ReadLimits",),
     "blendserve.models.chat_settings": ("ChatSettings",),
-    "blendserve.offline.batch": ("run_batch",),
+    "blendserve.offline.batch": ("run_batch", "run_batches"),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams",),

@@ -103,9 +103,9 @@ def test_every_option_reaches_its_field() -> None:
     }
     options = "--model m --max-model-len 64 --kv-memory 1GiB --max-num-seqs 9 --max-num-batched-tokens 99 --threads 3"
     own = "--no-prefix-caching --overlap off --dtype int8 --kv-dtype int8 --isa portable --window 5 --revision v1"
-    chat = "--tool-format hermes --reasoning-format none --control-tokens obey --template-date 2026-01-02"
-    own += ' --chat-template t.jinja --chat-template-kwargs {"a":1}'
     own += " --generation-config vllm"
+    chat = "--tool-format hermes --reasoning-format none --control-tokens obey --template-date 2026-01-02"
+    chat += ' --chat-template t.jinja --chat-template-kwargs {"a":1}'
     assert engine_settings(parsed(*options.split(), *own.split(), *chat.split())) == NativeSettings(**native)
     assert {field.name for field in fields(NativeSettings)} == {*native, "memory_share"}
     http = "--base-url u --max-inflight 2 --kv-tokens 7 --request-timeout 5 --max-attempts 4 --max-outage 9"

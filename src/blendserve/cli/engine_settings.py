@@ -65,8 +65,8 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         isa=args.isa,
         window=args.window,
         revision=args.revision,
-        chat=chat_settings(args),
         generation_config=args.generation_config,
+        chat=chat_settings(args),
     )
 
 
@@ -117,8 +117,8 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         arguments=dict(parse_argument(text) for text in args.vllm_arg),
         revision=args.revision,
         image_domains=tuple(args.image_domain),
-        chat=chat_settings(args),
         generation_config=args.generation_config,
+        chat=chat_settings(args),
     )
 
 

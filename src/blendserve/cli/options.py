@@ -227,6 +227,12 @@ def tell(text: str) -> None:
         print(printable_line(text), file=sys.stderr, flush=True)
 
 
+def tell_all(text: str) -> None:
+    """What a command answers, on standard error: for a command whose standard output holds something else."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
 def say(text: str) -> None:
     """What a command answers, on standard output."""
     print(printable(text))

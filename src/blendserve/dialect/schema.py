@@ -61,7 +61,8 @@ class BatchLine:
     """One valid line. Chat has one prompt (its messages); a completions body may hold several.
 
     Choices are numbered as OpenAI does: prompt i has the choices [i * n, (i + 1) * n). `body` is what a remote server
-    is sent, as JSON; where the line is answered here, what it asks for beyond text (`Extras`), mostly nothing.
+    is sent, as JSON; where the line is answered here, what it asks for beyond text (`Extras`), mostly nothing. `digest`
+    is a hash of the line as it was written.
     """
 
     line_number: int
@@ -71,6 +72,7 @@ class BatchLine:
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     body: bytes = b""
+    digest: bytes = b""
 
     @property
     def num_choices(self) -> int:
@@ -136,8 +138,10 @@ def read_envelope(value: object, urls: tuple[str, ...]) -> tuple[str, str, dict[
 
 
 def custom_id_of(value: object) -> str | None:
-    """The custom_id of a line that may be otherwise invalid, for its error row."""
+    """The custom_id of a line that may be otherwise invalid, for its error row; a number as text."""
     custom_id = value.get("custom_id") if isinstance(value, dict) else None
+    if type(custom_id) is int:
+        return str(custom_id)
     return custom_id if isinstance(custom_id, str) else None
 
 
@@ -154,8 +158,13 @@ def _read_custom_id(value: Mapping[str, Any]) -> str:
     custom_id = value.get("custom_id")
     if custom_id is None:
         raise _line_error("missing_required_parameter", "custom_id is missing; every line needs its own", "custom_id")
-    if not isinstance(custom_id, str) or not custom_id:
-        raise _line_error("invalid_custom_id", f"custom_id is {shown(custom_id)}; it must be a string", "custom_id")
+    if not isinstance(custom_id, str):
+        remedy = "it must be a string" + (f': write "{custom_id}"' if type(custom_id) is int else "")
+        raise _line_error("invalid_custom_id", f"custom_id is {shown(custom_id)}; {remedy}", "custom_id")
+    if not custom_id:
+        raise _line_error(
+            "invalid_custom_id", "custom_id is an empty string; every line needs an id of its own", "custom_id"
+        )
     return custom_id
 
 

@@ -63,12 +63,11 @@ class NativeSettings:
     - `isa`: instruction set of the kernels: "auto", the best one of this machine (default), or one of `ISA_NAMES`.
     - `window`: plan so many requests at a time. None: the whole file before it runs.
     - `memory_share`: the part of the machine's memory that this engine may take, from 0 to 1 (default: 1).
-    - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
     - `generation_config`: where sampling parameters of lines that give none come from: "auto", the model's
       generation_config.json (default); "vllm", nowhere; or a directory with a generation_config.json.
+    - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
 
-    Answers depend on `model`, `dtype`, `kv_dtype`, `isa`, `chat` and `generation_config`; all other settings change
-    time only.
+    Answers depend on `model`, `dtype`, `kv_dtype`, `isa`, `generation_config` and `chat`. Others change time only.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -86,8 +85,8 @@ class NativeSettings:
     window: int | None = None
     memory_share: float = 1.0
     revision: str | None = None
-    chat: ChatSettings = DEFAULT_CHAT
     generation_config: str = "auto"
+    chat: ChatSettings = DEFAULT_CHAT
 
     def __post_init__(self) -> None:
         _check_choice("isa", self.isa, ISA_NAMES)
@@ -121,8 +120,8 @@ class VllmSettings:
       line).
     - `arguments`: any other fields of vLLM's EngineArgs, such as `{"tensor_parallel_size": 4}` (default: none).
     - `memory_share`: the part of the machine's memory that this engine may take on a CPU, from 0 to 1 (default: 1).
-    - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
     - `generation_config`: as in `NativeSettings`.
+    - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
 
     Raises: ConfigError for a value that cannot work.
     """
@@ -142,8 +141,8 @@ class VllmSettings:
     memory_share: float = 1.0
     revision: str | None = None
     image_domains: tuple[str, ...] = ()
-    chat: ChatSettings = DEFAULT_CHAT
     generation_config: str = "auto"
+    chat: ChatSettings = DEFAULT_CHAT
 
     def __post_init__(self) -> None:
         if not self.model:

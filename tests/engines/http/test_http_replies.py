@@ -55,7 +55,7 @@ def test_a_200_without_an_answer_is_final_and_its_words_are_kept(body: Any) -> N
     verdict = judge(reply(200, body), WALL_S, CHAT_URL)
     assert isinstance(verdict, Answer)
     assert isinstance(verdict.problem, RequestError)
-    assert verdict.problem.code == "invalid_server_response"
+    assert verdict.problem.code == "no_answer"
     assert json.dumps(body) in verdict.problem.message
     assert verdict.response.body == body
 
@@ -63,20 +63,20 @@ def test_a_200_without_an_answer_is_final_and_its_words_are_kept(body: Any) -> N
 @pytest.mark.parametrize(
     ("body", "code", "may_pass"),
     [
-        ({"error": {"message": "no such thing", "code": 400}}, "invalid_server_response", False),
+        ({"error": {"message": "no such thing", "code": 400}}, "no_answer", False),
         ({"error": {"message": "no such thing", "type": "invalid_request_error"}}, "invalid_request_error", False),
-        ({"error": "no such thing"}, "invalid_server_response", False),
+        ({"error": "no such thing"}, "no_answer", False),
         ({"error": {"message": "no such thing", "code": "content_filter"}, "choices": None}, "content_filter", False),
-        ({"object": "error", "message": "no such thing", "code": 40303}, "invalid_server_response", False),
+        ({"object": "error", "message": "no such thing", "code": 40303}, "no_answer", False),
         (
             {"type": "error", "error": {"type": "overloaded_error", "message": "no such thing"}},
             "overloaded_error",
             True,
         ),
-        ({"error": {"message": "no such thing", "code": 502}}, "invalid_server_response", True),
-        ({"error": {"message": "no such thing", "code": 429}}, "invalid_server_response", True),
-        ({"error": {"message": "no such thing", "code": "rate_limit_exceeded"}}, "rate_limit_exceeded", True),
-        ({"error": {"message": "no such thing, try again later"}}, "invalid_server_response", True),
+        ({"error": {"message": "no such thing", "code": 502}}, "server_error", True),
+        ({"error": {"message": "no such thing", "code": 429}}, "server_error", True),
+        ({"error": {"message": "no such thing", "code": "rate_limit_exceeded"}}, "server_error", True),
+        ({"error": {"message": "no such thing, try again later"}}, "server_error", True),
     ],
 )
 def test_a_200_with_an_error_is_tried_again_where_it_may_pass(body: Any, code: str, may_pass: bool) -> None:

@@ -31,6 +31,8 @@ _MAY_PASS = re.compile(
 )
 _IS_REQUEST = re.compile(r"invalid.?request|bad.?request|context.?length|content.?filter|unsupported", re.IGNORECASE)
 _QUOTA = "insufficient_quota"
+NO_ANSWER = "no_answer"
+"""The code of a reply of status 200 that holds none, where the server names no other."""
 _RESULTS_BY_URL = {CHAT_URL: "choices", COMPLETIONS_URL: "choices", EMBEDDINGS_URL: "data"}
 """Where the answers of an endpoint are; one that is not listed may answer any JSON that is no error."""
 
@@ -141,12 +143,12 @@ def _judge_success(reply: Reply, url: str) -> Answer | Failure:
     if (code := _error_code(body)) is not None:
         message = f"HTTP {reply.status_code} with an error: {words_of(body)}"
         if _may_pass(body):
-            return Failure(code, message, response)
+            return Failure("server_error", message, response)
         return Answer(response, problem=RequestError(message, code=code, status_code=0))
     if url not in _RESULTS_BY_URL:
         return _answer(response, body)
     message = f"HTTP {reply.status_code} without an answer: there are no {_RESULTS_BY_URL[url]}; body: {_quoted(reply)}"
-    return Answer(response, problem=RequestError(message, code="invalid_server_response", status_code=0))
+    return Answer(response, problem=RequestError(message, code=NO_ANSWER, status_code=0))
 
 
 def _has_results(body: Mapping[str, Any], url: str) -> bool:
@@ -185,7 +187,7 @@ def _error_code(body: Mapping[str, Any]) -> str | None:
     if not body.get("error") and "error" not in (body.get("object"), body.get("type")):
         return None
     codes = _codes_of(body)
-    return next((code for code in codes if code and not code.isdigit()), None) or "invalid_server_response"
+    return next((code for code in codes if code and not code.isdigit()), None) or NO_ANSWER
 
 
 def _codes_of(body: Mapping[str, Any]) -> list[str]:

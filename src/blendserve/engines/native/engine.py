@@ -87,8 +87,8 @@ class NativeEngine:
             "dtype": self._config.dtype,
             "kv_dtype": self._config.kv_dtype,
             "kernels": KERNEL_REVISION,
-            **settings.chat.identity(),
             "generation config": shown_defaults(default_sampling),
+            **settings.chat.identity(),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.notes: tuple[str, ...] = ()
