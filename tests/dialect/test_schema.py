@@ -259,6 +259,11 @@ def test_completions_take_boolean_logprobs_as_vllm_does() -> None:
     assert parse({**TEXT, "logprobs": False}).sampling.logprobs is None
 
 
+def test_a_misspelt_parameter_is_told_its_right_name() -> None:
+    assert "did you mean max_tokens?" in refusal(batch_line("a", {**CHAT, "max_token": 5})).message
+    assert "did you mean" not in refusal(batch_line("a", {**CHAT, "zzzzz": 5})).message
+
+
 def test_a_stream_is_refused_with_the_reason() -> None:
     assert "whole responses" in refusal(batch_line("a", {**CHAT, "stream": True})).message
 

@@ -6,6 +6,7 @@ it is). A name in neither is an error. `null` means "not given", as with OpenAI.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -348,11 +349,16 @@ def _read_all(
                 _reject_unsupported(name, value, neutral[name])
         elif name not in IGNORED_FIELDS and name not in ("model", prompt_field):
             raise RequestError(
-                f"unknown parameter {shown(name)}: remove it, or correct its spelling",
+                f"unknown parameter {shown(name)}: remove it, or correct its spelling{_meant(name, readers)}",
                 code="unknown_parameter",
                 param=name[:100],
             )
     return values
+
+
+def _meant(name: str, known: Mapping[str, Reader]) -> str:
+    close = difflib.get_close_matches(name[:100], known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _same_as_absent(name: str, body: Mapping[str, Any]) -> tuple[object, ...]:

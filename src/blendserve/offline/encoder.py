@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,9 @@ from blendserve.offline.prompts import (
     encode_prompts,
     is_conversation,
     read_tokenization,
+    truncated,
 )
+from blendserve.request import SamplingParams
 
 CONTENT_FORMATS = ("auto", "string", "openai")
 _MAX_TEMPLATES = 8
@@ -71,10 +73,16 @@ class PromptEncoder:
         self._max_model_len = max_model_len
         self._chats_of = lru_cache(maxsize=_MAX_TEMPLATES)(self._open_chats)
 
-    def encode(self, prompts: Sequence[Prompt | Conversation], asked: Asked) -> list[Encoded]:
-        """Text and token ids of every prompt, or why it has none. Raises: ConfigError for a conversation where there is
-        no chat template.
+    def encode(
+        self, prompts: Sequence[Prompt | Conversation], params: Iterable[SamplingParams], asked: Asked
+    ) -> Iterator[tuple[Encoded, SamplingParams]]:
+        """Text and token ids of every prompt, or why it has none, beside its parameters. Raises: ConfigError for a
+        conversation where there is no chat template.
         """
+        for encoded, sampling in zip(self._encode(prompts, asked), params, strict=True):
+            yield truncated(encoded, sampling, asked.tokenization, self._max_model_len), sampling
+
+    def _encode(self, prompts: Sequence[Prompt | Conversation], asked: Asked) -> list[Encoded]:
         is_chat = [asked.are_chats or is_conversation(prompt) for prompt in prompts]
         of_kind = [[prompt for prompt, kind in zip(prompts, is_chat, strict=True) if kind == one] for one in (0, 1)]
         chats = iter(self._encode_chats(of_kind[True], asked))

@@ -34,7 +34,6 @@ from blendserve.offline.outputs import RequestOutput, in_order
 from blendserve.offline.progress import ProgressBar, UseTqdm
 from blendserve.offline.prompts import (
     Conversation,
-    Encoded,
     Message,
     Prompt,
     are_listed,
@@ -44,7 +43,6 @@ from blendserve.offline.prompts import (
     paired,
     read_tokenization,
     refuse_lora,
-    truncated,
 )
 from blendserve.offline.tokenizer import LLMTokenizer
 from blendserve.offline.turns import Turns
@@ -313,7 +311,7 @@ class LLM:
         assembler = self._assembler()
         requests: list[Request] = []
         params = listed_params(self._defaulted(given), len(prompts))
-        for (text, token_ids), sampling in self._kept(self._encoder.encode(prompts, asked), params, asked):
+        for (text, token_ids), sampling in self._encoder.encode(prompts, params, asked):
             requests += assembler.add(text, token_ids, sampling)
         outputs, progress = assembler.take(), ProgressBar(use_tqdm, len(prompts))
         progress.add(outputs)
@@ -354,13 +352,6 @@ class LLM:
     def _defaulted(self, given: _Params) -> SamplingParams | Iterable[SamplingParams]:
         return self.get_default_sampling_params() if given is None else given
 
-    def _kept(
-        self, encoded: Iterable[Encoded], params: Iterable[SamplingParams], asked: Asked
-    ) -> Iterator[tuple[Encoded, SamplingParams]]:
-        """Prompts cut where only their ends are wanted, each with its parameters."""
-        for one, sampling in zip(encoded, params, strict=True):
-            yield truncated(one, sampling, asked.tokenization, self.config.max_model_len), sampling
-
     def _stream(
         self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int, asked: Asked
     ) -> Iterator[RequestOutput]:
@@ -399,7 +390,7 @@ class LLM:
     ) -> Iterator[Window]:
         while taken := list(islice(pairs, size)):
             requests: list[Request] = []
-            encoded = self._encoder.encode([prompt for prompt, _ in taken], asked)
-            for (text, token_ids), sampling in self._kept(encoded, (sampling for _, sampling in taken), asked):
+            prompts, params = zip(*taken, strict=True)
+            for (text, token_ids), sampling in self._encoder.encode(prompts, params, asked):
                 requests += assembler.add(text, token_ids, sampling)
             yield Window(flatten(request.prompt_token_ids for request in requests), table_of(requests))

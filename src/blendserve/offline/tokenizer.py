@@ -8,6 +8,7 @@ from typing import Any
 from blendserve.errors import RequestError
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.offline.encoder import PromptEncoder, asked_of_chat
+from blendserve.request import SamplingParams
 
 
 class LLMTokenizer:
@@ -122,7 +123,7 @@ class LLMTokenizer:
             continue_final_message=continue_final_message,
             chat_template_kwargs=variables or None,
         )
-        (encoded,) = self._encoder.encode([conversation], asked)
+        ((encoded, _),) = self._encoder.encode([conversation], [SamplingParams()], asked)
         if isinstance(encoded.token_ids, RequestError):
             raise encoded.token_ids
         return encoded.token_ids.tolist() if tokenize else encoded.text

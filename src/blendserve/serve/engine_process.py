@@ -26,7 +26,7 @@ from blendserve.errors import BlendServeError, CapacityError, ConfigError, Execu
 from blendserve.job.disk import open_own
 from blendserve.report.icicle import icicle
 from blendserve.report.plan_page import density_chart
-from blendserve.request import SequenceOutput, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, TokenIds
 from blendserve.serve.joined import WITHDRAWN, JoinedRequests
 from blendserve.serve.messages import (
     Ask,
@@ -216,7 +216,7 @@ class EngineWorker:
             return
 
         def decode(token_ids: TokenIds) -> str:
-            return self._engine.codec.text_of(SequenceOutput(0, token_ids, "length", 0, 0))
+            return self._engine.codec.text_of(SequenceOutput(0, token_ids, "length", 0, 0), SamplingParams())
 
         with suppress(BlendServeError, OSError):
             plan = self._engine.plan(pending)

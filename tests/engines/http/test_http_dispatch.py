@@ -206,7 +206,7 @@ def test_a_request_that_never_succeeds_ends_as_a_row_after_its_tries(
         ({"error": {"message": "the answer is not for you", "code": "not_for_you"}}, "not_for_you", "is not for you"),
         (
             {"id": "r-1", "choices": [], "usage": {"prompt_tokens": 4}},
-            "invalid_server_response",
+            "no_answer",
             "there are no choices",
         ),
     ],
