@@ -20,7 +20,7 @@ from blendserve.errors import CapacityError, ConfigError, ExecutorError
 from blendserve.executors.sampling import BadWordLookup, no_bad_words
 from blendserve.executors.trace import StepTrace
 from blendserve.host import usable_cores
-from blendserve.models.rope import inverse_frequencies
+from blendserve.models.rope import attention_factor, inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, check_weights
 from blendserve.request import Request, TokenIds, TokenLogprob
@@ -310,6 +310,7 @@ def _load_ends(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights, 
         lm_head=weights.tensor("embed_tokens" if spec.has_tied_embeddings else "lm_head"),
         norm=weights.tensor("norm"),
         inverse_frequencies=inverse_frequencies(spec),
+        rotary_factor=attention_factor(spec),
     )
 
 
