@@ -18,6 +18,7 @@ from blendserve.models.tool_formats.format import Tool
 from blendserve.request import SamplingParams, SequenceOutput, TokenIds
 
 EncodedPrompt = Sequence[int] | TokenIds
+_PLAIN = SamplingParams()
 
 
 class Codec(Protocol):
@@ -83,7 +84,7 @@ class Choice:
     output: SequenceOutput
     extras: Extras
     codec: Codec
-    sampling: SamplingParams
+    sampling: SamplingParams = _PLAIN
     parts: AnswerParts = NO_PARTS
     num_reasoning_tokens: int = 0
 

@@ -82,8 +82,8 @@ class BatchLine:
 def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLine:
     """Validate one JSON value. Raises: RequestError with code, param and status."""
     custom_id, url, given = read_envelope(value, served.urls)
+    model = _read_model(given, served)
     body = with_extra_body(given)
-    model = _read_model(body, served)
     if url in TEXT_URLS and served.default_sampling:
         body = with_defaults(body, served.default_sampling, is_completion=url == COMPLETIONS_URL)
     read = ENDPOINTS[url].read(body, served.abilities)

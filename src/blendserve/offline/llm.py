@@ -29,6 +29,7 @@ from blendserve.models.hub import resolve
 from blendserve.models.load import load_model, load_tokenizer
 from blendserve.offline.assembler import OutputAssembler, table_of
 from blendserve.offline.encoder import Asked, PromptEncoder, asked_of_chat
+from blendserve.offline.formats import with_format
 from blendserve.offline.options import dtype_of, kv_dtype_of, read_options
 from blendserve.offline.outputs import RequestOutput, in_order
 from blendserve.offline.progress import ProgressBar, UseTqdm
@@ -192,6 +193,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        *,
+        response_format: Mapping[str, Any] | type | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several. The model's chat template makes the prompts.
 
@@ -201,6 +204,7 @@ class LLM:
         - `continue_final_message`: the answer goes on with the last message (default: false).
         - `tools`: functions that the template describes to the model, in OpenAI's form (default: none).
         - `chat_template_kwargs`: variables of the template, such as `{"enable_thinking": False}` (default: none).
+        - `response_format`: a pydantic model, a JSON schema, or OpenAI's object of that name, for every answer.
         - `chat_template_content_format` and `mm_processor_kwargs` have no effect: what form of content a template
           takes is found out, and this engine reads text only.
 
@@ -210,6 +214,7 @@ class LLM:
         """
         refuse_lora(lora_request)
         del mm_processor_kwargs
+        params = with_format(self._defaulted(sampling_params), response_format)
         asked = asked_of_chat(
             chat_template=chat_template,
             chat_template_content_format=chat_template_content_format,
@@ -220,8 +225,8 @@ class LLM:
             chat_template_kwargs=chat_template_kwargs,
         )
         if not are_listed(messages):
-            return self._read_all(messages, sampling_params, asked, use_tqdm)
-        return self._answer(listed_conversations(messages), sampling_params, asked, use_tqdm)
+            return self._read_all(messages, params, asked, use_tqdm)
+        return self._answer(listed_conversations(messages), params, asked, use_tqdm)
 
     def stream(
         self,
