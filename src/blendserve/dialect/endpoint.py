@@ -15,7 +15,7 @@ from blendserve.errors import RequestError
 from blendserve.models.chat_formats import NO_PARTS, AnswerParts
 from blendserve.models.conversation import Conversation
 from blendserve.models.tool_formats.format import Tool
-from blendserve.request import SamplingParams, SequenceOutput, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, StructuredOutputs, TokenIds
 
 EncodedPrompt = Sequence[int] | TokenIds
 _PLAIN = SamplingParams()
@@ -29,6 +29,8 @@ class Codec(Protocol):
     is the answer as its parameters want it, mostly without its stop token or stop string; `parts_of` is the same taken
     apart: reasoning, calls of `tools` (where the answer may hold any) and content, with the number of tokens that the
     reasoning took.
+    `use_date` sets what chat templates get as today. `settled` is what a chat's answer must look like, given what its
+    prompt came to.
     """
 
     def encode(self, prompts: Sequence[str | Conversation]) -> Sequence[EncodedPrompt | RequestError]: ...
@@ -41,6 +43,8 @@ class Codec(Protocol):
         *,
         may_call: bool,
     ) -> tuple[AnswerParts, int]: ...
+    def use_date(self, date: str) -> None: ...
+    def settled(self, structure: StructuredOutputs, prompt_token_ids: EncodedPrompt) -> StructuredOutputs: ...
     def text_of(self, output: SequenceOutput, sampling: SamplingParams) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 

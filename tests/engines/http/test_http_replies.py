@@ -70,7 +70,7 @@ def test_a_200_without_an_answer_is_final_and_its_words_are_kept(body: Any) -> N
         ({"object": "error", "message": "no such thing", "code": 40303}, "no_answer", False),
         (
             {"type": "error", "error": {"type": "overloaded_error", "message": "no such thing"}},
-            "overloaded_error",
+            "server_error",
             True,
         ),
         ({"error": {"message": "no such thing", "code": 502}}, "server_error", True),
