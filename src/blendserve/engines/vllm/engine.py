@@ -29,6 +29,7 @@ from blendserve.engines.vllm.arguments import (
 from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import CPU, LoadTotals, cost_model_of, model_cost_of
 from blendserve.engines.vllm.driver import VllmDriver
+from blendserve.engines.vllm.formats import vllm_formats
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests, plan_pending
@@ -66,7 +67,7 @@ class VllmEngine:
         source = str(settings.arguments.get("generation_config", settings.generation_config))
         sampling = {} if embeds else checked_defaults(sampling_defaults(files, source))
         tokenizer = settings.chat.applied(load_tokenizer(files))
-        formats = settings.chat.formats(tokenizer)
+        formats = vllm_formats(settings.chat, tokenizer, api, str(files.path))
         self.served = ServedModel(
             names=(files.name,),
             accepts_any_name=True,
