@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from blendserve.dialect import extras, parameters, passthrough, schema
+from blendserve.dialect import extras, parameters, passthrough, schema, structured
 from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
@@ -90,6 +90,60 @@ def asks_table() -> str:
     """Every kind of line on every engine: answered, or the code of its error row."""
     rows = [(ask.what, *(_verdict(ask, served) for served in ENGINES.values())) for ask in ASKS]
     return _table(("a line with", *ENGINES), rows)
+
+
+PROBES: tuple[Any, ...] = (
+    *(True, False, 1, 2, 0.5, -1, "x", "auto", "none", "low", 'root ::= "a"', ["x"], [1], [_TOOL], {"a": 1}, {"5": 1}),
+    *({"type": "json_object"}, _SCHEMA, {"regex": "a+"}, {"json": {"type": "object"}}),
+)
+"""Values of every kind: what a reader does with them tells what a field is to an engine."""
+_ENDPOINTS = (
+    ("chat", CHAT_URL, {"messages": [_USER], "logprobs": True}),
+    ("completions", COMPLETIONS_URL, {"prompt": "Once"}),
+)
+_MATRIX_ENGINES = ("`native`", "`vllm`", "`http`")
+
+
+def fields_table() -> str:
+    """Every field of a body that has a name here, on every engine and endpoint."""
+    names = sorted(
+        (parameters.BODY_FIELDS | structured.STRUCTURE_FIELDS | parameters._IGNORED) - {"messages", "prompt", "model"}
+    )
+    header = ("field", *(f"{engine}, {where}" for engine in _MATRIX_ENGINES[:-1] for where, *_ in _ENDPOINTS), "`http`")
+    rows = []
+    for name in names:
+        cells = [
+            _outcome(name, ENGINES[engine], url, body) for engine in _MATRIX_ENGINES for _, url, body in _ENDPOINTS
+        ]
+        rows.append((f"`{name}`", *cells[:-1]))  # a server gets chats and completions alike
+    return _table(header, rows)
+
+
+def _outcome(name: str, served: ServedModel, url: str, body: Mapping[str, Any]) -> str:
+    """What becomes of a field, found with values of every kind."""
+    plain = {key: value for key, value in body.items() if key != name}
+    before = _parsed(served, url, plain)
+    codes: set[str] = set()
+    has_no_effect = False
+    for probe in PROBES:
+        try:
+            after = _parsed(served, url, {**plain, name: probe})
+        except RequestError as error:
+            codes.add(error.code)
+            continue
+        if after != before:
+            return "sent" if served.is_remote else "yes"
+        has_no_effect = True
+    if "unsupported_parameter" in codes:
+        return "neutral values only"
+    if has_no_effect:
+        return "ignored"
+    return "`unknown_parameter`" if codes == {"unknown_parameter"} else f"`{min(codes)}`"
+
+
+def _parsed(served: ServedModel, url: str, body: Mapping[str, Any]) -> object:
+    parse = passthrough.parse_remote_line if served.is_remote else schema.parse_line
+    return parse({"custom_id": "a", "method": "POST", "url": url, "body": dict(body)}, 1, served)
 
 
 def parameters_table() -> str:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from doc_cli import cli_page
 from doc_errors import codes_table, error_sections
-from doc_fields import asks_table, chat_options_list, embeddings_list, ignored_list, neutral_table, parameters_table
+from doc_fields import (
+    asks_table,
+    chat_options_list,
+    embeddings_list,
+    fields_table,
+    ignored_list,
+    neutral_table,
+    parameters_table,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
 CLI, BATCH_FILES = DOCS / "cli.md", DOCS / "batch-files.md"
@@ -25,6 +33,7 @@ def _errors() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "lines by engine": asks_table,
+    "fields by engine": fields_table,
     "parameters": parameters_table,
     "neutral parameters": neutral_table,
     "ignored parameters": ignored_list,

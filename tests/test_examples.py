@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import pytest
 from batch_fakes import batch_line, read_rows, write_lines
 from tiny_files import tiny_directory, write_directory
@@ -102,3 +104,20 @@ def test_the_lines_with_tools(tmp_path: Path) -> None:
     assert rows["mail"]["finish_reason"] == "tool_calls"
     (call,) = rows["mail"]["message"]["tool_calls"]
     assert set(json.loads(call["function"]["arguments"])) == {"folder", "urgent"}
+
+
+def test_structured_answers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with random weights says nothing true, but it keeps the shape."""
+    source, target = EXAMPLES / "structured.jsonl", tmp_path / "out.jsonl"
+    run(monkeypatch, "run_native.py", source, target, tiny)
+    asked = {line["custom_id"]: line["body"] for line in read_rows(source)}
+    answers = {row["custom_id"]: row["response"]["body"]["choices"][0] for row in read_rows(target)}
+    assert answers.keys() == asked.keys()
+    for name, choice in answers.items():
+        assert choice["finish_reason"] in ("stop", "length")
+        if name.startswith("mood"):
+            assert choice["message"]["content"] in asked[name]["structured_outputs"]["choice"]
+        if name.startswith("person") and choice["finish_reason"] == "stop":
+            schema = asked[name]["response_format"]["json_schema"]["schema"]
+            jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+    assert re.fullmatch(asked["code-0"]["guided_regex"], answers["code-0"]["text"])

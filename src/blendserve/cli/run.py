@@ -13,7 +13,7 @@ from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_engine, add_engine_choice, add_replicas, add_watching, check_options
 from blendserve.cli.engine_settings import engine_settings
 from blendserve.cli.help import add_two_helps
-from blendserve.cli.options import add_chat, add_model, add_reading, read_limits, say, tell, tell_all
+from blendserve.cli.options import add_chat, add_model, add_reading, local_path, read_limits, say, tell, tell_all
 from blendserve.engines.base import RunObserver
 from blendserve.errors import ConfigError
 from blendserve.job.places import JobFiles, RunOptions, choose_outputs, find_inputs
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "inputs",
-        type=Path,
+        type=local_path,
         nargs="+",
         metavar="IN.jsonl",
         help="the batch file, plain or compressed (gzip, bzip2, xz, zstd); several files, or a directory of them, are "

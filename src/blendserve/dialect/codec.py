@@ -42,6 +42,11 @@ class ModelCodec:
         self._obeys_control_tokens = obeys_control_tokens
         self._chats = ChatEncoder(tokenizer, obeys_control_tokens=obeys_control_tokens)
 
+    @property
+    def marks_reasoning(self) -> bool:
+        """Do answers hold reasoning that is taken out of them?"""
+        return self._formats.reasoning is not None
+
     def encode(self, prompts: Sequence[str | Conversation]) -> list[TokenIds | RequestError]:
         """Encode in two calls, one per kind, each on all cores. Raises: RequestError for a chat without a template."""
         texts = {at: prompt for at, prompt in enumerate(prompts) if isinstance(prompt, str)}

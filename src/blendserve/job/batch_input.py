@@ -79,7 +79,8 @@ def read_batch(
         store = TokenStore.open(directory, files, spec.max_position)
         if not store.num_requests:
             codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
-            reason = f"all {reader.num_lines} lines are refused ({codes})" if refused else "it is empty"
-            raise ConfigError(f"{path} holds no request to plan: {reason}; see `blendserve check`")
+            raise ConfigError(
+                f"{path} holds no line that can be answered ({codes}); `blendserve check {path}` says why"
+            )
         pending = PendingRequests(store, np.arange(store.num_requests))
         yield BatchInput(reader.num_lines, dict(sorted(refused.items())), pending.flat_prompts(), pending.table())

@@ -6,8 +6,9 @@ Decisions are those of `queue`; answers are journalled by the engine process; th
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -48,6 +49,9 @@ _MIN_ROUND_S = 10.0
 _RELEASE_S = 10.0
 _MAX_BACKOFF_S = 60.0
 _TICK_S = 0.5
+_FORECAST_S = 1.0
+_CHECK_S = 5.0
+"""How often a running round is held against what waits."""
 
 
 @dataclass(slots=True)
@@ -104,6 +108,9 @@ class Scheduler:
         self._num_misses = 0
         self._retry_at = 0.0
         self._is_swapping = False
+        self._forecast: Mapping[str, float] = {}
+        self._forecast_at_s = -_FORECAST_S
+        self._checked_at = 0.0
         self._picture: Picture | None = None
         self._wanted = settings.models[0]
         self._counted: dict[str, tuple[int, int, int]] = {}
@@ -170,9 +177,13 @@ class Scheduler:
         found = self._store.page(BatchRecord, label="in_progress", is_newest_first=False)
         return [self._waiting(batch) for batch in found]
 
-    def ends(self) -> dict[str, float]:
-        """When each batch would end, as far as the forecast knows. Unix times by batch."""
-        return finish_times(self.waiting(), self.rates, self._clock())
+    def ends(self) -> Mapping[str, float]:
+        """When each batch would end, as far as the forecast knows. Unix times by batch; a second old at most."""
+        now_s = time.monotonic()
+        if now_s - self._forecast_at_s >= _FORECAST_S:
+            self._forecast_at_s = now_s
+            self._forecast = finish_times(self.waiting(), self.rates, self._clock())
+        return self._forecast
 
     def forecast_s(self, caller: Caller, model: str | None, num_lines: int, deadline: float) -> float | None:
         """Seconds until a batch that came now would end; None where nothing is known."""
@@ -187,9 +198,8 @@ class Scheduler:
     def _tick(self) -> None:
         now = self._clock()
         for label in ("validating", "in_progress"):
-            for batch in self._store.page(BatchRecord, label=label):
-                if batch.expires_at <= now:
-                    self._batches.expire(batch.id)
+            for batch in self._store.expired(BatchRecord, now, label):
+                self._batches.expire(batch.id)
         if self._running is not None:
             self._yield_if_needed(now)
         elif now >= self._retry_at and (not self.host.is_running or self.is_ready):
@@ -230,8 +240,9 @@ class Scheduler:
         """End a round early for a key that has no share in it, or for a model that must not wait."""
         running = self._running
         assert running is not None
-        if running.is_yielding or now - running.started_at < _MIN_ROUND_S:
+        if running.is_yielding or now - max(running.started_at + _MIN_ROUND_S - _CHECK_S, self._checked_at) < _CHECK_S:
             return
+        self._checked_at = now
         waiting = self.waiting()
         chosen = choose_round(waiting, loaded=self._loaded, rates=self.rates, now=now, round_s=self._settings.round_s)
         if chosen is None:
