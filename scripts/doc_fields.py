@@ -107,7 +107,8 @@ _MATRIX_ENGINES = ("`native`", "`vllm`", "`http`")
 def fields_table() -> str:
     """Every field of a body that has a name here, on every engine and endpoint."""
     names = sorted(
-        (parameters.BODY_FIELDS | structured.STRUCTURE_FIELDS | parameters.IGNORED_FIELDS) - {"messages", "prompt", "model"}
+        (parameters.BODY_FIELDS | structured.STRUCTURE_FIELDS | parameters.IGNORED_FIELDS)
+        - {"messages", "prompt", "model"}
     )
     header = ("field", *(f"{engine}, {where}" for engine in _MATRIX_ENGINES[:-1] for where, *_ in _ENDPOINTS), "`http`")
     rows = []
