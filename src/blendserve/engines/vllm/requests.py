@@ -45,7 +45,7 @@ def arguments_of(
 
 def _chat_prompt(extras: Extras, api: VllmApi, engine: Any) -> Any:
     try:
-        return api.chat_prompt(engine, extras.messages)
+        return api.chat_prompt(engine, extras.messages, extras.template)
     except Exception as error:  # fetching and decoding pictures fails in every way there is
         raise RequestError(
             f"the messages cannot be turned into a prompt: {error}", code="invalid_value", param="messages"
