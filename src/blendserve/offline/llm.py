@@ -58,7 +58,6 @@ from blendserve.request import Request, SamplingParams, SequenceOutput
 DEFAULT_WINDOW = 4096
 """Prompts that a stream reads and plans at a time: enough to find what they share, few enough to begin soon."""
 
-
 _Params = SamplingParams | Iterable[SamplingParams] | None
 
 
