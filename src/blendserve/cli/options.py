@@ -36,7 +36,7 @@ def local_path(text: str) -> Path:
     """An argument that is a file of this machine: a path would lose a slash of a URL."""
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text} is a URL; copy the file to this machine first (only `blendserve map` reads URLs)"
+            f"{text} is a URL; copy the file to this machine first (`blendserve run` and `map` read URLs)"
         )
     return Path(text)
 
@@ -146,9 +146,10 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--tool-format",
-        choices=TOOL_FORMAT_NAMES,
         default=AUTO,
-        help="how the model writes calls of functions (default: auto, as its template shows)",
+        metavar="NAME",
+        help=f"how the model writes calls of functions: {', '.join(TOOL_FORMAT_NAMES)}; with --engine vllm also the "
+        "name of one of vLLM's tool parsers (default: auto, as its template shows)",
     )
     group.add_argument(
         "--reasoning-format",
