@@ -28,7 +28,9 @@ from grammar_cases import (
 from blendserve.engine.constrained import GrammarConstraints
 from blendserve.engine.fake import FifoPolicy
 from blendserve.engine.loop import EngineLoop
-from blendserve.errors import RequestError
+from blendserve.engine.sequence import Int64s, SequenceTable
+from blendserve.engine.step import StepMasks
+from blendserve.errors import ExecutorError, RequestError
 from blendserve.request import Request, SequenceOutput, StructuredOutputs
 
 OBJECT = {
@@ -261,6 +263,26 @@ def test_a_grammar_that_fails_in_the_middle_is_an_error() -> None:
     assert failed.error.code == "grammar_too_complex"
     assert "out of fuel" in failed.error.message
     assert free.finish_reason == "length"
+
+
+class Misfit(ByTrying):
+    """Masks that do not fit the model, or the step."""
+
+    def __init__(self, num_words: int, num_rows: int, num_masks: int) -> None:
+        super().__init__()
+        self.words, self.row_of = np.zeros((num_masks, num_words), np.int32), np.zeros(num_rows, np.int32)
+
+    def masks(self, table: SequenceTable, rows: Int64s) -> StepMasks | None:  # noqa: ARG002
+        return StepMasks(self.row_of, lambda: self.words)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((9, 1, 1), "too few for a vocabulary"), ((10, 2, 1), "masks for 2 rows"), ((10, 1, 0), "mask 0 does not exist")],
+)
+def test_masks_that_do_not_fit_end_the_run(shape: tuple[int, int, int], words: str) -> None:
+    with pytest.raises(ExecutorError, match=words):
+        run(make_loop(native_executor(), Misfit(*shape)), [request(0, STRUCTURES[0])])
 
 
 def test_grammars_are_compiled_once_each() -> None:
