@@ -80,6 +80,7 @@ def _native(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
 def _vllm(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
     from blendserve.engines.vllm.codec import VllmCodec
     from blendserve.engines.vllm.engine import served_model_of
+    from blendserve.engines.vllm.formats import vllm_formats
 
     if args.model is None:
         raise ConfigError("--engine vllm needs --model: a Hugging Face directory, or a hub id (owner/name)")
@@ -95,7 +96,7 @@ def _vllm(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
     )
     config, chat = read_json(files.path / "config.json"), chat_settings(args)
     tokenizer = chat.applied(load_tokenizer(files))
-    formats = chat.formats(tokenizer)
+    formats = vllm_formats(chat, tokenizer, None, str(files.path))
     served = served_model_of(settings, files, config, formats)
     return served, VllmCodec(
         tokenizer, config, served.max_model_len, formats, obeys_control_tokens=chat.obeys_control_tokens

@@ -28,6 +28,9 @@ def test_a_parser_of_vllm_by_name() -> None:
     assert formats.tools.parse("NOW", TOOLS) == ParsedAnswer("", (ToolCall("now", "{}"),))
     assert formats.tools.parse("THEN", TOOLS) == ParsedAnswer("THEN"), "there is no such function"
     assert "</s>" not in formats.special_ids
+    unread = vllm_formats(ChatSettings(tool_format="shout"), tokenizer(CHATML), None, "m")
+    assert unread.tools is not None
+    assert unread.tools.name == "shout"
     with pytest.raises(ConfigError, match="no parser xyz"):
         vllm_formats(ChatSettings(tool_format="xyz"), tokenizer(CHATML), FakeVllm(), "m")
 

@@ -39,19 +39,22 @@ class VllmParse:
         return found if all(call.name in names for call in found.calls) else self.ours(text, tools)
 
 
-def vllm_formats(chat: ChatSettings, tokenizer: Tokenizer, api: VllmApi, model: str) -> ChatFormats:
-    """How a model chats; `chat.tool_format` may also be the name of a parser of vLLM. Raises: ConfigError."""
+def vllm_formats(chat: ChatSettings, tokenizer: Tokenizer, api: VllmApi | None, model: str) -> ChatFormats:
+    """How a model chats; `chat.tool_format` may also be the name of a parser of vLLM. Without `api`, lines can be read
+    and no answers. Raises: ConfigError.
+    """
     if chat.tool_format not in TOOL_FORMAT_NAMES:
-        api.check_parser(chat.tool_format)
+        if api is not None:
+            api.check_parser(chat.tool_format)
         formats = replace(chat, tool_format=NONE).formats(tokenizer)
         ends = {tokenizer.backend.id_to_token(token_id) for token_id in tokenizer.eos_token_ids}
         markers = tuple(text for text in tokenizer.special_texts if text not in ends)
         ids = {text: int(tokenizer.backend.token_to_id(text) or 0) for text in markers}
-        parse = VllmParse(api, chat.tool_format, model, _as_text)
+        parse = _as_text if api is None else VllmParse(api, chat.tool_format, model, _as_text)
         other = ToolFormat(chat.tool_format, markers, parse, _no_grammar, _no_grammar, write_calls, write_result)
         return replace(formats, tools=other, special_ids={**formats.special_ids, **ids})
     formats = chat.formats(tokenizer)
-    if formats.tools is None or formats.tools.name not in PARSERS:
+    if api is None or formats.tools is None or formats.tools.name not in PARSERS:
         return formats
     parse = VllmParse(api, PARSERS[formats.tools.name], model, formats.tools.parse)
     return replace(formats, tools=replace(formats.tools, parse=parse))
