@@ -75,6 +75,17 @@ def test_http(
     assert f"{NUM_LINES} requests sent to {server.base_url}" in capsys.readouterr().out
 
 
+def test_map_table(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow", reason="tables need the extra data: pip install '.[data]'")
+    run(monkeypatch, "map_table.py", EXAMPLES / "countries.jsonl", tmp_path / "out.jsonl", tiny)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    given = [json.loads(line) for line in (EXAMPLES / "countries.jsonl").read_text().splitlines()]
+    assert [{"id": row["id"], "country": row["country"]} for row in rows] == given
+    assert "1 rows with errors" in capsys.readouterr().out or any("invalid_answer" in str(row["error"]) for row in rows)
+
+
 @pytest.mark.slow
 def test_replicas(
     source: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -87,7 +98,7 @@ def test_replicas(
 
 def test_no_example_is_left_out() -> None:
     scripts = {path.stem.removeprefix("run_") for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"native", "vllm", "http", "replicas"}
+    assert scripts == {"native", "vllm", "http", "replicas", "map_table"}
     assert all(f"test_{name}" in globals() for name in scripts)
 
 

@@ -36,7 +36,7 @@ def local_path(text: str) -> Path:
     """An argument that is a file of this machine: a path would lose a slash of a URL."""
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text} is a URL; copy the file to this machine first (only `blendserve map` reads URLs)"
+            f"{text} is a URL; copy the file to this machine first (`blendserve run` and `map` read URLs)"
         )
     return Path(text)
 
