@@ -77,7 +77,7 @@ def create(client: TestClient, file_id: str, window: str = "24h", **fields: Any)
 
 
 def wait_for(
-    client: TestClient, id: str, *statuses: str, seconds: float = 30.0, headers: dict[str, str] | None = None
+    client: TestClient, id: str, *statuses: str, seconds: float = 120.0, headers: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """The batch once it is in one of the states (default: any that it does not leave)."""
     wanted = statuses or ("completed", "failed", "expired", "cancelled")
@@ -91,7 +91,7 @@ def wait_for(
     return batch
 
 
-def wait_until(is_true: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(is_true: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline, "it took too long"

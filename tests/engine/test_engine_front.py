@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import pytest
 from engine_scenarios import BLOCK_SIZE, EOS, VOCAB_SIZE, PlannedPolicy, make_loop, make_request
@@ -48,13 +48,21 @@ def make_fake_loop(num_blocks: int) -> EngineLoop:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_front_and_the_plan_both_get_their_own_answers(seed: int) -> None:
+def test_the_front_and_the_plan_both_get_their_own_answers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     planned, ahead = some_requests(30, seed), some_requests(12, seed + 100, base=1000)
     heard, loop = Heard(), make_fake_loop(num_blocks=12 + seed)
     front = Front(heard.on_tokens, heard.on_output)
     indices: list[int] = front.add(ahead[:3])
     found: dict[int, list[int]] = {}
     policy = PlannedPolicy(planned, list(range(30)), seed)
+    asked: list[Hashable] = []
+    next_use = policy.next_use
+
+    def noted(key: Hashable) -> float:
+        asked.append(key)
+        return next_use(key)
+
+    monkeypatch.setattr(policy, "next_use", noted)
     for output in front.run(loop, planned, policy):
         found[output.index] = output.token_ids.tolist()
         loop.check()
@@ -62,6 +70,8 @@ def test_the_front_and_the_plan_both_get_their_own_answers(seed: int) -> None:
             indices += front.add([ahead[len(indices)]])
     while front.has_work:
         assert list(front.run(loop, (), NothingPlanned())) == []
+    known = {key for request in planned for key in request.block_keys}
+    assert set(asked) <= known, "a policy was asked for blocks that are not of its plan"
     assert found == {request.index: expected_tokens(request, VOCAB_SIZE, EOS) for request in planned}
     for index, request in zip(indices, ahead, strict=True):
         wanted = expected_tokens(request, VOCAB_SIZE, EOS)

@@ -117,6 +117,11 @@ def test_what_a_batch_must_have(client: TestClient) -> None:
         error_of(client.post("/v1/batches", content=body), 400)
 
 
+def test_a_body_that_is_too_large_is_refused(client: TestClient) -> None:
+    error = error_of(client.post("/v1/batches", content=b'{"a": "' + b"x" * (5 << 20)), 413)
+    assert error["code"] == "body_too_large"
+
+
 def test_the_same_request_within_a_minute_is_the_same_batch(client: TestClient) -> None:
     file_id = upload(client, lines(2))
     first = create(client, file_id)

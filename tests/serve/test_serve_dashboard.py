@@ -128,7 +128,7 @@ def page(tmp_path: Path) -> Iterator[Page]:
     ):
         browser = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         context = browser.new_context(base_url=service.url, accept_downloads=True)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         yield context.new_page()
         browser.close()
 

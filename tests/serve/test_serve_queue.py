@@ -20,9 +20,11 @@ from serve_cases import (
     wait_for,
     wait_until,
 )
+from serve_process import free_port
 from starlette.testclient import TestClient
 
-from blendserve import NativeSettings
+from blendserve import HttpSettings, NativeSettings
+from blendserve.engines.http.fake_server import FakeSettings, serving
 from blendserve.serve import scheduler
 from blendserve.serve.keys import KeyFile
 from blendserve.serve.settings import ModelChoice
@@ -103,6 +105,18 @@ def test_a_batch_on_which_the_engine_always_fails_is_given_up(tmp_path: Path, mo
         assert done["status"] == "failed"
         assert done["errors"]["data"][0]["code"] == "engine_failed"
         assert done["request_counts"]["failed"] == 3
+
+
+def test_a_server_that_is_down_costs_no_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "_MAX_BACKOFF_S", 0.01)
+    port = free_port()
+    engine = HttpSettings(base_url=f"http://127.0.0.1:{port}/v1", model="m", max_attempts=1, max_outage_s=0.01)
+    settings = settings_for(tmp_path / "data", "", models=(ModelChoice("m", engine),))
+    with client_of(settings) as client:
+        batch = create(client, upload(client, lines(3)))
+        wait_until(lambda: scheduler_of(client)._num_rounds > scheduler.MAX_FAILURES + 2)
+        with serving(FakeSettings(), port=port):
+            assert wait_for(client, batch["id"])["request_counts"]["completed"] == 3
 
 
 def test_metrics_are_those_of_prometheus(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+from blendserve.engines.settings import HttpSettings
 from blendserve.job.reader import ReadLimits
 from blendserve.serve.batches import Batches
 from blendserve.serve.blobs import Blobs
@@ -299,7 +300,7 @@ class Scheduler:
             case Released(batch_id):
                 self._freed(batch_id)
             case RoundEnded():
-                self._end_round(report.error, is_for_space=report.is_for_space)
+                self._end_round(report.error, is_excused=report.is_for_space or self._is_remote)
             case EngineState():
                 self.engine_state = report
             case Picture():
@@ -341,7 +342,12 @@ class Scheduler:
         batch = self._store.get(BatchRecord, batch_id)
         return batch is None or batch.status != "in_progress"
 
-    def _end_round(self, error: str | None, *, is_for_space: bool = False) -> None:
+    @property
+    def _is_remote(self) -> bool:
+        """Does a server answer that may be down for a while, through no fault of a batch?"""
+        return self.host.model is not None and isinstance(self.host.model.engine, HttpSettings)
+
+    def _end_round(self, error: str | None, *, is_excused: bool = False) -> None:
         running, self._running = self._running, None
         self.token_rate = 0.0
         for id in list(self._releasing):
@@ -356,7 +362,7 @@ class Scheduler:
         self.trouble = error
         _log.warning("a round ended early; its batches go on with the next: %s", error)
         self._back_off(made_progress=bool(running.progressed))
-        if not is_for_space:
+        if not is_excused:
             self._blame(running, error)
 
     def _blame(self, running: RunningRound, error: str) -> None:
