@@ -14,6 +14,7 @@
 #include "nano_batch.h"
 #include "ops/sample.h"
 #include "overlap.h"
+#include "prompt_results.h"
 #include "shape.h"
 #include "threads.h"
 #include "trace.h"
@@ -28,13 +29,15 @@ class Model {
   // format.
   Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads);
 
-  void admit(int64_t slot, SamplingParams params);
+  void admit(int64_t slot, SamplingParams params, const PromptParams& prompt = {});
   void release(int64_t slot);
   // From the next step on. Allocates.
   void set_overlap(const OverlapOptions& overlap);
   // Runs one step; results in the order of the plan's sampled entries, valid until the next call. Mutates: the KV
   // cache. Throws std::invalid_argument where the plan does not fit the limits, before anything has run.
   std::span<const Sample> step(const StepInput& input);
+  // What requests asked of their prompts; of slots that were admitted and not released.
+  const PromptResults& prompt_results() const { return prompt_results_; }
   // Whether attention reads the KV of a prefix that sequences share once per step (so at first) or for each of them.
   // Changes time, never tokens.
   void read_shared_once() { layers_.read_shared_once(); }
@@ -68,6 +71,7 @@ class Model {
   NanoBatchSplit split_;
   Layers layers_;
   Head head_;
+  PromptResults prompt_results_;
   OverlapOptions overlap_;
   WorkRates work_rates_;
   StepCounters counters_;

@@ -97,6 +97,16 @@ class SamplingParams:
         stop_token_ids: list[int],
     ) -> None: ...
 
+class Pooling(Enum):
+    none = 0
+    last = 1
+    mean = 2
+
+class PromptParams:
+    """What a request wants of its prompt; `num_logprobs` -1: none."""
+
+    def __init__(self, *, num_prompt_tokens: int, num_logprobs: int, pooling: Pooling) -> None: ...
+
 class OverlapMode(Enum):
     off = 0
     on = 1
@@ -128,7 +138,7 @@ class Model:
     def set_overlap(self, options: OverlapOptions) -> None:
         """From the next step on."""
 
-    def admit(self, slot: int, params: SamplingParams) -> None: ...
+    def admit(self, slot: int, params: SamplingParams, prompt: PromptParams = ...) -> None: ...
     def release(self, slot: int) -> None: ...
     def step(
         self,
@@ -141,6 +151,11 @@ class Model:
     ) -> tuple[_Int32s, list[tuple[int, float, list[tuple[int, float]]]]]:
         """Sampled tokens and, for entries that asked, (position among them, logprob, best alternatives)."""
 
+    def prompt_logprobs(self, slot: int, blocks: _Int32s) -> tuple[_Floats, _Int32s, _Floats]:
+        """Of every token of a slot's prompt: log probability, best alternatives (-1: none) and theirs. Shapes: [n],
+        [n, k], [n, k]."""
+
+    def pooled(self, slot: int, blocks: _Int32s) -> _Floats: ...
     def logits(self, token_ids: _Int32s) -> _Floats: ...
     def start_trace(self) -> None:
         """Forget recorded spans, and record them from now on."""

@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 
 from blendserve.config import DTYPES, KV_DTYPES, EngineConfig, parse_bytes
+from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.limits import resolve_limits
 from blendserve.errors import ConfigError
@@ -146,6 +147,7 @@ def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
         accepts_any_name=args.model is not None,
         vocab_size=model.spec.vocab_size,
         max_model_len=context_length(args, model.spec),
+        abilities=native_abilities(model.spec.hidden_size),
     )
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody, text_usage
 from blendserve.dialect.extras import Abilities, Extras, take_structure
-from blendserve.dialect.logprobs import chat_logprobs, logprobs_of_text
+from blendserve.dialect.logprobs import chat_logprobs, logprobs_of_text, prompt_logprobs
 from blendserve.dialect.messages import read_conversation
 from blendserve.dialect.parameters import read_chat_parameters
 from blendserve.dialect.urls import CHAT_URL
+
+_PROMPT_LOGPROBS = "prompt_logprobs"
+"""vLLM's field for them, beside the choices: the first choice carries it there."""
 
 
 def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
@@ -23,28 +26,37 @@ def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
         conversation = tuple(
             {**given, "role": read["role"]} for given, read in zip(body["messages"], messages, strict=True)
         )
-    return ReadBody((messages,), read_chat_parameters(body), Extras(structure=structure, messages=conversation))
+    shows = body.get("prompt_logprobs") is not None
+    extras = Extras(structure=structure, messages=conversation, shows_prompt_logprobs=shows)
+    return ReadBody((messages,), read_chat_parameters(body), extras)
 
 
 def _choice_body(choice: Choice) -> dict[str, Any]:
     output, codec = choice.output, choice.codec
-    return {
+    body = {
         "index": choice.choice,
         "message": {"role": "assistant", "content": codec.text_of(output), "refusal": None},
         "logprobs": chat_logprobs(logprobs_of_text(output), codec) if output.logprobs else None,
         "finish_reason": output.finish_reason,
     }
+    if choice.extras.shows_prompt_logprobs and choice.choice == 0:
+        body[_PROMPT_LOGPROBS] = prompt_logprobs(output.prompt_logprobs or (), codec)
+    return body
 
 
 def _body(answered: AnsweredLine) -> dict[str, Any]:
+    of_prompt = {name: value for name, value in answered.choices[0].body.items() if name == _PROMPT_LOGPROBS}
     return {
         "id": f"chatcmpl-{answered.key}",
         "object": "chat.completion",
         "created": answered.created,
         "model": answered.model,
-        "choices": [choice.body for choice in answered.choices],
+        "choices": [
+            {name: value for name, value in choice.body.items() if name not in of_prompt} for choice in answered.choices
+        ],
         "usage": text_usage(answered),
         "system_fingerprint": None,
+        **of_prompt,
     }
 
 

@@ -93,13 +93,14 @@ class AnsweredLine:
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """`prompt_field` is where a body holds what the model reads. `read` raises RequestError for a body that cannot be
-    answered, naming the parameter. `choice_body` and `body` return JSON values."""
+    answered, naming the parameter. `choice_body` and `body` return JSON values. `embeds`: answers are vectors."""
 
     url: str
     prompt_field: str
     read: Callable[[Mapping[str, Any], Abilities], ReadBody]
     choice_body: Callable[[Choice], dict[str, Any]]
     body: Callable[[AnsweredLine], dict[str, Any]]
+    embeds: bool = False
 
 
 def text_usage(answered: AnsweredLine) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from blendserve.dialect.images import Picture
 from blendserve.dialect.parameters import integer_between, reject, shown
-from blendserve.dialect.urls import TEXT_URLS
+from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
 from blendserve.errors import RequestError
 
 EncodingFormat = Literal["float", "base64"]
@@ -28,7 +28,8 @@ MAX_DIMENSIONS = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
-    adapters. `image_domains` are the hosts that pictures may be fetched from: a line must not send
+    adapters. `max_dimensions` is the length of its vectors, 0 where that is
+    not known. `image_domains` are the hosts that pictures may be fetched from: a line must not send
     the engine to whatever it can reach.
     """
 
@@ -37,15 +38,22 @@ class Abilities:
     sees: bool = False
     image_domains: tuple[str, ...] = ()
     urls: tuple[str, ...] = TEXT_URLS
+    max_dimensions: int = 0
 
 
 TEXT_ONLY = Abilities()
 
 
+def native_abilities(hidden_size: int) -> Abilities:
+    """What the native engine can, with a model whose states have so many numbers."""
+    return Abilities(urls=(*TEXT_URLS, EMBEDDINGS_URL), max_dimensions=hidden_size)
+
+
 @dataclass(frozen=True, slots=True)
 class Extras:
     """`structure` has one key, a kind of STRUCTURE_KINDS. `messages` is the whole conversation where it holds pictures;
-    the stored prompt is then only an estimate.
+    the stored prompt is then only an estimate. `echo` has the text of every prompt that answers begin with, None for
+    one that was given as tokens. `shows_prompt_logprobs`: the answer has them in vLLM's field.
     """
 
     adapter: str | None = None
@@ -53,6 +61,8 @@ class Extras:
     messages: tuple[Mapping[str, Any], ...] = ()
     encoding_format: EncodingFormat = "float"
     dimensions: int | None = None
+    echo: tuple[str | None, ...] = ()
+    shows_prompt_logprobs: bool = False
 
     def to_bytes(self) -> bytes:
         """JSON of what differs from the default; empty where nothing does."""
@@ -64,7 +74,7 @@ class Extras:
         if not data:
             return NO_EXTRAS
         values = json.loads(data)
-        return cls(**{**values, "messages": tuple(values.get("messages", ()))})
+        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("messages", "echo")}})
 
 
 NO_EXTRAS = Extras()
@@ -175,8 +185,11 @@ def _host_of(url: str) -> str:
 _EMBEDDING_FIELDS = ("model", "input", "encoding_format", "dimensions", "user")
 
 
-def read_embedding_extras(body: Mapping[str, Any]) -> Extras:
-    """How vectors are wanted. Raises: RequestError for an unknown parameter, or a wrong one."""
+def read_embedding_extras(body: Mapping[str, Any], max_dimensions: int = 0) -> Extras:
+    """How vectors are wanted; `max_dimensions` is how many the model has, where that is known.
+
+    Raises: RequestError for an unknown parameter, or a wrong one.
+    """
     for name in body:
         if name not in _EMBEDDING_FIELDS:
             raise RequestError(
@@ -190,5 +203,5 @@ def read_embedding_extras(body: Mapping[str, Any]) -> Extras:
     encoding_format: EncodingFormat = "base64" if given == "base64" else "float"
     dimensions = body.get("dimensions")
     if dimensions is not None:
-        integer_between(1, MAX_DIMENSIONS)("dimensions", dimensions)
+        integer_between(1, max_dimensions or MAX_DIMENSIONS)("dimensions", dimensions)
     return Extras(encoding_format=encoding_format, dimensions=dimensions)

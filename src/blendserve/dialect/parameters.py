@@ -145,8 +145,8 @@ def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
 
 
 _READERS: Mapping[str, Reader] = {
-    "max_tokens": integer_between(1, MAX_INT32),
-    "max_completion_tokens": integer_between(1, MAX_INT32),
+    "max_tokens": integer_between(0, MAX_INT32),
+    "max_completion_tokens": integer_between(0, MAX_INT32),
     "min_tokens": integer_between(0, MAX_INT32),
     "temperature": number_between(0.0, 2.0),
     "top_p": _read_nucleus,
@@ -161,13 +161,18 @@ _READERS: Mapping[str, Reader] = {
     "presence_penalty": number_between(-2.0, 2.0),
     "frequency_penalty": number_between(-2.0, 2.0),
     "repetition_penalty": _read_repetition_penalty,
+    "prompt_logprobs": integer_between(0, MAX_LOGPROBS),
 }
 _CHAT_READERS: Mapping[str, Reader] = {
     **_READERS,
     "logprobs": read_boolean,
     "top_logprobs": integer_between(0, MAX_LOGPROBS),
 }
-_COMPLETION_READERS: Mapping[str, Reader] = {**_READERS, "logprobs": integer_between(0, MAX_LOGPROBS)}
+_COMPLETION_READERS: Mapping[str, Reader] = {
+    **_READERS,
+    "logprobs": integer_between(0, MAX_LOGPROBS),
+    "echo": read_boolean,
+}
 
 _IGNORED = frozenset(
     ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "priority")
@@ -179,7 +184,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "stream_options": (),
     "store": (False,),
     "best_of": (1,),
-    "echo": (False,),
     "response_format": ({"type": "text"},),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
@@ -188,7 +192,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
     "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **_NEUTRAL,
@@ -234,6 +237,8 @@ def read_chat_parameters(body: Mapping[str, Any]) -> SamplingParams:
 def read_completion_parameters(body: Mapping[str, Any]) -> SamplingParams:
     """Sampling parameters of a completions body; `prompt` and `model` are the caller's. Raises: as for chat."""
     values = _read_all(body, "prompt", _COMPLETION_READERS, _COMPLETION_NEUTRAL)
+    if values.pop("echo", False) and values.get("logprobs") is not None:
+        values.setdefault("prompt_logprobs", values["logprobs"])
     return _build(values, default_max_tokens=16)
 
 

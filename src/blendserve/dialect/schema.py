@@ -55,6 +55,7 @@ class BatchLine:
 
     Choices are numbered as OpenAI does: prompt i has the choices [i * n, (i + 1) * n). `body` is what a remote server
     is sent, as JSON; where the line is answered here, what it asks for beyond text (`Extras`), mostly nothing.
+    `embeds`: it is answered here, with vectors.
     """
 
     line_number: int
@@ -64,6 +65,7 @@ class BatchLine:
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     body: bytes = b""
+    embeds: bool = False
 
     @property
     def num_choices(self) -> int:
@@ -76,7 +78,8 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     model = _read_model(body, served)
     read = ENDPOINTS[url].read(body, served.abilities)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
-    line = BatchLine(line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes())
+    body_bytes, embeds = extras.to_bytes(), ENDPOINTS[url].embeds
+    line = BatchLine(line_number, custom_id, url, model, read.prompts, read.sampling, body_bytes, embeds)
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
 from blendserve.job.ingest import encode_lines
@@ -41,7 +42,8 @@ def read_batch(
     """Tokenize a file into a temporary store that is gone afterwards. Raises: ConfigError when it cannot be read, or
     holds no request.
     """
-    served = ServedModel((spec.name,), accepts_any_name=True, vocab_size=0, max_model_len=spec.max_position)
+    abilities = native_abilities(spec.hidden_size)
+    served = ServedModel((spec.name,), True, vocab_size=0, max_model_len=spec.max_position, abilities=abilities)
     refused: Counter[str] = Counter()
 
     def refuse(line: BadLine) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from blendserve.errors import ConfigError
 from blendserve.models.hub import ModelFiles
+from blendserve.models.pooling import LAST_TOKEN, Pooling, pooling_from_directory
 from blendserve.models.spec import ModelSpec, spec_from_hf_config
 from blendserve.models.tokenizer import Tokenizer, read_json, tokenizer_from_directory
 from blendserve.models.weights import Weights, check_weights
@@ -18,6 +19,7 @@ class LoadedModel:
     spec: ModelSpec
     weights: Weights
     tokenizer: Tokenizer
+    pooling: Pooling = LAST_TOKEN
 
 
 def load_model(files: ModelFiles) -> LoadedModel:
@@ -26,6 +28,7 @@ def load_model(files: ModelFiles) -> LoadedModel:
     Raises: ConfigError when the architecture is not supported or a file is missing or damaged.
     """
     spec, weights, tokenizer = _from_gguf(files) if files.is_gguf else _from_directory(files)
+    pooling = LAST_TOKEN if files.is_gguf else pooling_from_directory(files.path)
     check_weights(spec, weights)
     num_tokens = tokenizer.backend.get_vocab_size()
     if num_tokens > spec.vocab_size:
@@ -33,7 +36,8 @@ def load_model(files: ModelFiles) -> LoadedModel:
             f"{spec.name}: the tokenizer has {num_tokens} tokens, the weights only {spec.vocab_size}; the "
             "files do not belong together"
         )
-    return LoadedModel(replace(spec, eos_token_ids=tokenizer.eos_token_ids or spec.eos_token_ids), weights, tokenizer)
+    spec = replace(spec, eos_token_ids=tokenizer.eos_token_ids or spec.eos_token_ids)
+    return LoadedModel(spec, weights, tokenizer, pooling)
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:

@@ -132,6 +132,7 @@ class OutputAssembler:
             prompt_token_ids=prompt.token_ids.tolist(),
             outputs=tuple(self._completion(choice, prompt.sampling, result) for choice, result in enumerate(results)),
             num_cached_tokens=results[0].num_cached_tokens,
+            prompt_logprobs=results[0].prompt_logprobs,
         )
 
     def _completion(self, choice: int, sampling: SamplingParams, result: SequenceOutput) -> CompletionOutput:

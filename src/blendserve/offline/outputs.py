@@ -38,6 +38,8 @@ class RequestOutput:
     - `prompt_token_ids`: the tokens of the prompt.
     - `outputs`: the answers.
     - `num_cached_tokens`: tokens of the prompt that were not computed again, because another prompt began with them.
+    - `prompt_logprobs`: one entry for every token of the prompt; the first is None, since nothing comes before it. None
+      unless the request asked for them.
     - `error`: why there is no answer; every one of `outputs` then has finish_reason "error". None: all went well.
     """
 
@@ -48,3 +50,4 @@ class RequestOutput:
     num_cached_tokens: int
     finished: bool = True
     error: BlendServeError | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

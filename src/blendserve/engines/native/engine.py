@@ -11,6 +11,7 @@ from blendserve.costs.model_cost import CostModel
 from blendserve.costs.stored_calibration import Calibration, machine_name, matching_calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.loop import EngineLoop
@@ -64,6 +65,7 @@ class NativeEngine:
             accepts_any_name=settings.model is not None,
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
+            abilities=native_abilities(model.spec.hidden_size),
         )
         self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity

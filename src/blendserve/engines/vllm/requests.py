@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +80,7 @@ def was_aborted(output: Any) -> bool:
     return not hasattr(output.outputs, "data") and any(choice.finish_reason == "abort" for choice in output.outputs)
 
 
-def output_of(index: int, output: Any, request: Request, extras: Extras) -> SequenceOutput:
+def output_of(index: int, output: Any, request: Request) -> SequenceOutput:
     """The end of row `index`, from vLLM's `RequestOutput` or `PoolingRequestOutput`."""
     num_prompt_tokens, num_cached_tokens = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
     if hasattr(output.outputs, "data"):
@@ -95,7 +94,7 @@ def output_of(index: int, output: Any, request: Request, extras: Extras) -> Sequ
             finish_reason="stop",
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=num_cached_tokens,
-            embedding=_encoded(vector, extras),
+            embedding=vector,
         )
     (choice,) = output.outputs
     if choice.finish_reason not in ("stop", "length"):
@@ -118,12 +117,6 @@ def failed_output(index: int, error: Exception) -> SequenceOutput:
     return SequenceOutput(
         index=index, token_ids=NO_TOKENS, finish_reason="error", num_prompt_tokens=0, num_cached_tokens=0, error=error
     )
-
-
-def _encoded(vector: np.ndarray[Any, np.dtype[np.float32]], extras: Extras) -> tuple[float, ...] | str:
-    if extras.encoding_format == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    return tuple(vector.tolist())
 
 
 def _logprobs(
