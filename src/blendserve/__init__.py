@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from blendserve.job.reader import ReadLimits
     from blendserve.offline.batch import run_batch
     from blendserve.offline.llm import LLM
-    from blendserve.offline.outputs import CompletionOutput, RequestOutput
+    from blendserve.offline.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
     from blendserve.request import SamplingParams
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "HttpSettings",
     "JobInterrupted",
     "JobProgress",
@@ -37,7 +39,7 @@ _NAMES_BY_MODULE = {
     "blendserve.job.reader": ("ReadLimits",),
     "blendserve.offline.batch": ("run_batch",),
     "blendserve.offline.llm": ("LLM",),
-    "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
+    "blendserve.offline.outputs": ("CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams",),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

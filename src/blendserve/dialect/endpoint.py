@@ -1,6 +1,6 @@
 """What one endpoint of OpenAI's API is to a batch line: how its body is read, and how an answer to it is written.
 
-Every endpoint is one module (`chat`, `completions`, `embeddings`); `endpoints` lists them.
+Every endpoint is one module (`chat`, `completions`, `responses`, `embeddings`); `endpoints` lists them.
 """
 
 from __future__ import annotations

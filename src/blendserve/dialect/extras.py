@@ -53,7 +53,8 @@ def native_abilities(hidden_size: int) -> Abilities:
 class Extras:
     """`structure` has one key, a kind of STRUCTURE_KINDS. `messages` is the whole conversation where it holds pictures;
     the stored prompt is then only an estimate. `echo` has the text of every prompt that answers begin with, None for
-    one that was given as tokens. `shows_prompt_logprobs`: the answer has them in vLLM's field.
+    one that was given as tokens. `shows_prompt_logprobs`: the answer has them in vLLM's field. `echoed` are settings
+    that the answer repeats.
     """
 
     adapter: str | None = None
@@ -63,6 +64,7 @@ class Extras:
     dimensions: int | None = None
     echo: tuple[str | None, ...] = ()
     shows_prompt_logprobs: bool = False
+    echoed: Mapping[str, Any] | None = None
 
     def to_bytes(self) -> bytes:
         """JSON of what differs from the default; empty where nothing does."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.parameters import MAX_CHOICES, check_params
 from blendserve.engine.keys import block_keys
@@ -15,7 +18,7 @@ from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.models.detokenize import text_of
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.offline.outputs import CompletionOutput, RequestOutput
-from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
+from blendserve.request import EmbeddingParams, Request, SamplingParams, SequenceOutput, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
 
@@ -35,10 +38,21 @@ class OutputAssembler:
     """The requests of all prompts added so far, dense from 0: a `RequestSource` of those that are unfinished.
 
     `take` gives the outputs that became whole since it was last called. Seeds that a prompt does not give follow from
-    `seed` and the prompt's number.
+    `seed` and the prompt's number. With `embedding` every request is for a vector: `vectors` has them by the prompt's
+    number.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        seed: int,
+        embedding: EmbeddingParams | None = None,
+    ) -> None:
+        self.vectors: dict[int, NDArray[np.float32]] = {}
+        self._embedding = embedding
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -116,7 +130,9 @@ class OutputAssembler:
             for choice in range(sampling.n)
         ]
         return [
-            Request(self._num_requests + choice, token_ids, len(token_ids), sampling, limit, seed, keys)
+            Request(
+                self._num_requests + choice, token_ids, len(token_ids), sampling, limit, seed, keys, self._embedding
+            )
             for choice, seed in enumerate(seeds)
         ]
 
@@ -126,6 +142,8 @@ class OutputAssembler:
         if error is not None:
             assert isinstance(error, BlendServeError)
             return _failed(prompt.number, prompt.text, prompt.token_ids.tolist(), prompt.sampling, error)
+        if results[0].embedding is not None:
+            self.vectors[prompt.number] = results[0].embedding
         return RequestOutput(
             request_id=str(prompt.number),
             prompt=prompt.text,

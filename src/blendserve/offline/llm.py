@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import Dtype, EngineConfig, KvDtype
@@ -31,7 +32,7 @@ from blendserve.models.detokenize import StopChecker
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.offline.assembler import OutputAssembler
-from blendserve.offline.outputs import RequestOutput
+from blendserve.offline.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
@@ -39,7 +40,7 @@ from blendserve.planner.sorting import flatten
 from blendserve.planner.table import request_table
 from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
-from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
+from blendserve.request import EmbeddingParams, Request, SamplingParams, SequenceOutput, TokenIds
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -144,6 +145,27 @@ class LLM:
             return _in_order(self.stream(messages, sampling_params))
         listed = _listed_conversations(messages)
         return self._answer(self._encode(listed, are_chats=True), _listed_params(sampling_params, len(listed)))
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """Turn prompts into vectors. Each is a text or a list of token ids; outputs are in the order of the prompts.
+
+        The model's files say which states of it are pooled: that of the last token, which is the default, or the mean
+        of all; and whether vectors have length 1, which is the default too. `dimensions`: keep so many of the first
+        numbers of each vector, for models that were trained for that. None: all.
+        A prompt that cannot be read (it is too long) comes back with `error` set.
+        Raises: ConfigError when `dimensions` is out of range, or after `close`.
+        """
+        if dimensions is not None and not 1 <= dimensions <= self.model.spec.hidden_size:
+            raise ConfigError(
+                f"dimensions is {dimensions}; it must be between 1 and {self.model.spec.hidden_size}, all that vectors of "
+                "this model have"
+            )
+        listed = _listed_prompts(prompts)
+        assembler = self._assembler(EmbeddingParams(dimensions))
+        outputs = self._answer(self._encode(listed), [SamplingParams(max_tokens=0)] * len(listed), assembler)
+        return [_embedded(output, assembler.vectors.get(int(output.request_id))) for output in outputs]
 
     def stream(
         self,
@@ -257,18 +279,24 @@ class LLM:
                 found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
         return found
 
-    def _assembler(self) -> OutputAssembler:
+    def _assembler(self, embedding: EmbeddingParams | None = None) -> OutputAssembler:
         return OutputAssembler(
             self.model.tokenizer,
             vocab_size=self.model.spec.vocab_size,
             max_model_len=self.config.max_model_len,
             seed=self.seed,
+            embedding=embedding,
         )
 
-    def _answer(self, encoded: Sequence[Encoded], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    def _answer(
+        self,
+        encoded: Sequence[Encoded],
+        params: Sequence[SamplingParams],
+        assembler: OutputAssembler | None = None,
+    ) -> list[RequestOutput]:
         """Plan all prompts together, run them, and return their outputs in order."""
         self._check_open()
-        assembler = self._assembler()
+        assembler = self._assembler() if assembler is None else assembler
         requests: list[Request] = []
         for (text, token_ids), sampling in zip(encoded, params, strict=True):
             requests += assembler.add(text, token_ids, sampling)
@@ -327,6 +355,16 @@ def _table(requests: Sequence[Request]) -> RequestTable:
     return request_table(
         (request.num_prompt_tokens for request in requests),
         ((request.sampling, request.max_output_tokens) for request in requests),
+    )
+
+
+def _embedded(output: RequestOutput, vector: NDArray[np.float32] | None) -> EmbeddingRequestOutput:
+    return EmbeddingRequestOutput(
+        request_id=output.request_id,
+        outputs=EmbeddingOutput([] if vector is None else vector.tolist()),
+        prompt_token_ids=output.prompt_token_ids,
+        num_cached_tokens=output.num_cached_tokens,
+        error=output.error,
     )
 
 
