@@ -1,10 +1,13 @@
 """Regenerates the paper's evaluation on the simulator: csv, a markdown page beside the paper's numbers, and plots.
 
-    python bench/paper.py [--quick] [--coarse] [--scale S] [--jobs N] [--only EXPERIMENTS] [--out DIRECTORY]
+    python bench/paper.py [--full] [--quick] [--coarse] [--scale S] [--jobs N] [--only EXPERIMENTS] [--out DIRECTORY]
 
-All figures are simulated. A run at scale S has S^2 of the paper's 400,000 requests, videos of S of the length and a
-GPU with S of the KV memory, batch and step constants, which keeps the ratio of the longest request to the whole job;
-scale 1 is the paper's own size. `--quick` is what CI runs.
+All figures are simulated. `--full` is the evaluation: everything at the paper's own size, 400,000 requests a job. It
+takes a night on two cores. Interrupt it as you like: the same command goes on with the simulations that are missing.
+
+Other runs are small, and their figures lower: ramp and tail weigh more in a small job. A run at scale S has S^2 of the
+requests, videos of S of the length and a GPU with S of the KV memory, batch and step constants, which keeps the ratio
+of the longest request to the whole job. `--quick` is what CI runs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from statistics import mean
 
 import numpy as np
 import paper_reference as paper
-from common import commit, machine
+from common import machine
 from paper_ablation import ABLATIONS
 from paper_cells import (
     KNOWLEDGE,
@@ -36,6 +39,7 @@ from paper_cells import (
     run_cell,
 )
 from paper_plots import bars, heat_map, lines
+from paper_store import CellStore
 
 from blendserve.costs.hardware import A100_80G
 from blendserve.costs.model_cost import ModelCost
@@ -309,29 +313,45 @@ def write_csv(path: Path, outcomes: Iterable[Outcome]) -> list[Outcome]:
     return written
 
 
-def run_all(cells: list[Cell], scale: float, num_jobs: int) -> Iterator[Outcome]:
-    """All cells that can be, in parallel, in their order."""
-    with multiprocessing.get_context("spawn").Pool(num_jobs) as pool:
-        done = zip(cells, pool.imap(partial(run_cell, scale=scale), cells), strict=True)
-        for count, (cell, outcome) in enumerate(done, start=1):
-            if isinstance(outcome, str):
-                print(f"\nleft out: {outcome}", file=sys.stderr)
-                continue
+def run_all(cells: list[Cell], scale: float, num_jobs: int, store: CellStore) -> Iterator[Outcome]:
+    """All cells that can be, in their order; those that the store does not have are simulated first, in parallel."""
+    missing = store.missing(cells)
+    began = time.perf_counter()
+    if missing:
+        with multiprocessing.get_context("spawn").Pool(num_jobs) as pool:
+            done = pool.imap_unordered(partial(_numbered, cells=missing, scale=scale), range(len(missing)))
+            for count, (number, outcome) in enumerate(done, start=1):
+                store.add(missing[number], outcome)
+                left_s = (time.perf_counter() - began) / count * (len(missing) - count)
+                what = f"{missing[number].experiment}, {missing[number].system}"
+                print(
+                    f"{len(cells) - len(missing) + count}/{len(cells)}, about {left_s / 60:.0f} min left: {what}",
+                    file=sys.stderr,
+                )
+    for cell in cells:
+        outcome = store[cell]
+        if isinstance(outcome, str):
+            print(f"left out: {outcome}", file=sys.stderr)
+        else:
             yield outcome
-            print(f"\r{count}/{len(cells)} {cell.experiment} {cell.system:<20}", end="", file=sys.stderr)
-    print(file=sys.stderr)
+
+
+def _numbered(number: int, cells: list[Cell], scale: float) -> tuple[int, Outcome | str]:
+    return number, run_cell(cells[number], scale)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="everything at the paper's size; goes on where it was")
     parser.add_argument("--quick", action="store_true", help="the four traces and a timeline")
     parser.add_argument("--coarse", action="store_true", help="12 blends of the grid of 65")
-    parser.add_argument("--scale", type=float, default=DEFAULT_SCALE, help=f"default {DEFAULT_SCALE}")
+    parser.add_argument("--scale", type=float, help=f"default: {DEFAULT_SCALE}, 1 with --full")
     parser.add_argument("--only", default="", metavar="NAMES", help=f"of {', '.join(SECTIONS)}; with commas between")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/paper"))
+    parser.add_argument("--out", type=Path, help="default: bench/results/paper with --full, else .../paper-small")
     arguments = parser.parse_args()
-    scale = arguments.scale
+    scale = arguments.scale or (1.0 if arguments.full else DEFAULT_SCALE)
+    arguments.out = arguments.out or Path("bench/results/paper" if arguments.full else "bench/results/paper-small")
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     chosen = arguments.only.split(",") if arguments.only else list(SECTIONS)
@@ -340,14 +360,16 @@ def main() -> None:
     cells = [
         cell for cell in all_cells(is_quick=arguments.quick, is_coarse=arguments.coarse) if cell.experiment in chosen
     ]
-    outcomes = write_csv(arguments.out / "cells.csv", run_all(cells, scale, arguments.jobs))
+    store = CellStore(arguments.out / "cells.jsonl", scale)
+    outcomes = write_csv(arguments.out / "cells.csv", run_all(cells, scale, arguments.jobs, store))
     page = [
         "# The paper's evaluation, simulated",
         "",
-        f"Scale {scale}: {round(PAPER_REQUESTS * scale**2)} requests a job. All figures are simulated. T_o and T_lb: "
+        f"Scale {scale:g}: {round(PAPER_REQUESTS * scale**2)} requests a job. All figures are simulated. T_o and T_lb: "
         "the optimum and the bound of docs/paper-map.md.",
+        *([] if scale == 1 else ["", "These jobs are small: ramp and tail weigh more than at the paper's size."]),
         "",
-        f"Command: `{' '.join(sys.argv)}`; commit {commit()}; simulated on {machine()}.",
+        f"Command: `{' '.join(sys.argv)}`; simulated at commit {', '.join(sorted(store.commits))} on {machine()}.",
         "",
         *table_1(),
         "## The blends",

@@ -102,9 +102,9 @@ auto own(std::vector<T> values, const std::array<size_t, kDimensions>& shape) {
   return nb::ndarray<nb::numpy, T, nb::ndim<kDimensions>>(data, kDimensions, shape.data(), owner);
 }
 
-auto step(Model& model, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& num_scheduled_tokens,
-          const Array<int32_t, 1>& num_computed_tokens, const Array<bool, 1>& is_sampled,
-          const Array<int32_t, 2>& token_ids, const Array<int32_t, 2>& block_tables) {
+int64_t forward(Model& model, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& num_scheduled_tokens,
+                const Array<int32_t, 1>& num_computed_tokens, const Array<bool, 1>& is_sampled,
+                const Array<int32_t, 2>& token_ids, const Array<int32_t, 2>& block_tables) {
   if (num_scheduled_tokens.size() != slots.size() || num_computed_tokens.size() != slots.size() ||
       is_sampled.size() != slots.size() || token_ids.shape(0) != block_tables.shape(0)) {
     throw std::invalid_argument("the arrays of a plan differ in length");
@@ -118,10 +118,21 @@ auto step(Model& model, const Array<int32_t, 1>& slots, const Array<int32_t, 1>&
                            block_tables.data(),
                            static_cast<int64_t>(block_tables.shape(1)),
                            static_cast<int64_t>(token_ids.shape(0))};
+  nb::gil_scoped_release release;
+  return model.forward(input);
+}
+
+auto sample(Model& model, const std::optional<Array<int32_t, 1>>& mask_rows,
+            const std::optional<Array<int32_t, 2>>& masks) {
+  TokenMasks allowed;
+  if (mask_rows && masks) {
+    allowed = {view(*mask_rows), masks->data(), static_cast<int64_t>(masks->shape(0)),
+               static_cast<int64_t>(masks->shape(1))};
+  }
   std::span<const Sample> samples;
   {
     nb::gil_scoped_release release;
-    samples = model.step(input);
+    samples = model.sample(allowed);
   }
   std::vector<int32_t> tokens;
   std::vector<std::tuple<int64_t, float, std::vector<std::pair<int32_t, float>>>> logprobs;
@@ -298,9 +309,11 @@ NB_MODULE(_native, m) {
       .def("admit", &Model::admit, nb::arg("slot"), nb::arg("params"), nb::arg("prompt") = PromptParams())
       .def("release", &Model::release, nb::arg("slot"))
       // A wrong dtype is an error: converting would copy whole tables at every step.
-      .def("step", &step, nb::arg("slots").noconvert(), nb::arg("num_scheduled_tokens").noconvert(),
+      .def("forward", &forward, nb::arg("slots").noconvert(), nb::arg("num_scheduled_tokens").noconvert(),
            nb::arg("num_computed_tokens").noconvert(), nb::arg("is_sampled").noconvert(),
            nb::arg("token_ids").noconvert(), nb::arg("block_tables").noconvert())
+      .def("sample", &sample, nb::arg("mask_rows").noconvert().none() = nb::none(),
+           nb::arg("masks").noconvert().none() = nb::none())
       .def("prompt_logprobs", &prompt_logprobs, nb::arg("slot"), nb::arg("blocks").noconvert())
       .def("pooled", &pooled, nb::arg("slot"), nb::arg("blocks").noconvert())
       .def("logits", &logits, nb::arg("token_ids"))

@@ -28,7 +28,7 @@ void Head::sample(std::span<const HeadRow> rows, Sample* samples, OpSeconds& op_
     run(Op::kSample, static_cast<int64_t>(some.size()), op_s, [&](int64_t i, int worker) {
       const HeadRow& row = some[static_cast<size_t>(i)];
       samples[begin + static_cast<size_t>(i)] =
-          sample_row(isa_, row_logits(i), *row.params, row.tokens, scratch_[static_cast<size_t>(worker)]);
+          sample_row(isa_, row_logits(i), *row.params, row.tokens, scratch_[static_cast<size_t>(worker)], row.mask);
     });
   }
 }

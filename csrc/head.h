@@ -21,6 +21,7 @@ struct HeadRow {
   const float* residual;
   const SamplingParams* params;
   std::span<const int32_t> tokens;  // of the sequence, up to this row
+  const int32_t* mask = nullptr;    // which tokens may come, see sample_row; null: all
 };
 
 class Head {

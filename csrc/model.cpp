@@ -64,7 +64,7 @@ void Model::set_overlap(const OverlapOptions& overlap) {
   layers_.set_overlap(overlap);
 }
 
-std::span<const Sample> Model::step(const StepInput& input) {
+int64_t Model::forward(const StepInput& input) {
   if (input.num_slots > limits_.max_num_seqs) {
     throw std::invalid_argument("the plan's table has " + std::to_string(input.num_slots) +
                                 " slots; the executor was made for " + std::to_string(limits_.max_num_seqs));
@@ -72,16 +72,42 @@ std::span<const Sample> Model::step(const StepInput& input) {
   const StepWork work = split_.look_at(input);
   check_tokens_of_penalties(input);
   prompt_results_.check(input);
-  const bool is_split = overlap_pays(work, work_rates_, overlap_) && split_.split(input);
-  if (!is_split) split_.keep_whole(input);
-  layers_.forward(input, split_, cache_, is_split ? 2 : 1, counters_.op_s);
-  const std::span<const HeadRow> rows = gather_sampled();
-  head_.sample(rows, samples_.data(), counters_.op_s);
-  const std::span<const ScoredRow> scored = prompt_results_.collect(input, layers_.nano_batches());
-  head_.score(scored, counters_.op_s);
-  counters_.add_step(shape_, limits_.kv_dtype, weights_, layers_.nano_batches(), is_split,
-                     static_cast<int64_t>(rows.size() + scored.size()));
-  return {samples_.data(), rows.size()};
+  is_split_ = overlap_pays(work, work_rates_, overlap_) && split_.split(input);
+  if (!is_split_) split_.keep_whole(input);
+  layers_.forward(input, split_, cache_, is_split_ ? 2 : 1, counters_.op_s);
+  gather_sampled();
+  scored_ = prompt_results_.collect(input, layers_.nano_batches());
+  return static_cast<int64_t>(head_rows_.size());
+}
+
+std::span<const Sample> Model::sample(const TokenMasks& masks) {
+  check_masks(masks);
+  for (size_t i = 0; i < masks.row_of.size(); ++i) {
+    const int64_t row = masks.row_of[i];
+    head_rows_[i].mask = row < 0 ? nullptr : masks.words + row * masks.num_words;
+  }
+  head_.sample(head_rows_, samples_.data(), counters_.op_s);
+  head_.score(scored_, counters_.op_s);
+  counters_.add_step(shape_, limits_.kv_dtype, weights_, layers_.nano_batches(), is_split_,
+                     static_cast<int64_t>(head_rows_.size() + scored_.size()));
+  return {samples_.data(), head_rows_.size()};
+}
+
+void Model::check_masks(const TokenMasks& masks) const {
+  if (masks.row_of.empty()) return;
+  if (masks.row_of.size() != head_rows_.size()) {
+    throw std::invalid_argument("there are masks for " + std::to_string(masks.row_of.size()) + " rows; the step has " +
+                                std::to_string(head_rows_.size()));
+  }
+  if (masks.num_words * kMaskBits < shape_.vocab_size) {
+    throw std::invalid_argument("a mask has " + std::to_string(masks.num_words) +
+                                " words, which is too few for a vocabulary of " + std::to_string(shape_.vocab_size));
+  }
+  for (const int32_t row : masks.row_of) {
+    if (row < masks.num_rows) continue;
+    throw std::invalid_argument("mask " + std::to_string(row) + " does not exist; there are " +
+                                std::to_string(masks.num_rows));
+  }
 }
 
 // Penalties look at all tokens of a sequence, also at those that earlier steps computed.
@@ -93,7 +119,7 @@ void Model::check_tokens_of_penalties(const StepInput& input) const {
 }
 
 // Rows that are sampled, in the order of the plan: each nano-batch has its own in that order.
-std::span<const HeadRow> Model::gather_sampled() {
+void Model::gather_sampled() {
   head_rows_.clear();
   const std::span<const NanoBatch> nano_batches = layers_.nano_batches();
   std::array<std::span<const int32_t>, kNumChains> left;
@@ -110,7 +136,6 @@ std::span<const HeadRow> Model::gather_sampled() {
                           {entry.token_ids, static_cast<size_t>(entry.first_position + entry.num_rows)}});
     left[n] = left[n].subspan(1);
   }
-  return head_rows_;
 }
 
 void Model::logits(std::span<const int32_t> tokens, float* out) {

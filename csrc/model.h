@@ -23,6 +23,15 @@
 
 namespace blendserve {
 
+// Which tokens may come next in sampled rows: `row_of`[i] is the mask of sampled row i, -1 where all may; none at all
+// where it is empty. Every mask has `num_words` words of kMaskBits tokens each.
+struct TokenMasks {
+  std::span<const int32_t> row_of;
+  const int32_t* words = nullptr;
+  int64_t num_rows = 0;
+  int64_t num_words = 0;
+};
+
 class Model {
  public:
   // Throws std::invalid_argument for numbers out of range and for weights that do not fit the shape or differ in
@@ -33,9 +42,18 @@ class Model {
   void release(int64_t slot);
   // From the next step on. Allocates.
   void set_overlap(const OverlapOptions& overlap);
-  // Runs one step; results in the order of the plan's sampled entries, valid until the next call. Mutates: the KV
-  // cache. Throws std::invalid_argument where the plan does not fit the limits, before anything has run.
-  std::span<const Sample> step(const StepInput& input);
+  // Runs a step up to the rows that are sampled; returns how many these are. `sample` must follow, while the plan's
+  // arrays stand. Mutates: the KV cache. Throws std::invalid_argument where the plan does not fit the limits, before
+  // anything has run.
+  int64_t forward(const StepInput& input);
+  // Samples those rows, each among the tokens of its mask; results in the order of the plan's sampled entries, valid
+  // until the next call. Throws std::invalid_argument where the masks do not fit.
+  std::span<const Sample> sample(const TokenMasks& masks = {});
+  // Both, without masks.
+  std::span<const Sample> step(const StepInput& input) {
+    forward(input);
+    return sample();
+  }
   // What requests asked of their prompts; of slots that were admitted and not released.
   const PromptResults& prompt_results() const { return prompt_results_; }
   // Whether attention reads the KV of a prefix that sequences share once per step (so at first) or for each of them.
@@ -58,8 +76,9 @@ class Model {
   TraceRecorder& trace() { return trace_; }
 
  private:
+  void check_masks(const TokenMasks& masks) const;
   void check_tokens_of_penalties(const StepInput& input) const;
-  std::span<const HeadRow> gather_sampled();
+  void gather_sampled();
 
   ModelShape shape_;
   ModelLimits limits_;
@@ -77,6 +96,8 @@ class Model {
   StepCounters counters_;
   std::vector<SamplingParams> params_by_slot_;
   std::vector<HeadRow> head_rows_;
+  std::span<const ScoredRow> scored_;  // of the step that ran last
+  bool is_split_ = false;
   std::vector<Sample> samples_;
 };
 

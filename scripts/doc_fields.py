@@ -15,7 +15,7 @@ from blendserve.errors import RequestError
 _ADAPTER = "my-adapter"
 ENGINES = {
     "`native`": ServedModel(("my-model",)),
-    "`vllm`": ServedModel(("my-model",), abilities=Abilities(adapters=(_ADAPTER,), structures=True, sees=True)),
+    "`vllm`": ServedModel(("my-model",), abilities=Abilities(adapters=(_ADAPTER,), checks_grammars=False, sees=True)),
     "`vllm --task embed`": ServedModel(("my-model",), abilities=Abilities(urls=(EMBEDDINGS_URL,))),
     "`http`": ServedModel(("the server's",), accepts_any_name=True, is_remote=True),
 }

@@ -74,7 +74,7 @@ def answer(request: Request, num_cached_tokens: int = 0) -> SequenceOutput:
         num_cached_tokens=num_cached_tokens,
         logprobs=logprobs,
         prompt_logprobs=_prompt_logprobs(request),
-        embedding=None if request.embedding is None else request.prompt_token_ids[:4].astype(np.float32) / 3,
+        embedding=None if request.embedding is None else (request.prompt_token_ids[:4] / 3).astype(np.float32),
     )
 
 

@@ -18,7 +18,7 @@ FLOORS = {
     "plans": ("planner", "dialect"),
     "work": ("engine", "executors", "job"),
     "engines": ("engines", "calibration"),
-    "doors": ("offline", "simulator"),
+    "doors": ("offline", "simulator", "tables"),
     "people": ("report", "cli"),
 }
 """From the ground up. A part may import its own floor and those below."""

@@ -28,7 +28,7 @@ ABLE = ServedModel(
     accepts_any_name=True,
     vocab_size=256,
     max_model_len=1024,
-    abilities=Abilities(adapters=("pirate", "poet"), structures=True, sees=True),
+    abilities=Abilities(adapters=("pirate", "poet"), sees=True),
 )
 EMBEDDER = ServedModel(("tiny",), vocab_size=256, max_model_len=1024, abilities=Abilities(urls=(EMBEDDINGS_URL,)))
 ADAPTERS = {"pirate": "/adapters/pirate", "poet": "/adapters/poet"}

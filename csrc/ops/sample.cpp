@@ -15,6 +15,8 @@ namespace blendserve {
 BLENDSERVE_DECLARE_WIDE_KERNEL(float, largest, (const float*, int64_t))
 BLENDSERVE_DECLARE_WIDE_KERNEL(int32_t, first_at_least, (const float*, int64_t, float))
 BLENDSERVE_DECLARE_WIDE_KERNEL(int64_t, collect_at_least, (const float*, int64_t, float, TokenLogit*))
+BLENDSERVE_DECLARE_WIDE_KERNEL(void, hide_masked, (float*, int64_t, const int32_t*))
+BLENDSERVE_DECLARE_WIDE_KERNEL(int32_t, best_allowed, (const float*, int64_t, const int32_t*))
 BLENDSERVE_DECLARE_WIDE_KERNEL(void, weigh, (const float*, int64_t, float, float, float*, double*))
 
 namespace {
@@ -32,8 +34,12 @@ bool is_better(const TokenLogit& a, const TokenLogit& b) {
 // One row of logits on its way to a token.
 class RowSampler {
  public:
-  RowSampler(Isa isa, std::span<float> logits, const SamplingParams& params, SampleScratch& scratch)
-      : isa_(isa), logits_(logits), params_(params), scratch_(scratch) {}
+  RowSampler(Isa isa, std::span<float> logits, const SamplingParams& params, SampleScratch& scratch,
+             const int32_t* mask)
+      : isa_(isa), logits_(logits), params_(params), scratch_(scratch), mask_(mask) {}
+
+  // Gives tokens that the mask leaves out no probability. Greedy sampling needs it only beside log probabilities.
+  void hide_masked() { BLENDSERVE_CALL_WIDE_KERNEL(isa_, hide_masked, logits_.data(), size(), mask_); }
 
   void adjust(std::span<const int32_t> prompt, std::span<const int32_t> output) {
     scratch_.changed.clear();
@@ -51,10 +57,15 @@ class RowSampler {
     }
   }
 
-  int32_t greedy() { return first_of(call_largest()); }
+  int32_t greedy() {
+    if (mask_ == nullptr) return first_of(call_largest());
+    const int32_t best = BLENDSERVE_CALL_WIDE_KERNEL(isa_, best_allowed, logits_.data(), size(), mask_);
+    return best < 0 ? first_allowed() : best;
+  }
 
   int32_t draw(double uniform) {
     const float best = call_largest();
+    if (mask_ != nullptr && best == -kInfinity) return first_allowed();
     if (!(std::abs(best) < kInfinity)) return first_of(best);
     if (params_.top_k <= 0 && params_.top_p >= 1.0f && params_.min_p <= 0.0f) return draw_from_all(best, uniform);
     const int64_t count = filter(best);
@@ -80,6 +91,7 @@ class RowSampler {
     if (wanted <= 0) return;
     for (int64_t i = 0; i < size(); ++i) {
       const TokenLogit here = {static_cast<int32_t>(i), logits_[static_cast<size_t>(i)]};
+      if (mask_ != nullptr && here.logit == -kInfinity) continue;
       const bool is_full = static_cast<int64_t>(best.size()) == wanted;
       if (is_full && !(here.logit > best.back().logit)) continue;
       if (is_full) best.pop_back();
@@ -91,6 +103,14 @@ class RowSampler {
   int64_t size() const { return static_cast<int64_t>(logits_.size()); }
   float& at(int32_t token) { return logits_[static_cast<size_t>(token)]; }
   TokenLogit* candidates() { return scratch_.candidates.data(); }
+
+  // 0 where the mask is empty.
+  int32_t first_allowed() const {
+    for (int32_t token = 0; token < static_cast<int32_t>(logits_.size()); ++token) {
+      if ((static_cast<uint32_t>(mask_[token / kMaskBits]) >> (token % kMaskBits)) & 1u) return token;
+    }
+    return 0;
+  }
 
   float call_largest() { return BLENDSERVE_CALL_WIDE_KERNEL(isa_, largest, logits_.data(), size()); }
 
@@ -208,6 +228,7 @@ class RowSampler {
   std::span<float> logits_;
   const SamplingParams& params_;
   SampleScratch& scratch_;
+  const int32_t* mask_;
 };
 
 void check_range(const char* what, double value, double least, double most) {
@@ -245,9 +266,10 @@ SampleScratch::SampleScratch(int64_t vocab_size)
       block_sums(static_cast<size_t>(div_up(vocab_size, kWeightBlock))) {}
 
 Sample sample_row(Isa isa, std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
-                  SampleScratch& scratch) {
-  RowSampler row(isa, logits, params, scratch);
+                  SampleScratch& scratch, const int32_t* mask) {
+  RowSampler row(isa, logits, params, scratch, mask);
   Sample result;
+  if (mask != nullptr && (params.temperature != 0.0f || params.num_logprobs >= 0)) row.hide_masked();
   double log_total = 0.0;
   if (params.num_logprobs >= 0) {
     log_total = row.log_total();
@@ -267,7 +289,7 @@ void score_row(Isa isa, std::span<float> logits, int32_t token, float& logprob, 
                SampleScratch& scratch) {
   scratch.changed.clear();
   const SamplingParams params;
-  RowSampler row(isa, logits, params, scratch);
+  RowSampler row(isa, logits, params, scratch, nullptr);
   const double log_total = row.log_total();
   logprob = static_cast<float>(row.raw_logit(token) - log_total);
   if (top.empty()) return;

@@ -1,6 +1,6 @@
 // Choosing the next token of one sequence from its logits; executors/sampling.py is the specification. In this order:
-// raw log probabilities; bias, banned tokens, penalties; greedy, or temperature, min_p, top_k, top_p and one draw by
-// inverse CDF in token order. Depends on the logits, the parameters, the sequence's tokens and its seed, on nothing
+// mask; raw log probabilities; bias, banned tokens, penalties; greedy, or temperature, min_p, top_k, top_p and one draw
+// by inverse CDF in token order. Depends on the logits, the parameters, the sequence's tokens and its seed, on nothing
 // else.
 #pragma once
 
@@ -62,9 +62,14 @@ struct Sample {
   std::vector<TokenLogit> top;  // log probabilities, best first
 };
 
-// Samples the token after `tokens`, prompt and output so far. Mutates: `logits`.
+// Tokens of a mask's word.
+inline constexpr int64_t kMaskBits = 32;
+
+// Samples the token after `tokens`, prompt and output so far. `mask` is null where every token may come; else bit
+// token % kMaskBits of word token / kMaskBits says which may. Where bias, bans and penalties leave none of them, it is
+// the first that the mask has. Mutates: `logits`.
 Sample sample_row(Isa isa, std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
-                  SampleScratch& scratch);
+                  SampleScratch& scratch, const int32_t* mask = nullptr);
 
 // Log probability of `token`; `top` becomes the best alternatives, at most all tokens, best first.
 void score_row(Isa isa, std::span<float> logits, int32_t token, float& logprob, std::span<TokenLogit> top,

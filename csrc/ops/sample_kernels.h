@@ -50,6 +50,55 @@ int64_t collect_at_least(const float* x, int64_t n, float bound, TokenLogit* out
   return count;
 }
 
+namespace {
+
+inline bool is_allowed(const int32_t* mask, int64_t token) {
+  return ((static_cast<uint32_t>(mask[token / kMaskBits]) >> (token % kMaskBits)) & 1u) != 0;
+}
+
+}  // namespace
+
+// -infinity for tokens that the mask leaves out.
+void hide_masked(float* x, int64_t n, const int32_t* mask) {
+  const Vec hidden = set(-INFINITY);
+  int64_t i = 0;
+  for (; i + kMaskBits <= n; i += kMaskBits) {
+    const int32_t word = mask[i / kMaskBits];
+    if (word == -1) continue;
+    if (word == 0) {
+      for (int64_t j = 0; j < kMaskBits; j += kWidth) store(x + i + j, hidden);
+      continue;
+    }
+    for (int64_t j = i; j < i + kMaskBits; ++j) x[j] = is_allowed(mask, j) ? x[j] : -INFINITY;
+  }
+  for (; i < n; ++i) x[i] = is_allowed(mask, i) ? x[i] : -INFINITY;
+}
+
+// The best token that the mask leaves, the first of equals; -1 where all of them are -infinity or NaN.
+int32_t best_allowed(const float* x, int64_t n, const int32_t* mask) {
+  float best = -INFINITY;
+  int64_t token = -1, i = 0;
+  for (; i + kMaskBits <= n; i += kMaskBits) {
+    const int32_t word = mask[i / kMaskBits];
+    if (word == 0) continue;
+    if (word == -1) {
+      const float here = largest(x + i, kMaskBits);
+      if (!(here > best)) continue;
+      best = here;
+      token = i + first_at_least(x + i, kMaskBits, here);
+      continue;
+    }
+    for (uint32_t left = static_cast<uint32_t>(word); left != 0; left &= left - 1) {
+      const int64_t j = i + __builtin_ctz(left);
+      if (x[j] > best) best = x[j], token = j;
+    }
+  }
+  for (; i < n; ++i) {
+    if (is_allowed(mask, i) && x[i] > best) best = x[i], token = i;
+  }
+  return static_cast<int32_t>(token);
+}
+
 // weights[i] = e^((x[i] - largest) * inverse_temperature); sums of blocks of kWeightBlock of them.
 void weigh(const float* x, int64_t n, float largest, float inverse_temperature, float* weights, double* block_sums) {
   const Vec shift = set(largest), scale = set(inverse_temperature);

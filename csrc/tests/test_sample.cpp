@@ -22,9 +22,10 @@ std::vector<float> random_logits(uint32_t seed, float scale, int64_t n = kVocabS
   return logits;
 }
 
-Sample sample_copy(Isa isa, std::vector<float> logits, const SamplingParams& params, std::vector<int32_t> tokens = {}) {
+Sample sample_copy(Isa isa, std::vector<float> logits, const SamplingParams& params, std::vector<int32_t> tokens = {},
+                   const int32_t* mask = nullptr) {
   SampleScratch scratch(static_cast<int64_t>(logits.size()));
-  const Sample first = sample_row(isa, std::span(logits), params, tokens, scratch);
+  const Sample first = sample_row(isa, std::span(logits), params, tokens, scratch, mask);
   CHECK(std::all_of(scratch.counts.begin(), scratch.counts.end(), [](int32_t count) { return count == 0; }));
   return first;
 }
@@ -217,6 +218,80 @@ void logprobs_are_those_of_the_raw_distribution() {
   });
 }
 
+using Mask = std::vector<int32_t>;
+
+Mask empty_mask(size_t n) { return Mask((n + 31) / 32, 0); }
+
+void allow(Mask& mask, size_t token) { mask[token / 32] |= static_cast<int32_t>(uint32_t{1} << (token % 32)); }
+
+bool allows(const Mask& mask, size_t token) {
+  return ((static_cast<uint32_t>(mask[token / 32]) >> (token % 32)) & 1u) != 0;
+}
+
+// Every word of a mask is empty, full or mixed, about as often.
+Mask random_mask(uint32_t seed, size_t n) {
+  test::Random random(seed);
+  Mask mask = empty_mask(n);
+  for (size_t word = 0; word < mask.size(); ++word) {
+    const float kind = random.unit();
+    for (size_t token = 32 * word; token < std::min(n, 32 * (word + 1)); ++token) {
+      if (kind > 0.3f || (kind > -0.3f && random.unit() > 0.0f)) allow(mask, token);
+    }
+  }
+  return mask;
+}
+
+void masked_sampling_agrees_with_logits_of_minus_infinity() {
+  on_each_isa([](Isa isa) {
+    for (const size_t n : {1u, 31u, 32u, 33u, 64u, 1003u}) {
+      for (uint32_t seed = 0; seed < 40; ++seed) {
+        const auto logits = random_logits(seed, 4.0f, static_cast<int64_t>(n));
+        Mask mask = random_mask(seed + 1000, n);
+        allow(mask, seed % n);
+        auto hidden = logits;
+        for (size_t token = 0; token < n; ++token) {
+          if (!allows(mask, token)) hidden[token] = -kInfinity;
+        }
+        SamplingParams params;
+        params.seed = seed;
+        params.temperature = seed % 2 == 0 ? 0.0f : 1.5f;
+        params.num_logprobs = seed % 3 == 0 ? 4 : -1;
+        if (seed % 4 == 1) params.top_p = 0.8f;
+        if (seed % 5 == 1) params.top_k = 3;
+        if (seed % 3 == 1) params.repetition_penalty = 1.3f;
+        if (seed % 7 == 1) params.logit_bias = {{static_cast<int32_t>(n - 1), 30.0f}};
+        const std::vector<int32_t> tokens = {static_cast<int32_t>(n / 2), 0};
+        const Sample masked = sample_copy(isa, logits, params, tokens, mask.data());
+        const Sample expected = sample_copy(isa, hidden, params, tokens);
+        CHECK(allows(mask, static_cast<size_t>(masked.token)), isa_name(isa), " n ", n, " seed ", seed);
+        CHECK(masked.token == expected.token, isa_name(isa), " n ", n, " seed ", seed);
+        CHECK(masked.logprob == expected.logprob);
+        for (size_t i = 0; i < masked.top.size(); ++i) {
+          CHECK(masked.top[i].token == expected.top[i].token && masked.top[i].logit == expected.top[i].logit);
+          CHECK(allows(mask, static_cast<size_t>(masked.top[i].token)));
+        }
+      }
+    }
+  });
+}
+
+void a_mask_of_banned_tokens_still_gives_one_of_them() {
+  on_each_isa([](Isa isa) {
+    Mask mask = empty_mask(kVocabSize);
+    allow(mask, 700);
+    allow(mask, 701);
+    for (const float temperature : {0.0f, 1.0f}) {
+      SamplingParams params;
+      params.temperature = temperature;
+      params.min_tokens = 5;
+      params.stop_token_ids = {700, 701};
+      CHECK(sample_copy(isa, random_logits(1, 1.0f), params, {}, mask.data()).token == 700);
+      params.stop_token_ids = {700};
+      CHECK(sample_copy(isa, random_logits(1, 1.0f), params, {}, mask.data()).token == 701);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace blendserve
 
@@ -229,4 +304,6 @@ int main() {
   RUN(draws_follow_the_distribution);
   RUN(penalties_bias_and_bans_change_the_choice);
   RUN(logprobs_are_those_of_the_raw_distribution);
+  RUN(masked_sampling_agrees_with_logits_of_minus_infinity);
+  RUN(a_mask_of_banned_tokens_still_gives_one_of_them);
 }

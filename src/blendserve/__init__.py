@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
     from blendserve.request import SamplingParams
+    from blendserve.tables.api import map, map_file
 
 __all__ = [
     "LLM",
@@ -29,6 +30,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "VllmSettings",
+    "map",
+    "map_file",
     "run_batch",
 ]
 
@@ -41,6 +44,7 @@ _NAMES_BY_MODULE = {
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams",),
+    "blendserve.tables.api": ("map", "map_file"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

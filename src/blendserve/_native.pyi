@@ -140,7 +140,7 @@ class Model:
 
     def admit(self, slot: int, params: SamplingParams, prompt: PromptParams = ...) -> None: ...
     def release(self, slot: int) -> None: ...
-    def step(
+    def forward(
         self,
         slots: _Int32s,
         num_scheduled_tokens: _Int32s,
@@ -148,8 +148,17 @@ class Model:
         is_sampled: NDArray[np.bool_],
         token_ids: _Int32s,
         block_tables: _Int32s,
+    ) -> int:
+        """Run a step up to the rows that are sampled; `sample` must follow. Returns: how many rows these are."""
+
+    def sample(
+        self, mask_rows: _Int32s | None = None, masks: _Int32s | None = None
     ) -> tuple[_Int32s, list[tuple[int, float, list[tuple[int, float]]]]]:
-        """Sampled tokens and, for entries that asked, (position among them, logprob, best alternatives)."""
+        """Sampled tokens and, for entries that asked, (position among them, logprob, best alternatives).
+
+        Row i is sampled among the tokens whose bits are set in `masks`[`mask_rows`[i]], among all where that is -1.
+        Shapes: `mask_rows` [number of rows], `masks` [any, at least vocab_size / 32].
+        """
 
     def prompt_logprobs(self, slot: int, blocks: _Int32s) -> tuple[_Floats, _Int32s, _Floats]:
         """Of every token of a slot's prompt: log probability, best alternatives (-1: none) and theirs. Shapes: [n],

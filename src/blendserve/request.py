@@ -17,6 +17,29 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
+class StructuredOutputs:
+    """What an answer must look like: exactly one of the first six. Names are those of vLLM's offline API, but `lark`.
+
+    - `json`: a JSON schema as text (`dialect.structured.checked` also takes an object).
+    - `json_object`: some JSON object.
+    - `regex`: a regular expression for the whole answer.
+    - `choice`: one of these texts.
+    - `grammar`: a context-free grammar, in Lark's or GBNF's notation; which one is seen from the text.
+    - `lark`: a grammar in llguidance's own dialect of Lark, taken as it is.
+    - `after`: the grammar begins behind the first occurrence of this text. What is before it is free, and so is an
+      answer in which it never occurs (default: empty, the grammar holds from the first token on).
+    """
+
+    json: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
+    lark: str | None = None
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen. Names and defaults are those of vLLM's offline API.
 
@@ -35,6 +58,7 @@ class SamplingParams:
     - `logit_bias`: numbers from -100 to 100 by token id, added to the logits (default: none).
     - `presence_penalty`, `frequency_penalty` (from -2 to 2, default 0), `repetition_penalty` (above 0, default 1): make
       tokens that have occurred less likely.
+    - `structured_outputs`: what the answer must look like (default: free text).
     """
 
     max_tokens: int | None = 16
@@ -54,6 +78,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    structured_outputs: StructuredOutputs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +146,9 @@ class SequenceOutput:
     """What the engine yields when the sequence of `Request.index` has ended.
 
     `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled;
-    there are none where a remote server gave the `response`. `embedding` is the vector of a request for one.
-    `prompt_logprobs` has an entry for every token of the prompt where they were asked for; the first has none.
+    `has_stop_token` is false where a complete grammar ended the sequence without one. There are none where a remote
+    server gave the `response`. `embedding` is the vector of a request for one. `prompt_logprobs` has an entry for every
+    token of the prompt where they were asked for; the first has none.
     """
 
     index: int
@@ -136,6 +162,7 @@ class SequenceOutput:
     response: ServerResponse | None = None
     embedding: NDArray[np.float32] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    has_stop_token: bool = True
 
     @property
     def num_output_tokens(self) -> int:

@@ -60,7 +60,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "max_tokens 0": (line("max_tokens 0", {**CHAT, "max_tokens": 0}), "invalid_value"),
     "empty messages": (line("empty messages", {"messages": []}), "invalid_type"),
     "tools": (line("tools", {**CHAT, "tools": [{}]}), "unsupported_parameter"),
-    "response_format": (line("format", {**CHAT, "response_format": {"type": "json_object"}}), "unsupported_parameter"),
+    "response_format": (line("format", {**CHAT, "response_format": {"type": "xml"}}), "invalid_value"),
+    "schema": (line("schema", {**CHAT, "structured_outputs": {"json": {"not": {}}}}), "unsupported_schema"),
+    "grammar": (line("grammar", {**CHAT, "guided_regex": "(a"}), "invalid_grammar"),
     "stream": (line("stream", {**CHAT, "stream": True}), "unsupported_parameter"),
     "image": (
         line("image", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),

@@ -249,7 +249,7 @@ def test_no_weights_are_fetched_from_the_hub(
 
     asked: list[str] = []
 
-    def snapshot_download(_: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(_: str, *, revision: str | None, allow_patterns: list[str], **__: Any) -> str:
         assert revision is None
         asked.extend(allow_patterns)
         return str(tiny)

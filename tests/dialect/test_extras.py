@@ -17,7 +17,7 @@ from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.errors import RequestError
 from blendserve.job.reader import BadLine, BatchReader
 
-ABLE = ServedModel(("tiny",), abilities=Abilities(adapters=("pirate",), structures=True, sees=True))
+ABLE = ServedModel(("tiny",), abilities=Abilities(adapters=("pirate",), sees=True))
 PLAIN = ServedModel(("tiny",))
 EMBEDDER = ServedModel(("tiny",), abilities=Abilities(urls=(EMBEDDINGS_URL,)))
 HELLO = [{"role": "user", "content": "hello"}]
@@ -47,46 +47,7 @@ def test_a_plain_line_carries_nothing() -> None:
     assert Extras.from_bytes(line.body) == Extras()
 
 
-@pytest.mark.parametrize(
-    ("body", "structure"),
-    [
-        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": 1}}}},
-            {"json": {"a": 1}},
-        ),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
-        ({"structured_outputs": {"regex": "a+", "json": None}}, {"regex": "a+"}),
-    ],
-)
-def test_structures_are_read(body: dict[str, Any], structure: dict[str, Any]) -> None:
-    assert extras_of(**body).structure == structure
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"response_format": {"type": "xml"}},
-        {"response_format": "json"},
-        {"response_format": {"type": "json_schema"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
-        {"structured_outputs": {}},
-        {"structured_outputs": {"choice": []}},
-        {"structured_outputs": {"choice": [1]}},
-        {"structured_outputs": {"regex": "a", "grammar": "b"}},
-        {"structured_outputs": {"json_object": False}},
-        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
-    ],
-)
-def test_wrong_structures_are_refused(body: dict[str, Any]) -> None:
-    with pytest.raises(RequestError) as refusal:
-        parsed(messages=HELLO, **body)
-    assert str(refusal.value.param).startswith(("response_format", "structured_outputs"))
-
-
 def test_without_the_ability_it_stays_unsupported() -> None:
-    with pytest.raises(RequestError, match="response_format"):
-        parsed(PLAIN, messages=HELLO, response_format={"type": "json_object"})
     with pytest.raises(RequestError, match="image_url"):
         parsed(PLAIN, messages=[{"role": "user", "content": [picture_part(png(2, 2))]}])
 

@@ -131,8 +131,7 @@ def test_harmless_parameters_change_nothing(body: dict[str, Any]) -> None:
     ("parameters", "code"),
     [
         ({"tools": [{"type": "function"}]}, "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "unsupported_parameter"),
+        ({"response_format": {"type": "xml"}}, "invalid_value"),
         ({"stream": True}, "unsupported_parameter"),
         ({"stream": 0}, "unsupported_parameter"),
         ({"store": True}, "unsupported_parameter"),

@@ -40,15 +40,22 @@ def ints(*values):
 def step(model, slots=(0,), scheduled=(5,), computed=(0,), tokens=0, block=0, sampled=None):
     table = np.full((4, 512), tokens, np.int32)
     is_sampled = np.array([True] * len(slots) if sampled is None else sampled, np.bool_)
-    return model.step(ints(*slots), ints(*scheduled), ints(*computed), is_sampled, table,
-                      np.full((4, 32), block, np.int32))
+    model.forward(ints(*slots), ints(*scheduled), ints(*computed), is_sampled, table,
+                  np.full((4, 32), block, np.int32))
+    return model.sample()
+
+def masked(rows, shape):
+    made = model()
+    step(made)
+    return made.sample(ints(*rows), np.zeros(shape, np.int32))
 
 def step_with(changes, first_token, scheduled=5, computed=16):
     made = model()
     made.admit(0, params(**changes))
     table = np.zeros((4, 512), np.int32)
     table[0, :16] = first_token
-    return made.step(ints(0), ints(scheduled), ints(computed), np.ones(1, np.bool_), table, np.zeros((4, 32), np.int32))
+    made.forward(ints(0), ints(scheduled), ints(computed), np.ones(1, np.bool_), table, np.zeros((4, 32), np.int32))
+    return made.sample()
 
 nan = float("nan")
 """
@@ -70,6 +77,9 @@ HOSTILE_CALLS = [
     ("step(model(), block=-1)", "block number is -1", "64"),
     ("step(model(), (0, 1, 2, 3, 0), (1,) * 5, (0,) * 5)", "number of sequences is 5", "4"),
     ("step(model(), sampled=[])", "differ in length", ""),
+    ("masked((0, 0), (1, 9))", "masks for 2 rows", "the step has 1"),
+    ("masked((1,), (1, 9))", "mask 1 does not exist", "there are 1"),
+    ("masked((0,), (1, 8))", "a mask has 8 words", "260"),
     ("model().logits(ints(-1))", "token id is -1", "260"),
     ("model().logits(ints(*[0] * 600))", "sequence length is 576", "512"),
     ("model().admit(2**40, params())", "slot 1099511627776", "4"),

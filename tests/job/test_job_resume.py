@@ -27,7 +27,7 @@ from batch_fakes import (
 
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError, ExecutorError
-from blendserve.job import run
+from blendserve.job import door
 from blendserve.job.interrupts import JobInterrupted
 from blendserve.job.journal import Journal
 from blendserve.job.reader import ReadLimits
@@ -303,10 +303,10 @@ def test_a_crash_between_the_files_and_the_seal_leaves_them_the_jobs_own(
 ) -> None:
     output = tmp_path / "out.jsonl"
 
-    def crash(*_: Any) -> None:
+    def crash(*_: Any, **__: Any) -> None:
         raise OSError("power cut")
 
-    for target, name in ((Journal, "write_seal"), (run, "replace_files")):
+    for target, name in ((Journal, "write_seal"), (door, "replace_files")):
         monkeypatch.setattr(target, name, crash)
         with pytest.raises(OSError, match="power cut"):
             run_fake(job_input, output)

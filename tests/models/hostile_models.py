@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import safetensors.numpy
+from tiny_files import write_directory
+from tiny_models import random_weights, tiny_spec
 
 from blendserve.config import EngineConfig
 from blendserve.engine.limits import resolve_limits
-from blendserve.errors import BlendServeError
+from blendserve.errors import BlendServeError, RequestError
+from blendserve.models.fingerprint import fingerprint
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_model
@@ -40,7 +43,11 @@ VALUES: tuple[Any, ...] = (
         {"rope_type": "llama3"},
     ),
 )
-FILE_NAMES = ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json", "model.safetensors")
+ADDED_KEYS = (
+    *("x", "quantization_config", "layer_types", "rope_parameters", "rope_scaling", "sliding_window", "head_dim"),
+    *("added_tokens_decoder", "extra_special_tokens", "chat_template", "eos_token", "eos_token_id", "temperature"),
+    *("general.alignment", "split.count", "tokenizer.ggml.scores", "llama.rope.scaling.type", "weight_map"),
+)
 MESSAGES = [{"role": "user", "content": "the capital of france"}]
 
 
@@ -57,7 +64,7 @@ def changed_json(value: Any, source: random.Random) -> Any:
     if kind == 0:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
-        holder[source.choice(("x", "quantization_config", "layer_types", "rope_parameters"))] = source.choice(VALUES)
+        holder[source.choice(ADDED_KEYS)] = source.choice(VALUES)
     elif kind == 2 and isinstance(holder[key], int):
         holder[key] += source.choice((-1, 1, 1 << source.randrange(40)))
     else:
@@ -140,41 +147,92 @@ def _gguf_value(value: Any) -> bytes:
     return struct.pack("<I", 8) + _gguf_string(str(value)[:100] if not isinstance(value, str) else value)
 
 
-def mutate(directory: Path, source: random.Random) -> str:
-    """Change one file of a model directory. Returns: its name."""
-    name = source.choice(
-        ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json", "model.safetensors")
-    )
-    path = directory / name
-    content = path.read_bytes()
-    if name == "model.safetensors":
-        path.write_bytes(changed_safetensors(content, source))
-    elif source.random() < 0.1:
-        path.write_bytes(changed_bytes(content, source, 0, len(content)))
-    else:
-        path.write_text(json.dumps(changed_json(json.loads(content), source)))
-    return name
+class HostileDirectory:
+    """A model directory of which one file at a time is changed, and put back afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._content_by_name = {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+    @classmethod
+    def written(cls, path: Path, *, lists_added_tokens: bool) -> HostileDirectory:
+        """A tiny model with every file that we read; its tokens are listed in one file or in two."""
+        spec = tiny_spec("llama3-rope")
+        write_directory(path, spec, random_weights(spec))
+        split_weights(path)
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2], **sampling}))
+        if lists_added_tokens:
+            settings["added_tokens_decoder"] = {
+                "0": {"content": "<unk>", "special": True, "lstrip": False},
+                "320": {"content": "<think>", "special": False, "normalized": True},
+            }
+        else:
+            special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "additional_special_tokens": ["<x>"]}
+            (path / "special_tokens_map.json").write_text(json.dumps(special))
+            (path / "added_tokens.json").write_text(json.dumps({"<x>": 320, "<think>": 321}))
+            (path / "chat_template.jinja").write_text(settings.pop("chat_template"))
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return cls(path)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._content_by_name)
+
+    def value_of(self, name: str) -> Any:
+        """What a JSON file holds."""
+        return json.loads(self._content_by_name[name])
+
+    def change(self, source: random.Random) -> str:
+        """Change one file. Returns: its name."""
+        name = source.choice(self.names)
+        content = self._content_by_name[name]
+        if name.endswith(".safetensors"):
+            changed = changed_safetensors(content, source)
+        elif name.endswith(".jinja") or source.random() < 0.1:
+            changed = changed_bytes(content, source, 0, len(content))
+        else:
+            changed = json.dumps(changed_json(json.loads(content), source)).encode()
+        (self.path / name).write_bytes(changed)
+        return name
+
+    def restore(self, name: str) -> None:
+        (self.path / name).write_bytes(self._content_by_name[name])
 
 
-def use(path: Path) -> str:
-    """Load a model and ask for all that loading promises. Returns: how it ended; everything but an error of ours is
-    raised.
+def split_weights(path: Path) -> None:
+    """Two files of weights and their index in the place of one."""
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    file_by_tensor = {name: f"model-0000{1 + at % 2}-of-00002.safetensors" for at, name in enumerate(tensors)}
+    for file in sorted(set(file_by_tensor.values())):
+        part = {name: tensor for name, tensor in tensors.items() if file_by_tensor[name] == file}
+        safetensors.numpy.save_file(part, path / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": file_by_tensor}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def use(path: Path, *, renders: bool = True) -> str:
+    """Load a model and ask for all that loading promises; a template runs in a process of its own, which takes time.
+
+    Returns: how it ended; everything but an error of ours is raised.
     """
     try:
-        model = load_model(ModelFiles("hostile", path))
+        files = ModelFiles("hostile", path)
+        model = load_model(files)
+        fingerprint(files)
         resolve_limits(EngineConfig(kv_memory_bytes=1 << 22), model.spec)
         inverse_frequencies(model.spec)
         for name in model.weights.shape_by_name:
             model.weights.tensor(name)
-        model.tokenizer.encode_each([MESSAGES[0]["content"]])
-        if model.tokenizer.has_chat_template:
-            model.tokenizer.render_each([MESSAGES])
+        tokenizer = model.tokenizer
+        outcomes = tokenizer.encode_each([MESSAGES[0]["content"], "<think></s>"])
+        for outcome in outcomes:
+            if not isinstance(outcome, RequestError):
+                tokenizer.decode(outcome)
+        if renders and tokenizer.has_chat_template:
+            tokenizer.render_each([MESSAGES])
     except BlendServeError as error:
-        return type(error).__name__ if len(str(error)) < 2000 else "an endless message"
+        return type(error).__name__ if len(str(error)) < 2000 and "\n" not in str(error) else "no single line"
     return "loaded"
-
-
-def copy_of(directory: Path, target: Path) -> Path:
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(directory, target)
-    return target

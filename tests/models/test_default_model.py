@@ -32,7 +32,7 @@ def test_chat_template() -> None:
     )
     ids = tokenizer.encode(tokenizer.apply_chat_template(FRANCE), add_special_tokens=False)
     assert ids[:3].tolist() == [1, 9690, 198]
-    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.eos_token_ids == (2, 0)  # the file names <|im_end|>, and <|endoftext|> is an end by its name
     assert tokenizer.special_tokens["bos_token"] == "<|im_start|>"
 
 
@@ -84,4 +84,4 @@ def test_tokenizer_against_transformers() -> None:
     assert tokenizer.apply_chat_template(FRANCE) == peer.apply_chat_template(
         FRANCE, tokenize=False, add_generation_prompt=True
     )
-    assert tokenizer.eos_token_ids == (peer.eos_token_id,)
+    assert tokenizer.eos_token_ids[0] == peer.eos_token_id

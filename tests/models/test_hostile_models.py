@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_models import GgufParts, copy_of, mutate, use
+from hostile_models import VALUES, GgufParts, HostileDirectory, use
 from tiny_files import hf_config, tiny_directory, write_gguf
 from tiny_models import random_weights, tiny_spec
 
@@ -23,14 +23,34 @@ NUM_CHANGES = [150, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.thor
 SPEC = tiny_spec("llama3-rope")
 
 
+@pytest.mark.parametrize("lists_added_tokens", [False, True])
 @pytest.mark.parametrize("num_changes", NUM_CHANGES)
-def test_changed_directories(tmp_path: Path, num_changes: int) -> None:
-    whole = tiny_directory(tmp_path / "whole", "llama3-rope")
+def test_changed_directories(tmp_path: Path, num_changes: int, lists_added_tokens: bool) -> None:
+    directory = HostileDirectory.written(tmp_path / "m", lists_added_tokens=lists_added_tokens)
+    assert use(directory.path) == "loaded"
     ends = set()
     for seed in range(num_changes):
-        changed = copy_of(whole, tmp_path / "changed")
-        ends.add((mutate(changed, random.Random(seed)), use(changed)))
-    assert {name for name, end in ends if end == "ConfigError"} == {name for name, _ in ends}
+        name = directory.change(random.Random(seed))
+        ends.add((name, use(directory.path, renders=seed % 20 == 0)))
+        directory.restore(name)
+    assert {end for _, end in ends} == {"ConfigError", "loaded"}
+    assert {name for name, end in ends if end == "ConfigError"} >= {*directory.names} - {"chat_template.jinja"}
+
+
+@pytest.mark.parametrize("lists_added_tokens", [False, True])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.thorough])])
+def test_any_value_under_any_key(tmp_path: Path, lists_added_tokens: bool, step: int) -> None:
+    directory = HostileDirectory.written(tmp_path / "m", lists_added_tokens=lists_added_tokens)
+    names = [name for name in directory.names if name.endswith(".json") and name != "tokenizer.json"]
+    ends = set()
+    for name in names:
+        value = directory.value_of(name)
+        for at, key in enumerate([*value, "never seen"]):
+            for other in VALUES[at % step :: step]:
+                (directory.path / name).write_text(json.dumps({**value, key: other}))
+                ends.add(use(directory.path, renders=False))
+        directory.restore(name)
+    assert ends == {"ConfigError", "loaded"}
 
 
 @pytest.mark.parametrize("num_changes", NUM_CHANGES)
@@ -42,7 +62,7 @@ def test_changed_gguf_files(tmp_path: Path, num_changes: int) -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # of scales that are no numbers any more
         for seed in range(num_changes):
             changed.write_bytes(parts.changed(random.Random(seed)))
-            ends.add(use(changed))
+            ends.add(use(changed, renders=seed % 20 == 0))
     assert ends == {"ConfigError", "loaded"}
 
 
@@ -101,6 +121,7 @@ def test_tensors_that_share_bytes_or_names_are_refused(tmp_path: Path, entries: 
 
 def test_an_index_leads_to_no_other_directory(tmp_path: Path) -> None:
     directory = tiny_directory(tmp_path / "m")
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../m/model.safetensors"}}))
     with pytest.raises(ConfigError, match="is no file of this directory"):
         SafetensorsWeights(directory, has_tied_embeddings=False)
@@ -113,3 +134,11 @@ def test_a_gguf_file_names_no_tensor_twice(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(content.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"))
     with pytest.raises(ConfigError, match="names a tensor twice"):
         GgufFile(tmp_path / "m.gguf")
+
+
+def test_a_tokenizer_file_on_which_its_package_panics(tmp_path: Path) -> None:
+    directory = tiny_directory(tmp_path / "m")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "a much longer prefix than any token"
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    assert use(directory) == "ConfigError"

@@ -240,7 +240,7 @@ class FakeHub:
         self.path = path
         self.calls: list[tuple[Any, ...]] = []
 
-    def snapshot_download(self, repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, repository: str, *, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
         self.calls.append((repository, revision, tuple(allow_patterns)))
         return str(self.path)
 

@@ -20,7 +20,8 @@ from blendserve.models.gguf_file import GgufFile
 from blendserve.models.gguf_tokenizer import tokenizer_from_gguf
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import load_model, load_tokenizer
-from blendserve.models.tokenizer import Tokenizer, tokenizer_from_directory
+from blendserve.models.tokenizer import Tokenizer
+from blendserve.models.tokenizer_directory import tokenizer_from_directory
 
 TEXTS = (
     "the capital of france",
@@ -110,10 +111,10 @@ def test_truncation_and_padding_of_the_file_are_switched_off(directory: Path, tm
     ("generation", "config", "expected"),
     [
         ({"eos_token_id": [2, 0]}, {"eos_token": "</s>"}, (2, 0)),
-        ({"eos_token_id": 1}, {"eos_token": "</s>"}, (1,)),
+        ({"eos_token_id": 1}, {"eos_token": "</s>"}, (1, 2)),
         ({}, {"eos_token": {"content": "</s>", "special": True}}, (2,)),
         ({}, {"eos_token": None}, ()),
-        ({}, {"eos_token": "<nowhere>"}, ()),
+        ({}, {"eos_token": "<nowhere>"}, (320,)),  # it is added, as transformers does
     ],
 )
 def test_end_tokens(generation: Any, config: Any, expected: tuple[int, ...], tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_chat(tokenizer: Tokenizer) -> None:
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no tokenizer\.json; save one with transformers"):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json; write one with transformers"):
         tokenizer_from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"cannot read .*tokenizer\.json"):
@@ -158,12 +159,15 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
         tokenizer_from_directory(tmp_path)
 
 
-def test_a_vocabulary_larger_than_the_embedding(tmp_path: Path) -> None:
+def test_a_token_beyond_the_embedding_is_an_error_of_its_text(tmp_path: Path) -> None:
     backend = Backend.from_file(str(tiny_directory(tmp_path / "m") / "tokenizer.json"))
     backend.add_tokens([f"<extra{index}>" for index in range(400)])
     backend.save(str(tmp_path / "m" / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="the weights only 320; the files"):
-        load_model(resolve(str(tmp_path / "m"), tmp_path))
+    tokenizer = load_model(resolve(str(tmp_path / "m"), tmp_path)).tokenizer
+    beyond, plain = tokenizer.encode_each(["the <extra399>", "the"])
+    assert isinstance(beyond, RequestError)
+    assert "holds the token '<extra399>'" in beyond.message
+    assert not isinstance(plain, RequestError)
 
 
 def gguf_with(tmp_path: Path, **changes: Any) -> GgufFile:

@@ -13,7 +13,7 @@ from tiny_files import hf_name, tiny_directory
 from tiny_models import CHANGES_BY_NAME, random_weights, tiny_spec
 
 from blendserve.errors import ConfigError
-from blendserve.models.hub import resolve
+from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import load_model
 from blendserve.models.safetensors import SafetensorsWeights
 from blendserve.models.weights import MemoryWeights, check_weights, expected_shapes, round_to_bf16
@@ -39,7 +39,7 @@ def test_a_directory_gives_every_tensor_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "stored"), [("F32", "<f4"), ("F16", "<f2"), ("F64", "<f8")])
 def test_number_formats(dtype: str, stored: str, tmp_path: Path) -> None:
     data = VALUES.astype(stored)
-    write_raw(tmp_path / "a.safetensors", {"x": entry(dtype, 0, data.nbytes)}, data.tobytes())
+    write_raw(tmp_path / "model.safetensors", {"x": entry(dtype, 0, data.nbytes)}, data.tobytes())
     tensor = SafetensorsWeights(tmp_path, has_tied_embeddings=False).tensor("x")
     assert tensor.dtype == np.float32
     np.testing.assert_array_equal(tensor, data.astype(np.float32))
@@ -48,7 +48,9 @@ def test_number_formats(dtype: str, stored: str, tmp_path: Path) -> None:
 def test_bfloat16_is_the_upper_half_of_float32(tmp_path: Path) -> None:
     rounded = round_to_bf16(VALUES)
     data = (rounded.view(np.uint32) >> 16).astype("<u2")
-    write_raw(tmp_path / "a.safetensors", {"x": entry("BF16", 0, 12), "__metadata__": {"format": "pt"}}, data.tobytes())
+    write_raw(
+        tmp_path / "model.safetensors", {"x": entry("BF16", 0, 12), "__metadata__": {"format": "pt"}}, data.tobytes()
+    )
     weights = SafetensorsWeights(tmp_path, has_tied_embeddings=False)
     assert weights.shape_by_name == {"x": (2, 3)}
     np.testing.assert_array_equal(weights.tensor("x"), rounded)
@@ -66,24 +68,78 @@ def test_round_to_bf16_goes_to_the_nearest_and_to_even_on_ties() -> None:
     assert np.isnan(round_to_bf16(np.array([np.nan], np.float32)))[0]
 
 
-def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
-    first, second = {hf_name("norm"): VALUES[0]}, {hf_name("embed_tokens"): VALUES}
-    safetensors.numpy.save_file(first, tmp_path / "model-1.safetensors")
-    safetensors.numpy.save_file(second, tmp_path / "model-2.safetensors")
+def write_index(directory: Path, **file_by_tensor: str) -> None:
+    weight_map = {hf_name(name): f"{file}.safetensors" for name, file in file_by_tensor.items()}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def save(path: Path, **tensors: Any) -> None:
+    safetensors.numpy.save_file({hf_name(name): tensor for name, tensor in tensors.items()}, path)
+
+
+def test_the_files_that_an_index_names(tmp_path: Path) -> None:
+    save(tmp_path / "model-1.safetensors", norm=VALUES[0])
+    save(tmp_path / "model-2.safetensors", embed_tokens=VALUES)
+    write_index(tmp_path, norm="model-1", embed_tokens="model-2")
     assert set(SafetensorsWeights(tmp_path, False).shape_by_name) == {"norm", "embed_tokens"}
-    index = {"weight_map": {hf_name("norm"): "model-1.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(tmp_path, norm="model-1")
     assert set(SafetensorsWeights(tmp_path, False).shape_by_name) == {"norm"}
-    index["weight_map"]["x"] = "model-3.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(tmp_path, norm="model-1", embed_tokens="model-3")
     with pytest.raises(ConfigError, match=r"lacks model-3\.safetensors"):
         SafetensorsWeights(tmp_path, False)
 
 
-def test_the_same_tensor_twice_is_an_error(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        safetensors.numpy.save_file({"x": VALUES}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ConfigError, match=r"'x' is in .*a\.safetensors and .*b\.safetensors"):
+def test_the_index_says_which_of_two_copies_counts(tmp_path: Path) -> None:
+    save(tmp_path / "model-1.safetensors", norm=VALUES[0], embed_tokens=VALUES)
+    save(tmp_path / "model-2.safetensors", norm=VALUES[1])
+    write_index(tmp_path, norm="model-2", embed_tokens="model-1")
+    np.testing.assert_array_equal(SafetensorsWeights(tmp_path, False).tensor("norm"), VALUES[1])
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "consolidated.safetensors",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.fp16.safetensors",
+    ],
+)
+def test_what_lies_beside_the_weights_is_no_part_of_them(beside: str, tmp_path: Path) -> None:
+    directory = tiny_directory(tmp_path / "m")
+    expected = load_model(ModelFiles("m", directory)).weights
+    safetensors.numpy.save_file({hf_name("norm"): VALUES, "x": VALUES}, directory / beside)
+    found = load_model(ModelFiles("m", directory)).weights
+    assert found.shape_by_name == expected.shape_by_name
+    np.testing.assert_array_equal(found.tensor("norm"), expected.tensor("norm"))
+
+
+def test_an_old_index_beside_whole_weights(tmp_path: Path) -> None:
+    """A model that was saved again in one file: transformers takes the file."""
+    directory = tiny_directory(tmp_path / "m")
+    write_index(directory, norm="model-00001-of-00002")
+    assert set(load_model(ModelFiles("m", directory)).weights.shape_by_name) == set(expected_shapes(tiny_spec()))
+
+
+@pytest.mark.parametrize(
+    ("present", "words"),
+    [
+        ([], "no model.safetensors and no index of several such files; download the model again"),
+        (["consolidated.safetensors"], "it has 'consolidated.safetensors': download model.safetensors"),
+        (["pytorch_model.bin"], "it has weights of PyTorch; convert them with transformers"),
+    ],
+)
+def test_directories_without_weights(present: list[str], words: str, tmp_path: Path) -> None:
+    for name in present:
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=words):
+        SafetensorsWeights(tmp_path, False)
+
+
+def test_a_pointer_in_the_place_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+    with pytest.raises(ConfigError, match="pointer of Git LFS, not the file itself; fetch it: git lfs pull"):
         SafetensorsWeights(tmp_path, False)
 
 
@@ -123,11 +179,6 @@ def test_entries_that_do_not_fit_their_bytes(bad: dict[str, Any], tmp_path: Path
 def test_a_type_that_we_do_not_read(tmp_path: Path) -> None:
     write_raw(tmp_path / "model.safetensors", {"x": entry("I8", 0, 6)}, bytes(6))
     with pytest.raises(ConfigError, match="'x' is 'I8'; supported: F64, F32, F16, BF16"):
-        SafetensorsWeights(tmp_path, False)
-
-
-def test_no_weights_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lacks \*\.safetensors"):
         SafetensorsWeights(tmp_path, False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 HELP_BY_COMMAND = {
     "run": "answer every line of a batch file",
+    "map": "answer every row of a table",
     "check": "validate a batch file without running it",
     "plan": "say what a batch file holds and how long it would take",
     "simulate": "simulate how long a job would take on given hardware",

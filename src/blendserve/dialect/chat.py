@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody, text_usage
-from blendserve.dialect.extras import Abilities, Extras, take_structure
+from blendserve.dialect.extras import Abilities, Extras
 from blendserve.dialect.logprobs import chat_logprobs, logprobs_of_text, prompt_logprobs
 from blendserve.dialect.messages import read_conversation
 from blendserve.dialect.parameters import read_chat_parameters
+from blendserve.dialect.structured import take_structure
 from blendserve.dialect.urls import CHAT_URL
 
 _PROMPT_LOGPROBS = "prompt_logprobs"
@@ -17,9 +19,7 @@ _PROMPT_LOGPROBS = "prompt_logprobs"
 
 
 def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
-    structure: Mapping[str, Any] | None = None
-    if abilities.structures:
-        body, structure = take_structure(body)
+    body, structure = take_structure(body)
     messages, has_pictures = read_conversation(body, abilities)
     conversation: tuple[Mapping[str, Any], ...] = ()
     if has_pictures:
@@ -27,8 +27,9 @@ def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
             {**given, "role": read["role"]} for given, read in zip(body["messages"], messages, strict=True)
         )
     shows = body.get("prompt_logprobs") is not None
-    extras = Extras(structure=structure, messages=conversation, shows_prompt_logprobs=shows)
-    return ReadBody((messages,), read_chat_parameters(body), extras)
+    extras = Extras(messages=conversation, shows_prompt_logprobs=shows)
+    sampling = replace(read_chat_parameters(body), structured_outputs=structure)
+    return ReadBody((messages,), sampling, extras)
 
 
 def _choice_body(choice: Choice) -> dict[str, Any]:

@@ -50,7 +50,13 @@ class ModelCodec:
                 outcomes[at] = outcome
 
     def text_of(self, output: SequenceOutput) -> str:
-        return text_of(self._tokenizer, output.token_ids, output.finish_reason, output.stop_reason)
+        return text_of(
+            self._tokenizer,
+            output.token_ids,
+            output.finish_reason,
+            output.stop_reason,
+            has_stop_token=output.has_stop_token,
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)

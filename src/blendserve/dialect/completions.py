@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody, text_usage
-from blendserve.dialect.extras import Abilities, Extras, take_structure
+from blendserve.dialect.extras import Abilities, Extras
 from blendserve.dialect.logprobs import completion_logprobs, logprobs_of_text, prompt_logprobs
 from blendserve.dialect.parameters import read_completion_parameters
 from blendserve.dialect.prompts import read_prompts
+from blendserve.dialect.structured import take_structure
 from blendserve.dialect.urls import COMPLETIONS_URL
 
 
-def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
-    structure: Mapping[str, Any] | None = None
-    if abilities.structures:
-        body, structure = take_structure(body)
+def _read(body: Mapping[str, Any], _: Abilities) -> ReadBody:
+    body, structure = take_structure(body)
     prompts = read_prompts("prompt", body)
     echo = tuple(prompt if isinstance(prompt, str) else None for prompt in prompts) if body.get("echo") is True else ()
     shows = body.get("prompt_logprobs") is not None
-    extras = Extras(structure=structure, echo=echo, shows_prompt_logprobs=shows)
-    return ReadBody(prompts, read_completion_parameters(body), extras)
+    extras = Extras(echo=echo, shows_prompt_logprobs=shows)
+    sampling = replace(read_completion_parameters(body), structured_outputs=structure)
+    return ReadBody(prompts, sampling, extras)
 
 
 def _choice_body(choice: Choice) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""What a line may ask beyond text in and text out, where the engine can: an adapter, a structure of the answer,
-pictures, embeddings.
+"""What a line may ask beyond text in and text out, where the engine can: an adapter, pictures, embeddings.
 
 The reader takes it out of the body before the rules of `parameters` see the rest; the engine gets it back from the
 store's `bodies`, as the JSON of an `Extras`.
@@ -21,24 +20,23 @@ from blendserve.errors import RequestError
 
 EncodingFormat = Literal["float", "base64"]
 
-STRUCTURE_KINDS = ("json", "regex", "choice", "grammar", "json_object")
 MAX_DIMENSIONS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
-    adapters. `max_dimensions` is the length of its vectors, 0 where that is
-    not known. `image_domains` are the hosts that pictures may be fetched from: a line must not send
-    the engine to whatever it can reach.
+    adapters. `max_dimensions` is the length of its vectors, 0 where that is not known. `image_domains` are the hosts
+    that pictures may be fetched from: a line must not send the engine to whatever it can reach. `checks_grammars`:
+    structures are held against what our own engine can follow; others check them themselves.
     """
 
     adapters: tuple[str, ...] = ()
-    structures: bool = False
     sees: bool = False
     image_domains: tuple[str, ...] = ()
     urls: tuple[str, ...] = TEXT_URLS
     max_dimensions: int = 0
+    checks_grammars: bool = True
 
 
 TEXT_ONLY = Abilities()
@@ -51,14 +49,12 @@ def native_abilities(hidden_size: int) -> Abilities:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """`structure` has one key, a kind of STRUCTURE_KINDS. `messages` is the whole conversation where it holds pictures;
-    the stored prompt is then only an estimate. `echo` has the text of every prompt that answers begin with, None for
-    one that was given as tokens. `shows_prompt_logprobs`: the answer has them in vLLM's field. `echoed` are settings
-    that the answer repeats.
+    """`messages` is the whole conversation where it holds pictures; the stored prompt is then only an estimate. `echo`
+    has the text of every prompt that answers begin with, None for one that was given as tokens.
+    `shows_prompt_logprobs`: the answer has them in vLLM's field. `echoed` are settings that the answer repeats.
     """
 
     adapter: str | None = None
-    structure: Mapping[str, Any] | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     encoding_format: EncodingFormat = "float"
     dimensions: int | None = None
@@ -80,57 +76,6 @@ class Extras:
 
 
 NO_EXTRAS = Extras()
-
-
-def take_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """A body without what shapes its answer, and that: OpenAI's `response_format`, or vLLM's `structured_outputs`.
-
-    Raises: RequestError for one that is not understood, and for both at once.
-    """
-    rest = {name: value for name, value in body.items() if name not in ("response_format", "structured_outputs")}
-    formatted = _read_response_format(body.get("response_format"))
-    structured = _read_structured_outputs(body.get("structured_outputs"))
-    if formatted and structured:
-        raise RequestError(
-            "response_format and structured_outputs both shape the answer; give one of them",
-            code="invalid_value",
-            param="structured_outputs",
-        )
-    return rest, formatted or structured
-
-
-def _read_response_format(value: Any) -> Mapping[str, Any] | None:
-    if value is None:
-        return None
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json_object": True}
-    if kind != "json_schema":
-        reject("response_format", value, "an object of type text, json_object or json_schema")
-    named = value.get("json_schema")
-    schema = named.get("schema") if isinstance(named, dict) else None
-    if not isinstance(schema, dict):
-        reject("response_format.json_schema", named, 'an object {"name": "...", "schema": {...}}')
-    return {"json": schema}
-
-
-def _read_structured_outputs(value: Any) -> Mapping[str, Any] | None:
-    if value is None:
-        return None
-    given = {kind: item for kind, item in value.items() if item is not None} if isinstance(value, dict) else {}
-    if len(given) != 1 or next(iter(given)) not in STRUCTURE_KINDS:
-        reject("structured_outputs", value, f"an object with one of {', '.join(STRUCTURE_KINDS)}")
-    kind, item = next(iter(given.items()))
-    is_right = {
-        "json": isinstance(item, dict | str),
-        "choice": isinstance(item, list) and bool(item) and all(isinstance(choice, str) for choice in item),
-        "json_object": item is True,
-    }.get(kind, isinstance(item, str))
-    if not is_right:
-        reject(f"structured_outputs.{kind}", item, "of the type that vLLM takes", code="invalid_type")
-    return {kind: item}
 
 
 def take_pictures(messages: Any, domains: tuple[str, ...] = ()) -> tuple[Any, list[tuple[Picture, ...]]]:

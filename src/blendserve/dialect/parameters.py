@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -184,7 +184,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "stream_options": (),
     "store": (False,),
     "best_of": (1,),
-    "response_format": ({"type": "text"},),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
@@ -244,13 +243,17 @@ def read_completion_parameters(body: Mapping[str, Any]) -> SamplingParams:
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
-    """Hold parameters that came from Python against the rules of a request body.
+    """Hold parameters that came from Python against the rules of a request body; `structured_outputs` is left as it is.
 
     Returns: them as a body would give them (lists as tuples, one stop string as a tuple of one). Raises: RequestError.
     """
-    given = {field.name: _as_json(getattr(params, field.name)) for field in fields(SamplingParams)}
+    given = {
+        field.name: _as_json(getattr(params, field.name))
+        for field in fields(SamplingParams)
+        if field.name != "structured_outputs"
+    }
     values = {name: _COMPLETION_READERS[name](name, value) for name, value in given.items() if value is not None}
-    checked = _build(values, default_max_tokens=None)
+    checked = replace(_build(values, default_max_tokens=None), structured_outputs=params.structured_outputs)
     check_vocabulary(checked, vocab_size)
     return checked
 

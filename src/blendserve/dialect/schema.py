@@ -13,12 +13,15 @@ from typing import Any
 
 from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import TEXT_ONLY, Abilities
+from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary, reject, shown
 from blendserve.dialect.prompts import Prompt
+from blendserve.dialect.structured import STRUCTURE_FIELDS
 from blendserve.dialect.urls import CHAT_URL, canonical_url
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
+_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body"}) - {"metadata"}
 MAX_URL_CHARACTERS = 1000
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[\w.~-]+)+", re.ASCII)
 
@@ -76,13 +79,35 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     """Validate one JSON value. Raises: RequestError with code, param and status."""
     custom_id, url, body = read_envelope(value, served.urls)
     model = _read_model(body, served)
-    read = ENDPOINTS[url].read(body, served.abilities)
+    read = ENDPOINTS[url].read(with_extra_body(body), served.abilities)
+    if read.sampling.structured_outputs is not None and served.abilities.checks_grammars:
+        check_grammar(read.sampling.structured_outputs)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
     body_bytes, embeds = extras.to_bytes(), ENDPOINTS[url].embeds
     line = BatchLine(line_number, custom_id, url, model, read.prompts, read.sampling, body_bytes, embeds)
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line
+
+
+def with_extra_body(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A body with what stands in its `extra_body`: clients write parameters there, and send them beside the others.
+
+    Raises: RequestError where it is no object, or names what the body names too.
+    """
+    extra = body.get("extra_body")
+    if extra is None:
+        return body if "extra_body" not in body else {name: body[name] for name in body if name != "extra_body"}
+    if not isinstance(extra, dict):
+        reject("extra_body", extra, "an object", code="invalid_type")
+    for name in extra:
+        if name in body:
+            raise RequestError(
+                f"{name[:100]} stands in the body and in extra_body; give it once",
+                code="invalid_value",
+                param=f"extra_body.{name[:100]}",
+            )
+    return {**{name: value for name, value in body.items() if name != "extra_body"}, **extra}
 
 
 def _adapter_of(model: str | None, abilities: Abilities) -> str | None:
@@ -132,7 +157,7 @@ def _read_custom_id(value: Mapping[str, Any]) -> str:
 def _check_no_misplaced(value: Mapping[str, Any]) -> None:
     if len(value) > 4:
         for name in value:
-            if name in BODY_FIELDS and name != "metadata":
+            if name in _MISPLACED_FIELDS:
                 raise _line_error("unknown_parameter", f"{name} stands outside the body; move it into the body", name)
 
 

@@ -14,15 +14,20 @@ StopChecker = Callable[[Request, TokenIds], str | None]
 
 EOS_STOPS = 1  # the model's end-of-sequence tokens end it
 OTHER_STOPS = 2  # stop_token_ids or stop strings have to be looked at
+GRAMMAR_STOPS = 4  # a grammar says what may come, and when it is complete
 
 StopReason = int | str | None
 
 
 def stop_rules_of(request: Request, has_stop_checker: bool) -> int:
-    """Sum of EOS_STOPS and OTHER_STOPS that apply to `request`."""
+    """Sum of EOS_STOPS, OTHER_STOPS and GRAMMAR_STOPS that apply to `request`."""
     sampling = request.sampling
     is_watched = bool(sampling.stop_token_ids) or (has_stop_checker and bool(sampling.stop))
-    return (0 if sampling.ignore_eos else EOS_STOPS) + (OTHER_STOPS if is_watched else 0)
+    return (
+        (0 if sampling.ignore_eos else EOS_STOPS)
+        + (OTHER_STOPS if is_watched else 0)
+        + (GRAMMAR_STOPS if sampling.structured_outputs is not None else 0)
+    )
 
 
 def stopped_rows(

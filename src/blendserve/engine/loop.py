@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Set
+from dataclasses import replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from blendserve.config import EngineConfig
 from blendserve.engine.batcher import Batcher, Schedule
-from blendserve.engine.finish import StopChecker, StopReason, stopped_rows
+from blendserve.engine.constrained import Constraints, Ends, GrammarTimes
+from blendserve.engine.finish import GRAMMAR_STOPS, StopChecker, StopReason, stopped_rows
 from blendserve.engine.keys import KeptKey
 from blendserve.engine.sequence import NO_TOKENS, Int64s, Sequence
 from blendserve.engine.stats import RunStats
 from blendserve.engine.step import NO_PROMPT_RESULT, Executor, PromptResult, StepResult
 from blendserve.errors import BlendServeError, CapacityError, RequestError
 from blendserve.planner.base import Policy, Proposal, SchedulerView
-from blendserve.request import Request, RequestSource, SequenceOutput
+from blendserve.request import Request, RequestSource, SequenceOutput, StructuredOutputs
+
+if TYPE_CHECKING:
+    import llguidance
 
 Clock = Callable[[], float]
 
@@ -34,12 +40,15 @@ class EngineLoop:
         config: EngineConfig,
         *,
         stop_checker: StopChecker | None = None,
+        constraints: Constraints | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.batcher = Batcher(executor, config, has_stop_checker=stop_checker is not None)
         self.stats = RunStats(self.batcher.capacity_tokens)
         self._executor = executor
         self._stop_checker = stop_checker
+        self._constraints = constraints
+        self._grammar_times = GrammarTimes()
         self._clock = clock
         self._source: RequestSource = ()
         self._policy: Policy | None = None
@@ -69,6 +78,8 @@ class EngineLoop:
         self.end()
         self.stats = RunStats(self.batcher.capacity_tokens)
         self.batcher.cache.next_use = lambda key: policy.next_use(key.key if isinstance(key, KeptKey) else key)
+        if self._constraints is not None:
+            self._grammar_times = GrammarTimes.of(self._constraints)
         self._source = source
         self._policy = policy
 
@@ -92,6 +103,7 @@ class EngineLoop:
         if has_step:
             budget = self._policy.begin_step(view, num_steps=1)
             schedule = self.batcher.plan(budget.num_prefill_tokens)
+            schedule = self._with_masks(schedule)
             planned = self._clock()
             result = self._executor.execute(schedule.plan)
             executed_s = self._clock() - planned
@@ -120,6 +132,8 @@ class EngineLoop:
     def close(self) -> None:
         """End the current run and close the executor."""
         self.end()
+        if self._constraints is not None:
+            self._constraints.close()
         self._executor.close()
 
     def __enter__(self) -> EngineLoop:
@@ -204,7 +218,33 @@ class EngineLoop:
         if request.num_prompt_tokens > batcher.capacity_tokens:
             raise self._outgrown(request, request.num_prompt_tokens)
         keys = self._keys_of(request) if batcher.has_prefix_caching else ()
-        return Sequence(request, min(request.max_output_tokens, room), keys)
+        sequence = Sequence(request, min(request.max_output_tokens, room), keys)
+        if request.sampling.structured_outputs is not None and batcher.needs_tokens:
+            sequence.matcher = self._start_grammar(request.sampling.structured_outputs)
+        return sequence
+
+    def _start_grammar(self, structure: StructuredOutputs) -> llguidance.LLMatcher:
+        if self._constraints is None:
+            raise RequestError(
+                "this engine cannot follow a grammar; remove what shapes the answer, or choose another engine",
+                code="unsupported_parameter",
+                param="structured_outputs",
+            )
+        try:
+            matcher = self._constraints.start(structure)
+        finally:
+            self._count_grammars(self._constraints)
+        self.stats.num_constrained += 1
+        return matcher
+
+    def _count_grammars(self, constraints: Constraints) -> None:
+        """What grammars took since the run began."""
+        before, stats = self._grammar_times, self.stats
+        now = GrammarTimes.of(constraints)
+        stats.num_grammars = now.num_grammars - before.num_grammars
+        stats.grammar_compile_s = now.compile_s - before.compile_s
+        stats.grammar_mask_s = now.mask_s - before.mask_s
+        stats.grammar_wait_s = now.wait_s - before.wait_s
 
     def _keys_of(self, request: Request) -> tuple[Hashable, ...]:
         kept = self._executor.kept_with(request)
@@ -228,6 +268,13 @@ class EngineLoop:
         self.stats.num_errors += 1
         self._outputs.append(SequenceOutput(index, NO_TOKENS, "error", 0, 0, error=error))
 
+    def _with_masks(self, schedule: Schedule) -> Schedule:
+        """Begin to fill the masks of this step, where anybody follows a grammar."""
+        if self._constraints is None or not (self.batcher.table.stop_rules & GRAMMAR_STOPS).any():
+            return schedule
+        masks = self._constraints.masks(self.batcher.table, schedule.rows[schedule.plan.is_sampled])
+        return schedule if masks is None else schedule._replace(plan=replace(schedule.plan, masks=masks))
+
     # What came of a step
 
     def _record(self, schedule: Schedule, result: StepResult) -> None:
@@ -250,19 +297,28 @@ class EngineLoop:
         stopped: dict[int, StopReason] = {}
         if batcher.needs_tokens:
             stopped = stopped_rows(table, sampled, result.token_ids, self._executor.eos_token_ids, self._stop_checker)
-        finished = self._finished_rows(stopped)
+        ends: Ends = {}
+        if schedule.plan.masks is not None and self._constraints is not None:
+            ends = self._constraints.follow(table, sampled, result.token_ids)
+            self._count_grammars(self._constraints)
+        finished = self._finished_rows(stopped.keys() | ends.keys())
         for row in finished:
-            self._finish(row, stopped, policy)
+            error = ends.get(row)
+            if error is not None:
+                self._refuse(table.sequence(row).request.index, error, policy)
+            else:
+                self._finish(row, stopped, policy, is_complete=row in ends)
         if finished:
             batcher.remove(finished)
 
-    def _finished_rows(self, stopped: dict[int, StopReason]) -> list[int]:
+    def _finished_rows(self, stopped: Set[int]) -> list[int]:
         table = self.batcher.table
         is_finished = (table.num_output_tokens >= table.max_output_tokens) & (table.is_prefilling == 0)
         rows: Int64s = is_finished.nonzero()[0]
         return sorted({*rows.tolist(), *stopped}) if stopped else rows.tolist()
 
-    def _finish(self, row: int, stopped: dict[int, StopReason], policy: Policy) -> None:
+    def _finish(self, row: int, stopped: dict[int, StopReason], policy: Policy, *, is_complete: bool) -> None:
+        """`is_complete`: its grammar allows nothing more, with or without a token that says so."""
         table = self.batcher.table
         sequence = table.sequence(row)
         request = sequence.request
@@ -276,13 +332,14 @@ class EngineLoop:
             SequenceOutput(
                 index=request.index,
                 token_ids=token_ids.copy() if self.batcher.needs_tokens else token_ids,
-                finish_reason="stop" if row in stopped else "length",
+                finish_reason="stop" if row in stopped or is_complete else "length",
                 num_prompt_tokens=request.num_prompt_tokens,
                 num_cached_tokens=sequence.num_cached_tokens,
                 logprobs=tuple(sequence.logprobs),
                 stop_reason=stopped.get(row),
                 prompt_logprobs=asked.logprobs,
                 embedding=asked.embedding,
+                has_stop_token=row in stopped or (is_complete and int(token_ids[-1]) in self._executor.eos_token_ids),
             )
         )
 

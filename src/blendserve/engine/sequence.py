@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Hashable
 from collections.abc import Sequence as ImmutableSequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.request import Request, TokenIds, TokenLogprob
+
+if TYPE_CHECKING:
+    import llguidance
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -28,7 +32,7 @@ class Sequence:
     `slot` is -1 while it waits; `output_token_ids` and `num_output_tokens` are what a preempted sequence keeps.
     `num_keyed_blocks` leading blocks of its table belong to the prefix cache; it may compute nothing before
     `dependency_block`, the last block that it matched, is computed (-1: it matched none). `num_cached_tokens` is the
-    prefix hit of its first admission.
+    prefix hit of its first admission. `matcher` is where it stands in its grammar, None where it has none.
     """
 
     request: Request
@@ -41,6 +45,7 @@ class Sequence:
     num_output_tokens: int = 0
     output_token_ids: TokenIds = field(default_factory=lambda: NO_TOKENS)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    matcher: llguidance.LLMatcher | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +124,7 @@ class SequenceTable:
 
     @property
     def stop_rules(self) -> Int64s:
-        """Sum of EOS_STOPS and OTHER_STOPS of blendserve.engine.finish."""
+        """Sum of the rules of blendserve.engine.finish that apply."""
         return self._columns[10, : self.num_running]
 
     @property

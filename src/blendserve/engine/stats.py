@@ -60,7 +60,9 @@ class RunStats:
     `scheduling_s` is the wall clock of everything else the loop does, `scheduling_s_by_step` its part around every
     step. `num_prefill_tokens` counts computed prompt tokens and what preemptions made it compute again;
     `num_prompt_tokens` and `num_output_tokens` are those of finished requests. `resources` are known where the engine
-    is part of this process. `calibration` names the effort of the machine's calibration; None where there was none.
+    is part of this process. `num_constrained` requests followed `num_grammars` grammars, which took `grammar_compile_s`
+    to compile; masks were filled for `grammar_mask_s` beside forward passes, and held sampling up for
+    `grammar_wait_s`. `calibration` names the effort of the machine's calibration; None where there was none.
     """
 
     capacity_tokens: int
@@ -81,6 +83,11 @@ class RunStats:
     max_kv_tokens: int = 0
     scheduling_s_by_step: array[float] = field(default_factory=lambda: array("d"))
     steps: StepLog = field(default_factory=StepLog)
+    num_constrained: int = 0
+    num_grammars: int = 0
+    grammar_compile_s: float = 0.0
+    grammar_mask_s: float = 0.0
+    grammar_wait_s: float = 0.0
     resources: Resources | None = None
     calibration: str | None = None
 

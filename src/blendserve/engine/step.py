@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,6 +15,19 @@ Int32s = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
+class StepMasks:
+    """Which tokens may come next, for the entries that are sampled.
+
+    `words` waits until the masks are filled, and returns them: int32[any, ceil(vocab_size / 32)], one bit for each
+    token, lowest first. Shapes: `row_of` int32[number of sampled entries], the mask of every entry, -1 where any token
+    may come. The masks are borrowed until the next step.
+    """
+
+    row_of: Int32s
+    words: Callable[[], Int32s]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """Which tokens of which sequences run in this step. One entry per scheduled sequence, n entries.
 
@@ -24,7 +37,7 @@ class StepPlan:
     until the step has been applied (`token_ids` is empty where the executor asks for no tokens). Entry i computes
     positions [num_computed_tokens[i], num_computed_tokens[i] + num_scheduled_tokens[i]) of row slots[i]. Prefill
     entries may read blocks that an earlier entry of the same step computes; executors write the KV of a layer before
-    attention reads it.
+    attention reads it. `masks` are those of grammars, None where no entry has one.
     """
 
     slots: Int32s
@@ -35,6 +48,7 @@ class StepPlan:
     block_tables: Int32s
     num_prefill_tokens: int
     num_decode_tokens: int
+    masks: StepMasks | None = None
 
 
 @dataclass(frozen=True, slots=True)

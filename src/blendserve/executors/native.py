@@ -218,13 +218,17 @@ class NativeExecutor:
             self._model.start_trace()
         started = time.perf_counter()
         try:
-            token_ids, logprobs = self._model.step(
+            self._model.forward(
                 plan.slots,
                 plan.num_scheduled_tokens,
                 plan.num_computed_tokens,
                 plan.is_sampled,
                 plan.token_ids,
                 plan.block_tables,
+            )
+            masks = plan.masks
+            token_ids, logprobs = (
+                self._model.sample() if masks is None else self._model.sample(masks.row_of, masks.words())
             )
         except (ValueError, TypeError) as error:
             raise ExecutorError(

@@ -19,7 +19,7 @@ from blendserve.engine.step import Int32s, PromptResult, StepPlan, StepResult
 from blendserve.errors import ConfigError
 from blendserve.executors.int8_kv import CHUNK_TOKENS, Int8KvCache, attend_by_floats, attend_by_integers
 from blendserve.executors.prompt_results import embedding_of, kept_with
-from blendserve.executors.sampling import sample, token_logprob
+from blendserve.executors.sampling import masked, sample, token_logprob
 from blendserve.models.int8 import Int8Rows, int8_activations, int8_product, int8_weights
 from blendserve.models.pooling import LAST_TOKEN, Pooling
 from blendserve.models.rope import inverse_frequencies
@@ -269,6 +269,7 @@ class ReferenceExecutor:
         started = time.perf_counter()
         tokens: list[int] = []
         logprobs: dict[int, TokenLogprob] = {}
+        masks, words = plan.masks, None if plan.masks is None else plan.masks.words()
         for entry, slot in enumerate(plan.slots.tolist()):
             begin = int(plan.num_computed_tokens[entry])
             end = begin + int(plan.num_scheduled_tokens[entry])
@@ -279,6 +280,8 @@ class ReferenceExecutor:
                 continue
             request = self._request_by_slot[slot]
             logits = self._model.logits(hidden[-1:])[0]
+            if masks is not None and words is not None and masks.row_of[len(tokens)] >= 0:
+                logits = masked(logits, words[masks.row_of[len(tokens)]])
             token = sample(logits, request, plan.token_ids[slot, request.num_prompt_tokens : end], self.eos_token_ids)
             if request.sampling.logprobs is not None:
                 logprobs[len(tokens)] = token_logprob(logits, token, request.sampling.logprobs)

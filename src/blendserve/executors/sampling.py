@@ -1,9 +1,9 @@
 """How a token is chosen from a row of logits: the rule that every executor with real logits follows.
 
-In this order: logit bias; no end token before `min_tokens`; repetition, then frequency and presence penalties; at
-temperature 0 the largest logit wins (the lowest id among equals). Otherwise logits / temperature are filtered by min_p,
-top_k and top_p and the token is drawn by inverse CDF in token-id order with
-u = (word 0 of Philox4x32-10, key = seed, counter = output position) >> 8, times 2^-24.
+In this order: -infinity for tokens that a grammar's mask leaves out; logit bias; no end token before `min_tokens`;
+repetition, then frequency and presence penalties; at temperature 0 the largest logit wins (the lowest id among equals).
+Otherwise logits / temperature are filtered by min_p, top_k and top_p and the token is drawn by inverse CDF in token-id
+order with u = (word 0 of Philox4x32-10, key = seed, counter = output position) >> 8, times 2^-24.
 So a token depends on its request's seed, its position and the logits, never on the batch. csrc/ops/sample is its twin.
 """
 
@@ -47,6 +47,8 @@ def sample(logits: Doubles, request: Request, output_ids: TokenIds, eos_token_id
     """The next token of a request that has generated `output_ids` so far. Shapes: `logits` [vocab_size], unchanged."""
     params = request.sampling
     adjusted = adjust(logits, request, output_ids, eos_token_ids)
+    if not np.isfinite(adjusted).any():  # only what must not end it may come: the grammar decides
+        return int(np.flatnonzero(np.isfinite(logits))[0])
     if params.temperature == 0.0:
         return int(np.argmax(adjusted))
     scaled = adjusted / params.temperature
@@ -96,8 +98,17 @@ def is_kept(scaled: Doubles, params: SamplingParams) -> NDArray[np.bool_]:
     return result
 
 
+def masked(logits: Doubles, words: NDArray[np.int32]) -> Doubles:
+    """Logits with -infinity for the tokens whose bits are 0, lowest bit first. Shapes: [vocab_size], [words]."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(logits)]
+    return np.where(bits != 0, logits, -np.inf)
+
+
 def token_logprob(logits: Doubles, token: int, num_top: int) -> TokenLogprob:
-    """Log probabilities under the model itself: before bias, penalties, temperature, filters (as vLLM does)."""
+    """Log probabilities under the model and the grammar alone: before bias, penalties, temperature, filters (as vLLM
+    does). Tokens that a grammar leaves out have none.
+    """
     logprobs = logits - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
     best = np.argsort(-logprobs, kind="stable")[:num_top]
+    best = best[np.isfinite(logprobs[best])]
     return TokenLogprob(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in best))

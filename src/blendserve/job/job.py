@@ -71,6 +71,7 @@ class JobReport:
     - `errors_by_code`: how many error rows have each code.
     - `served_model`, `requested_model`: the model that answered, and the one that the lines asked for, if any.
     - `num_resumed`: requests that earlier runs had answered.
+    - `num_reused`: lines that kept their answers when the input changed (tables only).
     - `num_prompt_tokens`, `num_cached_tokens`, `num_output_tokens`: tokens of this run; cached ones are prompt tokens
       that were not computed again.
     - `was_complete`: an earlier run had finished the job, and this one did nothing.
@@ -85,6 +86,7 @@ class JobReport:
     served_model: str
     requested_model: str | None
     num_resumed: int = 0
+    num_reused: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0

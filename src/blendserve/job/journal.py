@@ -27,9 +27,11 @@ from blendserve.job.store import StoredFile
 
 FORMAT_VERSION = 5
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
+_KEPT, _OWN = "kept", "own.json"
+"""Of a job whose input has changed, until the new one has been read: its records, and the sizes of its files."""
 
 _OWN_NAMES = frozenset(
-    (_LOCK, _PROMPTS, *(name + end for name in (_HEADER, _RECORDS, _SEAL) for end in ("", ".partial")))
+    (_LOCK, _PROMPTS, _KEPT, *(name + end for name in (_HEADER, _RECORDS, _SEAL, _OWN) for end in ("", ".partial")))
 )
 
 
@@ -72,7 +74,7 @@ class JournalHeader:
 
     Two may change: `capacity`, the memory setting under which the journal's rows for want of memory came about, and
     `own_sizes`, by which the job knows its files: noted before they appear. `errors_name` is its error file,
-    `store_files` what ingestion left in the store.
+    `store_files` what ingestion left in the store, `num_reused` counts lines that kept the answer of an earlier run.
     """
 
     identity: JobIdentity
@@ -84,6 +86,7 @@ class JournalHeader:
     capacity: int
     errors_name: str
     own_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    num_reused: int = 0
 
     def owning(self, sizes: Mapping[str, int]) -> JournalHeader:
         """The same job, which knows files of these sizes for its own too."""
@@ -146,11 +149,12 @@ class Journal:
         values = self._read_json(_SEAL)
         return None if values is None else JournalSeal(**values)
 
-    def write_seal(self, seal: JournalSeal) -> None:
+    def write_seal(self, seal: JournalSeal, *, keeps_records: bool = False) -> None:
         """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
-        hold all that counts."""
+        hold all that counts. `keeps_records`: the records alone stay."""
         replace_durably(self.directory / _SEAL, _to_json(seal))
-        self._discard(keep={_LOCK, _SEAL, *((_HEADER, _RECORDS, _PROMPTS) if seal.num_retriable else ())})
+        kept = (_HEADER, _RECORDS, _PROMPTS) if seal.num_retriable else (_RECORDS,) if keeps_records else ()
+        self._discard(keep={_LOCK, _SEAL, *kept})
 
     def unseal(self) -> None:
         """Go on with a job that was finished: what it kept beside the seal counts again."""
@@ -165,6 +169,41 @@ class Journal:
                 (self.directory / name).unlink(missing_ok=True)
             sync_directory(self.directory)
         self._discard(keep={_LOCK})
+
+    def set_aside(self, own_sizes: Mapping[str, Sequence[int]]) -> Path | None:
+        """Forget everything but the lock, the answers of this job and `own_sizes`. Returns: where the answers are, if
+        there are any.
+
+        What a job that was killed while it read its input had set aside stays so: its own records hold less.
+        """
+        replace_durably(self.directory / _OWN, json.dumps(own_sizes).encode())
+        kept, records = self.directory / _KEPT, self.directory / _RECORDS
+        with writing_to(self.directory):
+            if (self.directory / _HEADER).exists() or (self.directory / _SEAL).exists():
+                kept.unlink(missing_ok=True)
+            for name in (_SEAL, _HEADER):
+                (self.directory / name).unlink(missing_ok=True)
+            sync_directory(self.directory)
+            if records.exists() and not kept.exists():
+                records.rename(kept)
+        self._discard(keep={_LOCK, _KEPT, _OWN})
+        return kept if kept.exists() else None
+
+    def own_sizes(self) -> dict[str, list[int]]:
+        """The sizes that were set aside."""
+        path = self.directory / _OWN
+        try:
+            return {str(name): list(sizes) for name, sizes in json.loads(path.read_bytes()).items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError, TypeError):
+            raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
+
+    def discard_set_aside(self) -> None:
+        """Forget what `set_aside` kept: a new header and new records take its place."""
+        with writing_to(self.directory):
+            for name in (_KEPT, _OWN):
+                (self.directory / name).unlink(missing_ok=True)
 
     def open_records(self) -> RecordLog:
         return RecordLog(self.directory / _RECORDS)

@@ -27,13 +27,15 @@ _SCAN_BYTES = 1 << 20
 class RecordKind(IntEnum):
     """What a body is: a finished row of one of the two files, or one choice of a line whose other choices still run.
 
-    A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back.
+    A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back. KEYS are hashes
+    of lines (see `reuse`).
     """
 
     OUTPUT_ROW = 1
     ERROR_ROW = 2
     CHOICE = 3
     CAPACITY_ROW = 4
+    KEYS = 5
 
 
 class Record(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal, why_another_job
@@ -13,29 +13,37 @@ from blendserve.job.writer import JobPaths, OwnSizes, why_other_errors, why_take
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """What stands on the disk. `present_sizes`: bytes of the output file, the error file and the files that `seal`
-    names, by `JobPaths.name_of`; those that do not exist are left out.
+    names, by `JobPaths.name_of`; those that do not exist are left out. `own_sizes`: of files of a job whose changed
+    input was being read.
     """
 
     seal: JournalSeal | None
     header: JournalHeader | None
     present_sizes: Mapping[str, int]
+    own_sizes: OwnSizes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The job as it is asked for now. `identity` is None where nothing is recorded that it could be compared with."""
+    """The job as it is asked for now. `identity` is None where nothing is recorded that it could be compared with.
+    `reuses`: lines that did not change keep their answers when the input changes.
+    """
 
     identity: JobIdentity | None
     paths: JobPaths
     capacity: int = 0
     is_ordered: bool = False
     is_fresh: bool = False
+    reuses: bool = False
 
 
 class Start(NamedTuple):
-    """Begin anew, whatever the journal holds. Files of `own_sizes` are the job's own and may be replaced."""
+    """Begin anew. Files of `own_sizes` are the job's own and may be replaced. `reuses`: answers that the journal holds
+    are kept for lines that ask for the same; otherwise nothing that it holds counts.
+    """
 
     own_sizes: OwnSizes
+    reuses: bool = False
 
 
 class Continue(NamedTuple):
@@ -67,7 +75,7 @@ def decide(recorded: Recorded, wanted: Wanted) -> Decision:
     """Say what a run of `wanted` does first. Mutates nothing."""
     if wanted.is_fresh:
         return Start(_in_lists(recorded.present_sizes))
-    own_sizes: OwnSizes = {}
+    own_sizes = recorded.own_sizes
     is_sealed = False
     if recorded.seal is not None:
         decision = _decide_sealed(recorded.seal, recorded.present_sizes, wanted)
@@ -80,10 +88,12 @@ def decide(recorded: Recorded, wanted: Wanted) -> Decision:
         if (reason := _why_another(header, wanted)) is not None:
             return Refuse(reason)
         own_sizes = {**own_sizes, **header.own_sizes}
+        if header.identity != wanted.identity:
+            header = None
     if (reason := why_taken(wanted.paths, recorded.present_sizes, own_sizes)) is not None:
         return Refuse(reason)
     if header is None:
-        return Start(own_sizes)
+        return Start(own_sizes, wanted.reuses)
     tries_again = header.capacity != wanted.capacity
     return Continue(replace(header, own_sizes=own_sizes, capacity=wanted.capacity), is_sealed, tries_again)
 
@@ -106,13 +116,18 @@ def _decide_sealed(seal: JournalSeal, present_sizes: Mapping[str, int], wanted: 
             f"this job is complete, but {output} is in the order in which lines finished; run again with --ordered "
             "--fresh"
         )
+    if seal.identity != wanted.identity:
+        return Start(_in_lists(seal.file_sizes), wanted.reuses)
     has_reason_to_retry = seal.num_retriable > 0 and seal.capacity != wanted.capacity
     return None if has_reason_to_retry else Done(seal.report)
 
 
 def _why_another(recorded: JournalHeader | JournalSeal, wanted: Wanted) -> str | None:
     assert wanted.identity is not None, "something is recorded, and nothing to compare it with"
-    return why_another_job(recorded.identity, wanted.identity, wanted.paths.journal) or why_other_errors(
+    identity = wanted.identity
+    if wanted.reuses:
+        identity = replace(identity, input_sha256=recorded.identity.input_sha256)
+    return why_another_job(recorded.identity, identity, wanted.paths.journal) or why_other_errors(
         wanted.paths, recorded.errors_name
     )
 

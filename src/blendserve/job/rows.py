@@ -63,6 +63,8 @@ class RowAssembler:
 
     def replay(self, record: Record) -> None:
         """Take a record of an earlier run (or of ingestion) for granted."""
+        if record.kind == RecordKind.KEYS:
+            return
         row = self._store.row_of(record.line_number)
         if record.kind == RecordKind.CHOICE:
             assert row is not None, "a choice of a line that is not in the store"

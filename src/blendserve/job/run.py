@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 
 from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.rows import error_row
 from blendserve.errors import ConfigError, ExecutorError
+from blendserve.job.door import BatchFile, Door
 from blendserve.job.ingest import encode_lines
 from blendserve.job.interrupts import Heard, JobInterrupted, left_of, terminable
 from blendserve.job.job import BatchJob, JobProgress, JobReport
 from blendserve.job.journal import Journal, JournalHeader, JournalSeal
 from blendserve.job.pending import PendingRequests
-from blendserve.job.reader import BadLine, BatchReader, check_readable, sha256_of
+from blendserve.job.reader import BadLine
 from blendserve.job.record_log import RecordKind, RecordLog
 from blendserve.job.resume import Continue, Done, Recorded, Refuse, Start, Wanted, decide
+from blendserve.job.reuse import KeptAnswers, KeyedLines
 from blendserve.job.rows import RowAssembler
 from blendserve.job.store import StoreWriter, TokenStore
-from blendserve.job.writer import JobPaths, OwnSizes, check_not_taken, replace_files, resolve_paths, write_partials
+from blendserve.job.writer import OwnSizes, Sizes, check_not_taken
 from blendserve.request import SequenceOutput
 
 Generate = Callable[[PendingRequests], Iterator[SequenceOutput]]
@@ -36,31 +38,31 @@ def run_job(
     codec: Codec,
     generate: Generate,
     *,
+    door: Door | None = None,
     on_progress: Callable[[JobProgress], None] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> JobReport:
-    """Run a batch job to its end, or to the end of one that was interrupted.
+    """Run a batch job to its end, or to the end of one that was interrupted. `door`: where lines come from and rows go;
+    None: the files that the job names.
 
     Raises: ConfigError before any work when a path, the input or the journal does not allow it; CapacityError when the
     disk is full; ExecutorError when the engine fails; JobInterrupted. Whatever is raised later, finished work is kept.
     """
-    check_readable(job.input_path)
-    paths = resolve_paths(job.input_path, job.output_path, job.errors_path)
-    if not (job.is_fresh or paths.journal.exists()):
-        check_not_taken(paths, {})
-    with Journal(paths.journal) as journal:
-        return _Attempt(job, codec, paths, journal, clock).run(generate, on_progress or (lambda _: None))
+    door = door or BatchFile(job.input_path, job.output_path, job.errors_path, job.served, job.limits)
+    if not (job.is_fresh or door.paths.journal.exists()):
+        check_not_taken(door.paths, door.present_sizes(), {})
+    with Journal(door.paths.journal) as journal:
+        return _Attempt(job, codec, door, journal, clock).run(generate, on_progress or (lambda _: None))
 
 
 class _Attempt:
     """One process's share of a job, under the journal's lock."""
 
-    def __init__(
-        self, job: BatchJob, codec: Codec, paths: JobPaths, journal: Journal, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, job: BatchJob, codec: Codec, door: Door, journal: Journal, clock: Callable[[], float]) -> None:
         self._job = job
         self._codec = codec
-        self._paths = paths
+        self._door = door
+        self._paths = door.paths
         self._journal = journal
         self._clock = clock
         self._progress = JobProgress(0, 0)
@@ -81,10 +83,14 @@ class _Attempt:
                 raise ConfigError(message)
             case Done(report):
                 return JobReport(**{**report, "notes": tuple(report["notes"]), "was_complete": True})
-            case Start(own_sizes):
-                self._journal.discard()
-                with closing(self._journal.open_records()) as log:
-                    return self._answer(self._ingest(log, own_sizes), log, generate, on_progress)
+            case Start(own_sizes, reuses):
+                with ExitStack() as stack:
+                    kept = self._kept_answers(stack, own_sizes) if reuses else None
+                    if not reuses:
+                        self._journal.discard()
+                    log = stack.enter_context(closing(self._journal.open_records()))
+                    header = self._ingest(log, own_sizes, kept)
+                    return self._answer(header, log, generate, on_progress)
             case Continue(header, is_sealed, tries_again):
                 if is_sealed:
                     self._journal.unseal()
@@ -98,10 +104,11 @@ class _Attempt:
         seal, header = (None, None) if job.is_fresh else (self._journal.seal(), self._journal.header())
         if seal is not None:
             seal = replace(seal, file_sizes=paths.renamed(seal.file_sizes))
-        present_sizes = paths.present_sizes(() if seal is None else seal.file_sizes)
-        identity = None if seal is None and header is None else job.identity(sha256_of(job.input_path))
-        wanted = Wanted(identity, paths, job.capacity, job.is_ordered, job.is_fresh)
-        return decide(Recorded(seal, header, present_sizes), wanted)
+        present_sizes = self._door.present_sizes(() if seal is None else seal.file_sizes)
+        identity = None if seal is None and header is None else job.identity(self._door.sha256())
+        wanted = Wanted(identity, paths, job.capacity, job.is_ordered, job.is_fresh, self._door.reuses)
+        own_sizes = {} if job.is_fresh else self._journal.own_sizes()
+        return decide(Recorded(seal, header, present_sizes, own_sizes), wanted)
 
     def _answer(
         self, header: JournalHeader, log: RecordLog, generate: Generate, on_progress: Callable[[JobProgress], None]
@@ -133,13 +140,21 @@ class _Attempt:
                 capacity=header.capacity,
                 num_retriable=rows.num_retriable,
                 errors_name=header.errors_name,
-            )
+            ),
+            keeps_records=self._door.reuses,
         )
         return report
 
-    def _ingest(self, log: RecordLog, own_sizes: OwnSizes) -> JournalHeader:
-        """Read the input into the store, and a row into the log for every line that cannot be answered."""
-        reader = BatchReader(self._job.input_path, self._job.served, self._job.limits)
+    def _kept_answers(self, stack: ExitStack, own_sizes: OwnSizes) -> KeptAnswers | None:
+        """Empty the journal; its answers stay open until `stack` is closed."""
+        path = self._journal.set_aside(own_sizes)
+        return None if path is None else stack.enter_context(closing(KeptAnswers(path)))
+
+    def _ingest(self, log: RecordLog, own_sizes: OwnSizes, kept: KeptAnswers | None) -> JournalHeader:
+        """Read the input into the store, and a row into the log for every line that cannot or need not be answered."""
+        reader = self._door.lines()
+        keyed = KeyedLines(log, kept)
+        lines = keyed.left(reader) if self._door.reuses else reader
         writer = StoreWriter(self._journal.store_directory)
 
         def refuse(line: BadLine) -> None:
@@ -147,11 +162,12 @@ class _Attempt:
             log.append(RecordKind.ERROR_ROW, line.line_number, 0, body)
 
         try:
-            encode_lines(reader, self._codec, self._job.served.max_model_len, writer.add, refuse)
+            encode_lines(lines, self._codec, self._job.served.max_model_len, writer.add, refuse)
             store_files = writer.finish()
         except BaseException:
             writer.abandon()
             raise
+        keyed.flush()
         log.sync()
         header = JournalHeader(
             identity=self._job.identity(reader.sha256),
@@ -163,8 +179,10 @@ class _Attempt:
             capacity=self._job.capacity,
             errors_name=self._paths.name_of(self._paths.errors),
             own_sizes=own_sizes,
+            num_reused=keyed.num_reused,
         )
         self._journal.write_header(header)
+        self._journal.discard_set_aside()
         return header
 
     def _try_again(self, header: JournalHeader, log: RecordLog) -> None:
@@ -210,13 +228,14 @@ class _Attempt:
         self._progress.num_cached_tokens += output.num_cached_tokens
         self._progress.num_output_tokens += output.num_output_tokens
 
-    def _write_files(self, header: JournalHeader, log: RecordLog) -> dict[str, int]:
+    def _write_files(self, header: JournalHeader, log: RecordLog) -> Sizes:
         """Returns: bytes by name. The journal knows a file for the job's own before that stands there."""
-        check_not_taken(self._paths, header.own_sizes)
-        sizes = write_partials(log, self._paths, is_ordered=self._job.is_ordered)
-        check_not_taken(self._paths, header.own_sizes)  # again: that took a while
+        door = self._door
+        check_not_taken(self._paths, door.present_sizes(), header.own_sizes)
+        sizes = door.write_partials(log, is_ordered=self._job.is_ordered)
+        check_not_taken(self._paths, door.present_sizes(), header.own_sizes)  # again: that took a while
         self._journal.write_header(header.owning(sizes))
-        replace_files(self._paths, sizes)
+        door.replace_files(sizes)
         return sizes
 
     def _report(
@@ -231,6 +250,7 @@ class _Attempt:
                 f"{rows.num_retriable} of the lines need more KV memory than there was: with a larger --kv-memory the "
                 "same command tries them again, and them alone."
             )
+        self._notes += self._door.notes
         return JobReport(
             output_path=str(self._paths.output),
             errors_path=str(errors) if self._paths.name_of(errors) in sizes else None,
@@ -240,6 +260,7 @@ class _Attempt:
             served_model=served.name,
             requested_model=header.requested_model,
             num_resumed=num_resumed,
+            num_reused=header.num_reused,
             num_prompt_tokens=self._progress.num_prompt_tokens,
             num_cached_tokens=self._progress.num_cached_tokens,
             num_output_tokens=self._progress.num_output_tokens,

@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +34,7 @@ from blendserve.job.disk import sync_directory, writing_to
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
 from blendserve.planner.table import known_output_tokens
-from blendserve.request import EmbeddingParams, Request, SamplingParams, TokenIds
+from blendserve.request import EmbeddingParams, Request, SamplingParams, StructuredOutputs, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class StoreWriter:
                 file.flush()
                 os.fsync(file.fileno())
             sync_directory(self._directory)
+            sync_directory(self._directory.parent)  # before a header counts on it
         self._stack.close()
         return {name: StoredFile(self._sizes[name], file.sha256.hexdigest()) for name, file in self._hashed.items()}
 
@@ -178,7 +179,7 @@ class StoreWriter:
         key = (*values[:-1], tuple(values[-1].items()))
         place = self._interned.get(key)
         if place is None:
-            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True))).encode()
+            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=_given_fields).encode()
             self._num_interned_bytes += len(data)
             if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._interned.clear()
@@ -338,10 +339,16 @@ def _flags(line: BatchLine) -> int:
     )
 
 
+def _given_fields(structure: StructuredOutputs) -> dict[str, Any]:
+    return {name: value for name, value in asdict(structure).items() if value}
+
+
 def _sampling_from(values: dict[str, Any]) -> SamplingParams:
     values["stop"] = tuple(values["stop"])
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
     values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
+    if structure := values.get("structured_outputs"):
+        values["structured_outputs"] = StructuredOutputs(**{**structure, "choice": tuple(structure.get("choice", ()))})
     return SamplingParams(**values)
 
 

@@ -23,6 +23,8 @@ from blendserve.job.record_log import RecordKind, RecordLog
 _OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
 _ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
 
+Sizes = Mapping[str, int]
+"""Bytes of files by `JobPaths.name_of`."""
 OwnSizes = Mapping[str, Sequence[int]]
 """Sizes that files of a job have or may have had, by `JobPaths.name_of`: a file of another size is not its own."""
 
@@ -68,8 +70,8 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
 
     Raises: ConfigError when one of them is another one in disguise (links included), or cannot be written.
     """
-    output = _place_of(output_path)
-    errors = _place_of(errors_path) if errors_path else output.with_name(_errors_name(output.name))
+    output = place_of(output_path)
+    errors = place_of(errors_path) if errors_path else output.with_name(_errors_name(output.name))
     journal = output.with_name(output.name + ".journal")
     paths = JobPaths(input_path, output, errors, journal)
     partials = paths.partial_of(output), paths.partial_of(errors)
@@ -78,10 +80,10 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
         *((path, output, "the output file") for path in (errors, partials[1])),
         (partials[0], errors, "the error file"),
     ):
-        if _is_same_file(path, other):
+        if is_same_file(path, other):
             raise ConfigError(f"{path} is {what}; a job never writes over what it reads: choose another path")
     for path in (output, errors):
-        _check_writable(path)
+        check_writable(path)
     if journal.exists() and not journal.is_dir():
         raise ConfigError(f"{journal} must be a directory, the journal of this job; move that file away")
     return paths
@@ -99,9 +101,9 @@ def why_taken(paths: JobPaths, present_sizes: Mapping[str, int], own_sizes: OwnS
     return None
 
 
-def check_not_taken(paths: JobPaths, own_sizes: OwnSizes) -> None:
+def check_not_taken(paths: JobPaths, present_sizes: Sizes, own_sizes: OwnSizes) -> None:
     """Raises: ConfigError when the job would replace or remove what it did not write."""
-    if (reason := why_taken(paths, paths.present_sizes(), own_sizes)) is not None:
+    if (reason := why_taken(paths, present_sizes, own_sizes)) is not None:
         raise ConfigError(reason)
 
 
@@ -129,7 +131,7 @@ def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:
     }
     for option, path in others.items():
         for what, other in taken.items():
-            if _is_same_file(path, other):
+            if is_same_file(path, other):
                 raise ConfigError(f"{option} {path} is {what}; choose another path")
         taken[f"also {option}"] = path
 
@@ -197,7 +199,7 @@ def _write_rows(rows: Iterable[bytes], target: Path, paths: JobPaths) -> int:
             raise
 
 
-def _place_of(path: Path) -> Path:
+def place_of(path: Path) -> Path:
     """The name in its directory, the links of the directory alone resolved."""
     directory = os.path.realpath(path.parent) if path.name else os.path.realpath(path)
     return Path(directory, path.name)
@@ -207,15 +209,21 @@ def _errors_name(output_name: str) -> str:
     return output_name.removesuffix(".jsonl") + ".errors.jsonl"
 
 
-def _is_same_file(path: Path, other: Path) -> bool:
+def is_same_file(path: Path, other: Path) -> bool:
     if path.exists() and other.exists():
         return path.samefile(other)
-    return _place_of(path) == _place_of(other) or os.path.realpath(path) == os.path.realpath(other)
+    return place_of(path) == place_of(other) or os.path.realpath(path) == os.path.realpath(other)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises: ConfigError when no file can be written there."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is not a regular file; give the path of a file to write")
+    check_directory(path)
+
+
+def check_directory(path: Path) -> None:
+    """Raises: ConfigError when nothing can be written beside `path`."""
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is not a directory; make it first: mkdir -p {path.parent}")
     try:

@@ -64,10 +64,15 @@ def find_new(text: str, before: str, stop: str) -> int:
 
 
 def text_of(
-    tokenizer: Tokenizer, token_ids: TokenIds, finish_reason: FinishReason, stop_reason: int | str | None
+    tokenizer: Tokenizer,
+    token_ids: TokenIds,
+    finish_reason: FinishReason,
+    stop_reason: int | str | None,
+    *,
+    has_stop_token: bool = True,
 ) -> str:
     """Text of a finished sequence: without special tokens, its stop token, or its stop string and what follows it."""
-    if finish_reason != "stop" or not len(token_ids):
+    if finish_reason != "stop" or not has_stop_token or not len(token_ids):
         return tokenizer.decode(token_ids)
     before = tokenizer.decode(token_ids[:-1])
     if not isinstance(stop_reason, str):

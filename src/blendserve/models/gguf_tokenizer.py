@@ -14,7 +14,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from blendserve.errors import ConfigError
+from blendserve.models.ends import END_NAMES, ends_by_name, united
 from blendserve.models.gguf_file import GgufFile
+from blendserve.models.package_errors import told_as
 from blendserve.models.spec import brief
 from blendserve.models.tokenizer import Tokenizer
 
@@ -57,16 +59,13 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     is_byte_level = kind == "gpt2"
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     adds_bos = not is_byte_level or pre in _ADDS_BOS
-    try:
+    with told_as(f"{file.path} has a damaged vocabulary"):
         backend = _byte_level(file, pre, vocabulary) if is_byte_level else _sentencepiece(metadata, vocabulary)
         _add_tokens(backend, vocabulary, metadata.get("tokenizer.ggml.token_type") or ())
         _add_post_processor(backend, metadata, vocabulary, is_byte_level, adds_bos=adds_bos)
-    except ConfigError:
-        raise
-    except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"{file.path} has a damaged vocabulary ({brief(error)}); download it again") from error
     end_keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ends = [metadata[f"tokenizer.ggml.{key}"] for key in end_keys if f"tokenizer.ggml.{key}" in metadata]
+    named = [metadata[f"tokenizer.ggml.{key}"] for key in end_keys if f"tokenizer.ggml.{key}" in metadata]
+    ends = united(named, ends_by_name(vocabulary))
     id_by_name = {
         name: metadata.get(f"tokenizer.ggml.{key}")
         for name, key in (
@@ -81,7 +80,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         for name, token_id in id_by_name.items()
         if token_id is not None and token_id < len(vocabulary)
     }
-    return Tokenizer(backend, tuple(dict.fromkeys(ends)), special_tokens, metadata.get("tokenizer.chat_template"))
+    return Tokenizer(backend, ends, special_tokens, metadata.get("tokenizer.chat_template"))
 
 
 _TYPE_BY_KEY: Mapping[str, type | UnionType] = {
@@ -193,8 +192,8 @@ def _merges_of_scores(
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: Sequence[str], types: Sequence[int]) -> None:
-    """Control tokens become special ones, user-defined tokens are matched whole. Mutates: `backend`."""
-    typed = list(zip(vocabulary, types, strict=False))
+    """Control tokens and ends become special ones, user-defined tokens are matched whole. Mutates: `backend`."""
+    typed = [(t, _CONTROL if t in END_NAMES else k) for t, k in zip(vocabulary, types, strict=False)]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in typed if k == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in typed if k == _USER_DEFINED])
 

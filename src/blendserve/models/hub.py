@@ -73,6 +73,8 @@ PACKAGED_MODELS = (DEFAULT_MODEL,)
 DESCRIPTION_PATTERNS = ("*.json", "*.jinja")
 """Files of a hub model that say what it is: shape, tokenizer, template."""
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+_NOT_THE_MODEL = ("consolidated*", "adapter_model*", "*/*.safetensors")
+"""Other formats of the same weights, and additions to them: nothing reads them."""
 _COPY_BYTES = 1 << 20
 
 
@@ -185,7 +187,10 @@ def _from_hub(name: str, notify: Notify, patterns: tuple[str, ...]) -> ModelFile
             path = huggingface_hub.hf_hub_download(repository, file_name, revision=revision or None)
         else:
             path = huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(patterns)
+                repository,
+                revision=revision or None,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_NOT_THE_MODEL),
             )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

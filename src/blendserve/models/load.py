@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from blendserve.errors import ConfigError
+from blendserve.models.ends import united
 from blendserve.models.hub import ModelFiles
 from blendserve.models.pooling import LAST_TOKEN, Pooling, pooling_from_directory
 from blendserve.models.spec import ModelSpec, spec_from_hf_config
-from blendserve.models.tokenizer import Tokenizer, read_json, tokenizer_from_directory
+from blendserve.models.tokenizer import Tokenizer, read_json
 from blendserve.models.weights import Weights, check_weights
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready for an executor. `spec.eos_token_ids` are those of the tokenizer and generation settings."""
+    """A model ready for an executor. `spec.eos_token_ids` are the ends that any of its files names."""
 
     spec: ModelSpec
     weights: Weights
@@ -30,19 +31,17 @@ def load_model(files: ModelFiles) -> LoadedModel:
     spec, weights, tokenizer = _from_gguf(files) if files.is_gguf else _from_directory(files)
     pooling = LAST_TOKEN if files.is_gguf else pooling_from_directory(files.path)
     check_weights(spec, weights)
-    num_tokens = tokenizer.backend.get_vocab_size()
-    if num_tokens > spec.vocab_size:
-        raise ConfigError(
-            f"{spec.name}: the tokenizer has {num_tokens} tokens, the weights only {spec.vocab_size}; the "
-            "files do not belong together"
-        )
-    spec = replace(spec, eos_token_ids=tokenizer.eos_token_ids or spec.eos_token_ids)
+    ends = united(tokenizer.eos_token_ids, spec.eos_token_ids)
+    spec = replace(spec, eos_token_ids=tuple(token_id for token_id in ends if token_id < spec.vocab_size))
+    tokenizer.num_embeddings = spec.vocab_size
     return LoadedModel(spec, weights, tokenizer, pooling)
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
     """Open a model's tokenizer only. Raises: ConfigError when it is missing, damaged or of an unknown kind."""
     if not files.is_gguf:
+        from blendserve.models.tokenizer_directory import tokenizer_from_directory
+
         return tokenizer_from_directory(files.path)
     from blendserve.models.gguf_file import GgufFile
     from blendserve.models.gguf_tokenizer import tokenizer_from_gguf
@@ -63,6 +62,7 @@ def _from_gguf(files: ModelFiles) -> tuple[ModelSpec, Weights, Tokenizer]:
 
 def _from_directory(files: ModelFiles) -> tuple[ModelSpec, Weights, Tokenizer]:
     from blendserve.models.safetensors import SafetensorsWeights
+    from blendserve.models.tokenizer_directory import tokenizer_from_directory
 
     config = read_json(files.path / "config.json")
     if not config:

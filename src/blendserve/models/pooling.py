@@ -69,6 +69,6 @@ def _kind_of(file: Path) -> PoolingKind:
         modes = [f"pooling_mode_{'mean_tokens' if named == 'mean' else named}"]
     if len(modes) != 1 or modes[0] not in _KIND_BY_MODE:
         raise ConfigError(
-            f"{file} asks for {', '.join(modes) or 'no'} pooling; it must be of the last token, or the mean"
+            f"{file} asks for {', '.join(modes) or 'no'} pooling; only the last token, or the mean of all, is supported"
         )
     return _KIND_BY_MODE[modes[0]]

@@ -23,6 +23,7 @@ from blendserve.models.weights import Floats
 
 _BYTES_BY_DTYPE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_LFS_POINTER = b"version https://git-lfs"
 
 _NAME_BY_STEM = {
     "input_layernorm": "input_norm",
@@ -54,7 +55,7 @@ class _Entry:
 
 
 class SafetensorsWeights:
-    """Weights of all `*.safetensors` files in a directory (those that the index names, where there is one).
+    """Weights of a directory: model.safetensors, or the files that model.safetensors.index.json names.
 
     Raises: ConfigError when a file is missing, damaged, or holds a type of number that we do not read.
     """
@@ -62,10 +63,13 @@ class SafetensorsWeights:
     def __init__(self, directory: Path, has_tied_embeddings: bool) -> None:
         self._entry_by_name: dict[str, _Entry] = {}
         self._map_by_path: dict[Path, mmap.mmap] = {}
-        for path in _weight_files(directory):
+        paths, file_by_tensor = _weight_files(directory)
+        for path in paths:
             self._map_by_path[path] = _map_file(path)
             for entry_name, entry in _read_header(path, self._map_by_path[path]).items():
                 name = _our_name(entry_name)
+                if file_by_tensor.get(entry_name, path.name) != path.name:
+                    continue  # the index takes it from another file
                 if name.endswith("rotary_emb.inv_freq") or (name == "lm_head" and has_tied_embeddings):
                     continue  # a buffer of old checkpoints; a second copy of the embedding
                 if name in self._entry_by_name:
@@ -104,24 +108,46 @@ def _our_name(name: str) -> str:
     return _TOP_NAMES.get(name, name)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            if outside := [name for name in names if Path(name).name != name]:
-                raise ValueError(f"{outside[0]!r} is no file of this directory")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise ConfigError(
-                f"{index} is not an index of safetensors files ({brief(error)}); download it again"
-            ) from error
-        paths = [directory / name for name in names]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing or not paths:
-        raise ConfigError(f"{directory} lacks {', '.join(missing) or '*.safetensors files'}; download the model again")
-    return paths
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that transformers would take, and what the index says of the place of tensors. They are
+    model.safetensors, or else those that the index names: whatever else lies in the directory (adapters, other formats
+    of the same weights, old shards) is no part of the model.
+    """
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole], {}
+    if not index.is_file():
+        raise ConfigError(
+            f"{directory} has no model.safetensors and no index of several such files; {_remedy(directory)}"
+        )
+    try:
+        file_by_tensor = dict(json.loads(index.read_bytes())["weight_map"])
+        names = sorted(set(file_by_tensor.values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{outside[0]!r} is no file of this directory")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{index} is not an index of safetensors files ({brief(error)}); download it again"
+        ) from error
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing or not names:
+        raise ConfigError(f"{directory} lacks {', '.join(missing[:5]) or 'weights'}; download the model again")
+    return [directory / name for name in names], file_by_tensor
+
+
+def _remedy(directory: Path) -> str:
+    """What to do with the weights that are there instead."""
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        return (
+            f"it has {brief(', '.join(others))}: download model.safetensors, or model.safetensors.index.json and the "
+            "files that it names"
+        )
+    if any(directory.glob("*.bin")):
+        return (
+            'it has weights of PyTorch; convert them with transformers: python -c "from transformers import '
+            f'AutoModelForCausalLM as A; A.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"'
+        )
+    return "download the model again"
 
 
 def _map_file(path: Path) -> mmap.mmap:
@@ -133,6 +159,8 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 def _read_header(path: Path, source: mmap.mmap) -> dict[str, _Entry]:
+    if source[: len(_LFS_POINTER)] == _LFS_POINTER:
+        raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself; fetch it: git lfs pull")
     length = int.from_bytes(source[:8], "little")
     if len(source) < 8 or length > min(_MAX_HEADER_BYTES, len(source) - 8):
         raise ConfigError(f"{path} is not a safetensors file, or is cut short ({len(source)} bytes); download it again")

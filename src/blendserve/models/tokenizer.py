@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blendserve.errors import ConfigError, RequestError
-from blendserve.models.spec import brief, token_ids
+from blendserve.models.package_errors import MEANT, reason_of, told_as
 from blendserve.request import TokenIds
 
 if TYPE_CHECKING:
@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass
 class Tokenizer:
-    """A model's vocabulary. `special_tokens` are those its chat template may name (`bos_token`, `eos_token`, ...)."""
+    """A model's vocabulary. `special_tokens` are those its chat template may name (`bos_token`, `eos_token`, ...).
+    `num_embeddings` is the number of tokens that the weights know, 0 where that is not known: `encode_each` refuses
+    texts that hold others.
+    """
 
     backend: tokenizers.Tokenizer = field(repr=False)
     eos_token_ids: tuple[int, ...] = ()
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_template_source: str | None = field(default=None, repr=False)
+    num_embeddings: int = 0
 
     def __post_init__(self) -> None:
         self.backend.no_truncation()
@@ -84,16 +87,26 @@ class Tokenizer:
         if not texts:
             return []
         try:
-            return [*self.encode_batch(texts, add_special_tokens)]
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            return [self._known(token_ids) for token_ids in self.encode_batch(texts, add_special_tokens)]
+        except MEANT:
             raise
         except BaseException as error:  # noqa: BLE001  # the package panics with what is no Exception
             if len(texts) == 1:
-                reason = " ".join(str(error).split())[:100]
+                reason = reason_of(error)
                 return [RequestError(f"the tokenizer cannot encode this text: {reason}", code="invalid_value")]
         middle = len(texts) // 2
         halves = (texts[:middle], texts[middle:])
         return [token_ids for half in halves for token_ids in self._encode_or_isolate(half, add_special_tokens)]
+
+    def _known(self, token_ids: TokenIds) -> TokenIds | RequestError:
+        """The ids, or why the model cannot take them: tokenizers may have more tokens than weights have rows."""
+        if not self.num_embeddings or not len(token_ids) or (largest := int(token_ids.max())) < self.num_embeddings:
+            return token_ids
+        return RequestError(
+            f"the prompt holds the token {self.backend.id_to_token(largest)!r} ({largest}), and the model's weights "
+            f"know tokens up to {self.num_embeddings - 1}: leave it out",
+            code="invalid_token_id",
+        )
 
     @cached_property
     def _most_characters(self) -> int:
@@ -103,7 +116,8 @@ class Tokenizer:
     def decode(self, ids: TokenIds | Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 (a character cut in half, say) come out as U+FFFD."""
         listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        return str(self.backend.decode(listed, skip_special_tokens=skip_special_tokens))
+        with told_as("the model's tokenizer cannot turn its tokens into text"):
+            return str(self.backend.decode(listed, skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to the text: not always whole characters, none for ids past the vocabulary."""
@@ -158,32 +172,6 @@ class Tokenizer:
         return self._chat_template.render_each(conversations)
 
 
-def tokenizer_from_directory(directory: Path) -> Tokenizer:
-    """Read tokenizer.json and what lies beside it: tokenizer_config.json, chat_template.jinja, generation_config.json.
-
-    Raises: ConfigError when tokenizer.json is missing or a file cannot be read.
-    """
-    import tokenizers
-
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{directory} has no tokenizer.json; save one with transformers "
-            f"(AutoTokenizer.from_pretrained(...).save_pretrained({str(directory)!r}))"
-        )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"cannot read {path}: {brief(error)}") from error
-    config = read_json(directory / "tokenizer_config.json")
-    generation = read_json(directory / "generation_config.json")
-    special_tokens = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
-    eos_ids = token_ids(generation.get("eos_token_id"))
-    if not eos_ids and (eos_id := backend.token_to_id(special_tokens.get("eos_token", ""))) is not None:
-        eos_ids = (eos_id,)
-    return Tokenizer(backend, eos_ids, special_tokens, _chat_template_source(directory, config))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file, empty where there is no file. Raises: ConfigError when it holds anything else."""
     try:
@@ -195,28 +183,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a {type(value).__name__}, not an object; download the model again")
     return value
-
-
-def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
-    jinja = directory / "chat_template.jinja"
-    if jinja.is_file():
-        try:
-            return jinja.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {jinja}: {error}") from error
-    template = config.get("chat_template") or read_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, Mapping) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if template is not None and not isinstance(template, str):
-        raise ConfigError(f"the chat template in {directory} is {brief(template)}; it must be a text")
-    return template
-
-
-def _token_text(token: Any) -> str | None:
-    """A special token of tokenizer_config.json, which is a text or an object around it."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
 
 
 def _byte_level_alphabet() -> dict[str, int]:

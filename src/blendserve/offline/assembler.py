@@ -6,13 +6,14 @@ Holds what is unfinished and nothing else, so that a stream of prompts may be en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.parameters import MAX_CHOICES, check_params
+from blendserve.dialect.structured import check_structure
 from blendserve.engine.keys import block_keys
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.models.detokenize import text_of
@@ -114,6 +115,9 @@ class OutputAssembler:
         if before is not given or checked is None:
             try:
                 checked = check_params(given, self._vocab_size)
+                if given.structured_outputs is not None:
+                    structure = check_structure("structured_outputs", given.structured_outputs)
+                    checked = replace(checked, structured_outputs=structure)
             except RequestError as error:
                 checked = error
             self._checked = (given, checked)
@@ -157,7 +161,13 @@ class OutputAssembler:
         has_logprobs = sampling.logprobs is not None
         return CompletionOutput(
             index=choice,
-            text=text_of(self._tokenizer, result.token_ids, result.finish_reason, result.stop_reason),
+            text=text_of(
+                self._tokenizer,
+                result.token_ids,
+                result.finish_reason,
+                result.stop_reason,
+                has_stop_token=result.has_stop_token,
+            ),
             token_ids=tuple(result.token_ids.tolist()),
             finish_reason=result.finish_reason,
             stop_reason=result.stop_reason,

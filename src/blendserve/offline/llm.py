@@ -22,13 +22,11 @@ from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
-from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
-from blendserve.engines.native.loop import calibrate_executor, open_executor
+from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.host import cache_dir
-from blendserve.models.detokenize import StopChecker
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.offline.assembler import OutputAssembler
@@ -108,7 +106,7 @@ class LLM:
         self._measured: Calibration | None = None
         self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, kv_dtype, overlap=overlap)
         self._executor = open_executor(self.model, self.config, isa=isa)
-        self._engine = EngineLoop(self._executor, self.config, stop_checker=StopChecker(self.model.tokenizer))
+        self._engine = open_loop(self.model, self.config, self._executor)
         self._is_closed = False
         self._lock = threading.RLock()
         self._owner = os.getpid()
@@ -159,8 +157,8 @@ class LLM:
         """
         if dimensions is not None and not 1 <= dimensions <= self.model.spec.hidden_size:
             raise ConfigError(
-                f"dimensions is {dimensions}; it must be between 1 and {self.model.spec.hidden_size}, all that vectors of "
-                "this model have"
+                f"dimensions is {dimensions}; it must be between 1 and {self.model.spec.hidden_size}, all that the model "
+                "has"
             )
         listed = _listed_prompts(prompts)
         assembler = self._assembler(EmbeddingParams(dimensions))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from batch_fakes import read_rows
-from vllm_cases import ABLE, BY_SCHEDULER, EMBEDDER, StopError, chat, check_rows, line, mixed_job, run_vllm, vllm_engine
+from vllm_cases import BY_SCHEDULER, EMBEDDER, StopError, chat, check_rows, line, mixed_job, run_vllm, vllm_engine
 
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
@@ -352,11 +352,11 @@ def test_an_embedding_is_made_with_the_adapter_that_its_line_names(tmp_path: Pat
 
 def test_a_model_without_the_ability_refuses(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    structured = {"type": "json_object"}
-    source.write_text(chat("a", "hello", response_format=structured) + "\n" + chat("b", "hello", max_tokens=2))
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    seeing = line("a", messages=[{"role": "user", "content": [picture]}])
+    source.write_text(seeing + "\n" + chat("b", "hello", max_tokens=2))
     plain = ServedModel(("tiny",), vocab_size=256, max_model_len=1024, abilities=Abilities())
     run_vllm(vllm_engine(FakeVllm()), source, target, served=plain)
     (row,) = read_rows(target.with_suffix(".errors.jsonl"))
-    assert row["response"]["body"]["error"]["param"] == "response_format"
+    assert row["response"]["body"]["error"]["param"] == "messages[0].content[0]"
     assert json.loads(source.read_text().splitlines()[0])["custom_id"] == row["custom_id"]
-    assert ABLE.abilities.structures

@@ -18,14 +18,13 @@ from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify, RunObserver
-from blendserve.engines.native.loop import calibrate_executor, open_executor
+from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.engines.native.measured import MeasuredRun
 from blendserve.engines.settings import NativeSettings
 from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_isa, op_names
 from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
 from blendserve.job.pending import PendingRequests, plan_pending
-from blendserve.models.detokenize import StopChecker
 from blendserve.models.fingerprint import identity_of
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
@@ -147,7 +146,7 @@ class NativeEngine:
     def _open(self) -> tuple[NativeExecutor, EngineLoop]:
         config = resolve_limits(self._config, self._model.spec)
         executor = open_executor(self._model, config, isa=self._isa, trace=self._trace)
-        return executor, EngineLoop(executor, config, stop_checker=StopChecker(self._model.tokenizer))
+        return executor, open_loop(self._model, config, executor)
 
     def _calibrate(self, executor: NativeExecutor, pending: PendingRequests, tree: PrefixTree | None) -> float:
         """Measure the machine if this is its first long run. Returns the seconds that took."""

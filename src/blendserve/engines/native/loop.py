@@ -8,9 +8,13 @@ from blendserve.calibration.first_run import calibrate_first_run
 from blendserve.config import BLOCK_SIZE, EngineConfig
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import overlap_cost_of, peaks_of
+from blendserve.engine.constrained import GrammarConstraints
+from blendserve.engine.grammar import GrammarCompiler
+from blendserve.engine.loop import EngineLoop
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir
+from blendserve.models.detokenize import StopChecker
 from blendserve.models.load import LoadedModel
 
 
@@ -29,6 +33,17 @@ def open_executor(
         trace=trace,
         overlap_cost=overlap_cost_of(config.num_threads, config.dtype, config.kv_dtype),
         pooling=model.pooling,
+    )
+
+
+def open_loop(model: LoadedModel, config: EngineConfig, executor: NativeExecutor) -> EngineLoop:
+    """The loop around an executor, with what stop strings and grammars need of the model."""
+    compiler = GrammarCompiler(model.tokenizer, model.spec.vocab_size, model.spec.eos_token_ids)
+    return EngineLoop(
+        executor,
+        config,
+        stop_checker=StopChecker(model.tokenizer),
+        constraints=GrammarConstraints(compiler, config.max_num_seqs, executor.num_threads),
     )
 
 

@@ -17,6 +17,7 @@ from blendserve.engines.settings import VllmSettings
 from blendserve.engines.vllm.api import hide_secrets, is_cpu_build, is_secret, is_tested
 from blendserve.errors import ConfigError
 from blendserve.host import available_memory_bytes, usable_cores
+from blendserve.models.foreign_config import scale, whole_number
 from blendserve.models.tokenizer import read_json
 
 CPU_BLOCK_SIZE = 32
@@ -93,11 +94,11 @@ def scheduler_class(settings: VllmSettings, release: str, *, is_cpu: bool) -> tu
 def context_length_of(text_config: Mapping[str, Any]) -> int:
     """Tokens that a model takes; its positions may be scaled. 0 where the config does not say. vLLM's own limit, which
     may be lower, holds besides."""
-    length = int(text_config.get("max_position_embeddings") or 0)
+    length = whole_number(text_config, "max_position_embeddings")
     scaling = text_config.get("rope_scaling") or text_config.get("rope_parameters")
     if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) in ("yarn", "linear", "dynamic"):
-        original = int(scaling.get("original_max_position_embeddings") or length)
-        length = max(length, int(original * float(scaling.get("factor") or 1.0)))
+        original = whole_number(scaling, "original_max_position_embeddings", length)
+        length = max(length, int(original * scale(scaling, "factor")))
     return length
 
 
@@ -125,7 +126,7 @@ def lora_slots(num_adapters: int, *, is_cpu: bool) -> int:
 
 def largest_rank(adapters: Mapping[str, str]) -> int:
     """The rank that vLLM must have room for: the largest of the adapters, as it offers them."""
-    rank = max(int(read_json(Path(path) / "adapter_config.json").get("r") or 8) for path in adapters.values())
+    rank = max(whole_number(read_json(Path(path) / "adapter_config.json"), "r", 8) for path in adapters.values())
     return next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), rank)
 
 

@@ -15,21 +15,16 @@ from blendserve.costs.model_cost import CostModel, ModelCost
 from blendserve.dialect.images import Picture
 from blendserve.engines.vllm.inflight import StepLoad
 from blendserve.errors import ConfigError
+from blendserve.models.foreign_config import MAX_WHOLE, text_config_of, whole_number
+from blendserve.models.spec import brief
 
 CPU = HardwareSpec("cpu", 90e9, 12e9, 0.0)
 """One core with 256-bit vectors, as for the native engine: only the ratio matters to an order."""
 DEFAULT_PICTURE_TOKENS = 576
 """Of a picture whose model does not say: what a 336-pixel square makes in patches of 14."""
+MAX_PICTURE_TOKENS = 1 << 16
 DEFAULT_PICTURE_SIDE = 896
 """Pixels, where a picture's size is not known."""
-
-
-def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config that has several."""
-    for name in ("text_config", "llm_config", "language_config", "thinker_config"):
-        if isinstance(part := config.get(name), Mapping):
-            return text_config_of(part)
-    return config
 
 
 def model_cost_of(name: str, config: Mapping[str, Any]) -> ModelCost:
@@ -40,12 +35,12 @@ def model_cost_of(name: str, config: Mapping[str, Any]) -> ModelCost:
     hidden, layers, heads = (
         _field(name, text, field) for field in ("hidden_size", "num_hidden_layers", "num_attention_heads")
     )
-    head_dim = int(text.get("head_dim") or hidden // heads)
-    vocabulary = hidden * int(text.get("vocab_size") or config.get("vocab_size") or 0)
-    if latent := text.get("kv_lora_rank"):
-        kv_width, attention, attention_width = _latent_attention(text, hidden, heads, int(latent))
+    head_dim = whole_number(text, "head_dim", hidden // heads)
+    vocabulary = hidden * whole_number(text, "vocab_size", whole_number(config, "vocab_size"))
+    if latent := whole_number(text, "kv_lora_rank"):
+        kv_width, attention, attention_width = _latent_attention(text, hidden, heads, latent)
     else:
-        kv_heads = int(text.get("num_key_value_heads") or heads)
+        kv_heads = whole_number(text, "num_key_value_heads", heads)
         kv_width, attention_width = 2 * kv_heads * head_dim, heads * head_dim
         attention = hidden * (2 * attention_width + kv_width)
     active, stored = _feed_forward(text, hidden, layers)
@@ -65,8 +60,8 @@ def model_cost_of(name: str, config: Mapping[str, Any]) -> ModelCost:
 
 def _latent_attention(text: Mapping[str, Any], hidden: int, heads: int, latent: int) -> tuple[int, int, int]:
     """KV elements of a token in a layer, parameters of a layer's attention, and its width (DeepSeek's MLA)."""
-    rope, nope = int(text.get("qk_rope_head_dim", 64)), int(text.get("qk_nope_head_dim", 128))
-    value, query_rank = int(text.get("v_head_dim", 128)), int(text.get("q_lora_rank") or 0)
+    rope, nope = whole_number(text, "qk_rope_head_dim", 64), whole_number(text, "qk_nope_head_dim", 128)
+    value, query_rank = whole_number(text, "v_head_dim", 128), whole_number(text, "q_lora_rank")
     query_width = heads * (nope + rope)
     query = query_rank * (hidden + query_width) if query_rank else hidden * query_width
     key_value = hidden * (latent + rope) + latent * heads * (nope + value)
@@ -75,16 +70,16 @@ def _latent_attention(text: Mapping[str, Any], hidden: int, heads: int, latent: 
 
 def _feed_forward(text: Mapping[str, Any], hidden: int, layers: int) -> tuple[int, int]:
     """Parameters of all layers that a token is multiplied by, and those that are stored."""
-    intermediate = int(text.get("intermediate_size") or 4 * hidden)
+    intermediate = whole_number(text, "intermediate_size", 4 * hidden)
     dense = 3 * hidden * intermediate
     names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((int(text[name]) for name in names if text.get(name)), 0)
+    experts = next((number for name in names if (number := whole_number(text, name))), 0)
     if not experts:
         return layers * dense, layers * dense
-    width = int(text.get("moe_intermediate_size") or intermediate)
-    shared = int(text.get("shared_expert_intermediate_size") or width * int(text.get("n_shared_experts") or 0))
-    visited = int(text.get("num_experts_per_tok") or 1)
-    num_dense = min(int(text.get("first_k_dense_replace") or 0), layers)
+    width = whole_number(text, "moe_intermediate_size", intermediate)
+    shared = whole_number(text, "shared_expert_intermediate_size", width * whole_number(text, "n_shared_experts"))
+    visited = whole_number(text, "num_experts_per_tok", 1)
+    num_dense = min(whole_number(text, "first_k_dense_replace"), layers)
     mixed = layers - num_dense
     active = num_dense * dense + mixed * 3 * hidden * (visited * width + shared)
     stored = num_dense * dense + mixed * 3 * hidden * (experts * width + shared)
@@ -93,8 +88,8 @@ def _feed_forward(text: Mapping[str, Any], hidden: int, layers: int) -> tuple[in
 
 def _field(name: str, text: Mapping[str, Any], field: str) -> int:
     value = text.get(field)
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name}: {field} is {value!r} in config.json; planning needs a positive number there")
+    if type(value) is not int or not 1 <= value <= MAX_WHOLE:
+        raise ConfigError(f"{name}: {field} is {brief(value)} in config.json; planning needs a positive number there")
     return value
 
 
@@ -131,22 +126,27 @@ class LoadTotals:
 
 def picture_tokens(picture: Picture, config: Mapping[str, Any]) -> int:
     """Tokens that a picture is likely to become: patches over merging for models that take any size, else what the
-    config's own square makes.
+    config's own square makes. Values that cannot be are passed over.
     """
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return DEFAULT_PICTURE_TOKENS
-    if type(fixed := config.get("image_seq_length", config.get("mm_tokens_per_image"))) is int:
+    if fixed := _side(config.get("image_seq_length", config.get("mm_tokens_per_image"))):
         return fixed
-    patch = vision.get("patch_size") or config.get("patch_size")
-    if type(patch) is not int:
+    patch = _side(vision.get("patch_size") or config.get("patch_size"))
+    if not patch:
         return DEFAULT_PICTURE_TOKENS
-    if type(merge := vision.get("spatial_merge_size")) is int:
+    if merge := _side(vision.get("spatial_merge_size")):
         width, height = picture.width or DEFAULT_PICTURE_SIDE, picture.height or DEFAULT_PICTURE_SIDE
-        return max(1, math.ceil(width / (patch * merge))) * max(1, math.ceil(height / (patch * merge)))
-    side = vision.get("image_size")
-    if type(side) is not int:
+        num_tokens = math.ceil(width / (patch * merge)) * math.ceil(height / (patch * merge))
+        return min(max(1, num_tokens), MAX_PICTURE_TOKENS)
+    side = _side(vision.get("image_size"))
+    if not side:
         return DEFAULT_PICTURE_TOKENS
-    scale = config.get("scale_factor")
-    shrink = scale * scale if type(scale) is int else 1
-    return max(1, (side // patch) ** 2 // shrink)
+    scale = _side(config.get("scale_factor")) or 1
+    return min(max(1, (side // patch) ** 2 // (scale * scale)), MAX_PICTURE_TOKENS)
+
+
+def _side(value: object) -> int:
+    """A number of pixels or tokens; 0 where it is none, or more than any model has."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_PICTURE_TOKENS else 0

@@ -26,12 +26,13 @@ from blendserve.engines.vllm.arguments import (
     shown_arguments,
 )
 from blendserve.engines.vllm.codec import VllmCodec
-from blendserve.engines.vllm.cost import CPU, LoadTotals, cost_model_of, model_cost_of, text_config_of
+from blendserve.engines.vllm.cost import CPU, LoadTotals, cost_model_of, model_cost_of
 from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.fingerprint import fingerprint, identity_of
+from blendserve.models.foreign_config import text_config_of, whole_number
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import load_tokenizer
 from blendserve.models.tokenizer import read_json
@@ -63,14 +64,14 @@ class VllmEngine:
         self.served = ServedModel(
             names=(files.name,),
             accepts_any_name=True,
-            vocab_size=int(text.get("vocab_size") or 0),
+            vocab_size=whole_number(text, "vocab_size"),
             max_model_len=max_model_len,
             abilities=Abilities(
                 adapters=tuple(sorted(settings.adapters)),
-                structures=not embeds,
                 sees="vision_config" in config,
                 image_domains=tuple(domain.lower() for domain in settings.image_domains),
                 urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
+                checks_grammars=False,
             ),
         )
         self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)

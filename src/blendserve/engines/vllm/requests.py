@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from blendserve.dialect.extras import Extras
 from blendserve.engines.vllm.api import VllmApi
 from blendserve.errors import RequestError
-from blendserve.request import FinishReason, Request, SequenceOutput, TokenLogprob
+from blendserve.request import FinishReason, Request, SequenceOutput, StructuredOutputs, TokenLogprob
 
 NO_TOKENS = np.zeros(0, np.int32)
 
@@ -35,9 +36,9 @@ def arguments_of(
         return VllmArguments(prompt, api.embedding_params(extras.dimensions), lora)
     if not extras.messages:
         prompt = api.tokens_prompt(request.prompt_token_ids.tolist())
-        return VllmArguments(prompt, _sampling_params(request, extras, api, request.max_output_tokens), lora)
+        return VllmArguments(prompt, _sampling_params(request, api, request.max_output_tokens), lora)
     # how long the prompt is, only vLLM knows: the limit stays the user's
-    params = _sampling_params(request, extras, api, request.sampling.max_tokens)
+    params = _sampling_params(request, api, request.sampling.max_tokens)
     return VllmArguments(_chat_prompt(extras, api, engine), params, lora)
 
 
@@ -50,11 +51,11 @@ def _chat_prompt(extras: Extras, api: VllmApi, engine: Any) -> Any:
         ) from error
 
 
-def _sampling_params(request: Request, extras: Extras, api: VllmApi, max_tokens: int | None) -> Any:
+def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> Any:
     """Only a seed that the user gave is passed on: vLLM samples seeded requests one by one."""
     sampling = request.sampling
     return api.sampling_params(
-        extras.structure,
+        _structure(sampling.structured_outputs),
         max_tokens=max_tokens,
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
@@ -73,6 +74,25 @@ def _sampling_params(request: Request, extras: Extras, api: VllmApi, max_tokens:
         detokenize=bool(sampling.stop),
         skip_special_tokens=True,
     )
+
+
+def _structure(asked: StructuredOutputs | None) -> dict[str, Any] | None:
+    """Fields of vLLM's StructuredOutputsParams. Raises: RequestError for what it cannot express."""
+    if asked is None:
+        return None
+    if asked.after:
+        raise RequestError(
+            f"vLLM cannot begin a grammar after {asked.after!r}; leave `after` out, or use --engine native",
+            code="unsupported_parameter",
+            param="structured_outputs",
+        )
+    if asked.choice:
+        return {"choice": list(asked.choice)}
+    if asked.json_object:
+        return {"json_object": True}
+    if asked.json is not None:
+        return {"json": json.loads(asked.json)}
+    return {"regex": asked.regex} if asked.regex is not None else {"grammar": asked.grammar or asked.lark}
 
 
 def was_aborted(output: Any) -> bool:

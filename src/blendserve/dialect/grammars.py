@@ -1,0 +1,121 @@
+"""A structure that a request asks for -> a grammar as llguidance reads it, or why there is none.
+
+llguidance is imported when the first structure comes, never before.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from blendserve.errors import RequestError
+from blendserve.request import StructuredOutputs
+
+if TYPE_CHECKING:
+    import llguidance
+
+WHITESPACE = r"[ \t\r\n]{0,24}"
+"""Between two parts of JSON. Models that are small repeat blank space for ever where they may."""
+_JSON_OPTIONS = {
+    "whitespace_pattern": WHITESPACE,
+    "whitespace_flexible": True,
+    "json_allow_general_unicode_escapes": True,
+    "coerce_one_of": False,
+    "lenient": False,
+    "item_separator": ",",
+    "key_separator": ":",
+}
+"""They overrule what a schema says in `x-guidance`: an answer never strays from the schema because of it."""
+_LIMITS = {
+    "initial_lexer_fuel": 2_000_000,
+    "max_grammar_size": 500_000,
+    "max_lexer_states": 250_000,
+    "max_items_in_row": 2000,
+    "step_max_items": 50_000,
+    "step_lexer_fuel": 1_000_000,
+    "verbose_errors": False,
+}
+"""Work that a grammar may take, counted by llguidance and not in seconds: what is refused does not depend on the
+machine. Compiling one that uses all of it takes a few seconds."""
+
+MAX_REMEMBERED_CHECKS = 64
+
+
+def check_grammar(structure: StructuredOutputs) -> None:
+    """Raises: RequestError where a structure cannot be followed, whatever the model."""
+    refusal = _refusal(structure)
+    if refusal is not None:
+        raise refusal.with_traceback(None)  # else every raise would lengthen it
+
+
+@lru_cache(maxsize=MAX_REMEMBERED_CHECKS)
+def _refusal(structure: StructuredOutputs) -> RequestError | None:
+    from llguidance import LLMatcher
+
+    try:
+        reason = LLMatcher.validate_grammar(grammar_text(structure), None, limits=parser_limits())
+    except RequestError as error:
+        return error
+    return refusal_of(structure, reason) if reason and not reason.startswith("WARNING") else None
+
+
+def parser_limits() -> llguidance.LLParserLimits:
+    """How much work a grammar may be."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
+
+
+def grammar_text(structure: StructuredOutputs, marker_token: int | None = None) -> str:
+    """A structure in llguidance's format. `marker_token` is what `structure.after` is where it is a special token.
+
+    Raises: RequestError where the notation cannot be read.
+    """
+    import llguidance
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    to_grammar = llguidance.LLMatcher
+    if structure.json is not None:
+        body = to_grammar.grammar_from_json_schema(structure.json, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+    elif structure.json_object:
+        body = to_grammar.grammar_from_json_schema({"type": "object"}, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+    elif structure.regex is not None:
+        body = to_grammar.grammar_from_regex(structure.regex)
+    elif structure.choice:
+        body = to_grammar.grammar_from_lark("start: " + " | ".join(map(json.dumps, structure.choice)))
+    elif structure.lark is not None:
+        body = to_grammar.grammar_from_lark(structure.lark)
+    else:
+        try:
+            body = to_grammar.grammar_from_lark(any_to_lark(structure.grammar or ""))
+        except Exception as error:  # noqa: BLE001  # the converter has no error of its own
+            raise refusal_of(structure, str(error)) from None
+    return _after(structure.after, body, marker_token) if structure.after else body
+
+
+def _after(marker: str, body: str, marker_token: int | None) -> str:
+    """Free text; or free text, the marker and what `body` describes."""
+    end = f"TEXT <[{marker_token}]>" if marker_token is not None else "marked"
+    lark = f"""start: TEXT | {end} BLANK @body
+TEXT: /(.|\\n)*/
+marked[lazy]: TEXT {json.dumps(marker)}
+BLANK: /{WHITESPACE}/
+"""
+    grammars = json.loads(body)["grammars"]
+    return json.dumps({"grammars": [{"name": "free", "lark_grammar": lark}, {**grammars[0], "name": "body"}]})
+
+
+def refusal_of(structure: StructuredOutputs, reason: str) -> RequestError:
+    is_json = structure.json is not None
+    what, remedy = ("schema", "change or remove that part") if is_json else ("grammar", "correct it")
+    return RequestError(
+        f"the {what} cannot be followed: {' '.join(reason.split())[:300]}; {remedy}",
+        code="unsupported_schema" if is_json else "invalid_grammar",
+        param=param_of(structure),
+    )
+
+
+def param_of(structure: StructuredOutputs) -> str:
+    """The parameter of a body that most likely asked for a structure, for errors."""
+    return "response_format" if structure.json is not None or structure.json_object else "structured_outputs"

@@ -1,0 +1,113 @@
+"""What answers must look like, as grammars: compiled once for each structure of a job, followed by its sequences.
+
+llguidance does the work. It is imported when the first request with a structure comes, never before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blendserve.dialect.grammars import grammar_text, parser_limits, refusal_of
+from blendserve.errors import RequestError
+from blendserve.models.tokenizer import Tokenizer
+from blendserve.request import StructuredOutputs, TokenIds
+
+if TYPE_CHECKING:
+    import llguidance
+
+MAX_KEPT_GRAMMARS = 256
+"""Compiled grammars kept at a time; a structure that comes again later is compiled again."""
+
+
+@dataclass(slots=True)
+class CompileStats:
+    """Units: seconds."""
+
+    num_grammars: int = 0
+    compile_s: float = 0.0
+
+
+class GrammarCompiler:
+    """Compiles the structures of requests for one model. `eos_token_ids` end an answer whose grammar is satisfied.
+
+    Which tokens there are comes from the tokenizer, as bytes: so any tokenizer that we read will do.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.stats = CompileStats()
+        self._tokenizer = tokenizer
+        self._tokens: llguidance.LLTokenizer | None = None
+        self._kept: OrderedDict[StructuredOutputs, llguidance.LLMatcher | RequestError] = OrderedDict()
+
+    def start(self, structure: StructuredOutputs) -> llguidance.LLMatcher:
+        """A matcher at the beginning of an answer. Raises: RequestError where the structure cannot be followed."""
+        found = self._kept.get(structure)
+        if found is None:
+            found = self._kept[structure] = self._compile(structure)
+            if len(self._kept) > MAX_KEPT_GRAMMARS:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(structure)
+        if isinstance(found, RequestError):
+            raise found.with_traceback(None)  # else every raise would lengthen it
+        return found.deep_copy()
+
+    def _compile(self, structure: StructuredOutputs) -> llguidance.LLMatcher | RequestError:
+        import llguidance
+
+        started = time.perf_counter()
+        try:
+            tokens = self._tokens = self._tokens or self._read_tokens()
+            text = grammar_text(structure, self._marker_token(structure.after))
+            matcher = llguidance.LLMatcher(tokens, text, log_level=0, limits=parser_limits())
+            if matcher.is_error():
+                return refusal_of(structure, matcher.get_error())
+            return matcher
+        except RequestError as error:
+            return error
+        finally:
+            self.stats.num_grammars += 1
+            self.stats.compile_s += time.perf_counter() - started
+
+    def _marker_token(self, marker: str) -> int | None:
+        """The special token that a marker is, which is no text to a grammar."""
+        token_id = self._tokenizer.backend.token_to_id(marker) if marker else None
+        return token_id if token_id in self._tokenizer.special_token_ids else None
+
+    def _read_tokens(self) -> llguidance.LLTokenizer:
+        import llguidance
+
+        if not self.eos_token_ids:
+            raise RequestError(
+                "the model names no end-of-text token, and a grammar cannot end an answer without one",
+                code="unsupported_parameter",
+                param="structured_outputs",
+            )
+        vocabulary = _Vocabulary(self._tokenizer, self.vocab_size, self.eos_token_ids)
+        return llguidance.LLTokenizer(
+            vocabulary,  # type: ignore[arg-type]
+            n_vocab=self.vocab_size,
+            eos_token=list(self.eos_token_ids),
+        )
+
+
+class _Vocabulary:
+    """A tokenizer as `LLTokenizer` asks for it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = eos_token_ids[0]
+        self.special_token_ids = sorted({*tokenizer.special_token_ids, *eos_token_ids})
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        ids: TokenIds = self._tokenizer.encode(text if isinstance(text, str) else text.decode(), False)
+        return list(ids.tolist())
