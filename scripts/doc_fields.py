@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from blendserve.dialect import extras, parameters, passthrough, schema
-from blendserve.dialect.extras import Abilities
+from blendserve.dialect.extras import Abilities, native_abilities
 from blendserve.dialect.schema import ServedModel
-from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL
+from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, RESPONSES_URL
 from blendserve.errors import RequestError
 
 _ADAPTER = "my-adapter"
 ENGINES = {
-    "`native`": ServedModel(("my-model",)),
+    "`native`": ServedModel(("my-model",), abilities=native_abilities(hidden_size=576)),
     "`vllm`": ServedModel(("my-model",), abilities=Abilities(adapters=(_ADAPTER,), checks_grammars=False, sees=True)),
     "`vllm --task embed`": ServedModel(("my-model",), abilities=Abilities(urls=(EMBEDDINGS_URL,))),
     "`http`": ServedModel(("the server's",), accepts_any_name=True, is_remote=True),
@@ -64,7 +64,13 @@ ASKS = (
     _complete("`prompt` as token ids", [1, 2, 3]),
     _complete("`prompt` as a list of texts, or of lists of token ids", ["Once", "Twice"]),
     Ask("`input` of `/v1/embeddings`, in the same four forms", EMBEDDINGS_URL, {"input": ["Once", "Twice"]}),
-    Ask("`/v1/responses`", "/v1/responses", {"input": "Hello"}),
+    _complete(
+        "`prompt_logprobs`; `echo` with `logprobs`; `max_tokens` of 0", "Once", echo=True, logprobs=1, max_tokens=0
+    ),
+    Ask("`/v1/responses` without state", RESPONSES_URL, {"input": "Hello"}),
+    Ask("`/v1/responses` with `previous_response_id`", RESPONSES_URL, {"input": "Hello", "previous_response_id": "r"}),
+    Ask("`/v1/moderations`, `/rerank`, `/score` and other endpoints", "/score", {"text_1": "a", "text_2": "b"}),
+    Ask("`url` without `/v1`, with a host, or as Azure writes it", "/chat/completions", {"messages": [_USER]}),
     _chat("`stream` true", stream=True),
 )
 

@@ -46,7 +46,7 @@ def test_choices_of_a_question_are_as_likely_as_transformers_finds_them() -> Non
     prompts = [model.tokenizer.encode(QUESTION + choice) for choice in CHOICES]
     specification = ReferenceModel(model.spec, model.weights, "bf16", has_bf16_products=True)
     with LLM(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=256) as llm:
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=0, prompt_logprobs=1))
+        outputs = llm.generate([ids.tolist() for ids in prompts], SamplingParams(max_tokens=0, prompt_logprobs=1))
     for token_ids, output in zip(prompts, outputs, strict=True):
         exact = logprobs_of(transformers_logits(peer, token_ids), token_ids)
         rounded = logprobs_of(prompt_logits(specification, token_ids), token_ids)
@@ -78,8 +78,8 @@ def test_embeddings_are_states_of_transformers(pooling: Pooling, tmp_path: Path)
         vector = states[-1] if pooling.kind == "last" else states.mean(axis=0)
         expected = vector / np.linalg.norm(vector) if pooling.normalises else vector
         assert output.error is None
-        distance = np.linalg.norm(np.array(output.outputs.embedding) - expected)
-        assert distance <= min(tolerance, 2**-6 * np.linalg.norm(expected))
+        distance = float(np.linalg.norm(np.array(output.outputs.embedding) - expected))
+        assert distance <= min(tolerance, 2**-6 * float(np.linalg.norm(expected)))
 
 
 def write_pooling(directory: Path, pooling: Pooling) -> None:

@@ -155,11 +155,9 @@ class LLM:
         A prompt that cannot be read (it is too long) comes back with `error` set.
         Raises: ConfigError when `dimensions` is out of range, or after `close`.
         """
-        if dimensions is not None and not 1 <= dimensions <= self.model.spec.hidden_size:
-            raise ConfigError(
-                f"dimensions is {dimensions}; it must be between 1 and {self.model.spec.hidden_size}, all that the model "
-                "has"
-            )
+        most = self.model.spec.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= most:
+            raise ConfigError(f"dimensions is {dimensions}; it must be between 1 and {most}, all that the model has")
         listed = _listed_prompts(prompts)
         assembler = self._assembler(EmbeddingParams(dimensions))
         outputs = self._answer(self._encode(listed), [SamplingParams(max_tokens=0)] * len(listed), assembler)

@@ -56,7 +56,7 @@ def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> 
     sampling = request.sampling
     return api.sampling_params(
         _structure(sampling.structured_outputs),
-        max_tokens=max_tokens,
+        max_tokens=max_tokens if max_tokens != 0 else 1,  # vLLM writes one token at least, which is then dropped
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -67,6 +67,7 @@ def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> 
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
         logit_bias=dict(sampling.logit_bias) or None,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
@@ -121,14 +122,16 @@ def output_of(index: int, output: Any, request: Request) -> SequenceOutput:
         message = f"vLLM ended the request with {choice.finish_reason!r}; its log says why"
         return failed_output(index, RequestError(message, code="engine_error", status_code=500))
     reason: FinishReason = choice.finish_reason
+    writes = request.max_output_tokens > 0
     return SequenceOutput(
         index=index,
-        token_ids=np.array(choice.token_ids, np.int32),
-        finish_reason=reason,
+        token_ids=np.array(choice.token_ids if writes else (), np.int32),
+        finish_reason=reason if writes else "length",
         num_prompt_tokens=num_prompt_tokens,
         num_cached_tokens=num_cached_tokens,
-        logprobs=_logprobs(choice.token_ids, choice.logprobs, request.sampling.logprobs or 0),
-        stop_reason=choice.stop_reason,
+        logprobs=_logprobs(choice.token_ids, choice.logprobs, request.sampling.logprobs or 0) if writes else (),
+        stop_reason=choice.stop_reason if writes else None,
+        prompt_logprobs=_prompt_logprobs(output, request),
     )
 
 
@@ -148,6 +151,18 @@ def _logprobs(
     return tuple(
         TokenLogprob(int(token_id), float(of_token[token_id].logprob), _best(of_token, num_best))
         for token_id, of_token in zip(token_ids, positions, strict=True)
+    )
+
+
+def _prompt_logprobs(output: Any, request: Request) -> tuple[TokenLogprob | None, ...] | None:
+    """vLLM has nothing for the first token, and the token itself beside the best."""
+    num_best = request.sampling.prompt_logprobs
+    if num_best is None or not output.prompt_logprobs:
+        return None
+    scored = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return (
+        None,
+        *(TokenLogprob(int(token), float(found[token].logprob), _best(found, num_best)) for token, found in scored),
     )
 
 
