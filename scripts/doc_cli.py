@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from blendserve.cli import _parser
 from blendserve.cli.commands import EXIT_CODES
+from blendserve.cli.map import MOST_USED as MOST_USED_OF_MAP
 from blendserve.cli.run import MOST_USED
+
+_MOST_USED = {"run": MOST_USED, "map": MOST_USED_OF_MAP}
 
 _INTRO = """\
 # Command line
@@ -44,7 +47,7 @@ def cli_page() -> str:
     summaries = {choice.dest: choice.help for choice in _choices_of(parser)}
     parts += [f"| [`blendserve {name}`](#blendserve-{name}) | {summaries[name]} |" for name in commands]
     for name, command in commands.items():
-        parts += ["", *_command(f"blendserve {name}", command, MOST_USED if name == "run" else ())]
+        parts += ["", *_command(f"blendserve {name}", command, _MOST_USED.get(name, ()))]
     codes = [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
     return "\n".join([*parts, "", _SIZES + "\n".join(codes), ""])
 
@@ -55,7 +58,7 @@ def _command(name: str, parser: argparse.ArgumentParser, most_used: Sequence[str
     yield _text(parser.description or "")
     if most_used:
         yield ""
-        yield "Options in **bold** are those that most runs need; `blendserve run --help` shows them alone."
+        yield f"Options in **bold** are those that most runs need; `{name} --help` shows them alone."
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if not isinstance(action, argparse._SubParsersAction)]
         if not actions:

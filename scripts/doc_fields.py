@@ -81,6 +81,47 @@ def asks_table() -> str:
     return _table(("a line with", *ENGINES), rows)
 
 
+class Compared(NamedTuple):
+    """A kind of line, and what the documents of others say of it."""
+
+    what: str
+    ask: Ask
+    openai: str
+    vllm: str
+    llm_d: str
+
+
+_SENT = "sent on"
+COMPARED = (
+    Compared("`/v1/chat/completions`", _chat(""), "yes", "yes", _SENT),
+    Compared("`/v1/completions`", _complete("", "Once"), "yes", "no", _SENT),
+    Compared("`/v1/responses`", Ask("", RESPONSES_URL, {"input": "Hello"}), "yes", "no", _SENT),
+    Compared("`/v1/embeddings`", Ask("", EMBEDDINGS_URL, {"input": "Hello"}), "yes", "yes", _SENT),
+    Compared("`/v1/moderations`", Ask("", "/v1/moderations", {"input": "Hello"}), "yes", "no", _SENT),
+    Compared("`/v1/images/generations`", Ask("", "/v1/images/generations", {"prompt": "A cat"}), "yes", "no", _SENT),
+    Compared("`/score`", Ask("", "/score", {"text_1": "a", "text_2": "b"}), "no", "yes", _SENT),
+    Compared("`/rerank`", Ask("", "/rerank", {"query": "q", "documents": ["d"]}), "no", "yes", _SENT),
+    Compared(
+        "`url` without `/v1`", Ask("", "/chat/completions", {"messages": [_USER]}), "Azure only", "no", "not said"
+    ),
+    Compared("`prompt_logprobs`", _chat("", prompt_logprobs=1), "no", "yes", _SENT),
+    Compared("`response_format` with a schema", _chat("", response_format=_SCHEMA), "yes", "yes", _SENT),
+    Compared("`structured_outputs`", _chat("", structured_outputs={"regex": "a+"}), "no", "yes", _SENT),
+    Compared("`stream` true", _chat("", stream=True), "no", "not said", "not said"),
+)
+
+
+def comparison_table() -> str:
+    """What lines others take, as they document it, beside what our readers take."""
+    rows = [(line.what, line.openai, line.vllm, line.llm_d, _ours(line.ask)) for line in COMPARED]
+    return _table(("a line with", "OpenAI", "`vllm run-batch`", "llm-d batch gateway", "BlendServe"), rows)
+
+
+def _ours(ask: Ask) -> str:
+    engines = [name for name in ("`native`", "`http`") if not _verdict(ask, ENGINES[name]).startswith("`")]
+    return "yes" if "`native`" in engines else "with `--engine http`" if engines else "no"
+
+
 def parameters_table() -> str:
     """Parameters that shape the answer, with the values that they may have."""
     rows = []

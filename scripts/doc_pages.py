@@ -12,7 +12,7 @@ from pathlib import Path
 
 from doc_cli import cli_page
 from doc_errors import error_sections
-from doc_fields import asks_table, embeddings_list, ignored_list, neutral_table, parameters_table
+from doc_fields import asks_table, comparison_table, embeddings_list, ignored_list, neutral_table, parameters_table
 
 DOCS = Path(__file__).parent.parent / "docs"
 CLI, BATCH_FILES = DOCS / "cli.md", DOCS / "batch-files.md"
@@ -25,6 +25,7 @@ def _errors() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "lines by engine": asks_table,
+    "lines by tool": comparison_table,
     "parameters": parameters_table,
     "neutral parameters": neutral_table,
     "ignored parameters": ignored_list,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from parallel_cases import pending_of, plan_of_pending
 
 from blendserve.engines.replicas.part import SharedJob
 from blendserve.job.pending import PendingRequests
+
+collect_ignore = [] if find_spec("pyarrow") and find_spec("fsspec") else ["tables"]
+"""Tests of tables need the extra `data`, which `dev` has."""
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ SETTINGS = [
 NOT_IN_ROWS = {"given_back", "refused"}
 """Codes of errors that never reach a file: a replica gives requests back, a server's refusal has its own body."""
 IN_PYTHON_ONLY = {"empty_prompt", "invalid_token_id"}
+IN_TABLES_ONLY = {"invalid_row"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -73,10 +74,10 @@ def test_every_marked_part_has_a_place() -> None:
     assert sorted(marked) == sorted(doc_pages.PARTS)
 
 
-def codes_of_source() -> set[str]:
-    """Codes that the source gives to errors of requests."""
+def codes_of_source(root: Path = SOURCE) -> set[str]:
+    """Codes that the source gives to errors."""
     found = set()
-    for path in SOURCE.rglob("*.py"):
+    for path in root.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
@@ -93,10 +94,14 @@ def test_every_code_of_the_source_is_explained() -> None:
     explained = doc_errors.codes_on(doc_pages.BATCH_FILES.read_text())
     found = codes_of_source()
     assert {"invalid_url", "engine_failure", "request_timeout"} <= found
-    assert found - NOT_IN_ROWS - IN_PYTHON_ONLY <= explained
+    of_service = codes_of_source(SOURCE / "serve")
+    assert found - NOT_IN_ROWS - IN_PYTHON_ONLY - IN_TABLES_ONLY - of_service <= explained
+    service_page = (ROOT / "docs" / "quickstart-serve.md").read_text()
+    assert not {code for code in of_service if f"`{code}`" not in service_page}
     assert {"insufficient_memory", "server_error"} <= explained
     python_page = (ROOT / "docs" / "python-api.md").read_text()
     assert all(f"`{code}`" in python_page for code in IN_PYTHON_ONLY)
+    assert all(f"`{code}`" in (ROOT / "docs" / "tables.md").read_text() for code in IN_TABLES_ONLY)
 
 
 # Python

@@ -49,6 +49,18 @@ def test_native(
     assert f"{NUM_LINES} of {NUM_LINES} requests" in printed.err
 
 
+def test_multiple_choice(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "multiple_choice.py", tiny)
+    *picked, shared = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0].rpartition(".")[1] for line in picked] == ["."] * 3
+    assert shared.endswith("prompt tokens were shared")
+
+
+def test_lines_of_every_endpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "run_native.py", EXAMPLES / "endpoints.jsonl", tmp_path / "out.jsonl", tiny)
+    assert len(answered(tmp_path / "out.jsonl")) == 7
+
+
 def test_vllm(
     source: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

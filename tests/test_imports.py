@@ -19,7 +19,7 @@ FLOORS = {
     "work": ("engine", "executors", "job"),
     "engines": ("engines", "calibration"),
     "doors": ("offline", "simulator", "tables"),
-    "people": ("report", "cli"),
+    "people": ("report", "serve", "cli"),
 }
 """From the ground up. A part may import its own floor and those below."""
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS.values()) for part in parts}

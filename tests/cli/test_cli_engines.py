@@ -23,6 +23,7 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
     ("native", "vllm"): (
         "--revision=v2",
+        "--generation-config=vllm",
         "--max-model-len=64",
         "--kv-memory=1GiB",
         "--max-num-seqs=9",

@@ -97,9 +97,11 @@ def test_every_option_reaches_its_field() -> None:
         "isa": "portable",
         "window": 5,
         "revision": "v1",
+        "generation_config": "vllm",
     }
     options = "--model m --max-model-len 64 --kv-memory 1GiB --max-num-seqs 9 --max-num-batched-tokens 99 --threads 3"
     own = "--no-prefix-caching --overlap off --dtype int8 --kv-dtype int8 --isa portable --window 5 --revision v1"
+    own += " --generation-config vllm"
     assert engine_settings(parsed(*options.split(), *own.split())) == NativeSettings(**native)
     assert {field.name for field in fields(NativeSettings)} == {*native, "memory_share"}
     http = "--base-url u --max-inflight 2 --kv-tokens 7 --request-timeout 5 --max-attempts 4 --max-outage 9"
@@ -108,7 +110,7 @@ def test_every_option_reaches_its_field() -> None:
         "u", "m", "t", max_inflight=2, kv_tokens=7, request_timeout_s=5, max_attempts=4, max_outage_s=9
     )
     vllm = "--task embed --vllm-scheduler blend --own-process --vllm-arg seed=3 --no-prefix-caching"
-    fetched = "--revision v1 --image-domain a.b"
+    fetched = "--revision v1 --image-domain a.b --generation-config d"
     assert engine_settings(
         parsed("--engine", "vllm", *options.split(), *vllm.split(), *fetched.split())
     ) == VllmSettings(
@@ -125,6 +127,7 @@ def test_every_option_reaches_its_field() -> None:
         arguments={"seed": 3},
         revision="v1",
         image_domains=("a.b",),
+        generation_config="d",
     )
     replicas = "--replicas 4 --ray-address auto --replica-cpus 2 --replica-gpus 1 --placement pack --max-restarts 0"
     assert engine_settings(parsed(*replicas.split())) == ReplicaSettings(4, "auto", 2.0, 1.0, "pack", 0)

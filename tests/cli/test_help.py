@@ -41,7 +41,7 @@ def test_the_short_help_of_run_has_what_most_people_need(capsys: pytest.CaptureF
     assert "vLLM engine:" not in short
 
 
-@pytest.mark.parametrize("command", ["run", "check", "plan", "simulate", "calibrate"])
+@pytest.mark.parametrize("command", ["run", "map", "check", "plan", "simulate", "calibrate"])
 def test_every_option_with_a_value_tells_its_default(command: str) -> None:
     for action in subparser(command)._actions:
         if action.option_strings and action.nargs != 0 and not action.required:

@@ -7,35 +7,16 @@ import random
 import resource
 import signal
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from batch_fakes import FakeEngine, comparable, mixed_lines, read_rows, run_fake, write_lines
+from crash_children import BROKEN, DISK_FULL, FINISHED, exit_code_of, in_child
 
 from blendserve.errors import CapacityError
 
 NUM_LINES = 120
 ANSWER_S = 0.001
-FINISHED, DISK_FULL, BROKEN = 0, 28, 99
-
-
-def in_child(work: Callable[[], int]) -> int:
-    """Run `work` in a forked child; returns the child's process id. Nothing of the test's own runs there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; the child starts none
-        child = os.fork()
-    if child:
-        return child
-    try:
-        os._exit(work())
-    finally:
-        os._exit(BROKEN)
-
-
-def exit_code_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture

@@ -10,6 +10,11 @@ HELP_BY_COMMAND = {
     "simulate": "simulate how long a job would take on given hardware",
     "calibrate": "measure this machine, so that plans fit it",
     "models": "list cached models, or fetch one",
+    "serve": "serve OpenAI's Batch API",
+    "keys": "make, list and revoke API keys of a service",
+    "submit": "send a batch file to a Batch API, and fetch the answers",
+    "batches": "show batches of a Batch API, and fetch their files",
+    "cancel": "cancel a batch of a Batch API",
 }
 
 EXIT_CODES = {

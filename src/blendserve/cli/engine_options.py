@@ -24,7 +24,7 @@ ENGINE_NAMES = ("native", "http", "vllm")
 
 ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "kv_dtype", "isa"), ("native",)),
-    "revision": ("native", "vllm"),
+    **dict.fromkeys(("revision", "generation_config"), ("native", "vllm")),
     **dict.fromkeys(
         ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
         ("native", "vllm"),
@@ -49,6 +49,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-caching",
         action="store_true",
         help="compute every prompt in full (default: beginnings that prompts share are computed once)",
+    )
+    group.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="SOURCE",
+        help="where sampling parameters come from that a line does not give: auto (the model's "
+        "generation_config.json), vllm (nowhere: temperature 1, top_p 1, and so on), or a directory with a "
+        "generation_config.json (default: auto)",
     )
     native = parser.add_argument_group("native engine")
     add_overlap(native)

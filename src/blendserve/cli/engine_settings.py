@@ -63,6 +63,7 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         isa=args.isa,
         window=args.window,
         revision=args.revision,
+        generation_config=args.generation_config,
     )
 
 
@@ -112,6 +113,7 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         arguments=dict(parse_argument(text) for text in args.vllm_arg),
         revision=args.revision,
         image_domains=tuple(args.image_domain),
+        generation_config=args.generation_config,
     )
 
 

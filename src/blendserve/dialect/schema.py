@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from blendserve.dialect.defaults import with_defaults
 from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import TEXT_ONLY, Abilities
 from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary, reject, shown
 from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.structured import STRUCTURE_FIELDS
-from blendserve.dialect.urls import CHAT_URL, canonical_url
+from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL, canonical_url
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
@@ -33,7 +34,8 @@ class ServedModel:
     `names` are the model names a line may carry, the first being the one responses carry. `accepts_any_name` is for a
     user who chose the model himself: then one other name is taken too, if the whole file agrees on it. `vocab_size=0`
     and `max_model_len=0` mean: not known, not checked. `is_remote`: a server that checks bodies itself answers
-    (see `passthrough`). `abilities`: what lines may ask for beyond text. Units: tokens.
+    (see `passthrough`). `abilities`: what lines may ask for beyond text. `default_sampling`: parameters of a body that
+    gives none. Units: tokens.
     """
 
     names: tuple[str, ...]
@@ -42,6 +44,7 @@ class ServedModel:
     max_model_len: int = 0
     is_remote: bool = False
     abilities: Abilities = TEXT_ONLY
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -79,6 +82,8 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     """Validate one JSON value. Raises: RequestError with code, param and status."""
     custom_id, url, body = read_envelope(value, served.urls)
     model = _read_model(body, served)
+    if served.default_sampling and not ENDPOINTS[url].embeds:
+        body = _with_defaults(url, body, served.default_sampling)
     read = ENDPOINTS[url].read(with_extra_body(body), served.abilities)
     if read.sampling.structured_outputs is not None and served.abilities.checks_grammars:
         check_grammar(read.sampling.structured_outputs)
@@ -88,6 +93,12 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line
+
+
+def _with_defaults(url: str, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    if url == RESPONSES_URL:
+        defaults = {"max_output_tokens" if name == "max_tokens" else name: defaults[name] for name in defaults}
+    return {**with_defaults(body, defaults, is_completion=url == COMPLETIONS_URL)}
 
 
 def with_extra_body(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from blendserve.config import BLOCK_SIZE
 from blendserve.costs.model_cost import CostModel
+from blendserve.engine.front import Front
 from blendserve.engine.loop import EngineLoop
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import Plan, make_plan
@@ -36,16 +37,25 @@ def plan_requests(prompts: FlatPrompts, table: RequestTable, cost: CostModel, *,
     return make_plan(PrefixTree.from_flat(prompts), table, cost, seed=seed)
 
 
-def run_planned(engine: EngineLoop, source: RequestSource, plan: Plan, policy: str) -> Iterator[SequenceOutput]:
-    """Run every request of `source` under a policy, yielding outputs as they finish."""
-    return engine.run(PlannedRequests(source, plan.tree), make_policy(policy, plan))
+def run_planned(
+    engine: EngineLoop, source: RequestSource, plan: Plan, policy: str, front: Front | None = None
+) -> Iterator[SequenceOutput]:
+    """Run every request of `source` under a policy, yielding outputs as they finish. Requests of `front` go ahead."""
+    planned, chosen = PlannedRequests(source, plan.tree), make_policy(policy, plan)
+    return engine.run(planned, chosen) if front is None else front.run(engine, planned, chosen)
 
 
 def run_windowed(
-    engine: EngineLoop, source: RequestSource, windows: Iterator[Window], cost: CostModel, policy: str
+    engine: EngineLoop,
+    source: RequestSource,
+    windows: Iterator[Window],
+    cost: CostModel,
+    policy: str,
+    front: Front | None = None,
 ) -> Generator[SequenceOutput]:
     """Run requests that arrive in windows, each planned together with what still waits when little does.
 
     `source` has the requests of all windows taken so far; their block keys name contents.
     """
-    yield from engine.run(source, WindowedPolicy(windows, cost, lambda plan: make_policy(policy, plan)))
+    windowed = WindowedPolicy(windows, cost, lambda plan: make_policy(policy, plan))
+    yield from engine.run(source, windowed) if front is None else front.run(engine, source, windowed)

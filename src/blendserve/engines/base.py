@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.schema import ServedModel
+from blendserve.engine.front import Front
 from blendserve.engine.stats import RunStats
 from blendserve.engines.native.measured import MeasuredRun
 from blendserve.executors.trace import StepTrace
@@ -71,6 +72,17 @@ class Engine(Protocol):
     def plan(self, pending: PendingRequests) -> Plan: ...
     def generate(self, pending: PendingRequests, policy: str) -> Iterator[SequenceOutput]: ...
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class FrontedEngine(Protocol):
+    """An engine that takes single requests ahead of what it runs. `answer_front` answers those of `front` while nothing
+    else runs.
+    """
+
+    front: Front | None
+
+    def answer_front(self) -> None: ...
 
 
 class RunObserver(Protocol):

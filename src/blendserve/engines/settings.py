@@ -62,8 +62,10 @@ class NativeSettings:
     - `isa`: instruction set of the kernels: "auto", the best one of this machine (default), or one of `ISA_NAMES`.
     - `window`: plan so many requests at a time. None: the whole file before it runs.
     - `memory_share`: the part of the machine's memory that this engine may take, from 0 to 1 (default: 1).
+    - `generation_config`: where sampling parameters of lines that give none come from: "auto", the model's
+      generation_config.json (default); "vllm", nowhere; or a directory with a generation_config.json.
 
-    Answers depend on `model`, `dtype`, `kv_dtype` and `isa`; all other settings change time only.
+    Answers depend on `model`, `dtype`, `kv_dtype`, `isa` and `generation_config`; all other settings change time only.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -81,6 +83,7 @@ class NativeSettings:
     window: int | None = None
     memory_share: float = 1.0
     revision: str | None = None
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("isa", self.isa, ISA_NAMES)
@@ -114,6 +117,7 @@ class VllmSettings:
       line).
     - `arguments`: any other fields of vLLM's EngineArgs, such as `{"tensor_parallel_size": 4}` (default: none).
     - `memory_share`: the part of the machine's memory that this engine may take on a CPU, from 0 to 1 (default: 1).
+    - `generation_config`: as in `NativeSettings`.
 
     Raises: ConfigError for a value that cannot work.
     """
@@ -133,6 +137,7 @@ class VllmSettings:
     memory_share: float = 1.0
     revision: str | None = None
     image_domains: tuple[str, ...] = ()
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -20,6 +20,7 @@ from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
+from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.planned import run_planned, run_windowed
@@ -27,6 +28,7 @@ from blendserve.engine.stats import RunStats
 from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.host import cache_dir
+from blendserve.models.generation_config import sampling_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.offline.assembler import OutputAssembler
@@ -60,6 +62,7 @@ class LLM:
     - `max_num_batched_tokens`: most tokens in one step, which is one forward pass (default: 2048).
     - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`.
     - `seed`: for requests that are sampled and give no seed of their own (default: 0).
+    - `generation_config`: as in `NativeSettings`, for calls without sampling parameters.
 
     Answers depend on the request, the model, `dtype`, `kv_dtype` and `isa`. A sampled request without a seed of its
     own also depends on `seed` and on its place in the list. Nothing else changes answers.
@@ -83,6 +86,7 @@ class LLM:
         kv_dtype: KvDtype = "bf16",
         isa: str = "auto",
         seed: int = 0,
+        generation_config: str = "auto",
     ) -> None:
         if policy not in POLICY_NAMES:
             raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")
@@ -97,7 +101,9 @@ class LLM:
             dtype=dtype,
             kv_dtype=kv_dtype,
         )
-        self.model = load_model(resolve(model, cache_dir()))
+        files = resolve(model, cache_dir())
+        self.model = load_model(files)
+        self._default_sampling = checked_defaults(sampling_defaults(files, generation_config))
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
@@ -118,15 +124,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer prompts. Each is a text or a list of token ids; outputs are in the order of the prompts.
 
-        `sampling_params`: one for all prompts, or one per prompt. None: `SamplingParams()`. A prompt that cannot be
-        answered (it is too long, or a parameter is out of range) comes back with `error` set; the others are answered.
-        A generator of prompts is read a window at a time, as `stream` does.
+        `sampling_params`: one for all prompts, or one per prompt. None: `get_default_sampling_params()`. A prompt that
+        cannot be answered (it is too long, or a parameter is out of range) comes back with `error` set; the others are
+        answered. A generator of prompts is read a window at a time, as `stream` does.
         Raises: ConfigError when the numbers of prompts and parameters differ, or after `close`.
         """
         if not isinstance(prompts, str | Sequence | np.ndarray):
             return _in_order(self.stream(prompts, sampling_params))
         listed = _listed_prompts(prompts)  # type: ignore[arg-type]  # a generator is none of these
-        return self._answer(self._encode(listed), _listed_params(sampling_params, len(listed)))
+        return self._answer(self._encode(listed), _listed_params(self._given(sampling_params), len(listed)))
 
     def chat(
         self,
@@ -142,7 +148,14 @@ class LLM:
         if not isinstance(messages, Sequence):
             return _in_order(self.stream(messages, sampling_params))
         listed = _listed_conversations(messages)
-        return self._answer(self._encode(listed, are_chats=True), _listed_params(sampling_params, len(listed)))
+        params = _listed_params(self._given(sampling_params), len(listed))
+        return self._answer(self._encode(listed, are_chats=True), params)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without sampling parameters gets: `SamplingParams()` with the values of the model's
+        generation_config.json.
+        """
+        return SamplingParams(**self._default_sampling)
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None
@@ -181,7 +194,7 @@ class LLM:
         if window < 1:
             raise ConfigError(f"window is {window}; it must be at least 1 prompt")
         self._check_open()
-        return self._stream(_paired(prompts, sampling_params), window)
+        return self._stream(_paired(prompts, self._given(sampling_params)), window)
 
     @property
     def stats(self) -> RunStats:
@@ -203,6 +216,11 @@ class LLM:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def _given(
+        self, params: SamplingParams | Iterable[SamplingParams] | None
+    ) -> SamplingParams | Iterable[SamplingParams]:
+        return self.get_default_sampling_params() if params is None else params
 
     def _note(self, text: str) -> None:
         self.notes = (*self.notes, text)
@@ -369,10 +387,10 @@ def _in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
 
 
 def _paired(
-    prompts: Iterable[Prompt | Conversation], params: SamplingParams | Iterable[SamplingParams] | None
+    prompts: Iterable[Prompt | Conversation], params: SamplingParams | Iterable[SamplingParams]
 ) -> Iterator[tuple[Prompt | Conversation, SamplingParams]]:
-    if params is None or isinstance(params, SamplingParams):
-        yield from zip(prompts, repeat(params or SamplingParams()))
+    if isinstance(params, SamplingParams):
+        yield from zip(prompts, repeat(params))
         return
     missing = object()
     for number, (prompt, sampling) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
@@ -396,9 +414,9 @@ def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _listed_params(params: SamplingParams | Iterable[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+def _listed_params(params: SamplingParams | Iterable[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
     listed = list(params)
     if len(listed) != count:
         raise ConfigError(f"{len(listed)} sampling parameters for {count} prompts; give one for all or one per prompt")

@@ -55,7 +55,9 @@ class RunSummary:
             return f"already complete: {report.output_path} ({report.num_succeeded} answers); --fresh runs it again"
         calibrate = f"calibrate {self.times.calibrate_s:.1f}, " if self.times.calibrate_s else ""
         lines = [
-            f"{report.num_succeeded} answers in {report.output_path}" + _resumed(report.num_resumed),
+            f"{report.num_succeeded} answers in {report.output_path}"
+            + _resumed(report.num_resumed)
+            + _reused(report.num_reused),
             f"{report.num_failed} errors" + _by_code(report.errors_by_code, report.errors_path),
             f"makespan {format_seconds(self.makespan_s)} ({self.makespan_s:.1f} s: load {self.times.load_s:.1f}, "
             f"{calibrate}plan {self.times.plan_s:.1f}, run {self.times.run_s:.1f}), policy {self.policy}",
@@ -106,6 +108,10 @@ def _kv_peak(stats: RunStats) -> float:
 
 def _resumed(count: int) -> str:
     return f", {count} requests of them from an earlier run" if count else ""
+
+
+def _reused(count: int) -> str:
+    return f", {count} of them kept, for rows that did not change" if count else ""
 
 
 def _by_code(errors_by_code: Mapping[str, int], errors_path: str | None) -> str:

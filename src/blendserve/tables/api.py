@@ -43,7 +43,6 @@ def map(
     param_columns: Mapping[str, str] | None = None,
     id: str | None = None,
     fields: Iterable[str] = (),
-    reorder_fields: bool = False,
     column: str = "answer",
     prefix: str = "",
     engine: EngineSettings | Engine = _NATIVE,
@@ -65,8 +64,7 @@ def map(
     - `params`, `param_columns`: parameters of the request by name, such as `{"max_tokens": 64}`: values, and columns.
     - `id`: a column that names rows. `column`: the name of the answer's column (default: "answer"). `prefix`: before
       the names of the other new columns.
-    - `fields`: the columns that `{{ row_fields }}` in a prompt lists. `reorder_fields`: list them in the order that
-      shares most (this changes prompts).
+    - `fields`: the columns that `{{ row_fields }}` in a prompt lists.
     - `engine`, `policy`, `on_progress`: as in `run_batch`.
     - `journal`: a directory that keeps answers: the same call goes on after a crash, and rows that did not change
       keep their answers. None: nothing is kept. `fresh`: discard what it holds.
@@ -96,7 +94,7 @@ def map(
             prefix=prefix,
             is_fresh=fresh,
         )
-        run_job_of_table(job, engine, policy, on_progress, reorder_fields=reorder_fields)
+        run_job_of_table(job, engine, policy, on_progress)
         with pa.OSFile(job.output) as file:
             return pa.ipc.open_file(file).read_all()
 
@@ -117,7 +115,6 @@ def map_file(
     param_columns: Mapping[str, str] | None = None,
     id: str | None = None,
     fields: Iterable[str] = (),
-    reorder_fields: bool = False,
     column: str = "answer",
     prefix: str = "",
     rows_per_file: int | None = None,
@@ -135,7 +132,9 @@ def map_file(
     - `journal`: where finished answers are kept (default: the directory `OUT.journal` beside the output; a URL needs
       one).
 
-    All other parameters: as in `map`. The same call goes on where an earlier one stopped.
+    `prompt`, `system`, `messages`, `prompt_column`, `embed`, `schema`, `unnest`, `examples`, `params`, `param_columns`,
+    `id`, `fields`, `column`, `prefix`, `engine`, `policy`, `fresh` and `on_progress`: as in `map`. The
+    same call goes on where an earlier one stopped. Raises: as `run_batch` does.
     """
     require_data()
     from blendserve.tables.mapping import TableJob, open_table
@@ -154,7 +153,7 @@ def map_file(
         is_fresh=fresh,
         inputs=[os.fspath(one) for one in listed],
     )
-    return run_job_of_table(job, engine, policy, on_progress, reorder_fields=reorder_fields)
+    return run_job_of_table(job, engine, policy, on_progress)
 
 
 def make_recipe(
@@ -205,16 +204,12 @@ def run_job_of_table(
     engine: EngineSettings | Engine,
     policy: str,
     on_progress: OnProgress | None = None,
-    *,
-    reorder_fields: bool = False,
 ) -> JobReport:
     """Run on an open engine, or on one that is opened for this job. Raises: ConfigError for an unknown policy."""
     from blendserve.tables.mapping import run_table
 
     if policy not in POLICY_NAMES:
         raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")
-    if reorder_fields:
-        raise ConfigError("reorder_fields is not there yet")
     if not isinstance(engine, NativeSettings | VllmSettings | HttpSettings | ReplicaSettings):
         return run_table(job, engine, policy, on_progress=on_progress)
     with closing(open_engine(engine)) as opened:

@@ -124,7 +124,11 @@ def _arrow_batches(file: IO[bytes], wanted: Any) -> Iterator[Any]:
 
 
 def _csv_rows(file: IO[bytes]) -> Iterator[list[str]]:
-    return csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    try:
+        yield from csv.reader(text, strict=True)
+    finally:
+        text.detach()
 
 
 def _csv_schema(file: IO[bytes]) -> Any:

@@ -109,6 +109,8 @@ def _to_arrow(table: Any) -> Any:
         return pa.Table.from_batches([table])
     if type(table).__module__.startswith("pandas."):
         return pa.Table.from_pandas(table, preserve_index=False)
+    if type(table).__module__.startswith("datasets.") and hasattr(table, "with_format") and hasattr(table, "num_rows"):
+        return table.with_format("arrow")[:]  # in the order of shuffle and select
     if isinstance(table, Sequence) and table and all(isinstance(row, dict) for row in table):
         return pa.Table.from_pylist(list(table))
     raise ConfigError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
@@ -11,8 +12,10 @@ from blendserve.costs.model_cost import CostModel
 from blendserve.costs.stored_calibration import Calibration, machine_name, matching_calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
+from blendserve.engine.front import Front, NothingPlanned
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.planned import run_planned, run_windowed
@@ -26,6 +29,7 @@ from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.fingerprint import identity_of
+from blendserve.models.generation_config import note_of, sampling_defaults, shown_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.planner.plan import Plan, make_plan
@@ -40,8 +44,10 @@ def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserv
     files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
     model = load_model(files)
     resolve_limits(settings.config(), model.spec)
-    engine = NativeEngine(settings, model, identity_of(model.spec.name, files), notify=notify, observer=observer)
-    engine.notes = files.notes
+    sampling = checked_defaults(sampling_defaults(files, settings.generation_config))
+    identity = identity_of(model.spec.name, files)
+    engine = NativeEngine(settings, model, identity, sampling, notify=notify, observer=observer)
+    engine.notes = (*files.notes, *note_of(sampling))
     return engine
 
 
@@ -53,6 +59,7 @@ class NativeEngine:
         settings: NativeSettings,
         model: LoadedModel,
         identity: str,
+        default_sampling: Mapping[str, Any],
         *,
         notify: Notify,
         observer: RunObserver | None = None,
@@ -65,6 +72,7 @@ class NativeEngine:
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
             abilities=native_abilities(model.spec.hidden_size),
+            default_sampling=default_sampling,
         )
         self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
         self.identity = identity
@@ -74,11 +82,13 @@ class NativeEngine:
             "dtype": self._config.dtype,
             "kv_dtype": self._config.kv_dtype,
             "kernels": KERNEL_REVISION,
+            "generation config": shown_defaults(default_sampling),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.notes: tuple[str, ...] = ()
         self.times = EngineTimes()
         self.stats: RunStats | None = None
+        self.front: Front | None = None
         self._model = model
         self._window = settings.window
         self._notify = notify
@@ -101,9 +111,10 @@ class NativeEngine:
         outputs: Iterator[SequenceOutput]
         if plan is None:
             assert self._window is not None
-            outputs = run_windowed(loop, pending, windows_of(pending, self._window), self._cost(), policy)
+            windows = windows_of(pending, self._window)
+            outputs = run_windowed(loop, pending, windows, self._cost(), policy, self.front)
         else:
-            outputs = run_planned(loop, pending, plan, policy)
+            outputs = run_planned(loop, pending, plan, policy, self.front)
         self._latest = (loop, plan, len(pending))
         try:
             yield from outputs
@@ -113,6 +124,13 @@ class NativeEngine:
             loop.stats.calibration = self._calibration_effort()
             self.stats = loop.stats
             self._tell_observer(policy, executor, loop.stats, plan)
+
+    def answer_front(self) -> None:
+        """Answer the requests of the front while nothing is planned."""
+        assert self.front is not None, "there is no front"
+        _, loop = self._opened = self._opened or self._open()
+        for _ in self.front.run(loop, (), NothingPlanned()):
+            raise AssertionError("nothing is planned")
 
     def plan(self, pending: PendingRequests) -> Plan:
         """The order of `pending` on this machine."""

@@ -18,6 +18,7 @@ from blendserve.engines.vllm.api import hide_secrets, is_cpu_build, is_secret, i
 from blendserve.errors import ConfigError
 from blendserve.host import available_memory_bytes, usable_cores
 from blendserve.models.foreign_config import scale, whole_number
+from blendserve.models.generation_config import FROM_MODEL
 from blendserve.models.tokenizer import read_json
 
 CPU_BLOCK_SIZE = 32
@@ -74,6 +75,8 @@ def engine_arguments(
         }
     if settings.image_domains:
         arguments["allowed_media_domains"] = [domain.lower() for domain in settings.image_domains]
+    if settings.generation_config != FROM_MODEL:
+        arguments["generation_config"] = settings.generation_config
     if settings.task == "embed":
         arguments |= {"runner": "pooling", "convert": "embed"}
     return arguments | dict(settings.arguments)

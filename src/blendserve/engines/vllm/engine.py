@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blendserve.config import BLOCK_SIZE
+from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
@@ -33,6 +34,7 @@ from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.fingerprint import fingerprint, identity_of
 from blendserve.models.foreign_config import text_config_of, whole_number
+from blendserve.models.generation_config import note_of, sampling_defaults, shown_defaults
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import load_tokenizer
 from blendserve.models.tokenizer import read_json
@@ -61,6 +63,8 @@ class VllmEngine:
         self._model = model_cost_of(files.name, config)
         max_model_len = settings.max_model_len or context_length_of(text)
         embeds = settings.task == "embed"
+        source = str(settings.arguments.get("generation_config", settings.generation_config))
+        sampling = {} if embeds else checked_defaults(sampling_defaults(files, source))
         self.served = ServedModel(
             names=(files.name,),
             accepts_any_name=True,
@@ -73,6 +77,7 @@ class VllmEngine:
                 urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
                 checks_grammars=False,
             ),
+            default_sampling=sampling,
         )
         self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)
         self.identity = identity_of(files.name, files)
@@ -80,6 +85,7 @@ class VllmEngine:
             "engine": "vllm",
             "vllm": api.version,
             "task": settings.task,
+            "generation config": shown_defaults(sampling),
             "adapters": ", ".join(
                 f"{name} {fingerprint(ModelFiles(name, Path(at)))}" for name, at in settings.adapters.items()
             ),
@@ -93,7 +99,7 @@ class VllmEngine:
         scheduler, note = scheduler_class(settings, api.version, is_cpu=self._is_cpu)
         if scheduler is not None:
             arguments["scheduler_cls"] = scheduler
-        self._first_notes = (*files.notes, *((note,) if note is not None else ()))
+        self._first_notes = (*files.notes, *note_of(sampling), *((note,) if note is not None else ()))
         totals = LoadTotals(self._model)
         self._driver = VllmDriver(api, arguments, settings.adapters, embeds=embeds, totals=totals, notify=notify)
         self._plan: Plan | None = None

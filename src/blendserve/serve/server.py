@@ -1,0 +1,119 @@
+"""Runs the application under uvicorn, with limits on what a connection may hold up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from blendserve.errors import ConfigError
+from blendserve.serve.app import make_app
+from blendserve.serve.service import Service
+from blendserve.serve.settings import ServeSettings
+
+HEADER_S = 20.0
+"""A client has so long to send the head of a request."""
+MAX_CONNECTIONS = 2000
+
+
+class _Patient(H11Protocol):
+    """HTTP/1.1 that closes a connection whose next request does not begin, or whose head does not end, in time."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _counted_cycle: Any = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        super().data_received(data)
+        if self.cycle is not self._counted_cycle:
+            self._counted_cycle = self.cycle
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._timer = self.loop.call_later(HEADER_S, self._close_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close_slow(self) -> None:
+        self._timer = None
+        self.transport.close()
+
+
+def check_reachable(service: Service) -> None:
+    """Raises: ConfigError for an address that others reach, without a key."""
+    settings = service.settings
+    if not settings.is_local and not service.keys.keys():
+        raise ConfigError(
+            f"--host {settings.host} can be reached by others, and there is no key; make one first: blendserve keys "
+            f"add NAME --data {settings.data}"
+        )
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._listening()
+
+
+def serve(settings: ServeSettings, listening: Callable[[], None] = lambda: None) -> int:
+    """Run a service until a signal ends it; `listening` is called when clients may come.
+
+    Raises: ConfigError when it cannot be started.
+    """
+    service = Service(settings)
+    try:
+        check_reachable(service)
+        config = uvicorn.Config(
+            make_app(service),
+            host=settings.host,
+            port=settings.port,
+            http=_Patient,
+            ws="none",
+            access_log=False,
+            log_level=logging.WARNING,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=3,
+            ssl_certfile=None if settings.certificate is None else os.fspath(settings.certificate),
+            ssl_keyfile=None if settings.private_key is None else os.fspath(settings.private_key),
+        )
+        config.load()
+    except BaseException:
+        service.close()
+        raise
+    try:
+        with suppress(KeyboardInterrupt):
+            _Server(config, listening).run()
+    except SystemExit as end:  # uvicorn's word for an address that is taken
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}; stop what does, or give another --port"
+        ) from end
+    return 0
