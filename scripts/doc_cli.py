@@ -16,11 +16,12 @@ _INTRO = """\
 # Command line
 
 This page is for people who look up a command or an option. `scripts/write-docs` makes it from the program itself, so it
-says what `blendserve COMMAND --help` says. Three commands to begin with:
+says what `blendserve COMMAND --help` says. Four commands to begin with:
 
     blendserve check IN.jsonl                  # which lines would become error rows
     blendserve plan IN.jsonl                   # how long it would take, simulated
     blendserve run IN.jsonl -o OUT.jsonl       # answer every line
+    blendserve export OUT.jsonl -o FILE        # the answers so far, also while a job runs
 """
 _SIZES = """\
 ## Sizes, environment, exit codes

@@ -18,10 +18,10 @@ from vllm_cases import ABLE, run_vllm, vllm_engine
 
 from blendserve import HttpSettings, NativeSettings, run_batch
 from blendserve.engines.http.fake_server import FakeSettings, serving
-from blendserve.engines.opening import open_engine
 from blendserve.engines.vllm.fake import FakeVllm
 from blendserve.engines.vllm.requests import failed_output, output_of
 from blendserve.errors import ExecutorError
+from blendserve.job.passing import PASSING_CODES
 from blendserve.job.pending import PendingRequests
 from blendserve.request import SequenceOutput
 
@@ -55,6 +55,12 @@ def asks(**fields: Any) -> str:
 
 REQUEST_EXAMPLES = (
     Example("invalid_json_line", "The line is not a JSON object.", '{"custom_id": "a", "method": POST}'),
+    Example(
+        "unknown_format",
+        "The line has the format of another tool. A file of nothing else is refused as a whole.",
+        '{"prompt": "Hi"}',
+        (line(custom_id="b"),),
+    ),
     Example("missing_required_parameter", "Something that every line needs is missing.", line(custom_id=None)),
     Example("invalid_custom_id", "`custom_id` is not a string, or is empty.", line(custom_id=7)),
     Example(
@@ -88,14 +94,9 @@ REQUEST_EXAMPLES = (
         line({"prompt": "Hi", "max_tokens": 100, "ignore_eos": True}),
     ),
 )
-NAMED_EXAMPLE = Example(
-    "model_not_found",
-    "The line names a model that is not the one here, and `--model` was not given.",
-    asks(model="gpt-4o-mini"),
-)
 FILE_EXAMPLES = (
     Example("line_too_long", "The line has more than 32 MiB.", line({"prompt": "a" * (32 << 20)})),
-    Example("truncated_input", "A gzip file is damaged. Lines before the damage are answered.", line()),
+    Example("truncated_input", "A compressed file is damaged. Lines before the damage are answered.", line()),
 )
 HTTP_EXAMPLES = {
     "request_timeout": ("No complete answer came within `--request-timeout`, `--max-attempts` times.", {"hang": 1.0}),
@@ -106,6 +107,11 @@ SERVER_WORDS = (
     "A server's error is a row with the server's own status and body. Its code is the server's too; without one, the "
     "summary counts the row as `http_` and the status, such as `http_500`. Here are two rows from the test server:"
 )
+OTHER_FAILURES = {
+    "server_error": "The engine gave no reason.",
+    "engine_error": "vLLM ended the request without an answer.",
+}
+_STATUSES = "with status 401, 402, 403, 408, 409, 425, 429, or 500 and above |"
 VLLM_EXAMPLES = {
     "invalid_value": ("vLLM refuses the request.", FakeVllm(refuses=frozenset("0"))),
     "engine_failure": ("vLLM's engine died whenever it ran this request.", FakeVllm(dies_of=frozenset("0"))),
@@ -121,14 +127,13 @@ def error_sections(directory: Path) -> str:
     for example in REQUEST_EXAMPLES:
         settings = small if example.code == "insufficient_memory" else native
         parts += _section(example, directory, partial(_run, settings=settings))
-    parts += _section(NAMED_EXAMPLE, directory, partial(_run_unnamed, settings=native))
     for example in FILE_EXAMPLES:
         parts += _section(example, directory, partial(_run, settings=native))
-    parts += _section(_failure("server_error", "The engine gave no reason."), directory, _run_failing)
+    parts += _section(_failure("server_error", OTHER_FAILURES["server_error"]), directory, _run_failing)
     parts += ["### vLLM only", ""]
     for code, (meaning, api) in VLLM_EXAMPLES.items():
         parts += _section(_failure(code, meaning), directory, partial(_run_vllm, api=api))
-    parts += _section(_failure("engine_error", "vLLM ended the request without an answer."), directory, _run_broken)
+    parts += _section(_failure("engine_error", OTHER_FAILURES["engine_error"]), directory, _run_broken)
     parts += ["### HTTP engine only", ""]
     for code, (meaning, faults) in HTTP_EXAMPLES.items():
         run = _http_run(FakeSettings(faults=faults))
@@ -138,6 +143,20 @@ def error_sections(directory: Path) -> str:
         example = Example(code, "The test server's code for this case.", line(body))
         parts += _section(example, directory, _http_run(FakeSettings(faults=faults)))
     return "\n".join(parts).rstrip()
+
+
+def codes_table() -> str:
+    """Every code, what it means, and whether --retry-failed tries its lines again."""
+    failures = {code: meaning for code, (meaning, _) in {**VLLM_EXAMPLES, **HTTP_EXAMPLES}.items()}
+    meanings = {example.code: example.meaning for example in (*REQUEST_EXAMPLES, *FILE_EXAMPLES)}
+    meanings |= {code: meaning for code, meaning in failures.items() if code not in meanings}
+    meanings |= OTHER_FAILURES
+    rows = ["| code | meaning | tried again by `--retry-failed` |", "| --- | --- | --- |"]
+    for code, meaning in sorted(meanings.items()):
+        is_retried = code in PASSING_CODES or code == "insufficient_memory"
+        rows.append(f"| `{code}` | {meaning} | {'yes' if is_retried else 'no'} |")
+    rows.append("| a server's own, or `http_` and its status | The server refused the line, or failed. | " + _STATUSES)
+    return "\n".join(rows)
 
 
 def codes_on(page: str) -> set[str]:
@@ -184,14 +203,6 @@ def _cut(text: str) -> str:
 
 def _run(source: Path, target: Path, settings: NativeSettings | HttpSettings) -> None:
     run_batch(source, target, engine=settings)
-
-
-def _run_unnamed(source: Path, target: Path, settings: NativeSettings) -> None:
-    """As without --model: lines may name the model that is there, and no other."""
-    engine: Any = open_engine(settings)
-    engine.served = replace(engine.served, accepts_any_name=False)
-    run_batch(source, target, engine=engine)
-    engine.close()
 
 
 def _run_vllm(source: Path, target: Path, api: FakeVllm) -> None:

@@ -7,21 +7,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from blendserve.dialect import extras, parameters, passthrough, schema
+from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
 from blendserve.dialect.extras import Abilities, native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, RESPONSES_URL
 from blendserve.errors import RequestError
+from blendserve.models.chat_formats import ChatFormats
+from blendserve.models.reasoning_formats import REASONING_FORMATS
+from blendserve.models.tool_formats.hermes import HERMES
 
 _ADAPTER = "my-adapter"
+_CHAT_FORMATS = ChatFormats(tools=HERMES, reasoning=REASONING_FORMATS["think"], renders_tools=True, renders_calls=True)
+"""Those of a model whose chat template takes tools, and which reasons."""
 ENGINES = {
-    "`native`": ServedModel(("my-model",), abilities=native_abilities(hidden_size=576)),
-    "`vllm`": ServedModel(("my-model",), abilities=Abilities(adapters=(_ADAPTER,), checks_grammars=False, sees=True)),
+    "`native`": ServedModel(("my-model",), abilities=native_abilities(576, _CHAT_FORMATS)),
+    "`vllm`": ServedModel(
+        ("my-model",),
+        abilities=Abilities(
+            adapters=(_ADAPTER,), checks_grammars=False, sees=True, chat=_CHAT_FORMATS, forces_json=True
+        ),
+    ),
     "`vllm --task embed`": ServedModel(("my-model",), abilities=Abilities(urls=(EMBEDDINGS_URL,))),
     "`http`": ServedModel(("the server's",), accepts_any_name=True, is_remote=True),
 }
 _USER = {"role": "user", "content": "Hello"}
 _PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 _TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
 _SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
 _SHORT = {
     str(-(2**63)): "-2^63",
@@ -49,12 +62,16 @@ def _complete(what: str, prompt: Any, **fields: Any) -> Ask:
 ASKS = (
     _chat("`messages` whose `content` is text, or a list of text parts"),
     _chat("roles `system`, `developer`, `user`, `assistant`", {"role": "developer", "content": "Be brief."}),
-    _chat("role `tool`", {"role": "tool", "content": "4", "tool_call_id": "c"}),
-    _chat("`tool_calls` in a message", {**_USER, "role": "assistant", "tool_calls": [{"id": "c"}]}),
+    _chat("role `tool`, with `tool_call_id`", {"role": "tool", "content": "4", "tool_call_id": "c"}),
+    _chat("`tool_calls` of an assistant", {"role": "assistant", "content": None, "tool_calls": [_CALL]}),
     _chat("`name` in a message", {**_USER, "name": "Ann"}),
+    _chat("`reasoning_content` or `reasoning` of an assistant", {**_USER, "role": "assistant", "reasoning": "so"}),
     _chat("pictures: parts of type `image_url`", {"role": "user", "content": [_PICTURE]}),
     _chat("sound, files: other parts", {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}),
-    _chat("`tools` that are not empty", tools=[_TOOL]),
+    _chat("`tools`, `tool_choice` none or auto", tools=[_TOOL]),
+    _chat("`tool_choice` required, or the name of a function", tools=[_TOOL], tool_choice="required"),
+    _chat("`chat_template_kwargs`, `reasoning_effort`", chat_template_kwargs={"enable_thinking": False}),
+    _chat("`continue_final_message`, `add_generation_prompt`", {"role": "assistant", "content": "It"}, **_CONTINUED),
     _chat("`response_format` of type `json_object` or `json_schema`", response_format=_SCHEMA),
     _chat("`structured_outputs` (vLLM's `json`, `regex`, `choice`, `grammar`)", structured_outputs={"regex": "a+"}),
     _chat("a LoRA adapter: `model` is a name of `--lora NAME=PATH`", model=_ADAPTER),
@@ -151,6 +168,11 @@ def neutral_table() -> str:
 def ignored_list() -> str:
     """Parameters of any value that change nothing."""
     return ", ".join(f"`{name}`" for name in sorted(parameters._IGNORED)) + "."
+
+
+def chat_options_list() -> str:
+    """Parameters of chat that shape the prompt, or how an answer is read."""
+    return ", ".join(f"`{name}`" for name in CHAT_OPTION_FIELDS) + "."
 
 
 def embeddings_list() -> str:

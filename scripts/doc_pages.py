@@ -11,8 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from doc_cli import cli_page
-from doc_errors import error_sections
-from doc_fields import asks_table, comparison_table, embeddings_list, ignored_list, neutral_table, parameters_table
+from doc_errors import codes_table, error_sections
+from doc_fields import (
+    asks_table,
+    chat_options_list,
+    comparison_table,
+    embeddings_list,
+    ignored_list,
+    neutral_table,
+    parameters_table,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
 CLI, BATCH_FILES = DOCS / "cli.md", DOCS / "batch-files.md"
@@ -29,7 +37,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "parameters": parameters_table,
     "neutral parameters": neutral_table,
     "ignored parameters": ignored_list,
+    "chat options": chat_options_list,
     "embedding parameters": embeddings_list,
+    "error codes": codes_table,
     "errors": _errors,
 }
 

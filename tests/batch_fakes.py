@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from blendserve.dialect.extras import native_abilities
-from blendserve.dialect.prompts import Message
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import RequestError
 from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests
 from blendserve.job.run import Generate, run_job
+from blendserve.models.chat_formats import AnswerParts
+from blendserve.models.conversation import Conversation, text_of_content
+from blendserve.models.tool_formats.format import Tool
 from blendserve.request import Request, SequenceOutput, TokenLogprob
 
 EOS = 0
@@ -33,13 +35,15 @@ class FakeCodec:
     def __init__(self) -> None:
         self.num_calls = 0
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
         self.num_calls += 1
         return [self._encode(prompt) for prompt in prompts]
 
-    def _encode(self, prompt: str | tuple[Message, ...]) -> list[int]:
+    def _encode(self, prompt: str | Conversation) -> list[int]:
         if not isinstance(prompt, str):
-            prompt = "".join(f"{message['role']}:{message['content']}\n" for message in prompt)
+            prompt = "".join(
+                f"{message['role']}:{text_of_content(message['content'])}\n" for message in prompt.messages
+            )
         if "unspeakable" in prompt:
             raise RequestError("the template takes no such text", code="invalid_value", param="messages")
         return list(prompt.encode())
@@ -48,6 +52,14 @@ class FakeCodec:
         ends_in_stop_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
         token_ids = output.token_ids[:-1] if ends_in_stop_token else output.token_ids
         return bytes(token_ids.tolist()).decode(errors="replace")
+
+    def parts_of(
+        self, prompt_token_ids: Any, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
+    ) -> tuple[AnswerParts, int]:
+        assert len(prompt_token_ids)
+        assert not tools
+        assert not may_call
+        return AnswerParts(self.text_of(output)), 0
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])

@@ -96,5 +96,5 @@ def test_replicas(
 
 def test_no_example_is_left_out() -> None:
     scripts = {path.stem.removeprefix("run_") for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"native", "vllm", "http", "replicas"}
+    assert scripts == {"native", "vllm", "http", "replicas", "multiple_choice"}
     assert all(f"test_{name}" in globals() for name in scripts)

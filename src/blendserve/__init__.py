@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.job.job import JobProgress, JobReport
     from blendserve.job.reader import ReadLimits
-    from blendserve.offline.batch import run_batch
+    from blendserve.models.chat_settings import ChatSettings
+    from blendserve.offline.batch import run_batch, run_batches
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
     from blendserve.request import SamplingParams
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "ChatSettings",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
@@ -33,6 +35,7 @@ __all__ = [
     "map",
     "map_file",
     "run_batch",
+    "run_batches",
 ]
 
 _NAMES_BY_MODULE = {
@@ -40,7 +43,8 @@ _NAMES_BY_MODULE = {
     "blendserve.job.interrupts": ("JobInterrupted",),
     "blendserve.job.job": ("JobProgress", "JobReport"),
     "blendserve.job.reader": ("ReadLimits",),
-    "blendserve.offline.batch": ("run_batch",),
+    "blendserve.models.chat_settings": ("ChatSettings",),
+    "blendserve.offline.batch": ("run_batch", "run_batches"),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams",),

@@ -167,7 +167,7 @@ def test_a_run_measures_and_says_so(always: FakeMeasure, tmp_path: Path, window:
     for name, measures in (("first", True), ("second", False)):
         engine = open_engine(settings)
         report = run_batch(source, tmp_path / f"{name}.jsonl", engine=engine)
-        summary = RunSummary(report, "blend", 1.0, engine.times, engine.stats)
+        summary = RunSummary([report], "blend", 1.0, engine.times, engine.stats)
         assert report.num_succeeded == 5
         assert (engine.times.calibrate_s > 0) == measures == ("calibrate" in summary.to_text())
         assert summary.to_json()["calibration"] == "first-run"

@@ -50,7 +50,7 @@ def test_run_answers_every_line_and_sets_errors_apart(
 ) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join([line("a"), "{nonsense", line("b", n=2), line("c", tools=[{"type": "function"}])]))
-    assert main(run_args(tiny, source, output)) == 0
+    assert main(run_args(tiny, source, output)) == 3
     assert sorted(rows_by_id(output)) == ["a", "b"]
     assert len(rows_by_id(output)["b"]["response"]["body"]["choices"]) == 2
     errors = [json.loads(text) for text in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
@@ -226,7 +226,7 @@ def test_more_kv_memory_answers_what_did_not_fit(
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(line("short") + "\n" + line("long", max_tokens=150, ignore_eos=True))
     few_blocks = str(4 * BLOCK_SIZE * tiny_spec().kv_bytes_per_token())
-    assert main(run_args(tiny, source, output, "--json", "--kv-memory", few_blocks)) == 0
+    assert main(run_args(tiny, source, output, "--json", "--kv-memory", few_blocks)) == 3
     summary = json.loads(capsys.readouterr().out)
     assert summary["errors_by_code"] == {"insufficient_memory": 1}
     assert any("--kv-memory" in note for note in summary["notes"])

@@ -17,6 +17,8 @@ import pytest
 from crash_cases import batch_file, comparable
 from tiny_files import tiny_directory
 
+from blendserve.job.job import EXIT_ERROR_ROWS
+
 NUM_KILLS = 20
 
 
@@ -43,13 +45,13 @@ def test_kill_9_at_twenty_moments_loses_and_repeats_nothing(tmp_path: Path) -> N
     source = batch_file(tmp_path / "in.jsonl")
     command = partial(run_command, model, source)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    subprocess.run(command(whole), check=True, capture_output=True)
+    assert subprocess.run(command(whole), capture_output=True).returncode == EXIT_ERROR_ROWS
     moments = random.Random(11)
     most_per_run = whole.stat().st_size / NUM_KILLS
     for _ in range(NUM_KILLS):
         kill_at_random(command(killed), killed, round(moments.uniform(0, most_per_run)))
     assert not killed.exists(), "the job was done before the last kill"
-    subprocess.run(command(killed), check=True, capture_output=True)
+    assert subprocess.run(command(killed), capture_output=True).returncode == EXIT_ERROR_ROWS
     assert comparable(killed) == comparable(whole)
     errors = [path.with_name(path.stem + ".errors.jsonl") for path in (whole, killed)]
     assert comparable(errors[0]) == comparable(errors[1])
@@ -78,7 +80,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_a_rerun_goes_on(tmp_path: Path, k
     model, source = tiny_directory(tmp_path / "tiny"), batch_file(tmp_path / "in.jsonl", most_tokens=40)
     whole, found = tmp_path / "whole.jsonl", tmp_path / "found"
     found.mkdir()
-    subprocess.run(run_command(model, source, whole), check=True, capture_output=True)
+    assert subprocess.run(run_command(model, source, whole), capture_output=True).returncode == EXIT_ERROR_ROWS
     run = shlex.join([*run_command(model, source, disk / "out.jsonl"), "--json"])
     script = f"""
         mount -t tmpfs -o size={kibibytes}k none {disk}
@@ -93,7 +95,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_a_rerun_goes_on(tmp_path: Path, k
     assert "run the same command again" in result.stderr
     assert "Traceback" not in result.stderr
     first, *left, summary, second = result.stdout.splitlines()
-    assert (first, second) == ("exit 1", "exit 0")
+    assert (first, second) == ("exit 1", "exit 3")
     assert not {"out.jsonl", "out.errors.jsonl"} & set(left), "half a file stands there"
     assert ("header.json" in left) == (stage != "reading")
     report = json.loads(summary)

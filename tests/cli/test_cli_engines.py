@@ -10,6 +10,7 @@ import pytest
 
 from blendserve.cli import main
 from blendserve.cli.engine_options import ENGINE_NAMES, ENGINES_BY_OPTION, add_engine, add_engine_choice
+from blendserve.cli.options import add_chat
 
 OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("native",): (
@@ -30,6 +31,12 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
         "--max-num-batched-tokens=99",
         "--threads=1",
         "--no-prefix-caching",
+        "--chat-template=t.jinja",
+        '--chat-template-kwargs={"enable_thinking": false}',
+        "--template-date=2026-01-02",
+        "--tool-format=hermes",
+        "--reasoning-format=none",
+        "--control-tokens=obey",
     ),
     ("http",): (
         "--base-url=http://localhost:1",
@@ -76,6 +83,7 @@ def test_every_option_of_one_engine_is_known_as_such() -> None:
     listed = {option.split("=")[0] for options in OPTIONS.values() for option in options}
     assert {f"--{name.replace('_', '-')}" for name in ENGINES_BY_OPTION} == listed
     parser = argparse.ArgumentParser()
+    add_chat(parser)
     add_engine(parser)
     add_engine_choice(parser)
     given = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}

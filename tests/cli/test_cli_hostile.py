@@ -59,7 +59,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "max_tokens 0": (line("max_tokens 0", {**CHAT, "max_tokens": 0}), "invalid_value"),
     "empty messages": (line("empty messages", {"messages": []}), "invalid_type"),
-    "tools": (line("tools", {**CHAT, "tools": [{}]}), "unsupported_parameter"),
+    "tools": (line("tools", {**CHAT, "tools": [{}]}), "invalid_type"),
     "response_format": (line("format", {**CHAT, "response_format": {"type": "xml"}}), "invalid_value"),
     "schema": (line("schema", {**CHAT, "structured_outputs": {"json": {"not": {}}}}), "unsupported_schema"),
     "grammar": (line("grammar", {**CHAT, "guided_regex": "(a"}), "invalid_grammar"),
@@ -99,7 +99,7 @@ def test_the_hostile_set(is_gzip: bool, tiny: Path, tmp_path: Path, capsys: pyte
     listed = {number: code for code, found in report["errors"].items() for number in found["line_numbers"]}
     assert listed == code_by_line
     limits = ["--kv-memory", "4MiB", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--threads", "2"]
-    assert main(["run", str(source), "-o", str(output), "--model", str(tiny), "--json", *limits]) == 0
+    assert main(["run", str(source), "-o", str(output), "--model", str(tiny), "--json", *limits]) == 3
     summary = json.loads(capsys.readouterr().out)
     answers = [json.loads(row) for row in output.read_bytes().splitlines()]
     assert sorted(row["custom_id"] for row in answers) == sorted([*GOOD, "last, without a newline"])
@@ -114,11 +114,14 @@ def test_the_hostile_set(is_gzip: bool, tiny: Path, tmp_path: Path, capsys: pyte
     assert found == code_by_line
 
 
-def test_an_empty_file_is_an_empty_answer(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"], ids=["empty", "blank", "mark"])
+def test_every_command_says_the_same_of_an_empty_file(
+    content: bytes, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    for content in (b"", b"\n\n", b"\xef\xbb\xbf"):
-        source.write_bytes(content)
-        assert main(["run", str(source), "-o", str(output), "--model", str(tiny), "--fresh"]) == 0
-        assert "0 answers" in capsys.readouterr().out
-        assert output.read_bytes() == b""
-        assert main(["check", str(source), "--model", str(tiny)]) == 0
+    source.write_bytes(content)
+    message = f"blendserve: {source} is empty: a batch file has one request in each line\n"
+    for command in (["run", "-o", str(output)], ["check"], ["plan", "--hardware", "a100-80g"]):
+        assert main([*command, str(source), "--model", str(tiny)]) == 1
+        assert capsys.readouterr().err == message
+    assert not output.exists()

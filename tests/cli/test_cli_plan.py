@@ -291,7 +291,7 @@ def test_mistakes_are_one_line(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "it is empty"), ("{bad", "all 1 lines are refused")])
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("{bad", "all 1 lines are refused")])
 def test_a_file_without_requests(
     text: str, message: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from blendserve.cli.engine_settings import engine_settings
 from blendserve.config import EngineConfig
 from blendserve.engines.settings import EngineSettings, HttpSettings, NativeSettings, ReplicaSettings, VllmSettings
 from blendserve.errors import ConfigError
+from blendserve.models.chat_settings import ChatSettings
 
 EVERY_KIND: tuple[EngineSettings, ...] = (
     NativeSettings("m", max_num_seqs=7),
@@ -98,11 +99,14 @@ def test_every_option_reaches_its_field() -> None:
         "window": 5,
         "revision": "v1",
         "generation_config": "vllm",
+        "chat": ChatSettings("t.jinja", {"a": 1}, "2026-01-02", "hermes", "none", "obey"),
     }
     options = "--model m --max-model-len 64 --kv-memory 1GiB --max-num-seqs 9 --max-num-batched-tokens 99 --threads 3"
     own = "--no-prefix-caching --overlap off --dtype int8 --kv-dtype int8 --isa portable --window 5 --revision v1"
     own += " --generation-config vllm"
-    assert engine_settings(parsed(*options.split(), *own.split())) == NativeSettings(**native)
+    chat = "--tool-format hermes --reasoning-format none --control-tokens obey --template-date 2026-01-02"
+    chat += ' --chat-template t.jinja --chat-template-kwargs {"a":1}'
+    assert engine_settings(parsed(*options.split(), *own.split(), *chat.split())) == NativeSettings(**native)
     assert {field.name for field in fields(NativeSettings)} == {*native, "memory_share"}
     http = "--base-url u --max-inflight 2 --kv-tokens 7 --request-timeout 5 --max-attempts 4 --max-outage 9"
     named = "--tokenizer t --model m"

@@ -60,7 +60,7 @@ def test_lines(tiny: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureF
     model = ["--model", str(tiny)]
     assert main(["check", str(source), *model]) == 1
     assert "pwned" in assert_harmless(capsys)
-    assert main(["run", str(source), "-o", str(tmp_path / "out.jsonl"), *model, *LIMITS]) == 0
+    assert main(["run", str(source), "-o", str(tmp_path / "out.jsonl"), *model, *LIMITS]) == 3
     assert "The file asks for \\x1b]0;pwned" in assert_harmless(capsys)
     assert main(["plan", str(source), *model, "--hardware", "a100-80g"]) == 0
     assert_harmless(capsys)

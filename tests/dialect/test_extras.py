@@ -16,6 +16,7 @@ from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.errors import RequestError
 from blendserve.job.reader import BadLine, BatchReader
+from blendserve.models.conversation import Conversation, text_of_content
 
 ABLE = ServedModel(("tiny",), abilities=Abilities(adapters=("pirate",), sees=True))
 PLAIN = ServedModel(("tiny",))
@@ -62,10 +63,10 @@ def test_pictures_are_counted_and_the_conversation_is_kept_whole() -> None:
     messages = [{"role": "developer", "content": "look"}, {"role": "user", "content": content}]
     line = parsed(messages=messages)
     (conversation,) = line.prompts
-    assert conversation[0] == {"role": "system", "content": "look"}
-    second = conversation[1]
-    assert isinstance(second, dict)
-    assert second["content"] == "what is it?"
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages[0] == {"role": "developer", "content": "look"}
+    second = conversation.messages[1]
+    assert text_of_content(second["content"]) == "what is it?"
     picture = Picture.from_text(second["pictures"])
     assert (picture.width, picture.height) == (640, 480)
     kept = Extras.from_bytes(line.body).messages
@@ -74,9 +75,8 @@ def test_pictures_are_counted_and_the_conversation_is_kept_whole() -> None:
 
 def test_a_picture_alone_is_a_message() -> None:
     (conversation,) = parsed(messages=[{"role": "user", "content": [picture_part(b"")]}]).prompts
-    message = conversation[0]
-    assert isinstance(message, dict)
-    assert message["content"] == ""
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages[0]["content"] == ""
 
 
 @pytest.mark.parametrize("value", [None, "text", {"url": "file:///etc/passwd"}, {"url": 3}, {}])

@@ -10,6 +10,7 @@ import pytest
 from blendserve.dialect.passthrough import parse_remote_line
 from blendserve.dialect.schema import BatchLine, ServedModel
 from blendserve.errors import RequestError
+from blendserve.models.conversation import Conversation
 
 ANY = ServedModel(("any",), accepts_any_name=True, is_remote=True)
 NAMED = ServedModel(("big",), is_remote=True)
@@ -93,7 +94,8 @@ def test_prompts_for_planning() -> None:
     assert parse({"prompt": ""}, url="/v1/completions").prompts == (" ",)
     parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:" + "x" * 10_000}}]
     (prompt,) = parse({"messages": [{"role": "user", "content": parts}], "tools": [1]}).prompts
-    assert [message["role"] for message in prompt] == ["system", "user"]  # type: ignore[index]
+    assert isinstance(prompt, Conversation)
+    assert [message["role"] for message in prompt.messages] == ["system", "user"]
     assert len(str(prompt)) < 500, "an image counts as its digest"
 
 
@@ -112,7 +114,7 @@ def test_known_lengths_are_seen() -> None:
         (
             "/v1/responses",
             {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "instructions": "Short."},
-            ({"role": "system", "content": "Short."}, {"role": "user", "content": "Hi"}),
+            Conversation(({"role": "system", "content": "Short."}, {"role": "user", "content": "Hi"})),
             None,
         ),
         ("/v1/moderations", {"input": "Hello"}, "Hello", 1),

@@ -68,6 +68,14 @@ def test_calls_that_follow_each_other_are_one_message() -> None:
     assert found[2] == {"role": "tool", "tool_call_id": "c1", "content": "3"}
 
 
+def test_reasoning_belongs_to_what_follows_it() -> None:
+    thought = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    said = {"role": "assistant", "content": "Yes."}
+    assert messages([{"role": "user", "content": "?"}, thought, said])[1:] == [{**said, "reasoning_content": "Hm."}]
+    assert messages([{"role": "user", "content": "?"}, thought, CALL])[1]["reasoning_content"] == "Hm."
+    assert messages([{"role": "user", "content": "?"}, thought]) == [{"role": "user", "content": "?"}]
+
+
 def test_settings_are_those_of_a_chat() -> None:
     tool = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": True}
     shape = {"type": "json_schema", "name": "s", "schema": {"type": "object"}, "strict": True}

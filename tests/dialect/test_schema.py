@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from blendserve.dialect.parameters import MAX_LISTED_TOKENS, SMALLEST_TOP_P
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.errors import RequestError
+from blendserve.models.conversation import Conversation
 from blendserve.request import SamplingParams
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -109,6 +110,8 @@ def test_logprobs_in_each_endpoints_style(body: dict[str, Any], expected: int | 
     assert parse(body).sampling.logprobs == expected
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 HARMLESS = {
     "user": "me",
     "metadata": {"a": "b"},
@@ -130,15 +133,24 @@ def test_harmless_parameters_change_nothing(body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("parameters", "code"),
     [
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter"),
+        ({"tools": [TOOL]}, "unsupported_parameter"),
+        ({"tools": {}}, "invalid_type"),
+        ({"tools": [TOOL, TOOL]}, "invalid_value"),
+        ({"tool_choice": "required"}, "invalid_value"),
+        ({"tool_choice": "some"}, "invalid_value"),
+        ({"parallel_tool_calls": 1}, "invalid_type"),
         ({"response_format": {"type": "xml"}}, "invalid_value"),
         ({"stream": True}, "unsupported_parameter"),
         ({"stream": 0}, "unsupported_parameter"),
         ({"store": True}, "unsupported_parameter"),
         ({"echo": True}, "unsupported_parameter"),
         ({"best_of": 2}, "unsupported_parameter"),
-        ({"reasoning_effort": "low"}, "unsupported_parameter"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "unsupported_parameter"),
+        ({"reasoning_effort": "much"}, "invalid_value"),
+        ({"thinking": True}, "invalid_value"),
+        ({"chat_template_kwargs": []}, "invalid_type"),
+        ({"documents": ["x"]}, "invalid_type"),
+        ({"add_generation_prompt": "yes"}, "invalid_type"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "invalid_value"),
         ({"modalities": ["text", "audio"]}, "unsupported_parameter"),
         ({"temprature": 1}, "unknown_parameter"),
         ({"prompt": "hi"}, "unknown_parameter"),
@@ -234,7 +246,7 @@ def test_prompts_that_are_none(prompt: Any) -> None:
     assert error.param.startswith("prompt")
 
 
-def test_messages_keep_roles_and_join_text_parts() -> None:
+def test_messages_keep_roles_and_text_parts() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     line = parse(
         {
@@ -245,13 +257,12 @@ def test_messages_keep_roles_and_join_text_parts() -> None:
             ]
         }
     )
-    assert line.prompts == (
-        (
-            {"role": "system", "content": "be kind"},
-            {"role": "user", "content": "one\ntwo"},
-            {"role": "assistant", "content": ""},
-        ),
+    messages = (
+        {"role": "developer", "content": "be kind"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": ""},
     )
+    assert line.prompts == (Conversation(messages),)
 
 
 @pytest.mark.parametrize(
@@ -263,17 +274,22 @@ def test_messages_keep_roles_and_join_text_parts() -> None:
         (["hi"], "messages[0]"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": ["user"], "content": "x"}], "messages[0].role"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([{"role": "function", "content": "x"}], "messages[0].role"),
+        ({"role": "user", "content": "x"}, "messages"),
+        ([{"role": "user", "content": {"text": "x"}}], "messages[0].content"),
+        ([{"role": "user", "content": 4}], "messages[0].content"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": None}], "messages[0].content"),
         ([{"role": "user", "content": []}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0]"),
-        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
-        ([{"role": "user", "content": "x", "name": "bob"}], "messages[0].name"),
+        ([{"role": "user", "content": [5]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
         ([{"role": "user", "content": "x", "contents": "y"}], "messages[0].contents"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
+        ([{"role": "assistant", "tool_calls": [{**CALL, "id": 5}]}], "messages[0].tool_calls[0].id"),
     ],
 )
 def test_messages_that_are_none(messages: Any, param: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from batch_fakes import SERVED, FakeCodec, batch_line, mixed_lines, run_fake, wr
 from blendserve.dialect.codec import ModelCodec
 from blendserve.errors import RequestError
 from blendserve.job.check import MAX_LISTED_LINES, check_file
+from blendserve.models.conversation import Conversation
 from blendserve.models.tokenizer import Tokenizer
 
 
@@ -41,8 +42,10 @@ class FakeTokenizer:
 
     has_chat_template = True
 
-    def render_each(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-        return ["|".join(message["content"] for message in messages) for messages in conversations]
+    special_texts = ()
+
+    def render_each(self, conversations: Sequence[Conversation]) -> list[str]:
+        return ["|".join(message["content"] for message in chat.messages) for chat in conversations]
 
     def encode_each(self, texts: Sequence[str], add_special_tokens: bool, max_tokens: int) -> list[Any]:
         assert max_tokens == 99
@@ -52,7 +55,7 @@ class FakeTokenizer:
 def test_chats_get_the_template_and_texts_what_the_model_expects() -> None:
     tokenizer = FakeTokenizer()
     codec = ModelCodec(cast(Tokenizer, tokenizer), max_model_len=99)
-    chat = ({"role": "user", "content": "abc"}, {"role": "assistant", "content": "d"})
+    chat = Conversation(({"role": "user", "content": "abc"}, {"role": "assistant", "content": "d"}))
     encoded = codec.encode(["xy", chat, "z"])
     assert [np.asarray(token_ids).tolist() for token_ids in encoded] == [[1000, 2], [5], [1000, 1]]
     tokenizer.has_chat_template = False

@@ -9,6 +9,7 @@ import pytest
 from tiny_files import tiny_directory
 
 from blendserve.cli import main
+from blendserve.job.job import EXIT_ERROR_ROWS
 
 FRAGILE = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
 BOMB = "{% for m in messages %}{{ m.content * (10**10 if m.content == 'bomb' else 1) }}{% endfor %}"
@@ -43,7 +44,7 @@ def test_lines_that_break_tokenizer_or_template_are_rows(
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     limits = ["--kv-memory", "4MiB", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--threads", "2"]
-    assert main(["run", str(source), "-o", str(output), "--model", str(model), "--quiet", *limits]) == 0
+    assert main(["run", str(source), "-o", str(output), "--model", str(model), "--quiet", *limits]) == EXIT_ERROR_ROWS
     answers = {json.loads(row)["custom_id"] for row in output.read_text().splitlines()}
     assert answers == {"chat good", "text good", "text bomb", "chat last", "text last"}
     rows = [json.loads(row) for row in (tmp_path / "out.errors.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ from batch_fakes import (
 )
 
 from blendserve.dialect.schema import ServedModel
-from blendserve.errors import CapacityError, ExecutorError, RequestError
+from blendserve.errors import CapacityError, ConfigError, ExecutorError, RequestError
 from blendserve.job.interrupts import JobInterrupted
 from blendserve.job.job import JobProgress
 from blendserve.job.pending import PendingRequests
@@ -206,11 +206,11 @@ def test_no_error_rows_no_error_file(tmp_path: Path) -> None:
     assert report.errors_path is None
 
 
-def test_an_empty_file_is_an_empty_output(tmp_path: Path) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", [b"", b""])
-    engine = FakeEngine()
-    report = run_fake(tmp_path / "in.jsonl", tmp_path / "out.jsonl", engine)
-    assert (report.num_lines, (tmp_path / "out.jsonl").read_bytes()) == (0, b"")
+    with pytest.raises(ConfigError, match="is empty: a batch file has one request in each line"):
+        run_fake(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_the_report_says_which_name_was_served_by_which_model(tmp_path: Path) -> None:

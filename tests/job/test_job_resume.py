@@ -146,7 +146,7 @@ def test_a_journal_that_lost_what_was_read_is_refused(tmp_path: Path, job_input:
         (lambda fields: fields.pop("created"), r"header\.json is damaged.*--fresh"),
         (lambda fields: fields.pop("identity"), r"header\.json is damaged.*--fresh"),
         (lambda fields: fields.update(identity=3), r"header\.json is damaged.*--fresh"),
-        (lambda fields: fields.update(format=3), r"format 3, .*--fresh"),
+        (lambda fields: fields.update(format=3), r"journal format 3; .*--fresh"),
         (lambda fields: fields.update(created=3), r"header\.json is damaged.*--fresh"),
     ],
 )
@@ -178,7 +178,11 @@ def test_a_finished_job_is_not_run_again(tmp_path: Path, job_input: Path) -> Non
         first.notes,
     )
     assert output.read_bytes() == content
-    assert sorted(path.name for path in (tmp_path / "out.jsonl.journal").iterdir()) == ["complete.json", "lock"]
+    assert sorted(path.name for path in (tmp_path / "out.jsonl.journal").iterdir()) == [
+        "complete.json",
+        "lines",
+        "lock",
+    ]
     run_fake(job_input, output, engine, is_fresh=True)
     assert engine.num_answers > 0
 
@@ -229,7 +233,7 @@ def test_a_journal_of_another_input_is_refused(tmp_path: Path, job_input: Path) 
     with pytest.raises(JobInterrupted):
         run_fake(job_input, tmp_path / "out.jsonl", stop_after(3, KeyboardInterrupt()))
     write_lines(job_input, [*mixed_lines(NUM_JOB_LINES), batch_line("one more")])
-    with pytest.raises(ConfigError, match=r"input .sha256. was"):
+    with pytest.raises(ConfigError, match=r"whose input was another one, or was changed since: add --reuse"):
         run_fake(job_input, tmp_path / "out.jsonl")
     assert run_fake(job_input, tmp_path / "out.jsonl", is_fresh=True).num_lines == NUM_JOB_LINES + 1
 

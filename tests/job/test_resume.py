@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal
+from blendserve.job.record_log import RecordKind
 from blendserve.job.resume import Continue, Decision, Done, Recorded, Refuse, Start, Wanted, decide
 from blendserve.job.store import StoredFile
 from blendserve.job.writer import JobPaths
@@ -20,10 +21,19 @@ HEADER = JournalHeader(
     JOB, 7, 10, "m", 100, {"tokens": StoredFile(40, "00")}, capacity=0, errors_name="out.errors.jsonl"
 )
 SEAL = JournalSeal(
-    JOB, False, {"out.jsonl": 500}, {"num_lines": 10}, capacity=0, num_retriable=0, errors_name="out.errors.jsonl"
+    JOB,
+    False,
+    {"out.jsonl": 500},
+    {"num_lines": 10},
+    capacity=0,
+    num_for_memory=0,
+    num_passing=0,
+    errors_name="out.errors.jsonl",
 )
-RETRIABLE = replace(SEAL, num_retriable=2)
+RETRIABLE = replace(SEAL, num_for_memory=2)
 ALL_THERE = {"out.jsonl": 500}
+NONE: frozenset[RecordKind] = frozenset()
+FOR_MEMORY = frozenset((RecordKind.CAPACITY_ROW,))
 
 
 def decided(recorded: Recorded, **wanted: Any) -> Decision:
@@ -45,19 +55,19 @@ def test_files_of_somebody_else_are_refused_and_replaced_when_asked() -> None:
 
 
 def test_a_begun_job_goes_on() -> None:
-    assert decided(Recorded(None, HEADER, {})) == Continue(HEADER, is_sealed=False, tries_again=False)
+    assert decided(Recorded(None, HEADER, {})) == Continue(HEADER, is_sealed=False, dropped=NONE)
 
 
 def test_a_begun_job_knows_its_own_files() -> None:
     """A crash between writing the files and the seal leaves files that the header has noted."""
     header = replace(HEADER, own_sizes={"out.jsonl": [400, 500]})
-    assert decided(Recorded(None, header, ALL_THERE)) == Continue(header, is_sealed=False, tries_again=False)
+    assert decided(Recorded(None, header, ALL_THERE)) == Continue(header, is_sealed=False, dropped=NONE)
     assert isinstance(decided(Recorded(None, header, {"out.jsonl": 501})), Refuse)
 
 
 def test_another_amount_of_memory_tries_lines_again() -> None:
     decision = decided(Recorded(None, HEADER, {}), capacity=1 << 30)
-    assert decision == Continue(replace(HEADER, capacity=1 << 30), is_sealed=False, tries_again=True)
+    assert decision == Continue(replace(HEADER, capacity=1 << 30), is_sealed=False, dropped=FOR_MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -105,5 +115,5 @@ def test_a_finished_job_with_lines_for_more_memory_is_unsealed_by_more() -> None
     recorded = Recorded(RETRIABLE, HEADER, ALL_THERE)
     assert decided(recorded) == Done({"num_lines": 10})
     own = replace(HEADER, own_sizes={"out.jsonl": [500]}, capacity=1 << 30)
-    assert decided(recorded, capacity=1 << 30) == Continue(own, is_sealed=True, tries_again=True)
+    assert decided(recorded, capacity=1 << 30) == Continue(own, is_sealed=True, dropped=FOR_MEMORY)
     assert decided(Recorded(SEAL, None, ALL_THERE), capacity=1 << 30) == Done({"num_lines": 10})

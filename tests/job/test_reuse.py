@@ -127,7 +127,7 @@ def test_a_batch_file_refuses_a_changed_input_as_before(tmp_path: Path) -> None:
     run_job(job, FakeCodec(), FakeEngine())
     assert not (tmp_path / "out.jsonl.journal" / "records").exists()
     write_lines(source, [chat(0, "another question")])
-    with pytest.raises(ConfigError, match="belongs to another job"):
+    with pytest.raises(ConfigError, match="add --reuse"):
         run_job(job, FakeCodec(), FakeEngine())
 
 

@@ -19,6 +19,7 @@ from tiny_models import random_weights, tiny_spec
 from blendserve.config import EngineConfig
 from blendserve.engine.limits import resolve_limits
 from blendserve.errors import BlendServeError, RequestError
+from blendserve.models.conversation import Conversation
 from blendserve.models.fingerprint import fingerprint
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.hub import ModelFiles
@@ -232,7 +233,7 @@ def use(path: Path, *, renders: bool = True) -> str:
             if not isinstance(outcome, RequestError):
                 tokenizer.decode(outcome)
         if renders and tokenizer.has_chat_template:
-            tokenizer.render_each([MESSAGES])
+            tokenizer.render_each([Conversation(tuple(MESSAGES))])
     except BlendServeError as error:
         return type(error).__name__ if len(str(error)) < 2000 and "\n" not in str(error) else "no single line"
     return "loaded"

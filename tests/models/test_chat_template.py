@@ -9,18 +9,26 @@ import pytest
 
 from blendserve.errors import ConfigError, RequestError
 from blendserve.models.chat_template import ChatTemplate
+from blendserve.models.conversation import Conversation
 
+DAY = datetime.date(2026, 1, 2)
 USER = [{"role": "user", "content": "hi <b>"}]
 
 
 def render(source: str, messages: Any = USER, **special: str) -> str:
-    return ChatTemplate(source, special).render(messages)
+    return ChatTemplate(source, special, DAY).render(Conversation(tuple(messages)))
 
 
 def test_names_that_templates_rely_on() -> None:
-    assert render("{{ bos_token }}|{{ add_generation_prompt }}|{{ tools }}", bos_token="<s>") == "<s>|True|None"
+    source = "{{ bos_token }}|{{ add_generation_prompt }}|{{ tools }}|{{ messages[0].content }}"
+    assert render(source, bos_token="<s>") == "<s>|True|None|hi <b>"
     assert render("{{ messages | tojson }}") == '[{"role": "user", "content": "hi <b>"}]'
-    assert render("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}") == ""
+    assert (
+        render(
+            "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}{{ messages[0].content }}"
+        )
+        == "hi <b>"
+    )
     assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}!") == "hi <b>!"
 
 
@@ -29,10 +37,8 @@ def test_blocks_leave_no_blank_lines() -> None:
     assert render(source) == "a\nhi <b>\nb"
 
 
-def test_the_date_does_not_depend_on_the_day() -> None:
-    source = "{{ strftime_now('%d %b %Y') }}"
-    assert render(source) == "26 Jul 2024"
-    assert ChatTemplate(source, {}, datetime.date(2026, 1, 2)).render(USER) == "02 Jan 2026"
+def test_the_date_is_the_one_that_is_given() -> None:
+    assert render("{{ messages[0].content }} {{ strftime_now('%d %b %Y') }}") == "hi <b> 02 Jan 2026"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_messages_that_a_template_refuses_are_the_requests_error(source: str, re
 
 def test_an_invalid_template_is_the_models_error() -> None:
     with pytest.raises(ConfigError, match="not valid, line 2"):
-        ChatTemplate("a\n{% for %}", {})
+        ChatTemplate("a\n{% for %}", {}, DAY)
 
 
 @pytest.mark.parametrize(

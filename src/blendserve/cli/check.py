@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_model, add_reading, find_model, read_limits, say, served_model
+from blendserve.cli.options import (
+    add_chat,
+    add_model,
+    add_reading,
+    chat_settings,
+    find_model,
+    read_limits,
+    say,
+    served_model,
+)
 from blendserve.dialect.codec import ModelCodec
 from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
 from blendserve.models.load import load_model
@@ -26,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
     add_model(parser)
+    add_chat(parser)
     add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
     parser.set_defaults(command=run)
@@ -33,9 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check the file. Returns 1 when a line has an error, else 0."""
-    model = load_model(find_model(args))
+    chat, model = chat_settings(args), load_model(find_model(args))
+    model = replace(model, tokenizer=chat.applied(model.tokenizer))
     served = served_model(args, model)
-    report = check_file(args.input, served, ModelCodec(model.tokenizer, served.max_model_len), limits=read_limits(args))
+    codec = ModelCodec(
+        model.tokenizer, served.max_model_len, served.abilities.chat, obeys_control_tokens=chat.obeys_control_tokens
+    )
+    report = check_file(args.input, served, codec, limits=read_limits(args))
     say(json.dumps(asdict(report)) if args.json else describe(report))
     return EXIT_HAS_ERRORS if report.errors else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 HELP_BY_COMMAND = {
     "run": "answer every line of a batch file",
     "map": "answer every row of a table",
+    "export": "write the answers that a job has so far",
     "check": "validate a batch file without running it",
     "plan": "say what a batch file holds and how long it would take",
     "simulate": "simulate how long a job would take on given hardware",
@@ -18,9 +19,10 @@ HELP_BY_COMMAND = {
 }
 
 EXIT_CODES = {
-    0: "done; of `run`: every line has its row, an answer or an error",
-    1: "an error; its message is on standard error; of `check`: a line has an error",
+    0: "done; of `run`: every line was answered",
+    1: "it could not be done; the message is on standard error; of `check`: a line has an error",
     2: "the command line is not understood",
+    3: "of `run`: the job is finished, and some lines, or all of them, have rows in the error file",
     129: "stopped by SIGHUP, as when a terminal closes; the same command goes on",
     130: "stopped by Ctrl-C; the same command goes on",
     138: "stopped by SIGUSR1, which Slurm sends before the time is up if asked to; the same command goes on",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from blendserve.cli.options import (
+    add_chat,
     add_dtype,
     add_kv_dtype,
     add_model,
@@ -25,6 +26,13 @@ ENGINE_NAMES = ("native", "http", "vllm")
 ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("window", "report", "trace", "overlap", "dtype", "kv_dtype", "isa"), ("native",)),
     **dict.fromkeys(("revision", "generation_config"), ("native", "vllm")),
+    **dict.fromkeys(
+        (
+            *("chat_template", "chat_template_kwargs", "template_date"),
+            *("tool_format", "reasoning_format", "control_tokens"),
+        ),
+        ("native", "vllm"),
+    ),
     **dict.fromkeys(
         ("max_model_len", "kv_memory", "max_num_seqs", "max_num_batched_tokens", "threads", "no_prefix_caching"),
         ("native", "vllm"),
@@ -303,7 +311,7 @@ def given_run_options(args: argparse.Namespace) -> list[str]:
 def check_options(args: argparse.Namespace) -> None:
     """Raises: ConfigError when an option is given that would have no effect."""
     parser = argparse.ArgumentParser(add_help=False)
-    for add in (add_model, add_engine, add_engine_choice, add_watching):
+    for add in (add_model, add_chat, add_engine, add_engine_choice, add_watching):
         add(parser)
     for name, engines in ENGINES_BY_OPTION.items():
         if args.engine not in engines and getattr(args, name) != parser.get_default(name):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from blendserve.cli.options import chat_settings
 from blendserve.config import EngineConfig
 from blendserve.engines.settings import (
     EngineSettings,
@@ -64,6 +65,7 @@ def _native(args: argparse.Namespace) -> NativeSettings:
         window=args.window,
         revision=args.revision,
         generation_config=args.generation_config,
+        chat=chat_settings(args),
     )
 
 
@@ -114,6 +116,7 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         revision=args.revision,
         image_domains=tuple(args.image_domain),
         generation_config=args.generation_config,
+        chat=chat_settings(args),
     )
 
 

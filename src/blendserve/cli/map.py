@@ -176,7 +176,9 @@ def _add_parameters(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the job. Returns 0 when every row has an answer or an error; 130, 143, 129 or 138 when interrupted."""
+    """Run the job. Returns 0 when every row was answered, 3 when some have errors; 130, 143, 129 or 138 when
+    interrupted.
+    """
     from blendserve.tables.extra import require_data
 
     started_s = time.perf_counter()
@@ -201,9 +203,9 @@ def run(args: argparse.Namespace) -> int:
         tell("")
         tell(f"blendserve: {interrupt}")
         return interrupt.exit_code
-    summary = RunSummary(report, args.policy, time.perf_counter() - started_s, engine.times, engine.stats)
+    summary = RunSummary([report], args.policy, time.perf_counter() - started_s, engine.times, engine.stats)
     say(json.dumps(summary.to_json()) if args.json else summary.to_text())
-    return 0
+    return summary.exit_code
 
 
 def table_job(args: argparse.Namespace) -> TableJob:

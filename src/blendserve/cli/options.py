@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from contextlib import suppress
+from typing import Any
 
 from blendserve.config import DTYPES, KV_DTYPES, EngineConfig, parse_bytes
 from blendserve.dialect.extras import native_abilities
@@ -13,6 +15,8 @@ from blendserve.engine.limits import resolve_limits
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.reader import DEFAULT_MAX_LINE_REQUESTS, DEFAULT_MAX_REQUESTS, ReadLimits
+from blendserve.models.chat_formats import AUTO, REASONING_FORMAT_NAMES, TOOL_FORMAT_NAMES
+from blendserve.models.chat_settings import CONTROL_TOKENS, ChatSettings
 from blendserve.models.hub import ModelFiles, resolve
 from blendserve.models.load import LoadedModel
 from blendserve.models.spec import ModelSpec
@@ -104,6 +108,72 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """How conversations become prompts, and how answers are read."""
+    group = parser.add_argument_group("chat", "how messages become prompts, and how answers are read")
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja template to use instead of the model's own (default: the model's own)",
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="variables for the template of every line, such as '{\"enable_thinking\": false}'; a line's own come "
+        "first (default: none)",
+    )
+    group.add_argument(
+        "--template-date",
+        metavar="DATE",
+        help="what templates get as today, such as 2026-11-29 (default: the day on which the job begins)",
+    )
+    group.add_argument(
+        "--tool-format",
+        choices=TOOL_FORMAT_NAMES,
+        default=AUTO,
+        help="how the model writes calls of functions (default: auto, as its template shows)",
+    )
+    group.add_argument(
+        "--reasoning-format",
+        choices=REASONING_FORMAT_NAMES,
+        default=AUTO,
+        help="how the model marks its reasoning, which is kept apart from the answer (default: auto, as its template "
+        "or its tokens show)",
+    )
+    group.add_argument(
+        "--control-tokens",
+        choices=CONTROL_TOKENS,
+        default="text",
+        help="what control tokens such as <|im_end|> are in the texts of users and tools: text, or obey, which lets "
+        "them end a message as vLLM does (default: text)",
+    )
+
+
+def chat_settings(args: argparse.Namespace) -> ChatSettings:
+    """What `add_chat` has read. Raises: ConfigError for a value that cannot work."""
+    return ChatSettings(
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+        template_date=args.template_date,
+        tool_format=args.tool_format,
+        reasoning_format=args.reasoning_format,
+        control_tokens=args.control_tokens,
+    )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An argument that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"enable_thinking": false}}')
+    return value
+
+
 def read_limits(args: argparse.Namespace) -> ReadLimits:
     return ReadLimits(max_line_requests=args.max_line_requests, max_requests=args.max_requests)
 
@@ -147,7 +217,7 @@ def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
         accepts_any_name=args.model is not None,
         vocab_size=model.spec.vocab_size,
         max_model_len=context_length(args, model.spec),
-        abilities=native_abilities(model.spec.hidden_size),
+        abilities=native_abilities(model.spec.hidden_size, chat_settings(args).formats(model.tokenizer)),
     )
 
 
@@ -155,6 +225,12 @@ def tell(text: str) -> None:
     """A line for the person at the terminal, kept out of standard output; lost where nobody reads it any more."""
     with suppress(OSError):
         print(printable_line(text), file=sys.stderr, flush=True)
+
+
+def tell_all(text: str) -> None:
+    """What a command answers, on standard error: for a command whose standard output holds something else."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:

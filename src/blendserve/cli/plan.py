@@ -9,7 +9,7 @@ from pathlib import Path
 from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_planned_run, given_run_options
 from blendserve.cli.engine_settings import planned_config
-from blendserve.cli.options import add_reading, positive_integer, read_limits, say, tell
+from blendserve.cli.options import add_chat, add_reading, chat_settings, positive_integer, read_limits, say, tell
 from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
 from blendserve.errors import ConfigError
 from blendserve.job.batch_input import BatchInput, read_batch
@@ -49,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_target(parser, f"{THIS_MACHINE} if it is calibrated, else {DEFAULT_HARDWARE}", DEFAULT_MODEL.name)
     add_planned_run(parser)
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
+    add_chat(parser)
     add_reading(parser)
     add_output(parser)
     parser.set_defaults(command=run)
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.model, notify=tell)
     machine = _find_machine(args, target)
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
-    with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
+    with read_batch(args.input, target.spec, tokenizer, read_limits(args), chat_settings(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))
         if args.html is not None:

@@ -10,7 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.options import add_reading, not_negative, positive_integer, read_limits, say, tell
+from blendserve.cli.options import (
+    add_chat,
+    add_reading,
+    chat_settings,
+    not_negative,
+    positive_integer,
+    read_limits,
+    say,
+    tell,
+)
 from blendserve.cli.plan import add_forecast, add_output
 from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
 from blendserve.costs.hardware import A100_80G, HARDWARE_BY_NAME
@@ -78,6 +87,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
     _add_costs(parser)
     add_output(parser)
+    add_chat(parser)
     add_reading(parser)
     parser.set_defaults(command=run)
 
@@ -141,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
 def _simulate_file(args: argparse.Namespace, target: Target, machines: dict[EngineKind, Machine]) -> SimulateReport:
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
     machine = next(iter(machines.values()))
-    with read_batch(args.input, target.spec, tokenizer, read_limits(args)) as batch:
+    with read_batch(args.input, target.spec, tokenizer, read_limits(args), chat_settings(args)) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         workload = planned_workload(args.input.name, plan)
     forecasts = _forecast(args, workload, machines, sampled(args.max_simulated))

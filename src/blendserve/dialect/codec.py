@@ -2,52 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 
-from blendserve.dialect.prompts import Message
 from blendserve.dialect.urls import COMPLETIONS_URL
 from blendserve.errors import RequestError
-from blendserve.models.detokenize import text_of
+from blendserve.models.chat_encoder import ChatEncoder
+from blendserve.models.chat_formats import AnswerParts, ChatFormats
+from blendserve.models.conversation import Conversation
+from blendserve.models.detokenize import marked_text_of, text_of
 from blendserve.models.tokenizer import Tokenizer
+from blendserve.models.tool_formats.format import Tool
 from blendserve.request import SequenceOutput, TokenIds
+
+_TAIL_TOKENS = 16
+"""Of a prompt: enough to see whether it ends inside the reasoning."""
 
 
 class ModelCodec:
-    """Conversations go through the chat template; plain texts get what the model expects around them (BOS)."""
+    """Conversations go through the chat template; plain texts get what the model expects around them (BOS).
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int = 0) -> None:
+    `formats`: how the model marks reasoning and calls. None: answers are plain text. `obeys_control_tokens`: the texts
+    of users may hold control tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_model_len: int = 0,
+        formats: ChatFormats | None = None,
+        *,
+        obeys_control_tokens: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._formats = formats or ChatFormats()
+        self._chats = ChatEncoder(tokenizer, obeys_control_tokens=obeys_control_tokens)
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[TokenIds | RequestError]:
+    def encode(self, prompts: Sequence[str | Conversation]) -> list[TokenIds | RequestError]:
         """Encode in two calls, one per kind, each on all cores. Raises: RequestError for a chat without a template."""
-        outcomes: list[TokenIds | RequestError | None] = [None] * len(prompts)
         texts = {at: prompt for at, prompt in enumerate(prompts) if isinstance(prompt, str)}
-        self._encode(texts, outcomes, add_special_tokens=True)
         chats = {at: prompt for at, prompt in enumerate(prompts) if not isinstance(prompt, str)}
-        rendered = dict(zip(chats, self._render([*chats.values()]), strict=True)) if chats else {}
-        for at, text in rendered.items():
-            outcomes[at] = text if isinstance(text, RequestError) else None
-        texts = {at: text for at, text in rendered.items() if isinstance(text, str)}
-        self._encode(texts, outcomes, add_special_tokens=False)
-        return [outcome for outcome in outcomes if outcome is not None]
+        outcomes: dict[int, TokenIds | RequestError] = {}
+        if texts:
+            encoded = self._tokenizer.encode_each([*texts.values()], True, self._max_model_len)
+            outcomes |= zip(texts, encoded, strict=True)
+        if chats:
+            outcomes |= zip(chats, self._encode_chats([*chats.values()]), strict=True)
+        return [outcomes[at] for at in range(len(prompts))]
 
-    def _render(self, chats: Sequence[tuple[Message, ...]]) -> list[str | RequestError]:
+    def _encode_chats(self, chats: Sequence[Conversation]) -> list[TokenIds | RequestError]:
+        self._check_template()
+        return [chat.token_ids for chat in self._chats.encode_each(chats, self._max_model_len)]
+
+    def _check_template(self) -> None:
         if not self._tokenizer.has_chat_template:
             raise RequestError(
-                f"the model has no chat template; ask {COMPLETIONS_URL}, or choose a model made for chat",
+                f"the model has no chat template; ask {COMPLETIONS_URL}, choose a model made for chat, or give a "
+                "template with --chat-template",
                 code="unsupported_parameter",
                 param="messages",
             )
-        return self._tokenizer.render_each(chats)
 
-    def _encode(
-        self, texts: Mapping[int, str], outcomes: list[TokenIds | RequestError | None], *, add_special_tokens: bool
-    ) -> None:
-        if texts:
-            encoded = self._tokenizer.encode_each([*texts.values()], add_special_tokens, self._max_model_len)
-            for at, outcome in zip(texts, encoded, strict=True):
-                outcomes[at] = outcome
+    def parts_of(
+        self,
+        prompt_token_ids: Sequence[int] | TokenIds,
+        output: SequenceOutput,
+        tools: Sequence[Tool],
+        *,
+        may_call: bool,
+    ) -> tuple[AnswerParts, int]:
+        formats = self._formats
+        if formats.reasoning is None and not may_call:
+            return AnswerParts(self.text_of(output)), 0
+        kept = frozenset(formats.special_ids.values())
+        is_open = False
+        if formats.reasoning is not None:
+            tail = [int(token_id) for token_id in prompt_token_ids[-_TAIL_TOKENS:]]
+            is_open = formats.reasoning.is_open(self._tokenizer.decode(tail, skip_special_tokens=False))
+        text = marked_text_of(self._tokenizer, output, kept) if kept else self.text_of(output)
+        parts = formats.take_apart(text, tools, is_open=is_open, may_call=may_call)
+        return parts, self._num_tokens(output.token_ids, parts.reasoning_end, kept)
+
+    def _num_tokens(self, token_ids: TokenIds, num_characters: int, kept: frozenset[int]) -> int:
+        """The least tokens whose text has so many characters."""
+        if not num_characters:
+            return 0
+        decode = self._tokenizer.decode_keeping
+        return bisect_left(range(len(token_ids)), num_characters, key=lambda n: len(decode(token_ids[:n], kept)))
 
     def text_of(self, output: SequenceOutput) -> str:
         return text_of(

@@ -21,7 +21,9 @@ def _read(body: Mapping[str, Any], _: Abilities) -> ReadBody:
     echo = tuple(prompt if isinstance(prompt, str) else None for prompt in prompts) if body.get("echo") is True else ()
     shows = body.get("prompt_logprobs") is not None
     extras = Extras(echo=echo, shows_prompt_logprobs=shows)
-    sampling = replace(read_completion_parameters(body), structured_outputs=structure)
+    sampling = read_completion_parameters(body)
+    if structure is not None:
+        sampling = replace(sampling, structured_outputs=structure)
     return ReadBody(prompts, sampling, extras)
 
 

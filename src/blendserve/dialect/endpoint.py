@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from blendserve.dialect.extras import NO_EXTRAS, Abilities, Extras
-from blendserve.dialect.prompts import Message, Prompt
+from blendserve.dialect.prompts import Prompt
 from blendserve.errors import RequestError
+from blendserve.models.chat_formats import NO_PARTS, AnswerParts
+from blendserve.models.conversation import Conversation
+from blendserve.models.tool_formats.format import Tool
 from blendserve.request import SamplingParams, SequenceOutput, TokenIds
 
 EncodedPrompt = Sequence[int] | TokenIds
@@ -22,10 +25,14 @@ class Codec(Protocol):
 
     `encode` takes texts and conversations in batches and returns, in their order, token ids or why there are none; it
     raises RequestError where it does not know whose fault it is (the batch is then taken apart to find out). `text_of`
-    is the answer without its stop token or stop string.
+    is the answer without its stop token or stop string, `parts_of` the same taken apart: reasoning, calls of `tools`
+    (where the answer may hold any) and content, with the number of tokens that the reasoning took.
     """
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> Sequence[EncodedPrompt | RequestError]: ...
+    def encode(self, prompts: Sequence[str | Conversation]) -> Sequence[EncodedPrompt | RequestError]: ...
+    def parts_of(
+        self, prompt_token_ids: EncodedPrompt, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
+    ) -> tuple[AnswerParts, int]: ...
     def text_of(self, output: SequenceOutput) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -58,14 +65,19 @@ class StoredLine:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One answer of a line, about to be written. `choice` numbers it as OpenAI does: prompt i has [i * n, (i + 1) * n).
-    `prompt_token_ids` is what the model read."""
+    `prompt_token_ids` is what the model read, `key` is unique to the line. `parts` are filled in for endpoints that
+    have parts. Units: tokens.
+    """
 
     line: StoredLine
+    key: str
     choice: int
     prompt_token_ids: EncodedPrompt
     output: SequenceOutput
     extras: Extras
     codec: Codec
+    parts: AnswerParts = NO_PARTS
+    num_reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,7 @@ class FinishedChoice:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    num_reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +106,9 @@ class AnsweredLine:
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """`prompt_field` is where a body holds what the model reads. `read` raises RequestError for a body that cannot be
-    answered, naming the parameter. `choice_body` and `body` return JSON values. `embeds`: answers are vectors."""
+    answered, naming the parameter. `choice_body` and `body` return JSON values. `has_parts`: its answers may hold
+    reasoning and calls. `embeds`: answers are vectors.
+    """
 
     url: str
     prompt_field: str
@@ -101,6 +116,7 @@ class Endpoint:
     choice_body: Callable[[Choice], dict[str, Any]]
     body: Callable[[AnsweredLine], dict[str, Any]]
     embeds: bool = False
+    has_parts: bool = False
 
 
 def text_usage(answered: AnsweredLine) -> dict[str, Any]:
@@ -110,9 +126,11 @@ def text_usage(answered: AnsweredLine) -> dict[str, Any]:
     num_prompt = sum(of_prompt[0].num_prompt_tokens for of_prompt in prompts)
     num_output = sum(choice.num_output_tokens for choice in choices)
     num_cached = sum(min(choice.num_cached_tokens for choice in of_prompt) for of_prompt in prompts)
+    num_reasoning = sum(choice.num_reasoning_tokens for choice in choices)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
         "total_tokens": num_prompt + num_output,
         "prompt_tokens_details": {"cached_tokens": num_cached},
+        **({"completion_tokens_details": {"reasoning_tokens": num_reasoning}} if num_reasoning else {}),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -17,6 +17,8 @@ from blendserve.dialect.images import Picture
 from blendserve.dialect.parameters import integer_between, reject, shown
 from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
 from blendserve.errors import RequestError
+from blendserve.models.chat_formats import ChatFormats
+from blendserve.models.tool_formats.format import Tool
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -27,7 +29,9 @@ MAX_DIMENSIONS = 1 << 20
 class Abilities:
     """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
     adapters. `max_dimensions` is the length of its vectors, 0 where that is not known. `image_domains` are the hosts
-    that pictures may be fetched from: a line must not send the engine to whatever it can reach. `checks_grammars`:
+    that pictures may be fetched from: a line must not send the engine to whatever it can reach. `chat` is how the model
+    chats; `forces_json`: calls that a line demands come as plain JSON, because the engine follows no grammar of the
+    model's own format. `checks_grammars`:
     structures are held against what our own engine can follow; others check them themselves.
     """
 
@@ -36,22 +40,27 @@ class Abilities:
     image_domains: tuple[str, ...] = ()
     urls: tuple[str, ...] = TEXT_URLS
     max_dimensions: int = 0
+    chat: ChatFormats = field(default_factory=ChatFormats)
+    forces_json: bool = False
     checks_grammars: bool = True
 
 
 TEXT_ONLY = Abilities()
 
 
-def native_abilities(hidden_size: int) -> Abilities:
-    """What the native engine can, with a model whose states have so many numbers."""
-    return Abilities(urls=(*TEXT_URLS, EMBEDDINGS_URL), max_dimensions=hidden_size)
+def native_abilities(hidden_size: int, chat: ChatFormats | None = None) -> Abilities:
+    """What the native engine can, with a model whose states have so many numbers and which chats so."""
+    urls = (*TEXT_URLS, EMBEDDINGS_URL)
+    return Abilities(urls=urls, max_dimensions=hidden_size, chat=chat or ChatFormats())
 
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """`messages` is the whole conversation where it holds pictures; the stored prompt is then only an estimate. `echo`
-    has the text of every prompt that answers begin with, None for one that was given as tokens.
-    `shows_prompt_logprobs`: the answer has them in vLLM's field. `echoed` are settings that the answer repeats.
+    """`messages` is the whole conversation where it holds pictures, and `template` what its chat template is told; the
+    stored prompt is then only an estimate. `echo` has the text of every prompt that answers begin with, None for one
+    that was given as tokens. `shows_prompt_logprobs`: the answer has them in vLLM's field. `echoed` are settings that
+    the answer repeats. The rest is how a chat's answer is read: `tools` that it may call, and how it writes calls
+    (`CallForm`).
     """
 
     adapter: str | None = None
@@ -61,6 +70,13 @@ class Extras:
     echo: tuple[str | None, ...] = ()
     shows_prompt_logprobs: bool = False
     echoed: Mapping[str, Any] | None = None
+    template: Mapping[str, Any] | None = None
+    tools: tuple[Tool, ...] = ()
+    call_form: str = ""
+    named: str | None = None
+    is_parallel: bool = True
+    includes_reasoning: bool = True
+    num_id_characters: int = 0
 
     def to_bytes(self) -> bytes:
         """JSON of what differs from the default; empty where nothing does."""
@@ -72,7 +88,9 @@ class Extras:
         if not data:
             return NO_EXTRAS
         values = json.loads(data)
-        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("messages", "echo")}})
+        tools = tuple(Tool(**tool) for tool in values.get("tools", ()))
+        lists = {name: tuple(values.get(name, ())) for name in ("messages", "echo")}
+        return cls(**{**values, **lists, "tools": tools})
 
 
 NO_EXTRAS = Extras()

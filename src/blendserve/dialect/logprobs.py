@@ -14,9 +14,8 @@ LOWEST_LOGPROB = -9999.0
 
 def logprobs_of_text(output: SequenceOutput) -> Sequence[TokenLogprob]:
     """Those of the tokens that the answer's text holds: a final stop token is no part of it."""
-    ends_in_stop_token = (
-        output.finish_reason == "stop" and output.has_stop_token and not isinstance(output.stop_reason, str)
-    )
+    is_stopped = output.finish_reason == "stop" and output.has_stop_token
+    ends_in_stop_token = is_stopped and not isinstance(output.stop_reason, str)
     return output.logprobs[:-1] if ends_in_stop_token else output.logprobs
 
 

@@ -194,23 +194,15 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **_NEUTRAL,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "echo": (False,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
 }
 _COMPLETION_NEUTRAL: Mapping[str, tuple[object, ...]] = {**_NEUTRAL, "suffix": ("",), "add_special_tokens": (True,)}
 """Parameters taken only with these values (or null), which leave the answer as it is."""

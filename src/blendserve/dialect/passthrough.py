@@ -12,10 +12,11 @@ from hashlib import blake2b
 from typing import Any
 
 from blendserve.dialect.parameters import MAX_INT32, shown
-from blendserve.dialect.prompts import Message, Prompt
+from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.schema import BatchLine, ServedModel, read_envelope
 from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL
 from blendserve.errors import RequestError
+from blendserve.models.conversation import Conversation, Message
 from blendserve.request import SamplingParams
 
 COMPLETIONS_MAX_TOKENS = 16
@@ -79,7 +80,7 @@ def _conversation(body: Mapping[str, Any], messages: Any) -> Prompt:
     ]
     if body.get("tools"):  # templates put them in front
         conversation.insert(0, {"role": "system", "content": json.dumps(body["tools"])})
-    return tuple(conversation) or " "
+    return Conversation(tuple(conversation)) if conversation else " "
 
 
 def _texts(message: Mapping[str, Any]) -> Iterable[str]:

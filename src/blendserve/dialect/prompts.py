@@ -7,10 +7,9 @@ from typing import Any
 
 from blendserve.dialect.parameters import read_token_ids, reject
 from blendserve.errors import RequestError
+from blendserve.models.conversation import Conversation
 
-Message = Mapping[str, str]
-"""`role` and `content`, as a chat template reads them; `pictures`, where there are any, one `Picture` text a word."""
-Prompt = str | tuple[int, ...] | tuple[Message, ...]
+Prompt = str | tuple[int, ...] | Conversation
 
 MAX_PROMPTS = 2048
 

@@ -119,4 +119,4 @@ def _usage(answered: AnsweredLine) -> dict[str, Any]:
     }
 
 
-RESPONSES = Endpoint(RESPONSES_URL, "input", _read, _choice_body, _body)
+RESPONSES = Endpoint(RESPONSES_URL, "input", _read, _choice_body, _body, has_parts=True)

@@ -109,14 +109,22 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         if kind not in _ITEMS:
             raise _unsupported(f"{name}.type", kind, f"items may be of type {', '.join(_ITEMS)}")
         _ITEMS[kind](messages, name, item)
-    return messages
+    return [message for message in messages if not _is_thought(message)]
 
 
 def _add_message(messages: list[dict[str, Any]], name: str, item: Mapping[str, Any]) -> None:
     content = item.get("content")
     if isinstance(content, list):
         content = [_part(f"{name}.content[{index}]", part) for index, part in enumerate(content)]
-    messages.append({"role": item.get("role"), "content": content})
+    if item.get("role") == "assistant" and messages and _is_thought(messages[-1]):
+        messages[-1]["content"] = content
+    else:
+        messages.append({"role": item.get("role"), "content": content})
+
+
+def _is_thought(message: Mapping[str, Any]) -> bool:
+    """Reasoning that waits for what it led to."""
+    return "reasoning_content" in message and message["content"] is None and "tool_calls" not in message
 
 
 def _part(name: str, part: Any) -> dict[str, Any]:
@@ -148,15 +156,20 @@ def _add_call_output(messages: list[dict[str, Any]], name: str, item: Mapping[st
     messages.append({"role": "tool", "tool_call_id": _text(name, item, "call_id"), "content": output})
 
 
-def _pass_over(messages: list[dict[str, Any]], name: str, item: Mapping[str, Any]) -> None:
-    """Reasoning of earlier turns: templates leave it out too."""
+def _add_reasoning(messages: list[dict[str, Any]], name: str, item: Mapping[str, Any]) -> None:  # noqa: ARG001
+    """Reasoning belongs to the message that follows it. What is encrypted or summed up cannot be read."""
+    parts = item.get("content") or []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    thought = "\n".join(text for text in texts if isinstance(text, str))
+    if thought:
+        messages.append({"role": "assistant", "content": None, "reasoning_content": thought})
 
 
 _ITEMS: Mapping[str, Callable[[list[dict[str, Any]], str, Mapping[str, Any]], None]] = {
     "message": _add_message,
     "function_call": _add_call,
     "function_call_output": _add_call_output,
-    "reasoning": _pass_over,
+    "reasoning": _add_reasoning,
 }
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from blendserve.dialect.answers import with_parts
 from blendserve.dialect.endpoint import AnsweredLine, Choice, FinishedChoice, StoredLine
 from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import Extras
@@ -21,18 +22,22 @@ _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": 
 
 def finished_choice(choice: Choice) -> FinishedChoice:
     """One choice of a line, written as its endpoint has it."""
-    output = choice.output
+    output, endpoint = choice.output, ENDPOINTS[choice.line.url]
+    if endpoint.has_parts:
+        choice = with_parts(choice)
     return FinishedChoice(
-        ENDPOINTS[choice.line.url].choice_body(choice),
+        endpoint.choice_body(choice),
         output.num_prompt_tokens,
         output.num_cached_tokens,
         len(output.token_ids),
+        choice.num_reasoning_tokens,
     )
 
 
 def choice_to_bytes(choice: FinishedChoice) -> bytes:
     """A choice as the journal keeps it until its line is whole."""
-    return _to_json([choice.body, choice.num_prompt_tokens, choice.num_cached_tokens, choice.num_output_tokens])
+    counts = (choice.num_prompt_tokens, choice.num_cached_tokens, choice.num_output_tokens)
+    return _to_json([choice.body, *counts, choice.num_reasoning_tokens])
 
 
 def choice_from_bytes(data: bytes) -> FinishedChoice:
@@ -41,14 +46,14 @@ def choice_from_bytes(data: bytes) -> FinishedChoice:
 
 def output_row(line: StoredLine, extras: Extras, choices: Sequence[FinishedChoice], model: str, created: int) -> bytes:
     """The row of an answered line. `choices` holds all of the line's, in order."""
-    key = _key(line.line_number, line.custom_id)
+    key = key_of(line.line_number, line.custom_id)
     body = ENDPOINTS[line.url].body(AnsweredLine(line, key, extras.adapter or model, created, extras, choices))
     return _row(key, line.custom_id, {"status_code": 200, "request_id": f"req_{key}", "body": body}, None)
 
 
 def error_row(line_number: int, custom_id: str | None, error: Exception) -> bytes:
     """The row of a line that failed: as an HTTP response where a server would have sent one, else as a plain error."""
-    key = _key(line_number, custom_id)
+    key = key_of(line_number, custom_id)
     message = f"line {line_number}: {error}"
     if not isinstance(error, RequestError):
         code = "insufficient_memory" if isinstance(error, CapacityError) else "server_error"
@@ -63,7 +68,7 @@ def error_row(line_number: int, custom_id: str | None, error: Exception) -> byte
 
 def served_row(line: StoredLine, response: ServerResponse) -> bytes:
     """The row of a line that a remote server answered, well or not: the server's own body, untouched."""
-    key = _key(line.line_number, line.custom_id)
+    key = key_of(line.line_number, line.custom_id)
     fields = {
         "status_code": response.status_code,
         "request_id": response.request_id or f"req_{key}",
@@ -96,5 +101,6 @@ def _to_json(value: object) -> bytes:
         return json.dumps(value, allow_nan=False).encode()
 
 
-def _key(line_number: int, custom_id: str | None) -> str:
+def key_of(line_number: int, custom_id: str | None) -> str:
+    """What ids of a line's row are made of."""
     return blake2b(f"{line_number} {custom_id}".encode(), digest_size=16).hexdigest()

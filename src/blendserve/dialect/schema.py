@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
 from blendserve.dialect.defaults import with_defaults
 from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import TEXT_ONLY, Abilities
@@ -24,6 +25,7 @@ from blendserve.request import SamplingParams
 
 _MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body"}) - {"metadata"}
 MAX_URL_CHARACTERS = 1000
+_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body", *CHAT_OPTION_FIELDS}) - {"metadata"}
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[\w.~-]+)+", re.ASCII)
 
 
@@ -60,8 +62,8 @@ class BatchLine:
     """One valid line. Chat has one prompt (its messages); a completions body may hold several.
 
     Choices are numbered as OpenAI does: prompt i has the choices [i * n, (i + 1) * n). `body` is what a remote server
-    is sent, as JSON; where the line is answered here, what it asks for beyond text (`Extras`), mostly nothing.
-    `embeds`: it is answered here, with vectors.
+    is sent, as JSON; where the line is answered here, what it asks for beyond text (`Extras`), mostly nothing. `digest`
+    is a hash of the line as it was written. `embeds`: it is answered here, with vectors.
     """
 
     line_number: int
@@ -71,6 +73,7 @@ class BatchLine:
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     body: bytes = b""
+    digest: bytes = b""
     embeds: bool = False
 
     @property
@@ -88,8 +91,9 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     if read.sampling.structured_outputs is not None and served.abilities.checks_grammars:
         check_grammar(read.sampling.structured_outputs)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
-    body_bytes, embeds = extras.to_bytes(), ENDPOINTS[url].embeds
-    line = BatchLine(line_number, custom_id, url, model, read.prompts, read.sampling, body_bytes, embeds)
+    line = BatchLine(
+        line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes(), b"", ENDPOINTS[url].embeds
+    )
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line
@@ -142,8 +146,10 @@ def read_envelope(value: object, urls: tuple[str, ...]) -> tuple[str, str, dict[
 
 
 def custom_id_of(value: object) -> str | None:
-    """The custom_id of a line that may be otherwise invalid, for its error row."""
+    """The custom_id of a line that may be otherwise invalid, for its error row; a number as text."""
     custom_id = value.get("custom_id") if isinstance(value, dict) else None
+    if type(custom_id) is int:
+        return str(custom_id)
     return custom_id if isinstance(custom_id, str) else None
 
 
@@ -160,8 +166,13 @@ def _read_custom_id(value: Mapping[str, Any]) -> str:
     custom_id = value.get("custom_id")
     if custom_id is None:
         raise _line_error("missing_required_parameter", "custom_id is missing; every line needs its own", "custom_id")
-    if not isinstance(custom_id, str) or not custom_id:
-        raise _line_error("invalid_custom_id", f"custom_id is {shown(custom_id)}; it must be a string", "custom_id")
+    if not isinstance(custom_id, str):
+        remedy = "it must be a string" + (f': write "{custom_id}"' if type(custom_id) is int else "")
+        raise _line_error("invalid_custom_id", f"custom_id is {shown(custom_id)}; {remedy}", "custom_id")
+    if not custom_id:
+        raise _line_error(
+            "invalid_custom_id", "custom_id is an empty string; every line needs an id of its own", "custom_id"
+        )
     return custom_id
 
 

@@ -14,12 +14,14 @@ import numpy as np
 from blendserve.costs.hardware import known_hardware, peak_cost_model
 from blendserve.costs.model_cost import CostModel, ModelCost
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.endpoint import EncodedPrompt
 from blendserve.dialect.parameters import MAX_INT32
-from blendserve.dialect.prompts import Message
 from blendserve.errors import ExecutorError, RequestError
 from blendserve.job.pending import PendingRequests
+from blendserve.models.conversation import Conversation, text_of_content
 from blendserve.models.known import known_model
 from blendserve.models.tokenizer import Tokenizer
+from blendserve.models.tool_formats.format import Tool
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.tree import PrefixTree
 from blendserve.request import SequenceOutput, TokenIds
@@ -35,7 +37,7 @@ class EstimatingCodec:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._codec = ModelCodec(tokenizer) if tokenizer is not None else None
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[TokenIds]:
+    def encode(self, prompts: Sequence[str | Conversation]) -> list[TokenIds]:
         if self._codec is None:
             return [tokens_of_bytes(text_of(prompt)) for prompt in prompts]
         try:
@@ -50,19 +52,29 @@ class EstimatingCodec:
     def text_of(self, output: SequenceOutput) -> NoReturn:
         raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
 
+    def parts_of(
+        self,
+        prompt_token_ids: EncodedPrompt,  # noqa: ARG002
+        output: SequenceOutput,
+        tools: Sequence[Tool],  # noqa: ARG002
+        *,
+        may_call: bool,  # noqa: ARG002
+    ) -> NoReturn:
+        self.text_of(output)
+
     def token_bytes(self, token_id: int) -> NoReturn:
         raise ExecutorError(f"token {token_id} has no response; this is a bug, please report it")
 
-    def _encode_otherwise(self, codec: ModelCodec, prompt: str | tuple[Message, ...]) -> TokenIds:
+    def _encode_otherwise(self, codec: ModelCodec, prompt: str | Conversation) -> TokenIds:
         (encoded,) = codec.encode([text_of(prompt)])
         return tokens_of_bytes(text_of(prompt)) if isinstance(encoded, RequestError) else encoded
 
 
-def text_of(prompt: str | tuple[Message, ...]) -> str:
+def text_of(prompt: str | Conversation) -> str:
     """A prompt as plain text, roles included."""
     if isinstance(prompt, str):
         return prompt
-    return "".join(f"{message['role']}: {message['content']}\n" for message in prompt)
+    return "".join(f"{message['role']}: {text_of_content(message['content'])}\n" for message in prompt.messages)
 
 
 def tokens_of_bytes(text: str) -> TokenIds:

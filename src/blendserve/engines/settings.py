@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.errors import ConfigError
+from blendserve.models.chat_settings import DEFAULT_CHAT, ChatSettings
 
 Placement = Literal["spread", "pack"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
@@ -64,8 +65,10 @@ class NativeSettings:
     - `memory_share`: the part of the machine's memory that this engine may take, from 0 to 1 (default: 1).
     - `generation_config`: where sampling parameters of lines that give none come from: "auto", the model's
       generation_config.json (default); "vllm", nowhere; or a directory with a generation_config.json.
+    - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
 
-    Answers depend on `model`, `dtype`, `kv_dtype`, `isa` and `generation_config`; all other settings change time only.
+    Answers depend on `model`, `dtype`, `kv_dtype`, `isa`, `generation_config` and `chat`; all other settings change
+    time only.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -84,6 +87,7 @@ class NativeSettings:
     memory_share: float = 1.0
     revision: str | None = None
     generation_config: str = "auto"
+    chat: ChatSettings = DEFAULT_CHAT
 
     def __post_init__(self) -> None:
         _check_choice("isa", self.isa, ISA_NAMES)
@@ -118,6 +122,7 @@ class VllmSettings:
     - `arguments`: any other fields of vLLM's EngineArgs, such as `{"tensor_parallel_size": 4}` (default: none).
     - `memory_share`: the part of the machine's memory that this engine may take on a CPU, from 0 to 1 (default: 1).
     - `generation_config`: as in `NativeSettings`.
+    - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
 
     Raises: ConfigError for a value that cannot work.
     """
@@ -138,6 +143,7 @@ class VllmSettings:
     revision: str | None = None
     image_domains: tuple[str, ...] = ()
     generation_config: str = "auto"
+    chat: ChatSettings = DEFAULT_CHAT
 
     def __post_init__(self) -> None:
         if not self.model:

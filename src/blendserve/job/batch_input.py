@@ -19,6 +19,7 @@ from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests
 from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
 from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.models.chat_settings import DEFAULT_CHAT, ChatSettings
 from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.planner.base import RequestTable
@@ -37,13 +38,25 @@ class BatchInput:
 
 @contextmanager
 def read_batch(
-    path: Path, spec: ModelSpec, tokenizer: Tokenizer, limits: ReadLimits = DEFAULT_LIMITS
+    path: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    chat: ChatSettings = DEFAULT_CHAT,
 ) -> Iterator[BatchInput]:
     """Tokenize a file into a temporary store that is gone afterwards. Raises: ConfigError when it cannot be read, or
     holds no request.
     """
-    abilities = native_abilities(spec.hidden_size)
-    served = ServedModel((spec.name,), True, vocab_size=0, max_model_len=spec.max_position, abilities=abilities)
+    tokenizer = chat.applied(tokenizer)
+    formats = chat.formats(tokenizer)
+    served = ServedModel(
+        (spec.name,),
+        accepts_any_name=True,
+        vocab_size=0,
+        max_model_len=spec.max_position,
+        abilities=native_abilities(spec.hidden_size, formats),
+    )
+    codec = ModelCodec(tokenizer, spec.max_position, formats, obeys_control_tokens=chat.obeys_control_tokens)
     refused: Counter[str] = Counter()
 
     def refuse(line: BadLine) -> None:
@@ -54,7 +67,7 @@ def read_batch(
         directory = Path(name) / "store"
         writer = StoreWriter(directory)
         try:
-            encode_lines(reader, ModelCodec(tokenizer, spec.max_position), spec.max_position, writer.add, refuse)
+            encode_lines(reader, codec, spec.max_position, writer.add, refuse)
             files = writer.finish()
         except BaseException:
             writer.abandon()

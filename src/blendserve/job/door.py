@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from blendserve.dialect.schema import BatchLine, ServedModel
-from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits, check_readable, sha256_of
+from blendserve.job.input_file import check_readable, sha256_of
+from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
 from blendserve.job.record_log import RecordLog
 from blendserve.job.writer import JobPaths, Sizes, replace_files, resolve_paths, write_partials
 
@@ -70,7 +71,7 @@ class BatchFile:
         return sha256_of(self.paths.input)
 
     def lines(self) -> Lines:
-        return BatchReader(self.paths.input, self._served, self._limits)
+        return BatchReader(self.paths.input, self._served, self._limits, refuses_other_models=True)
 
     def present_sizes(self, others: Iterable[str] = ()) -> dict[str, int]:
         return self.paths.present_sizes(others)

@@ -13,6 +13,7 @@ from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.schema import BatchLine
 from blendserve.errors import RequestError
 from blendserve.job.reader import BadLine
+from blendserve.models.conversation import num_characters
 
 MAX_BATCH_LINES = 1024
 MAX_BATCH_CHARACTERS = 4 << 20
@@ -113,7 +114,7 @@ def _checked(
 
 
 def _is_text(prompt: Prompt) -> bool:
-    return isinstance(prompt, str) or not isinstance(prompt[0], int)
+    return not isinstance(prompt, tuple)
 
 
 def _num_characters(line: BatchLine | BadLine) -> int:
@@ -128,4 +129,4 @@ def _num_characters(line: BatchLine | BadLine) -> int:
 def _prompt_characters(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(4 if isinstance(part, int) else len(part["content"]) for part in prompt)
+    return 4 * len(prompt) if isinstance(prompt, tuple) else num_characters(prompt)

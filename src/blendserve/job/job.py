@@ -12,6 +12,10 @@ from blendserve.dialect.schema import ServedModel
 from blendserve.job.journal import JobIdentity
 from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
 
+EXIT_ANSWERED = 0
+EXIT_ERROR_ROWS = 3
+"""A job is finished, and some of its lines, or all of them, have error rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
@@ -19,7 +23,9 @@ class BatchJob:
 
     `model_identity` names the weights exactly (a path, a hash); `settings` holds every other setting that changes
     answers, JSON values only. Order, threads and memory are none: they change time, not tokens. `capacity` is the
-    memory setting that error rows for want of memory depend on: another one tries those lines again.
+    memory setting that error rows for want of memory depend on: another one tries those lines again. `retries_failed`:
+    try lines again whose failure may pass. `reuses`: where the input has changed, keep the answers to lines that have
+    not.
     """
 
     input_path: Path
@@ -30,6 +36,8 @@ class BatchJob:
     errors_path: Path | None = None
     is_ordered: bool = False
     is_fresh: bool = False
+    retries_failed: bool = False
+    reuses: bool = False
     limits: ReadLimits = DEFAULT_LIMITS
     capacity: int = 0
 
@@ -38,7 +46,6 @@ class BatchJob:
         settings = {
             **self.settings,
             "model names": ", ".join(self.served.names),
-            "accepts_any_name": self.served.accepts_any_name,
             "max_model_len": self.served.max_model_len,
             "vocab_size": self.served.vocab_size,
             "max_line_bytes": self.limits.max_line_bytes,
@@ -68,10 +75,14 @@ class JobReport:
 
     - `output_path`, `errors_path`: the files; `errors_path` is None when every line was answered.
     - `num_lines`, `num_succeeded`, `num_failed`: lines of the input, rows of the output, rows of the error file.
+    - `exit_code`: 0 when every line was answered, 3 when the error file has rows. Both are finished jobs; a job that
+      could not run raises an error instead.
     - `errors_by_code`: how many error rows have each code.
     - `served_model`, `requested_model`: the model that answered, and the one that the lines asked for, if any.
     - `num_resumed`: requests that earlier runs had answered.
     - `num_reused`: lines that kept their answers when the input changed (tables only).
+    - `retriable_by_code`: how many error rows of each code may be answered on another try (failures of the engine or
+      the server, timeouts, too little memory): `retry_failed` tries them again.
     - `num_prompt_tokens`, `num_cached_tokens`, `num_output_tokens`: tokens of this run; cached ones are prompt tokens
       that were not computed again.
     - `was_complete`: an earlier run had finished the job, and this one did nothing.
@@ -87,6 +98,7 @@ class JobReport:
     requested_model: str | None
     num_resumed: int = 0
     num_reused: int = 0
+    retriable_by_code: Mapping[str, int] = field(default_factory=dict)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
@@ -96,3 +108,9 @@ class JobReport:
     @property
     def num_failed(self) -> int:
         return sum(self.errors_by_code.values())
+
+    @property
+    def exit_code(self) -> int:
+        """What `blendserve run` returns for this job: `EXIT_ANSWERED` (0) when every line was answered, else
+        `EXIT_ERROR_ROWS` (3), also when no line was."""
+        return EXIT_ERROR_ROWS if self.num_failed else EXIT_ANSWERED

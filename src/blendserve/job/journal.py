@@ -1,8 +1,9 @@
 """The directory `OUT.jsonl.journal/`: what a job has done so far, bound to what it was asked to do.
 
 `header.json` is written when ingestion has ended (before that nothing here counts), `records` grows while requests
-run, `complete.json` takes the place of all the rest when the output files stand (and joins it where more memory could
-answer more). A lock keeps a second process out.
+run, `complete.json` takes the place of all the rest when the output files stand (and joins it where another try could
+answer more). `lines` then tells which lines the answers are of. A changed input is read into `records.1` and
+`prompts.1`, and so on: they count once the header names them. A lock keeps a second process out.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -22,21 +23,20 @@ from typing import Any
 
 from blendserve.errors import ConfigError
 from blendserve.job.disk import open_own, replace_durably, sync_directory, writing_to
+from blendserve.job.ownership import check_journal, check_own
 from blendserve.job.record_log import RecordLog
 from blendserve.job.store import StoredFile
 
 FORMAT_VERSION = 5
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"
+_LINES = "lines"
 _KEPT, _OWN = "kept", "own.json"
-"""Of a job whose input has changed, until the new one has been read: its records, and the sizes of its files."""
-
-_OWN_NAMES = frozenset(
-    (_LOCK, _PROMPTS, _KEPT, *(name + end for name in (_HEADER, _RECORDS, _SEAL, _OWN) for end in ("", ".partial")))
+"""Of a table that has changed, until the new one has been read: its records, and the sizes of its files."""
+_OWN_NAME = re.compile(
+    r"lock|kept|(header\.json|complete\.json|own\.json|lines|records(\.\d+)?)(\.partial)?|prompts(\.\d+)?"
 )
 
-
 _WORDS = {
-    "accepts_any_name": "a model chosen with --model",
     "dtype": "--dtype",
     "image_domains": "--image-domain",
     "isa": "the instruction set (--isa)",
@@ -74,7 +74,8 @@ class JournalHeader:
 
     Two may change: `capacity`, the memory setting under which the journal's rows for want of memory came about, and
     `own_sizes`, by which the job knows its files: noted before they appear. `errors_name` is its error file,
-    `store_files` what ingestion left in the store, `num_reused` counts lines that kept the answer of an earlier run.
+    `store_files` what ingestion left in the store. `generation` counts how often the input was changed and read anew,
+    `num_reused` lines of a table that kept the answer of an earlier run.
     """
 
     identity: JobIdentity
@@ -86,6 +87,7 @@ class JournalHeader:
     capacity: int
     errors_name: str
     own_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    generation: int = 0
     num_reused: int = 0
 
     def owning(self, sizes: Mapping[str, int]) -> JournalHeader:
@@ -98,7 +100,8 @@ class JournalHeader:
 class JournalSeal:
     """A finished job: which files it wrote, how large they were, and the report to repeat.
 
-    `num_retriable` counts the error rows that came of `capacity`, the memory setting.
+    `num_for_memory` counts the error rows that came of `capacity`, the memory setting, `num_passing` those of other
+    reasons that may pass. Where there are any, header, records and prompts stay beside the seal.
     """
 
     identity: JobIdentity
@@ -106,8 +109,14 @@ class JournalSeal:
     file_sizes: Mapping[str, int]
     report: Mapping[str, Any]
     capacity: int
-    num_retriable: int
+    num_for_memory: int
+    num_passing: int
     errors_name: str
+    generation: int = 0
+
+    @property
+    def num_retriable(self) -> int:
+        return self.num_for_memory + self.num_passing
 
 
 class Journal:
@@ -122,39 +131,61 @@ class Journal:
         with writing_to(directory):
             with suppress(FileExistsError):
                 directory.mkdir(mode=0o700)
-            _check_own(directory)
-            _check_ours(directory)
+            check_own(directory)
+            check_journal(directory, _LOCK)
             self._lock = open_own(directory / _LOCK, os.O_RDWR | os.O_CREAT)
             sync_directory(directory.parent)
         self._take_lock()
 
     @property
     def store_directory(self) -> Path:
+        """Where the tokens of the job's prompts are kept, of an input that was read once."""
+        return self.store_of(0)
+
+    def store_of(self, generation: int) -> Path:
         """Where the tokens of the job's prompts are kept."""
-        return self.directory / _PROMPTS
+        return self.directory / _of_generation(_PROMPTS, generation)
 
     def header(self) -> JournalHeader | None:
         """The header of a job whose ingestion has ended, else None."""
-        values = self._read_json(_HEADER)
-        if values is None:
-            return None
-        files = {name: StoredFile(*of_file) for name, of_file in values["store_files"].items()}
-        return JournalHeader(**{**values, "store_files": files})
+        return read_header(self.directory)
 
     def write_header(self, header: JournalHeader) -> None:
         replace_durably(self.directory / _HEADER, _to_json(header))
 
     def seal(self) -> JournalSeal | None:
-        """What a finished job left, else None."""
-        values = self._read_json(_SEAL)
-        return None if values is None else JournalSeal(**values)
+        """What a finished job left, else None. A header of a later generation has put an end to it."""
+        return read_seal(self.directory)
 
-    def write_seal(self, seal: JournalSeal, *, keeps_records: bool = False) -> None:
+    def write_seal(self, seal: JournalSeal, lines: bytes = b"", *, keeps_records: bool = False) -> None:
         """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
-        hold all that counts. `keeps_records`: the records alone stay."""
+        hold all that counts. `lines` are those of `TokenStore.line_hashes`. `keeps_records`: the records alone stay."""
+        replace_durably(self.directory / _LINES, lines)
         replace_durably(self.directory / _SEAL, _to_json(seal))
-        kept = (_HEADER, _RECORDS, _PROMPTS) if seal.num_retriable else (_RECORDS,) if keeps_records else ()
-        self._discard(keep={_LOCK, _SEAL, *kept})
+        records, prompts = self._names_of(seal.generation)
+        kept = (_HEADER, records, prompts) if seal.num_retriable else (records,) if keeps_records else ()
+        self._discard(keep={_LOCK, _SEAL, _LINES, *kept})
+
+    def line_hashes(self) -> bytes:
+        """What `write_seal` was given. Raises: ConfigError where it is gone."""
+        try:
+            return (self.directory / _LINES).read_bytes()
+        except OSError:
+            raise ConfigError(f"{self.directory / _LINES} is damaged; discard the journal with --fresh") from None
+
+    def renew(self, header: JournalHeader) -> None:
+        """Put a job of a changed input, which has been read beside the old one, in its place. From the header on it
+        counts."""
+        self.write_header(header)
+        with writing_to(self.directory):
+            (self.directory / _SEAL).unlink(missing_ok=True)
+            sync_directory(self.directory)
+        self._discard(keep={_LOCK, _HEADER, *self._names_of(header.generation)})
+
+    def clear(self, generation: int) -> None:
+        """Remove what an attempt to read a changed input has left behind."""
+        names = set(self._names_of(generation))
+        self._discard(keep={entry.name for entry in self.directory.iterdir()} - names)
 
     def unseal(self) -> None:
         """Go on with a job that was finished: what it kept beside the seal counts again."""
@@ -205,8 +236,8 @@ class Journal:
             for name in (_KEPT, _OWN):
                 (self.directory / name).unlink(missing_ok=True)
 
-    def open_records(self) -> RecordLog:
-        return RecordLog(self.directory / _RECORDS)
+    def open_records(self, generation: int = 0) -> RecordLog:
+        return RecordLog(records_path(self.directory, generation))
 
     def close(self) -> None:
         """Release the lock."""
@@ -236,32 +267,61 @@ class Journal:
 
     def _discard(self, keep: set[str]) -> None:
         with writing_to(self.directory):
-            for name in _OWN_NAMES - keep:
-                entry = self.directory / name
+            for entry in [entry for entry in self.directory.iterdir() if _OWN_NAME.fullmatch(entry.name)]:
+                if entry.name in keep:
+                    continue
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
                     entry.unlink(missing_ok=True)
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        """The fields of a header or a seal; None where there is no such file."""
-        path = self.directory / name
-        try:
-            values: dict[str, Any] = json.loads(path.read_bytes())
-            version = values["format"]
-            if version == FORMAT_VERSION:
-                if values.pop("sha256") != _sha256(values):
-                    raise ValueError("the hash is that of other fields")
-                del values["format"]
-                return {**values, "identity": JobIdentity(**values["identity"])}
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
-        raise ConfigError(
-            f"{path} has format {version}, this version of blendserve reads {FORMAT_VERSION}; finish the job with "
-            "the version that began it, or discard the journal with --fresh"
-        )
+    def _names_of(self, generation: int) -> tuple[str, str]:
+        return _of_generation(_RECORDS, generation), _of_generation(_PROMPTS, generation)
+
+
+def read_header(directory: Path) -> JournalHeader | None:
+    """The header of a journal that another process may hold. Raises: ConfigError when it cannot be understood."""
+    values = _read_json(directory, _HEADER)
+    if values is None:
+        return None
+    files = {name: StoredFile(*of_file) for name, of_file in values["store_files"].items()}
+    return JournalHeader(**{**values, "store_files": files})
+
+
+def read_seal(directory: Path) -> JournalSeal | None:
+    """The seal of a journal that another process may hold. Raises: as `read_header`."""
+    values = _read_json(directory, _SEAL)
+    if values is None:
+        return None
+    seal, header = JournalSeal(**values), read_header(directory)
+    return None if header is not None and header.generation > seal.generation else seal
+
+
+def records_path(directory: Path, generation: int) -> Path:
+    """Where the records of a journal are."""
+    return directory / _of_generation(_RECORDS, generation)
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
+    """The fields of a header or a seal; None where there is no such file."""
+    path = directory / name
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        version = values["format"]
+        if version == FORMAT_VERSION:
+            if values.pop("sha256") != _sha256(values):
+                raise ValueError("the hash is that of other fields")
+            del values["format"]
+            return {**values, "identity": JobIdentity(**values["identity"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ConfigError(f"{path} is damaged; discard the journal with --fresh") from None
+    raise ConfigError(
+        f"{path} was written by another version of blendserve (journal format {version}; this one reads "
+        f"{FORMAT_VERSION}): finish the job with that version, write to another file (-o), or begin anew with "
+        "--fresh, which discards its answers"
+    )
 
 
 def why_another_job(recorded: JobIdentity, present: JobIdentity, directory: Path) -> str | None:
@@ -270,50 +330,25 @@ def why_another_job(recorded: JobIdentity, present: JobIdentity, directory: Path
     differences = recorded.differences(present)
     if not differences:
         return None
+    if is_changed_input(recorded, present):
+        return (
+            f"{directory} belongs to a job whose input was another one, or was changed since: add --reuse to keep the "
+            "answers of lines that did not change and to run the others, write to another file (-o), or discard that "
+            "job with --fresh"
+        )
     return (
         f"{directory} belongs to another job: {'; '.join(differences)}. Run the command that began it, write to "
         "another file (-o), or discard that job with --fresh"
     )
 
 
-def _check_own(directory: Path) -> None:
-    """Raises: ConfigError where another user may have put a part of the journal there: it could lead anywhere.
-
-    Mutates: the mode of a directory that others may look into.
-    """
-    paths = [directory]
-    for parent, directories, files in os.walk(directory):
-        paths += [Path(parent, name) for name in (*directories, *files)]
-    for path in paths:
-        found = path.lstat()
-        reason = _foreign(found)
-        if reason:
-            raise ConfigError(
-                f"{path} {reason}; a journal is used only by the user who began it: move it away, or write to another "
-                "file (-o)"
-            )
-        if path == directory and stat.S_IMODE(found.st_mode) & 0o077:
-            path.chmod(0o700)
+def is_changed_input(recorded: JobIdentity, present: JobIdentity) -> bool:
+    """Is the input all that differs?"""
+    return recorded != present and replace(recorded, input_sha256=present.input_sha256) == present
 
 
-def _foreign(found: os.stat_result) -> str:
-    """Why a path is not surely ours, as a verb and its object; empty where it is."""
-    if stat.S_ISLNK(found.st_mode):
-        return "is a symbolic link"
-    if found.st_uid != os.geteuid():
-        return f"belongs to user {found.st_uid}, and you are user {os.geteuid()}"
-    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH:
-        return f"is a directory that everybody may write to (mode {stat.S_IMODE(found.st_mode):o})"
-    return ""
-
-
-def _check_ours(directory: Path) -> None:
-    """Raises: ConfigError where a directory of that name is somebody else's: discarding a journal must not empty it."""
-    if not (directory / _LOCK).exists() and any(directory.iterdir()):
-        raise ConfigError(
-            f"{directory} is where the journal belongs, and holds other files; move them away, or write to another "
-            "file (-o)"
-        )
+def _of_generation(name: str, generation: int) -> str:
+    return f"{name}.{generation}" if generation else name
 
 
 def _flat(identity: JobIdentity) -> dict[str, Any]:

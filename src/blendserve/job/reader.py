@@ -1,42 +1,31 @@
 """A batch file, read as a stream: every line that is not blank becomes a `BatchLine` or a `BadLine`, in order.
 
-Memory is bounded by a few times `max_line_bytes`, beside 15 bytes of hash (about 100 in Python) per custom_id. Gzip is
-recognised by its first bytes. JSON stricter than Python's: no NaN, no duplicate keys, no lone surrogates.
+Memory is bounded by a few times `max_line_bytes`, beside 15 bytes of hash (about 100 in Python) per custom_id.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
-import json
-import re
-import zlib
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any
 
 from blendserve.dialect.parameters import shown
 from blendserve.dialect.passthrough import parse_remote_line
 from blendserve.dialect.schema import BatchLine, ServedModel, custom_id_of, parse_line
 from blendserve.errors import ConfigError, RequestError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from blendserve.job.foreign import FRAME, FormatWatch, format_of
+from blendserve.job.input_file import BUFFER_BYTES, DamagedError, HashingFile, open_input, unpacked
+from blendserve.job.json_lines import UTF8_MARK, custom_id_in, joined_objects, line_error, nested_too_deeply, parse_json
+from blendserve.job.other_models import OtherModels
 
 DEFAULT_MAX_LINE_BYTES = 32 << 20
 DEFAULT_MAX_LINE_REQUESTS = 2048
 DEFAULT_MAX_REQUESTS = 5_000_000
-MAX_LINE_PARTS = 1 << 18
-"""Objects, lists and members of objects in one line: each takes up to 50 times its text in memory, texts and numbers a
-few times theirs."""
-_BUFFER_BYTES = 1 << 20
-_UTF8_MARK = b"\xef\xbb\xbf"
-_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MAX_TOLD_FAULTS = 5
+_BLANKS = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,84 +58,144 @@ class BatchReader:
     """One pass over a batch file.
 
     After the pass `sha256` is the hash of the file's bytes as stored, `num_lines` counts the lines that are not blank,
-    and `requested_model` is the model name that the file agreed on (that of its first valid line).
+    `requested_model` is the model name that the file agreed on (that of its first valid line), and `other_models` says
+    which models its lines ask for that are not here. `refuses_other_models`: such lines refuse the file.
     """
 
-    def __init__(self, path: Path, served: ServedModel, limits: ReadLimits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        served: ServedModel,
+        limits: ReadLimits = DEFAULT_LIMITS,
+        *,
+        refuses_other_models: bool = False,
+    ) -> None:
         self.sha256 = ""
         self.num_lines = 0
         self.requested_model: str | None = None
+        self.other_models = OtherModels()
         self._path = path
         self._served = served
         self._limits = limits
+        self._refuses_other_models = refuses_other_models
         self._num_requests = 0
         self._seen: set[bytes] = set()
+        self._formats = FormatWatch()
 
     def __iter__(self) -> Iterator[BatchLine | BadLine]:
-        """Yield every line that is not blank. Raises: ConfigError when the file cannot be read at all."""
-        with _open_input(self._path) as file:
-            hashing = _HashingFile(file)
-            stored = io.BufferedReader(hashing, _BUFFER_BYTES)
-            for numbered in self._number_lines(self._content(stored)):
-                line = self._parse(numbered)
+        """Yield every line that is not blank. Raises: ConfigError when the file cannot be read at all, holds no line,
+        or is of another format.
+        """
+        with open_input(self._path) as file:
+            hashing = HashingFile(file)
+            stored = io.BufferedReader(hashing, BUFFER_BYTES)
+            for line_number, content in self._number_lines(unpacked(stored, self._path)):
+                line = self._parse(line_number, content)
+                if self._formats.is_sure:
+                    break
                 self._count(line)
                 yield line
-            while stored.read(_BUFFER_BYTES):
-                pass  # what follows a damaged gzip stream belongs to the hash too
+            while stored.read(BUFFER_BYTES):
+                pass  # what follows a damaged stream belongs to the hash too
             self.sha256 = hashing.sha256.hexdigest()
+        if (reason := self._formats.verdict(self._path)) is not None:
+            raise ConfigError(reason)
+        if not self.num_lines:
+            raise ConfigError(f"{self._path} is empty: a batch file has one request in each line")
+        if self._refuses_other_models:
+            reason = self.other_models.reason(self._path, self._served.name)
+            if reason is not None:
+                raise ConfigError(reason)
 
-    def _content(self, stored: io.BufferedReader[Any]) -> io.BufferedReader[Any]:
-        mark = stored.peek(3)[:3]
-        if mark.startswith(_UTF16_MARKS):
-            raise ConfigError(f"{self._path} is UTF-16 text; convert it first: iconv -f utf-16 -t utf-8")
-        if mark.startswith(b"\x1f\x8b"):
-            return io.BufferedReader(_InflatedFile(stored), _BUFFER_BYTES)
-        return stored
-
-    def _number_lines(self, content: io.BufferedReader[Any]) -> Iterator[tuple[int, bytes | RequestError]]:
+    def _number_lines(self, content: io.BufferedReader[Any]) -> Iterator[tuple[int, bytes | BadLine]]:
+        """Lines by number; one that holds several requests counts as several lines."""
         line_number = 0
         try:
             while line := content.readline(self._limits.max_line_bytes + 1):
                 line_number += 1
                 if len(line) > self._limits.max_line_bytes and not line.endswith(b"\n"):
                     _skip_line(content)
-                    yield line_number, self._too_long()
-                elif (stripped := line.removeprefix(_UTF8_MARK) if line_number == 1 else line).strip():
-                    yield line_number, stripped
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield (
-                line_number + 1,
-                _line_error(
-                    "truncated_input", f"the gzip file is damaged from this line on ({error}); compress the file again"
-                ),
-            )
+                    yield line_number, self._too_long(line_number, line)
+                    continue
+                while line.startswith(UTF8_MARK):  # files that were joined may have one in the middle
+                    line = line.removeprefix(UTF8_MARK)
+                line = line.strip(_BLANKS)
+                if line:
+                    *before, last = joined_objects(line) or [line]
+                    for piece in before:
+                        yield line_number, piece
+                        line_number += 1
+                    yield line_number, last
+        except DamagedError as error:
+            damage = line_error("truncated_input", f"{error}; compress the file again")
+            yield line_number + 1, BadLine(line_number + 1, None, damage)
 
-    def _too_long(self) -> RequestError:
+    def _too_long(self, line_number: int, line: bytes) -> BadLine:
         limit = self._limits.max_line_bytes
-        return _line_error(
-            "line_too_long", f"the line is longer than {limit} bytes, which is the limit; shorten or split it"
-        )
+        message = f"the line is longer than {limit} bytes, which is the limit; shorten or split it"
+        custom_id = self._salvage(line)
+        return BadLine(line_number, custom_id, line_error("line_too_long", message))
 
-    def _parse(self, numbered: tuple[int, bytes | RequestError]) -> BatchLine | BadLine:
-        line_number, content = numbered
+    def _salvage(self, line: bytes) -> str | None:
+        """The custom_id of a line that is no valid JSON."""
+        custom_id = custom_id_in(line) if line.startswith(b"{") else None
+        self._formats.add(line, None if custom_id is None else {"custom_id": custom_id})
+        return custom_id
+
+    def _parse(self, line_number: int, content: bytes | BadLine) -> BatchLine | BadLine:
         self.num_lines += 1
-        custom_id = None
+        if isinstance(content, BadLine):
+            return content
         try:
-            if isinstance(content, RequestError):
-                raise content
             value = parse_json(content)
-            custom_id = custom_id_of(value)
-            if custom_id:
-                self._check_first_use(custom_id)
-            parse = parse_remote_line if self._served.is_remote else parse_line
-            line = parse(value, line_number, self._served)
+        except RequestError as error:
+            return BadLine(line_number, self._salvage(content), error)
+        self._formats.add(content, value)
+        custom_id = custom_id_of(value)
+        try:
+            self._check_first_use(value)
+            line = self._parse_value(value, line_number)
             self._check_model(line)
             self._check_requests(line)
         except RequestError as error:
-            return BadLine(line_number, custom_id, error)
+            return BadLine(line_number, custom_id, self._explained(error, value, line_number))
         except RecursionError:  # deep enough to be read, too deep to be quoted or written again
-            return BadLine(line_number, custom_id, _nested_too_deeply())
-        return line
+            return BadLine(line_number, custom_id, nested_too_deeply())
+        return replace(line, digest=digest_of(content))
+
+    def _parse_value(self, value: object, line_number: int) -> BatchLine:
+        parse = parse_remote_line if self._served.is_remote else parse_line
+        return parse(value, line_number, self._served)
+
+    def _explained(self, error: RequestError, value: object, line_number: int) -> RequestError:
+        """The error of a line with what else is wrong with it. Mutates: `other_models`."""
+        if error.code == "model_not_found" and isinstance(value, dict):
+            self.other_models.add(value["body"]["model"], line_number)
+        if error.status_code == 0 and (other := format_of(value)) is not None:
+            return line_error("unknown_format", f"the line {other.phrase}; write it as {FRAME}", error.param)
+        more = [] if error.code == "model_not_found" else self._more_faults(error, value, line_number)
+        if not more:
+            return error
+        message = "; also: ".join((error.message, *more))
+        return RequestError(message, code=error.code, param=error.param, status_code=error.status_code)
+
+    def _more_faults(self, error: RequestError, value: object, line_number: int) -> list[str]:
+        """What is wrong with the line besides: it is tried again without the field that is known to be wrong."""
+        messages: list[str] = []
+        params = {error.param}
+        while len(params) < MAX_TOLD_FAULTS and (value := _without(value, error.param)) is not None:
+            try:
+                self._parse_value(value, line_number)
+                break
+            except RequestError as other:
+                error = other
+            except RecursionError:
+                break
+            if error.param in params or error.code in ("missing_required_parameter", "model_not_found"):
+                break
+            params.add(error.param)
+            messages.append(error.message)
+        return messages
 
     def _check_requests(self, line: BatchLine) -> None:
         limit = self._limits.max_line_requests
@@ -167,10 +216,13 @@ class BatchReader:
                 "split the file, or raise --max-requests"
             )
 
-    def _check_first_use(self, custom_id: str) -> None:
+    def _check_first_use(self, value: object) -> None:
+        custom_id = value.get("custom_id") if isinstance(value, dict) else None
+        if not isinstance(custom_id, str) or not custom_id:
+            return
         digest = hashlib.blake2b(custom_id.encode(), digest_size=15).digest()
         if digest in self._seen:
-            raise _line_error(
+            raise line_error(
                 "duplicate_custom_id",
                 f"custom_id {shown(custom_id)} was used by an earlier line; every line needs its own",
                 "custom_id",
@@ -186,7 +238,7 @@ class BatchReader:
         if self._served.is_remote:  # its own server says which models it has
             return
         if line.model != self.requested_model and not {line.model, self.requested_model} <= set(self._served.names):
-            raise _line_error(
+            raise line_error(
                 "mismatched_model",
                 f"the line asks for model {shown(line.model)}, an earlier line for {shown(self.requested_model)}; one "
                 "model answers a batch file: split the file by model",
@@ -194,123 +246,25 @@ class BatchReader:
             )
 
 
-class _HashingFile(io.RawIOBase):
-    """A file as it is read, with the hash of all that went through."""
-
-    def __init__(self, file: io.RawIOBase) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        view = memoryview(buffer)
-        num_bytes = cast(int, self._file.readinto(view))
-        self.sha256.update(view[:num_bytes])
-        return num_bytes
+def digest_of(line: bytes) -> bytes:
+    """What tells a line apart from a changed one."""
+    return hashlib.blake2b(line, digest_size=16).digest()
 
 
-class _InflatedFile(io.RawIOBase):
-    """A gzip stream in small reads: a read that spans damage would lose the good bytes before it."""
-
-    def __init__(self, stored: io.BufferedReader[Any]) -> None:
-        self._file = gzip.GzipFile(fileobj=stored, mode="rb")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        view = memoryview(buffer)
-        data = self._file.read1(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-
-def check_readable(path: Path) -> None:
-    """Raises: ConfigError when a file is missing, is no regular file, or cannot be opened."""
-    with _open_input(path):
-        pass
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes as stored. Raises: ConfigError when it cannot be read."""
-    with _open_input(path) as file:
-        return hashlib.file_digest(cast(io.BytesIO, file), "sha256").hexdigest()
-
-
-def parse_json(line: bytes) -> object:
-    """Parse one line strictly. Raises: RequestError saying where and why it is no JSON that can be answered."""
-    if len(line) > MAX_LINE_PARTS and _num_parts(line) > MAX_LINE_PARTS:
-        raise _line_error(
-            "invalid_json_line", f"the line holds more than {MAX_LINE_PARTS} objects, lists and members; split it"
-        )
-    try:
-        value = _DECODER.decode(line.decode())
-        if b"\\ud" in line or b"\\uD" in line:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise _line_error("invalid_json_line", f"byte {error.start} of the line is not UTF-8") from None
-    except UnicodeEncodeError:
-        raise _line_error(
-            "invalid_json_line", "the line holds half of a character: one of \\ud800 to \\udfff without its other half"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise _line_error(
-            "invalid_json_line", f"the line is not valid JSON: {error.msg} at column {error.colno}"
-        ) from None
-    except ValueError as error:
-        raise _line_error("invalid_json_line", f"the line is not valid JSON: {error}") from None
-    except RecursionError:
-        raise _nested_too_deeply() from None
-    return value
-
-
-def _num_parts(line: bytes) -> int:
-    """Objects, lists and members of objects; what stands in texts is looked at only where it could matter."""
-    signs = (b"[", b"{", b":")
-    if sum(map(line.count, signs)) <= MAX_LINE_PARTS:
-        return 0
-    return sum(map(_TEXTS.sub(b"", line).count, signs))
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {shown(twice)} appears twice in one object")
-    return result
-
-
-def _reject_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
-
-
-def _line_error(code: str, message: str, param: str | None = None) -> RequestError:
-    return RequestError(message, code=code, param=param, status_code=0)
-
-
-def _nested_too_deeply() -> RequestError:
-    return _line_error("invalid_json_line", "the JSON is nested too deeply")
+def _without(value: object, param: str | None) -> object:
+    """A line in which one field is not wrong any more; None where that cannot be done."""
+    if not isinstance(value, dict) or param is None:
+        return None
+    if param == "method":
+        return {**value, "method": "POST"}
+    if param == "custom_id":
+        return {**value, "custom_id": "mended"}
+    body = value.get("body")
+    if not isinstance(body, dict) or param not in body:
+        return None
+    return {**value, "body": {name: field for name, field in body.items() if name != param}}
 
 
 def _skip_line(content: io.BufferedReader[Any]) -> None:
-    while (rest := content.readline(_BUFFER_BYTES)) and not rest.endswith(b"\n"):
+    while (rest := content.readline(BUFFER_BYTES)) and not rest.endswith(b"\n"):
         pass
-
-
-@contextmanager
-def _open_input(path: Path) -> Iterator[io.RawIOBase]:
-    if str(path) == "-":
-        raise ConfigError("standard input cannot be read again after a crash; save it to a file and give its path")
-    try:
-        if path.exists() and not path.is_file():
-            kind = "a directory" if path.is_dir() else "not a regular file, so it cannot be read again after a crash"
-            raise ConfigError(f"{path} is {kind}; give the path of a batch file (JSON lines)")
-        with path.open("rb", buffering=0) as file:
-            yield file
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error

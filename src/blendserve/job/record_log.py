@@ -12,7 +12,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +27,9 @@ _SCAN_BYTES = 1 << 20
 class RecordKind(IntEnum):
     """What a body is: a finished row of one of the two files, or one choice of a line whose other choices still run.
 
-    A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back. KEYS are hashes
-    of lines (see `reuse`).
+    A CAPACITY_ROW is an error row that more memory may spare: a run with another amount takes it back. A PASSING_ROW
+    is one of any other reason that may pass, such as a server that was overloaded. KEYS are hashes of lines (see
+    `reuse`).
     """
 
     OUTPUT_ROW = 1
@@ -36,6 +37,13 @@ class RecordKind(IntEnum):
     CHOICE = 3
     CAPACITY_ROW = 4
     KEYS = 5
+    PASSING_ROW = 6
+
+
+ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW, RecordKind.PASSING_ROW))
+"""Rows of the error file."""
+ROW_KINDS = ERROR_KINDS | {RecordKind.OUTPUT_ROW}
+"""Rows of either file."""
 
 
 class Record(NamedTuple):
@@ -85,20 +93,21 @@ class RecordLog:
                 os.fsync(self._descriptor)
         return num_cut
 
-    def drop(self, kind: RecordKind) -> int:
-        """Take all records of a kind out, as a whole or not at all: the others move up. Returns: how many they were.
+    def drop(self, kinds: Collection[RecordKind]) -> int:
+        """Take all records of some kinds out, as a whole or not at all: the others move up. Returns: how many they
+        were.
 
         For a log that nobody has read from yet: what `append` returned before holds no longer.
         """
         end = os.fstat(self._descriptor).st_size
-        num_dropped = sum(record.kind == kind for record in self.records(end))
+        num_dropped = sum(record.kind in kinds for record in self.records(end))
         if not num_dropped:
             return 0
         partial = self._path.with_name(self._path.name + ".partial")
         with writing_to(self._path):
             with open(create_new(partial), "wb", _SCAN_BYTES) as file:
                 for record in self.records(end):
-                    if record.kind != kind:
+                    if record.kind not in kinds:
                         file.write(_frame(record.kind, record.line_number, record.choice, record.body))
                 file.flush()
                 os.fsync(file.fileno())
@@ -133,18 +142,11 @@ class RecordLog:
 
     def records(self, num_bytes: int | None = None) -> Iterator[Record]:
         """Read the whole records of the first `num_bytes` (default: all), stopping before the first damaged one."""
-        end = self.num_bytes if num_bytes is None else num_bytes
-        with open(open_own(self._path), "rb", buffering=_SCAN_BYTES) as file:
-            offset = 0
-            while offset + _FRAME.size + _META.size <= end:
-                length, checksum = _FRAME.unpack(file.read(_FRAME.size))
-                if length < _META.size or offset + _FRAME.size + length > end:
-                    return
-                payload = file.read(length)
-                if zlib.crc32(payload) != checksum:
-                    return
-                yield _unpack(offset, payload)
-                offset += _FRAME.size + length
+        return read_records(self._path, self.num_bytes if num_bytes is None else num_bytes)
+
+    def whole_records(self) -> Iterator[Record]:
+        """Read all whole records of a log that was not recovered."""
+        return self.records(os.fstat(self._descriptor).st_size)
 
     def read(self, offset: int) -> Record:
         """Read back the record that `append` wrote at `offset`."""
@@ -154,6 +156,24 @@ class RecordLog:
     def close(self) -> None:
         """Close without syncing."""
         os.close(self._descriptor)
+
+
+def read_records(path: Path, num_bytes: int | None = None) -> Iterator[Record]:
+    """The whole records of the first `num_bytes` of a log (default: those that are there now), stopping before the
+    first damaged one. Another process may write to it meanwhile. Raises: OSError.
+    """
+    with open(open_own(path), "rb", buffering=_SCAN_BYTES) as file:
+        end = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
+        offset = 0
+        while offset + _FRAME.size + _META.size <= end:
+            length, checksum = _FRAME.unpack(file.read(_FRAME.size))
+            if length < _META.size or offset + _FRAME.size + length > end:
+                return
+            payload = file.read(length)
+            if zlib.crc32(payload) != checksum:
+                return
+            yield _unpack(offset, payload)
+            offset += _FRAME.size + length
 
 
 def _frame(kind: RecordKind, line_number: int, choice: int, body: bytes) -> bytes:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal, why_another_job
+from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal, is_changed_input, why_another_job
+from blendserve.job.record_log import RecordKind
 from blendserve.job.writer import JobPaths, OwnSizes, why_other_errors, why_taken
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """What stands on the disk. `present_sizes`: bytes of the output file, the error file and the files that `seal`
-    names, by `JobPaths.name_of`; those that do not exist are left out. `own_sizes`: of files of a job whose changed
-    input was being read.
+    names, by `JobPaths.name_of`; those that do not exist are left out. `has_answers`: some request was answered.
+    `own_sizes`: of files of a table that has changed and was being read.
     """
 
     seal: JournalSeal | None
     header: JournalHeader | None
     present_sizes: Mapping[str, int]
+    has_answers: bool = True
     own_sizes: OwnSizes = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """The job as it is asked for now. `identity` is None where nothing is recorded that it could be compared with.
-    `reuses`: lines that did not change keep their answers when the input changes.
+    `reuses`: rows of a table that did not change keep their answers when the table changes. `renews`: the same of lines
+    of a file, which the user has to ask for.
     """
 
     identity: JobIdentity | None
@@ -34,12 +37,14 @@ class Wanted:
     capacity: int = 0
     is_ordered: bool = False
     is_fresh: bool = False
+    retries_failed: bool = False
     reuses: bool = False
+    renews: bool = False
 
 
 class Start(NamedTuple):
     """Begin anew. Files of `own_sizes` are the job's own and may be replaced. `reuses`: answers that the journal holds
-    are kept for lines that ask for the same; otherwise nothing that it holds counts.
+    are kept for rows of a table that ask for the same; otherwise nothing that it holds counts.
     """
 
     own_sizes: OwnSizes
@@ -48,12 +53,22 @@ class Start(NamedTuple):
 
 class Continue(NamedTuple):
     """Go on with the journal of `header`. `is_sealed`: it was finished, with lines that need more memory.
-    `tries_again`: rows that came of another amount of memory are taken back.
+    `dropped`: error rows of these kinds are taken back, so that their lines are tried again.
     """
 
     header: JournalHeader
     is_sealed: bool
-    tries_again: bool
+    dropped: frozenset[RecordKind]
+
+
+class Renew(NamedTuple):
+    """Read the input, which has changed, anew, and keep the answers to lines that have not. `header` is None where the
+    journal was finished and holds no records any more: the answers are in the output file.
+    """
+
+    own_sizes: OwnSizes
+    generation: int
+    header: JournalHeader | None
 
 
 class Done(NamedTuple):
@@ -68,13 +83,18 @@ class Refuse(NamedTuple):
     message: str
 
 
-Decision = Start | Continue | Done | Refuse
+Decision = Start | Continue | Renew | Done | Refuse
 
 
 def decide(recorded: Recorded, wanted: Wanted) -> Decision:
     """Say what a run of `wanted` does first. Mutates nothing."""
     if wanted.is_fresh:
         return Start(_in_lists(recorded.present_sizes))
+    of_job = recorded.seal or recorded.header
+    if of_job is not None and not recorded.has_answers and _why_another(of_job, wanted) is not None:
+        return _start_over(recorded, wanted)  # nothing is lost
+    if wanted.renews and (renewal := _renewal(recorded, wanted)) is not None:
+        return renewal
     own_sizes = recorded.own_sizes
     is_sealed = False
     if recorded.seal is not None:
@@ -94,8 +114,39 @@ def decide(recorded: Recorded, wanted: Wanted) -> Decision:
         return Refuse(reason)
     if header is None:
         return Start(own_sizes, wanted.reuses)
-    tries_again = header.capacity != wanted.capacity
-    return Continue(replace(header, own_sizes=own_sizes, capacity=wanted.capacity), is_sealed, tries_again)
+    dropped: set[RecordKind] = set()
+    if wanted.retries_failed:
+        dropped |= {RecordKind.CAPACITY_ROW, RecordKind.PASSING_ROW}
+    if header.capacity != wanted.capacity:
+        dropped.add(RecordKind.CAPACITY_ROW)
+    return Continue(replace(header, own_sizes=own_sizes, capacity=wanted.capacity), is_sealed, frozenset(dropped))
+
+
+def _renewal(recorded: Recorded, wanted: Wanted) -> Decision | None:
+    """About a job whose input has changed: None where it has not, or where more than that differs."""
+    of_job = recorded.seal or recorded.header
+    if of_job is None or wanted.identity is None or not is_changed_input(of_job.identity, wanted.identity):
+        return None
+    if (reason := why_other_errors(wanted.paths, of_job.errors_name)) is not None:
+        return Refuse(reason)
+    own_sizes: dict[str, Sequence[int]] = dict(recorded.header.own_sizes) if recorded.header else {}
+    if recorded.seal is not None:
+        own_sizes |= _in_lists(recorded.seal.file_sizes)
+    if (reason := why_taken(wanted.paths, recorded.present_sizes, own_sizes)) is not None:
+        return Refuse(reason)
+    has_records = recorded.header is not None and (recorded.seal is None or recorded.seal.num_retriable > 0)
+    if not has_records and wanted.paths.name_of(wanted.paths.output) not in recorded.present_sizes:
+        return Start(own_sizes)
+    return Renew(own_sizes, of_job.generation + 1, recorded.header if has_records else None)
+
+
+def _start_over(recorded: Recorded, wanted: Wanted) -> Decision:
+    """Begin anew in the place of a job that answered nothing. Its files may be replaced, nobody else's."""
+    own_sizes: dict[str, Sequence[int]] = dict(recorded.header.own_sizes) if recorded.header else {}
+    if recorded.seal is not None:
+        own_sizes |= _in_lists(recorded.seal.file_sizes)
+    reason = why_taken(wanted.paths, recorded.present_sizes, own_sizes)
+    return Start(own_sizes) if reason is None else Refuse(reason)
 
 
 def _decide_sealed(seal: JournalSeal, present_sizes: Mapping[str, int], wanted: Wanted) -> Decision | None:
@@ -118,8 +169,9 @@ def _decide_sealed(seal: JournalSeal, present_sizes: Mapping[str, int], wanted: 
         )
     if seal.identity != wanted.identity:
         return Start(_in_lists(seal.file_sizes), wanted.reuses)
-    has_reason_to_retry = seal.num_retriable > 0 and seal.capacity != wanted.capacity
-    return None if has_reason_to_retry else Done(seal.report)
+    has_other_memory = seal.num_for_memory > 0 and seal.capacity != wanted.capacity
+    is_to_retry = wanted.retries_failed and seal.num_retriable > 0
+    return None if has_other_memory or is_to_retry else Done(seal.report)
 
 
 def _why_another(recorded: JournalHeader | JournalSeal, wanted: Wanted) -> str | None:

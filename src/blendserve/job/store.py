@@ -55,9 +55,10 @@ LINE = np.dtype(
         ("num_prompts", "<i4"),
         ("n", "<i4"),
         ("flags", "<u4"),
+        ("digest", "V16"),
     ]
 )
-_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI").pack
+_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI16s").pack
 _FILES: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<i4"),
     "prompt_ends": np.dtype("<i8"),
@@ -143,6 +144,7 @@ class StoreWriter:
                 len(token_ids),
                 sampling.n,
                 _flags(line) | self._url_number(line.url) << _URL_SHIFT,
+                line.digest,
             )
             self._write("lines", record)
 
@@ -246,6 +248,22 @@ class TokenStore:
     def _extras(self, row: int) -> Extras:
         return Extras.from_bytes(self.body(row))
 
+    def digest(self, row: int) -> bytes:
+        """The hash of a line as the file has it."""
+        return bytes(self._lines["digest"][row])
+
+    def row_by_digest(self) -> dict[bytes, int]:
+        """The row of every line by its digest."""
+        return {bytes(digest): row for row, digest in enumerate(self._lines["digest"])}
+
+    def line_hashes(self) -> bytes:
+        """For every line the hash of its custom_id and its digest, 16 bytes each."""
+        ids, lines = self._custom_ids.tobytes(), self._lines
+        places = zip(lines["id_offset"].tolist(), lines["id_bytes"].tolist(), lines["digest"], strict=True)
+        return b"".join(
+            part for begin, size, digest in places for part in (hash_of_id(ids[begin : begin + size]), bytes(digest))
+        )
+
     def row_of(self, line_number: int) -> int | None:
         """The row of a line, None where that line is not in the store."""
         row = int(np.searchsorted(self._lines["line_number"], line_number))
@@ -327,6 +345,11 @@ class TokenStore:
                 self._num_interned_bytes = len(data)
             sampling = self._sampling_by_offset[offset] = _sampling_from(values)
         return sampling
+
+
+def hash_of_id(custom_id: bytes) -> bytes:
+    """16 bytes that stand for a custom_id."""
+    return hashlib.blake2b(custom_id, digest_size=16).digest()
 
 
 def _flags(line: BatchLine) -> int:

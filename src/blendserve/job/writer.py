@@ -18,10 +18,9 @@ import numpy as np
 
 from blendserve.errors import ConfigError
 from blendserve.job.disk import create_new, sync_directory, writing_to
-from blendserve.job.record_log import RecordKind, RecordLog
+from blendserve.job.record_log import ERROR_KINDS, RecordKind, RecordLog
 
 _OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
-_ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
 
 Sizes = Mapping[str, int]
 """Bytes of files by `JobPaths.name_of`."""
@@ -71,7 +70,7 @@ def resolve_paths(input_path: Path, output_path: Path, errors_path: Path | None 
     Raises: ConfigError when one of them is another one in disguise (links included), or cannot be written.
     """
     output = place_of(output_path)
-    errors = place_of(errors_path) if errors_path else output.with_name(_errors_name(output.name))
+    errors = place_of(errors_path) if errors_path else errors_path_of(output)
     journal = output.with_name(output.name + ".journal")
     paths = JobPaths(input_path, output, errors, journal)
     partials = paths.partial_of(output), paths.partial_of(errors)
@@ -119,6 +118,34 @@ def why_other_errors(paths: JobPaths, recorded: str | None) -> str | None:
     )
 
 
+def check_jobs_apart(all_paths: Sequence[JobPaths]) -> None:
+    """Raises: ConfigError when a file that one job writes is read or written by another one."""
+    if len(all_paths) < 2:
+        return
+    uses: dict[object, str] = {}
+    for paths in all_paths:
+        uses |= dict.fromkeys(_marks_of(paths.input), "is an input too")
+    for paths in all_paths:
+        for path, what in ((paths.output, "answers"), (paths.errors, "error rows")):
+            marks = _marks_of(path)
+            for mark in marks:
+                if mark in uses:
+                    raise ConfigError(
+                        f"{path}, where the {what} to {paths.input} go, {uses[mark]}; give every input an output of "
+                        "its own"
+                    )
+            uses |= dict.fromkeys(marks, f"would hold the {what} to {paths.input} too")
+
+
+def _marks_of(path: Path) -> set[object]:
+    """By what a file is known under every name: its place, with and without links, and its number on the disk."""
+    marks: set[object] = {str(place_of(path)), os.path.realpath(path)}
+    if path.exists():
+        found = path.stat()
+        marks.add((found.st_dev, found.st_ino))
+    return marks
+
+
 def check_apart(paths: JobPaths, others: Mapping[str, Path]) -> None:
     """Raises: ConfigError when one of `others`, paths by option, is a file of the job, or another of them."""
     taken = {
@@ -143,7 +170,7 @@ def write_partials(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict
     is full.
     """
     sizes: dict[str, int] = {}
-    for kinds, path in ((_ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
+    for kinds, path in ((ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
         size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), path, paths)
         if size or kinds is _OUTPUT_KINDS:
             sizes[paths.name_of(path)] = size
@@ -205,8 +232,9 @@ def place_of(path: Path) -> Path:
     return Path(directory, path.name)
 
 
-def _errors_name(output_name: str) -> str:
-    return output_name.removesuffix(".jsonl") + ".errors.jsonl"
+def errors_path_of(output: Path) -> Path:
+    """Where error rows go that nobody gave a place: OUT.errors.jsonl beside OUT.jsonl."""
+    return output.with_name(output.name.removesuffix(".jsonl") + ".errors.jsonl")
 
 
 def is_same_file(path: Path, other: Path) -> bool:

@@ -6,7 +6,7 @@ A stop string may span tokens and a token may end inside a character, so every d
 from __future__ import annotations
 
 from blendserve.models.tokenizer import Tokenizer
-from blendserve.request import FinishReason, Request, TokenIds
+from blendserve.request import FinishReason, Request, SequenceOutput, TokenIds
 
 _MAX_CHARACTER_BYTES = 4
 _REPLACEMENT = "\ufffd"  # what `decode` gives for bytes that are not (yet) a character
@@ -79,4 +79,16 @@ def text_of(
         return before
     text = tokenizer.decode(token_ids)
     end = find_new(text, before, stop_reason)
+    return text if end < 0 else text[:end]
+
+
+def marked_text_of(tokenizer: Tokenizer, output: SequenceOutput, kept: frozenset[int]) -> str:
+    """The same with those special tokens that are in `kept`; the last token too, where it is one of them."""
+    token_ids, stop = output.token_ids, output.stop_reason
+    if output.finish_reason != "stop" or not output.has_stop_token or not len(token_ids):
+        return tokenizer.decode_keeping(token_ids, kept)
+    if not isinstance(stop, str):
+        return tokenizer.decode_keeping(token_ids if int(token_ids[-1]) in kept else token_ids[:-1], kept)
+    text = tokenizer.decode_keeping(token_ids, kept)
+    end = find_new(text, tokenizer.decode_keeping(token_ids[:-1], kept), stop)
     return text if end < 0 else text[:end]

@@ -80,7 +80,8 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         for name, token_id in id_by_name.items()
         if token_id is not None and token_id < len(vocabulary)
     }
-    return Tokenizer(backend, ends, special_tokens, metadata.get("tokenizer.chat_template"))
+    template, of_tools = (metadata.get(f"tokenizer.chat_template{end}") for end in ("", ".tool_use"))
+    return Tokenizer(backend, ends, special_tokens, template, tool_template_source=of_tools)
 
 
 _TYPE_BY_KEY: Mapping[str, type | UnionType] = {
@@ -101,9 +102,10 @@ def _check_types(file: GgufFile) -> None:
             is_right = all(isinstance(item, _ITEM_BY_KEY[name]) for item in value)
         if not is_right:
             raise ConfigError(f"{file.path} is damaged: tokenizer.ggml.{name} is {brief(value)}; download it again")
-    template = file.metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise ConfigError(f"{file.path} is damaged: tokenizer.chat_template is {brief(template)}; download it again")
+    for name in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use"):
+        template = file.metadata.get(name)
+        if template is not None and not isinstance(template, str):
+            raise ConfigError(f"{file.path} is damaged: {name} is {brief(template)}; download it again")
 
 
 def _check_consistent(file: GgufFile, num_tokens: int) -> None:

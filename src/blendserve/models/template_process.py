@@ -6,6 +6,7 @@ never the job, and what escapes the sandbox finds no keys of the user.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any, NoReturn
 
 from blendserve.errors import ConfigError, RequestError
+from blendserve.models.conversation import Conversation
 
 _GROUP_BYTES = 1 << 15
 """Of conversations on their way at once: less than a pipe holds (64 KiB), so that neither side waits for the other."""
@@ -48,22 +50,36 @@ DEFAULT_LIMITS = RenderLimits()
 class TemplateProcess:
     """Renders conversations in another process, which starts with the first one. Calls from several threads take turns.
 
+    `tool_source`: the template of conversations with tools, where they have one of their own. `date`: what templates
+    get as today; None: today.
     Raises: ConfigError with the first call when the template is not valid.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], limits: RenderLimits = DEFAULT_LIMITS) -> None:
-        self._setup = {"source": source, "special_tokens": dict(special_tokens), **asdict(limits)}
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        limits: RenderLimits = DEFAULT_LIMITS,
+        *,
+        tool_source: str | None = None,
+        date: datetime.date | None = None,
+    ) -> None:
+        self._setup = {
+            "source": source,
+            "tool_source": tool_source,
+            "special_tokens": dict(special_tokens),
+            "date": (date or datetime.date.today()).isoformat(),
+            **asdict(limits),
+        }
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
         self._end: weakref.finalize[Any, Any] | None = None
         self._lock = threading.Lock()
 
-    def render_each(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], add_generation_prompt: bool = True
-    ) -> list[str | RequestError]:
+    def render_each(self, conversations: Sequence[Conversation]) -> list[str | RequestError]:
         """The prompt of every conversation, or why the template gives none."""
-        requests = [_request(messages, add_generation_prompt) for messages in conversations]
+        requests = [_request(conversation) for conversation in conversations]
         with self._lock:
             answers = self._answers([request for request in requests if isinstance(request, bytes)])
         return [request if isinstance(request, RequestError) else next(answers) for request in requests]
@@ -130,8 +146,11 @@ def serve() -> NoReturn:
     setup = _read_frame(source)
     _bound_memory(setup["memory_bytes"])
     signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])
+    date = datetime.date.fromisoformat(setup["date"])
     try:
-        template = ChatTemplate(setup["source"], setup["special_tokens"])
+        template = ChatTemplate(setup["source"], setup["special_tokens"], date)
+        tool_source = setup["tool_source"]
+        of_tools = ChatTemplate(tool_source, setup["special_tokens"], date) if tool_source else template
     except ConfigError as error:
         _write_frame(target, {"error": str(error)})
         sys.exit()
@@ -141,15 +160,20 @@ def serve() -> NoReturn:
     _write_frame(target, {})
     try:
         while True:
-            _write_frame(target, _rendered(template, _read_frame(source), setup["cpu_s"]))
+            conversation = _conversation(_read_frame(source))
+            _write_frame(target, _rendered(of_tools if conversation.tools else template, conversation, setup["cpu_s"]))
     except (EOFError, BrokenPipeError):
         os._exit(0)
 
 
-def _rendered(template: Any, request: Mapping[str, Any], cpu_s: float) -> dict[str, str]:
+def _conversation(request: Mapping[str, Any]) -> Conversation:
+    return Conversation(**{**request, "messages": tuple(request["messages"]), "tools": tuple(request["tools"])})
+
+
+def _rendered(template: Any, conversation: Conversation, cpu_s: float) -> dict[str, str]:
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
-        return {"text": template.render(request["messages"], request["add_generation_prompt"])}
+        return {"text": template.render(conversation)}
     except RequestError as error:
         return {"refused": error.message}
     except MemoryError:
@@ -191,10 +215,17 @@ def _ended(process: subprocess.Popen[bytes], owner: int) -> None:
     process.wait()
 
 
-def _request(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> bytes | RequestError:
+def _request(conversation: Conversation) -> bytes | RequestError:
     try:
-        listed = [dict(message) for message in messages]
-        return _frame({"messages": listed, "add_generation_prompt": add_generation_prompt})
+        return _frame(
+            {
+                "messages": [dict(message) for message in conversation.messages],
+                "tools": [dict(tool) for tool in conversation.tools],
+                "variables": dict(conversation.variables),
+                "add_generation_prompt": conversation.add_generation_prompt,
+                "continue_final_message": conversation.continue_final_message,
+            }
+        )
     except (TypeError, ValueError, RecursionError) as error:
         return _refused(f"they hold what is no JSON ({error})")
 

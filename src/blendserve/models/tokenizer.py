@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blendserve.errors import ConfigError, RequestError
+from blendserve.models.conversation import Conversation
 from blendserve.models.package_errors import MEANT, reason_of, told_as
 from blendserve.request import TokenIds
 
@@ -37,6 +39,10 @@ class Tokenizer:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_template_source: str | None = field(default=None, repr=False)
     num_embeddings: int = 0
+    tool_template_source: str | None = field(default=None, repr=False)
+    """The template of conversations with tools, where they have one of their own."""
+    template_date: datetime.date | None = None
+    """What chat templates get as today. None: today."""
 
     def __post_init__(self) -> None:
         self.backend.no_truncation()
@@ -119,6 +125,11 @@ class Tokenizer:
         with told_as("the model's tokenizer cannot turn its tokens into text"):
             return str(self.backend.decode(listed, skip_special_tokens=skip_special_tokens))
 
+    def decode_keeping(self, ids: TokenIds | Sequence[int], kept: frozenset[int]) -> str:
+        """Text of token ids with those special tokens that are in `kept`, and without the others."""
+        dropped = self.special_token_ids - kept
+        return self.decode([int(one) for one in ids if int(one) not in dropped], skip_special_tokens=False)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to the text: not always whole characters, none for ids past the vocabulary."""
         token = self.backend.id_to_token(token_id)
@@ -144,6 +155,23 @@ class Tokenizer:
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
+    def added_texts(self) -> frozenset[str]:
+        """The texts of `added_token_ids`."""
+        return frozenset(self.backend.id_to_token(token_id) or "" for token_id in self.added_token_ids)
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of `special_token_ids`."""
+        return tuple(self.backend.id_to_token(token_id) or "" for token_id in sorted(self.special_token_ids))
+
+    @cached_property
+    def joins_pieces(self) -> bool:
+        """Do the tokens of a text's pieces, one behind the other, stand for that text? Not where every piece gets a
+        space in front.
+        """
+        return self._is_byte_level and self.decode(self.encode("x", add_special_tokens=False)) == "x"
+
+    @cached_property
     def _is_byte_level(self) -> bool:
         return "ByteLevel" in repr(self.backend.decoder)
 
@@ -153,19 +181,25 @@ class Tokenizer:
 
         if self.chat_template_source is None:
             raise ConfigError("the model has no chat template; use /v1/completions (LLM.generate) or an instruct model")
-        return TemplateProcess(self.chat_template_source, self.special_tokens)
+        return TemplateProcess(
+            self.chat_template_source,
+            self.special_tokens,
+            tool_source=self.tool_template_source,
+            date=self.template_date,
+        )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation; encode it with `add_special_tokens=False`.
 
         Raises: ConfigError when the model has no template, RequestError when it does not take these messages.
         """
-        (text,) = self._chat_template.render_each([messages], add_generation_prompt)
+        conversation = Conversation(tuple(messages), add_generation_prompt=add_generation_prompt)
+        (text,) = self._chat_template.render_each([conversation])
         if isinstance(text, RequestError):
             raise text
         return text
 
-    def render_each(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | RequestError]:
+    def render_each(self, conversations: Sequence[Conversation]) -> list[str | RequestError]:
         """The prompts of many conversations, each or why the template gives none. Raises: ConfigError when the model
         has no template.
         """

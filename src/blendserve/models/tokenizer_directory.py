@@ -17,6 +17,7 @@ from blendserve.errors import ConfigError
 from blendserve.models.ends import united
 from blendserve.models.package_errors import told_as
 from blendserve.models.spec import brief, token_ids
+from blendserve.models.template_files import template_sources
 from blendserve.models.tokenizer import Tokenizer, read_json
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -39,7 +40,8 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     generation_ids = token_ids(read_json(directory / "generation_config.json").get("eos_token_id"))
     own_id = backend.token_to_id(special_tokens.get("eos_token", ""))
     ends = united(generation_ids, () if own_id is None else (own_id,))
-    return Tokenizer(backend, ends, special_tokens, _chat_template_source(directory, config))
+    sources = template_sources(directory, config)
+    return Tokenizer(backend, ends, special_tokens, sources.default, tool_template_source=sources.tools)
 
 
 def _backend(directory: Path) -> tokenizers.Tokenizer:
@@ -140,29 +142,3 @@ def _token_text(token: Any) -> str | None:
     """A special token of tokenizer_config.json, which is a text or an object around it."""
     content = token.get("content") if isinstance(token, Mapping) else token
     return content if isinstance(content, str) else None
-
-
-def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
-    jinja = directory / "chat_template.jinja"
-    if jinja.is_file():
-        try:
-            return jinja.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise ConfigError(
-                f"{jinja} is not UTF-8 text ({brief(error)}); convert it, or download the model again"
-            ) from error
-        except OSError as error:
-            raise ConfigError(f"cannot read {jinja}: {error.strerror}") from error
-    template = config.get("chat_template") or read_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-    if isinstance(template, Mapping):
-        if "default" not in template:
-            raise ConfigError(
-                f"{directory} has several chat templates, {brief(sorted(map(str, template)))}, and none is named "
-                "default; name one so in tokenizer_config.json"
-            )
-        template = template["default"]
-    if template is not None and not isinstance(template, str):
-        raise ConfigError(f"the chat template in {directory} is {brief(template)}; it must be a text")
-    return template

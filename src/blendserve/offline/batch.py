@@ -1,10 +1,10 @@
-"""`run_batch`: a batch file answered on any engine. The `run` command calls it too."""
+"""`run_batch` and `run_batches`: batch files answered on any engine. The `run` command calls them too."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from blendserve.engines.settings import (
 )
 from blendserve.errors import ConfigError
 from blendserve.job.job import BatchJob, JobProgress, JobReport
+from blendserve.job.places import JobFiles, RunOptions, choose_outputs, find_inputs
 from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
-from blendserve.job.run import run_job
+from blendserve.job.run import run_jobs
 from blendserve.planner.policies import POLICY_NAMES
 
 DEFAULT_POLICY = "blend"
@@ -29,18 +30,22 @@ _NATIVE = NativeSettings()
 
 def run_batch(
     input: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     errors: str | os.PathLike[str] | None = None,
     engine: EngineSettings | Engine = _NATIVE,
     policy: str = DEFAULT_POLICY,
     ordered: bool = False,
     fresh: bool = False,
+    retry_failed: bool = False,
+    reuse: bool = False,
     limits: ReadLimits = DEFAULT_LIMITS,
     on_progress: Callable[[JobProgress], None] | None = None,
+    on_answer: Callable[[bytes], None] | None = None,
 ) -> JobReport:
     """Answer every line of the OpenAI Batch file `input`, and write the answers to `output`.
 
+    - `output`: the file for answers. None: IN.out.jsonl beside IN.jsonl.
     - `errors`: the file for lines that cannot be answered. None: OUT.errors.jsonl beside OUT.jsonl. Without such lines
       there is no file.
     - `engine`: settings, from which an engine is opened and closed again (default: the native engine with the default
@@ -49,40 +54,99 @@ def run_batch(
       engine.
     - `ordered`: write answers in the order of the input (default: in the order in which they finish).
     - `fresh`: discard what an earlier run of this job has finished (default: go on where it stopped).
+    - `retry_failed`: try lines again that failed for a reason that may pass: a failure of the engine or the server, a
+      timeout, too little memory (default: keep their error rows).
+    - `reuse`: where the input has changed since the job began, keep the answers to lines that have not, and run the
+      others (default: refuse).
     - `limits`: how much the file and each of its lines may ask for (default: that of `ReadLimits`).
     - `on_progress`: called at the beginning and after every answer, always with the same object, which is updated.
+    - `on_answer`: called with every row of the output, as bytes, when it is recorded; those of earlier runs come first.
 
     Finished answers are kept in the directory `OUT.jsonl.journal`: the same call goes on where an earlier one stopped.
     Raises: ConfigError, before any work, when a path, the input, the settings or the journal do not allow the job;
     CapacityError when the disk is full; ExecutorError when the engine fails; JobInterrupted on Ctrl-C, SIGTERM, SIGHUP
     or SIGUSR1. Whatever is raised, finished answers are kept.
     """
+    source = Path(input)
+    (target,) = choose_outputs([source], None if output is None else Path(output))
+    job = JobFiles(source, target, None if errors is None else Path(errors))
+    options = RunOptions(ordered, fresh, retry_failed, reuse, limits)
+    (report,) = run_files(
+        [job], engine=engine, policy=policy, options=options, on_progress=on_progress, on_answer=on_answer
+    )
+    return report
+
+
+def run_batches(
+    inputs: Sequence[str | os.PathLike[str]],
+    output_directory: str | os.PathLike[str] | None = None,
+    *,
+    engine: EngineSettings | Engine = _NATIVE,
+    policy: str = DEFAULT_POLICY,
+    ordered: bool = False,
+    fresh: bool = False,
+    retry_failed: bool = False,
+    reuse: bool = False,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    on_progress: Callable[[JobProgress], None] | None = None,
+) -> list[JobReport]:
+    """Answer several batch files as one plan: the model is loaded once, and beginnings that prompts of different files
+    share are computed once. Every file gets the answers that it would get alone. Returns: a report for every file.
+
+    - `inputs`: files, and directories that stand for the batch files in them.
+    - `output_directory`: where IN.out.jsonl goes for IN.jsonl. None: beside each input.
+
+    Other arguments, and what is raised: as `run_batch`.
+    """
+    sources = find_inputs([Path(path) for path in inputs])
+    directory = None if output_directory is None else Path(output_directory)
+    targets = choose_outputs(sources, directory, is_directory=directory is not None)
+    jobs = [JobFiles(source, target) for source, target in zip(sources, targets, strict=True)]
+    options = RunOptions(ordered, fresh, retry_failed, reuse, limits)
+    return run_files(jobs, engine=engine, policy=policy, options=options, on_progress=on_progress)
+
+
+def run_files(
+    files: Sequence[JobFiles],
+    *,
+    engine: EngineSettings | Engine,
+    policy: str,
+    options: RunOptions,
+    on_progress: Callable[[JobProgress], None] | None = None,
+    on_answer: Callable[[bytes], None] | None = None,
+) -> list[JobReport]:
+    """What `run_batch` and `run_batches` have in common: jobs whose places are fixed, run as one plan."""
     if policy not in POLICY_NAMES:
         raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")
-    if not isinstance(engine, NativeSettings | VllmSettings | HttpSettings | ReplicaSettings):
-        job = BatchJob(
-            input_path=Path(input),
-            output_path=Path(output),
-            served=engine.served,
-            model_identity=engine.identity,
-            settings=engine.settings,
-            errors_path=Path(errors) if errors is not None else None,
-            is_ordered=ordered,
-            is_fresh=fresh,
-            limits=limits,
-            capacity=engine.capacity_bytes,
-        )
-        report = run_job(job, engine.codec, lambda pending: engine.generate(pending, policy), on_progress=on_progress)
-        return replace(report, notes=(*report.notes, *engine.notes))
-    with closing(open_engine(engine)) as opened:
-        return run_batch(
-            input,
-            output,
-            errors=errors,
-            engine=opened,
-            policy=policy,
-            ordered=ordered,
-            fresh=fresh,
-            limits=limits,
+    with _opened(engine) as opened:
+        jobs = [
+            BatchJob(
+                input_path=of_job.input,
+                output_path=of_job.output,
+                served=opened.served,
+                model_identity=opened.identity,
+                settings=opened.settings,
+                errors_path=of_job.errors,
+                capacity=opened.capacity_bytes,
+                **options._asdict(),
+            )
+            for of_job in files
+        ]
+        reports = run_jobs(
+            jobs,
+            opened.codec,
+            lambda pending: opened.generate(pending, policy),
             on_progress=on_progress,
+            on_answer=on_answer,
         )
+        return [replace(report, notes=(*report.notes, *opened.notes)) for report in reports]
+
+
+@contextmanager
+def _opened(engine: EngineSettings | Engine) -> Iterator[Engine]:
+    """An engine that is open already stays open."""
+    if not isinstance(engine, NativeSettings | VllmSettings | HttpSettings | ReplicaSettings):
+        yield engine
+        return
+    with closing(open_engine(engine)) as opened:
+        yield opened

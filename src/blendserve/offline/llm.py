@@ -28,10 +28,13 @@ from blendserve.engine.stats import RunStats
 from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.errors import ConfigError, ExecutorError, RequestError
 from blendserve.host import cache_dir
+from blendserve.models.chat_encoder import ChatEncoder
+from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.generation_config import sampling_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
 from blendserve.offline.assembler import OutputAssembler
+from blendserve.offline.chats import encode_chats
 from blendserve.offline.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
@@ -104,6 +107,8 @@ class LLM:
         files = resolve(model, cache_dir())
         self.model = load_model(files)
         self._default_sampling = checked_defaults(sampling_defaults(files, generation_config))
+        self._formats = ChatFormats.of(self.model.tokenizer)
+        self._chat_encoder = ChatEncoder(self.model.tokenizer)
         self.config = resolve_limits(config, self.model.spec)
         self.policy = policy
         self.seed = seed
@@ -267,28 +272,18 @@ class LLM:
     def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
         """Text and token ids of every prompt, or why it has none."""
         tokenizer = self.model.tokenizer
-        chats = [prompt for prompt in prompts if are_chats or _is_conversation(prompt)]
-        rendered = iter(tokenizer.render_each(chats) if chats else [])  # type: ignore[arg-type]
-        texts: list[tuple[str | RequestError | None, bool]] = []
-        for prompt in prompts:
-            is_chat = are_chats or _is_conversation(prompt)
-            texts.append((next(rendered) if is_chat else prompt if isinstance(prompt, str) else None, is_chat))
-        encoded = [
-            iter(
-                tokenizer.encode_each(
-                    [text for text, is_chat in texts if isinstance(text, str) and is_chat == of_kind],
-                    add_special_tokens=not of_kind,
-                    max_tokens=self.config.max_model_len,
-                )
-            )
-            for of_kind in (False, True)
-        ]
+        is_chat = [are_chats or _is_conversation(prompt) for prompt in prompts]
+        chats = [prompt for prompt, is_one in zip(prompts, is_chat, strict=True) if is_one]
+        max_tokens = self.config.max_model_len
+        of_chats = iter(encode_chats(self._chat_encoder, self._formats, chats, max_tokens=max_tokens))
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        of_texts = iter(tokenizer.encode_each(texts, max_tokens=max_tokens))
         found: list[Encoded] = []
-        for (text, is_chat), prompt in zip(texts, prompts, strict=True):
-            if isinstance(text, str):
-                found.append((text, next(encoded[is_chat])))
-            elif isinstance(text, RequestError):
-                found.append((None, text))
+        for prompt, is_one in zip(prompts, is_chat, strict=True):
+            if is_one:
+                found.append(next(of_chats))
+            elif isinstance(prompt, str):
+                found.append((prompt, next(of_texts)))
             else:
                 found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
         return found

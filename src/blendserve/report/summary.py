@@ -2,77 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from blendserve.engine.stats import Resources, RunStats
 from blendserve.engines.base import EngineTimes
 from blendserve.job.job import JobReport
-from blendserve.report.format import format_bytes, printable_line
+from blendserve.report.format import format_bytes, plural, printable_line
 from blendserve.report.progress import format_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """A job's report beside the clock and the engine's counters. Units: seconds, tokens; tokens are of this run only.
+    """The reports of a run beside the clock and the engine's counters. Units: seconds, tokens; tokens are of this run
+    only.
 
     `makespan_s` is from the start of the command to the last file written; `times` are the engine's. `stats` is None
     where nothing was left to run.
     """
 
-    report: JobReport
+    reports: Sequence[JobReport]
     policy: str
     makespan_s: float
     times: EngineTimes
     stats: RunStats | None
 
     @property
+    def exit_code(self) -> int:
+        """What the command returns: 0 when every line of every file was answered, else 3."""
+        return max(report.exit_code for report in self.reports)
+
+    @property
+    def num_tokens(self) -> int:
+        """Input and output tokens of this run, prefix hits included."""
+        return sum(report.num_prompt_tokens + report.num_output_tokens for report in self.reports)
+
+    @property
     def tokens_per_s(self) -> float:
         """Input and output tokens served per second of the run, prefix hits included."""
-        return (
-            (self.report.num_prompt_tokens + self.report.num_output_tokens) / self.times.run_s
-            if self.times.run_s
-            else 0.0
-        )
+        return self.num_tokens / self.times.run_s if self.times.run_s else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure, units in the names."""
-        report = asdict(self.report)
-        report["errors_by_code"] = dict(self.report.errors_by_code)
+        """Every figure, units in the names. Several files: their sums, and `files` with the report of each."""
         own: dict[str, Any] = {
+            "exit_code": self.exit_code,
+            "num_failed": sum(report.num_failed for report in self.reports),
             "policy": self.policy,
             "makespan_s": self.makespan_s,
             **self.times._asdict(),
             "tokens_per_s": self.tokens_per_s,
         }
-        return report | own | (_stats_fields(self.stats) if self.stats is not None else {})
+        files = [asdict(report) for report in self.reports]
+        reported = files[0] if len(files) == 1 else {**_sums(self.reports), "files": files}
+        return reported | own | (_stats_fields(self.stats) if self.stats is not None else {})
 
     def to_text(self) -> str:
         """A few lines for a person."""
-        report = self.report
-        if report.was_complete:
-            return f"already complete: {report.output_path} ({report.num_succeeded} answers); --fresh runs it again"
+        lines = [line for report in self.reports for line in _report_lines(report)]
+        if not all(report.was_complete for report in self.reports):
+            lines += self._run_lines()
+        notes = dict.fromkeys(note for report in self.reports for note in report.notes)
+        return "\n".join([*lines, *map(printable_line, notes)])
+
+    def _run_lines(self) -> list[str]:
         calibrate = f"calibrate {self.times.calibrate_s:.1f}, " if self.times.calibrate_s else ""
+        sums = _sums(self.reports)
         lines = [
-            f"{report.num_succeeded} answers in {report.output_path}"
-            + _resumed(report.num_resumed)
-            + _reused(report.num_reused),
-            f"{report.num_failed} errors" + _by_code(report.errors_by_code, report.errors_path),
             f"makespan {format_seconds(self.makespan_s)} ({self.makespan_s:.1f} s: load {self.times.load_s:.1f}, "
             f"{calibrate}plan {self.times.plan_s:.1f}, run {self.times.run_s:.1f}), policy {self.policy}",
-            f"tokens in {report.num_prompt_tokens} (cached {report.num_cached_tokens}), out "
-            f"{report.num_output_tokens}, {self.tokens_per_s:.0f} tok/s",
+            f"tokens in {sums['num_prompt_tokens']} (cached {sums['num_cached_tokens']}), out "
+            f"{sums['num_output_tokens']}, {self.tokens_per_s:.0f} tok/s",
         ]
         if self.stats is not None:
             lines.append(
                 f"steps {self.stats.num_steps}, scheduling {self.stats.scheduling_share:.1%} of step time (mean "
                 f"{self.stats.mean_scheduling_s * 1e3:.2f} ms, P99 {self.stats.p99_scheduling_s * 1e3:.2f} ms), "
-                f"{self.stats.num_preemptions} preemptions, KV peak {_kv_peak(self.stats):.0%}"
+                f"{plural(self.stats.num_preemptions, 'preemption')}, KV peak {_kv_peak(self.stats):.0%}"
             )
             if self.stats.resources is not None:
                 lines.append(_resources_line(self.stats.resources))
-        return "\n".join([*lines, *map(printable_line, report.notes)])
+        return lines
+
+
+def _report_lines(report: JobReport) -> list[str]:
+    """How one job ended."""
+    answers = plural(report.num_succeeded, "answer")
+    if not report.num_succeeded and report.num_failed:
+        answers = "no line was answered: 0 answers"
+    errors = plural(report.num_failed, "error") + _by_code(report.errors_by_code, report.errors_path)
+    if report.was_complete:
+        failed = f", {errors}" if report.num_failed else ""
+        return [f"already complete: {report.output_path} ({answers}{failed}); --fresh runs it again"]
+    kept = _resumed(report.num_resumed) + _reused(report.num_reused)
+    return [f"{answers} in {report.output_path}" + kept, errors]
+
+
+def _sums(reports: Sequence[JobReport]) -> dict[str, Any]:
+    """What reports count, added up."""
+    counts = (
+        "num_lines",
+        "num_succeeded",
+        "num_resumed",
+        "num_prompt_tokens",
+        "num_cached_tokens",
+        "num_output_tokens",
+    )
+    errors: Counter[str] = Counter()
+    for report in reports:
+        errors.update(report.errors_by_code)
+    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in counts}
+    return {**sums, "errors_by_code": dict(errors), "was_complete": all(report.was_complete for report in reports)}
 
 
 def _resources_line(resources: Resources) -> str:
@@ -107,7 +148,7 @@ def _kv_peak(stats: RunStats) -> float:
 
 
 def _resumed(count: int) -> str:
-    return f", {count} requests of them from an earlier run" if count else ""
+    return f", {plural(count, 'request')} of them from an earlier run" if count else ""
 
 
 def _reused(count: int) -> str:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from blendserve.serve import routes_batches, routes_files, routes_online, routes_state
+from blendserve.serve import dashboard, routes_batches, routes_files, routes_online, routes_state
 from blendserve.serve.guard import Guard, Sessions
 from blendserve.serve.http import HANDLERS
 from blendserve.serve.service import Service
@@ -26,7 +26,13 @@ def make_app(service: Service) -> Starlette:
             await service.stop()
 
     sessions = Sessions()
-    routes = [*routes_files.ROUTES, *routes_batches.ROUTES, *routes_online.ROUTES, *routes_state.ROUTES]
+    routes = [
+        *routes_files.ROUTES,
+        *routes_batches.ROUTES,
+        *routes_online.ROUTES,
+        *routes_state.ROUTES,
+        *dashboard.ROUTES,
+    ]
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, service=service, sessions=sessions)],

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -23,18 +24,22 @@ from blendserve.engines.base import Engine, FrontedEngine
 from blendserve.engines.opening import open_engine
 from blendserve.errors import BlendServeError, CapacityError, ConfigError, ExecutorError, RequestError
 from blendserve.job.disk import open_own
-from blendserve.request import SequenceOutput
+from blendserve.report.icicle import icicle
+from blendserve.report.plan_page import density_chart
+from blendserve.request import SequenceOutput, TokenIds
 from blendserve.serve.joined import WITHDRAWN, JoinedRequests
 from blendserve.serve.messages import (
     Ask,
     BatchBroken,
     BatchDone,
     Command,
+    Draw,
     EngineState,
     Forget,
     Open,
     Opened,
     OpeningFailed,
+    Picture,
     Progress,
     Release,
     Released,
@@ -48,6 +53,7 @@ from blendserve.serve.online import Online
 from blendserve.serve.open_batch import OpenBatch, WithdrawnError
 
 _REPORT_INTERVAL_S = 0.25
+_MAX_DRAWN = 20_000
 
 
 class EngineWorker:
@@ -69,6 +75,7 @@ class EngineWorker:
         self._opening: set[str] = set()
         self._withdrawn: set[str] = set()
         self._yielded_round = -1
+        self._drawn_round: tuple[int, JoinedRequests] | None = None
         self._reported_s = 0.0
 
     def send(self, report: Report) -> None:
@@ -82,6 +89,10 @@ class EngineWorker:
                 self._rounds.put(command)
                 if self._online is not None:
                     self._online.front.hold()  # what runs by itself ends, and the round takes the others along
+            case Draw(number):
+                drawing = self._drawn_round
+                if drawing is not None and drawing[0] == number:
+                    threading.Thread(target=self._draw, args=drawing, name="draw", daemon=True).start()
             case Ask() if self._online is not None:
                 self._online.ask(command, int(time.time()))
                 self._rounds.put(None)
@@ -125,6 +136,7 @@ class EngineWorker:
             with self._batches_lock:
                 left = list(self._open.values())
                 self._open.clear()
+            self._drawn_round = None
             for batch in left:
                 batch.close()
         self.send(RoundEnded(command.number, num_rows, error, is_for_space))
@@ -147,6 +159,7 @@ class EngineWorker:
                 numbers,
                 lambda part: batches[part].is_closed or self._yielded_round == command.number,
             )
+            self._drawn_round = (command.number, pending)
             self._generate(pending, batches, command.policy)
         return sum(batch.rows.num_rows for batch in batches) - before
 
@@ -196,6 +209,21 @@ class EngineWorker:
                 self._report_all([batches[part] for part in changed], tokens)
                 changed.clear()
         self._report_all([batches[part] for part in changed], tokens)
+
+    def _draw(self, number: int, pending: JoinedRequests) -> None:
+        """Plan once more, for a picture. Large rounds are not drawn: that would take time from answers."""
+        if len(pending) > _MAX_DRAWN:
+            return
+
+        def decode(token_ids: TokenIds) -> str:
+            return self._engine.codec.text_of(SequenceOutput(0, token_ids, "length", 0, 0))
+
+        with suppress(BlendServeError, OSError):
+            plan = self._engine.plan(pending)
+            tree, density = plan.tree, str(density_chart(plan).render())
+            tokens = int(tree.num_prompt_tokens), int(tree.num_unique_tokens)
+            drawn = str(icicle(plan, pending.flat_prompts(), decode))
+            self.send(Picture(number, len(pending), *tokens, density, drawn))
 
     def _end_if_complete(self, batch: OpenBatch, tokens: list[int] | None = None) -> None:
         if not batch.is_complete or batch.is_closed:

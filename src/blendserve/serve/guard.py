@@ -83,6 +83,8 @@ class Guard:
             self._check_local(scope, headers)
             return Caller()
         if path.startswith(_OPEN_PREFIXES):
+            if scope["method"] not in _SAFE:
+                _check_origin(headers)
             return Caller()
         scheme, _, secret = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and secret:

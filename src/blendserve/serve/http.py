@@ -7,11 +7,12 @@ import logging
 import secrets
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
+from html import escape
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from blendserve.errors import BlendServeError, CapacityError
 from blendserve.serve.caller import Caller
@@ -96,9 +97,24 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.to_json(), error.status_code, headers=error.headers)
 
 
-def _on_api_error(_: Request, error: Exception) -> Response:
+def _response_to(request: Request, error: ApiError) -> Response:
+    """JSON for programs; for people with a browser a page that leads back."""
+    is_page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/v1/")
+    if not is_page:
+        return error_response(error)
+    text = (
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Error - BlendServe</title>'
+        '<link rel="icon" href="data:,"><link rel="stylesheet" href="/static/page.css">'
+        '<link rel="stylesheet" href="/static/serve.css">'
+        f'<main><h1>That did not work</h1><p class="problem" role="alert">{escape(error.message)}</p>'
+        '<p><a class="button" href="/">All batches</a> <a class="button" href="/files">Files</a></p></main></html>'
+    )
+    return HTMLResponse(text, error.status_code, headers=error.headers)
+
+
+def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return _response_to(request, error)
 
 
 def _on_http_error(request: Request, error: Exception) -> Response:
@@ -109,7 +125,7 @@ def _on_http_error(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed for {path}.",
     }.get(error.status_code, error.detail)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+    return _response_to(request, ApiError(error.status_code, message, code=code, headers=error.headers))
 
 
 def _on_full(_: Request, error: Exception) -> Response:

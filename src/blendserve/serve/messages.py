@@ -67,6 +67,13 @@ class Yield:
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """Draw the plan of this round, if it still runs. Answered by `Picture`."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One request to answer ahead of all batches."""
 
@@ -83,7 +90,7 @@ class Forget:
     id: str
 
 
-Command = Open | RunRound | Release | Yield | Ask | Forget
+Command = Open | RunRound | Release | Yield | Draw | Ask | Forget
 
 # From the engine process
 
@@ -166,6 +173,18 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """The plan of a round: two drawings in SVG. Prompts can be read in the second one."""
+
+    number: int
+    num_requests: int
+    num_prompt_tokens: int
+    num_unique_tokens: int
+    density: str
+    icicle: str
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a streamed answer: the new text of one choice."""
 
@@ -185,5 +204,15 @@ class Reply:
 
 
 Report = (
-    Opened | OpeningFailed | Progress | BatchDone | BatchBroken | Released | RoundEnded | EngineState | Piece | Reply
+    Opened
+    | OpeningFailed
+    | Progress
+    | BatchDone
+    | BatchBroken
+    | Released
+    | RoundEnded
+    | EngineState
+    | Picture
+    | Piece
+    | Reply
 )

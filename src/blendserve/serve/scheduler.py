@@ -21,9 +21,11 @@ from blendserve.serve.messages import (
     BatchBroken,
     BatchDone,
     BatchSpec,
+    Draw,
     EngineState,
     Opened,
     OpeningFailed,
+    Picture,
     Progress,
     Release,
     Released,
@@ -57,6 +59,7 @@ class _Running:
     owners: frozenset[str]
     num_done_before: dict[str, int]
     is_yielding: bool = False
+    is_drawn: bool = False
     progressed: set[str] = field(default_factory=set)
 
     @property
@@ -101,6 +104,7 @@ class Scheduler:
         self._num_misses = 0
         self._retry_at = 0.0
         self._is_swapping = False
+        self._picture: Picture | None = None
         self._wanted = settings.models[0]
         self._counted: dict[str, tuple[int, int, int]] = {}
 
@@ -131,6 +135,20 @@ class Scheduler:
         except TimeoutError:
             self.host.kill()  # then the system takes its locks back
             await waiter
+
+    def picture_of(self, batch: BatchRecord) -> Picture | None:
+        """The plan of the round that a batch is in, once it is drawn. Prompts of other keys are never shown: rounds of
+        several keys have no picture.
+        """
+        running = self._running
+        if running is None or batch.id not in running.batch_ids or running.owners != {batch.owner}:
+            return None
+        if self._picture is not None and self._picture.number == running.round.number:
+            return self._picture
+        if not running.is_drawn:
+            running.is_drawn = True
+            self.host.send(Draw(running.round.number))
+        return None
 
     def has_model(self, model: ModelChoice) -> bool:
         return self.host.model == model
@@ -287,6 +305,8 @@ class Scheduler:
                 self._end_round(report.error, is_for_space=report.is_for_space)
             case EngineState():
                 self.engine_state = report
+            case Picture():
+                self._picture = report
             case Died():
                 self._bury(report)
         self.on_report(report)

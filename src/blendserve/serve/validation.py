@@ -13,7 +13,8 @@ from typing import Any
 
 from blendserve.dialect.parameters import shown
 from blendserve.errors import RequestError
-from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES, parse_json
+from blendserve.job.json_lines import parse_json
+from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES
 from blendserve.serve.settings import ServeSettings
 
 MAX_ERRORS = 100

@@ -16,7 +16,7 @@ from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.errors import ConfigError, RequestError
 from blendserve.job.door import Lines
 from blendserve.job.reader import BadLine
-from blendserve.job.record_log import RecordKind, RecordLog
+from blendserve.job.record_log import ROW_KINDS, RecordLog
 from blendserve.job.writer import JobPaths, Sizes
 from blendserve.tables.answers import AnswerColumns
 from blendserve.tables.layout import Layout, size_of, writing_parts
@@ -27,7 +27,6 @@ from blendserve.tables.target import Target
 FieldOrder = Callable[[int], Sequence[str]]
 """The order of the fields that a prompt lists, by the number of the row, from 0."""
 
-_ROW_KINDS = (RecordKind.OUTPUT_ROW, RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW)
 _LEFT_OUT_METADATA = (b"huggingface", b"ARROW:schema")
 """Descriptions of a table's columns that the answers' columns would make wrong."""
 
@@ -149,7 +148,7 @@ def _offsets_by_row(log: RecordLog) -> array[int]:
     """Where the row of every line is in the log: 8 bytes of memory each."""
     offsets: array[int] = array("q")
     for record in log.records():
-        if record.kind in _ROW_KINDS:
+        if record.kind in ROW_KINDS:
             missing = record.line_number - len(offsets)
             if missing > 0:
                 offsets.extend(array("q", [-1]) * missing)

@@ -158,7 +158,7 @@ def test_adapters_and_tasks_reach_vllm(tmp_path: Path, model: Path, api: FakeVll
     assert main([*command, *adapters]) == 0
     assert (api.opened[0]["max_loras"], api.opened[0]["max_lora_rank"]) == (2, 64)
     assert read_rows(tmp_path / "out.jsonl")[0]["response"]["body"]["model"] == "two"
-    assert main([*command, "--task", "embed", "--fresh"]) == 0
+    assert main([*command, "--task", "embed", "--fresh"]) == 3, "no line asks for an embedding"
     assert (tmp_path / "out.errors.jsonl").exists()  # a chat is no embedding
 
 

@@ -15,6 +15,7 @@ from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import LoadTotals, cost_model_of, model_cost_of, picture_tokens
 from blendserve.engines.vllm.inflight import StepLoad
 from blendserve.errors import ConfigError, RequestError
+from blendserve.models.conversation import Conversation
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.request import TokenIds
 
@@ -121,7 +122,7 @@ def test_pictures_stand_in_the_prompt_and_equal_ones_share_it() -> None:
     codec = VllmCodec(tokenizer, config, 1000)
 
     def conversation(digest: str, text: str) -> Any:
-        return ({"role": "user", "content": text, "pictures": f"{digest}:0:0 {digest}:0:0"},)
+        return Conversation(({"role": "user", "content": text, "pictures": f"{digest}:0:0 {digest}:0:0"},))
 
     def encoded(codec: VllmCodec, *prompts: Any) -> list[TokenIds]:
         return [outcome for outcome in codec.encode(prompts) if not isinstance(outcome, RequestError)]
@@ -132,7 +133,7 @@ def test_pictures_stand_in_the_prompt_and_equal_ones_share_it() -> None:
         conversation("6543210", "hello"),
     )
     first, same, other, plain = encoded(codec, hello, bye, other_hello, "hello")
-    (text_only,) = encoded(codec, ({"role": "user", "content": "hello"},))
+    (text_only,) = encoded(codec, Conversation(({"role": "user", "content": "hello"},)))
     assert len(first) >= len(text_only) + 10
     assert len(np.flatnonzero(first >= 300)) == 10
     num_shared = int(np.argmin(first[: len(same)] == same[: len(first)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from blendserve.calibration.first_run import expected_work_s
@@ -43,6 +44,7 @@ def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserv
     CapacityError where the KV memory asked for holds nothing: before a large file is read rather than after."""
     files = resolve(settings.model, cache_dir(), notify=notify, revision=settings.revision)
     model = load_model(files)
+    model = replace(model, tokenizer=settings.chat.applied(model.tokenizer))
     resolve_limits(settings.config(), model.spec)
     sampling = checked_defaults(sampling_defaults(files, settings.generation_config))
     identity = identity_of(model.spec.name, files)
@@ -66,15 +68,18 @@ class NativeEngine:
     ) -> None:
         self._config = settings.config()
         context = resolve_limits(EngineConfig(max_model_len=self._config.max_model_len), model.spec).max_model_len
+        formats = settings.chat.formats(model.tokenizer)
         self.served = ServedModel(
             names=(model.spec.name,),
             accepts_any_name=settings.model is not None,
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
-            abilities=native_abilities(model.spec.hidden_size),
             default_sampling=default_sampling,
+            abilities=native_abilities(model.spec.hidden_size, formats),
         )
-        self.codec = ModelCodec(model.tokenizer, self.served.max_model_len)
+        self.codec = ModelCodec(
+            model.tokenizer, context, formats, obeys_control_tokens=settings.chat.obeys_control_tokens
+        )
         self.identity = identity
         self._isa = best_isa() if settings.isa == "auto" else settings.isa  # kernels round differently: never mix them
         self.settings = {
@@ -83,6 +88,7 @@ class NativeEngine:
             "kv_dtype": self._config.kv_dtype,
             "kernels": KERNEL_REVISION,
             "generation config": shown_defaults(default_sampling),
+            **settings.chat.identity(),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.notes: tuple[str, ...] = ()

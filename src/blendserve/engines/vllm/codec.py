@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.images import Picture
-from blendserve.dialect.prompts import Message
 from blendserve.engines.vllm.cost import picture_tokens
 from blendserve.errors import RequestError
+from blendserve.models.chat_formats import ChatFormats
+from blendserve.models.conversation import Conversation, Message, text_of_content
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.request import TokenIds
 
@@ -22,31 +24,40 @@ class VllmCodec(ModelCodec):
     pictures. `max_model_len` bounds the estimate: whether such a prompt is too long, vLLM decides.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], max_model_len: int) -> None:
-        super().__init__(tokenizer, max_model_len)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: Mapping[str, Any],
+        max_model_len: int,
+        formats: ChatFormats | None = None,
+        *,
+        obeys_control_tokens: bool = False,
+    ) -> None:
+        super().__init__(tokenizer, max_model_len, formats, obeys_control_tokens=obeys_control_tokens)
         self._config = config
         self._mark = f"\n{secrets.token_hex(8)}\n"
 
-    def encode(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[TokenIds | RequestError]:
+    def encode(self, prompts: Sequence[str | Conversation]) -> list[TokenIds | RequestError]:
         """Raises: RequestError for a chat without a template."""
         plain = iter(super().encode([prompt for prompt in prompts if not _has_pictures(prompt)]))
         return [self._with_pictures(prompt) if _has_pictures(prompt) else next(plain) for prompt in prompts]
 
-    def _marked(self, prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
-        assert not isinstance(prompt, str)
-        return tuple(
-            {"role": message["role"], "content": self._mark * len(_pictures_of(message)) + message["content"]}
-            for message in prompt
+    def _marked(self, prompt: Conversation) -> Conversation:
+        messages = tuple(
+            {**message, "content": self._mark * len(_pictures_of(message)) + text_of_content(message["content"])}
+            for message in prompt.messages
         )
+        return replace(prompt, messages=messages)
 
-    def _with_pictures(self, prompt: str | tuple[Message, ...]) -> TokenIds | RequestError:
+    def _with_pictures(self, prompt: str | Conversation) -> TokenIds | RequestError:
         """The rendered conversation cut at its marks, pictures between the pieces."""
         assert not isinstance(prompt, str)
-        (text,) = self._render([self._marked(prompt)])
+        self._check_template()
+        (text,) = self._tokenizer.render_each([self._marked(prompt)])
         if isinstance(text, RequestError):
             return text
         first, *others = self._tokenizer.encode_each(text.split(self._mark.strip("\n")), False, self._max_model_len)
-        pictures = [picture for message in prompt for picture in _pictures_of(message)]
+        pictures = [picture for message in prompt.messages for picture in _pictures_of(message)]
         parts = [first]
         for picture, piece in zip(pictures, others, strict=False):  # a template may leave messages out
             parts += [_tokens_of(picture, picture_tokens(picture, self._config)), piece]
@@ -58,8 +69,8 @@ class VllmCodec(ModelCodec):
         return np.concatenate(whole)[: self._max_model_len - 1].astype(np.int32)
 
 
-def _has_pictures(prompt: str | tuple[Message, ...]) -> bool:
-    return not isinstance(prompt, str) and any("pictures" in message for message in prompt)
+def _has_pictures(prompt: str | Conversation) -> bool:
+    return not isinstance(prompt, str) and any("pictures" in message for message in prompt.messages)
 
 
 def _pictures_of(message: Message) -> list[Picture]:

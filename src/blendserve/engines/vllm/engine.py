@@ -65,6 +65,8 @@ class VllmEngine:
         embeds = settings.task == "embed"
         source = str(settings.arguments.get("generation_config", settings.generation_config))
         sampling = {} if embeds else checked_defaults(sampling_defaults(files, source))
+        tokenizer = settings.chat.applied(load_tokenizer(files))
+        formats = settings.chat.formats(tokenizer)
         self.served = ServedModel(
             names=(files.name,),
             accepts_any_name=True,
@@ -73,13 +75,17 @@ class VllmEngine:
             abilities=Abilities(
                 adapters=tuple(sorted(settings.adapters)),
                 sees="vision_config" in config,
+                chat=formats,
+                forces_json=True,
                 image_domains=tuple(domain.lower() for domain in settings.image_domains),
                 urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
                 checks_grammars=False,
             ),
             default_sampling=sampling,
         )
-        self.codec = VllmCodec(load_tokenizer(files), config, max_model_len)
+        self.codec = VllmCodec(
+            tokenizer, config, max_model_len, formats, obeys_control_tokens=settings.chat.obeys_control_tokens
+        )
         self.identity = identity_of(files.name, files)
         self.settings: dict[str, Any] = {
             "engine": "vllm",
@@ -90,6 +96,7 @@ class VllmEngine:
                 f"{name} {fingerprint(ModelFiles(name, Path(at)))}" for name, at in settings.adapters.items()
             ),
             "vllm arguments": shown_arguments(settings.arguments),
+            **settings.chat.identity(),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.times = EngineTimes()

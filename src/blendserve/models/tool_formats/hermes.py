@@ -1,0 +1,87 @@
+"""Hermes' format, which Qwen 2.5 and 3 have too: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from blendserve.models.tool_formats.format import (
+    CallGrammar,
+    NoCallError,
+    ParsedAnswer,
+    Tool,
+    ToolCall,
+    ToolFormat,
+    Wanted,
+    call_of,
+    read_json,
+    skip_spaces,
+    to_json,
+)
+from blendserve.models.tool_formats.lark import alternatives, arguments_rule, literal, repeated, start
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+def parse(text: str, tools: Sequence[Tool]) -> ParsedAnswer:  # noqa: ARG001
+    """Calls between their markers; the last one may lack its end."""
+    calls: list[ToolCall] = []
+    rest: list[str] = []
+    at = 0
+    while (begin := text.find(BEGIN, at)) >= 0:
+        rest.append(text[at:begin])
+        try:
+            call, at = _read(text, begin + len(BEGIN))
+            calls.append(call)
+        except NoCallError:
+            at = begin + len(BEGIN)
+            rest.append(BEGIN)
+    rest.append(text[at:])
+    return ParsedAnswer("".join(rest).strip(), tuple(calls)) if calls else ParsedAnswer(text)
+
+
+def _read(text: str, at: int) -> tuple[ToolCall, int]:
+    value, at = read_json(text, at)
+    call = call_of(value, "arguments", "parameters")
+    at = skip_spaces(text, at)
+    if text.startswith(END, at):
+        return call, at + len(END)
+    if at < len(text) and not text.startswith(BEGIN, at):
+        raise NoCallError(text[at : at + 20])
+    return call, at
+
+
+def forced(wanted: Wanted) -> str:
+    begin = literal(BEGIN, wanted.special_ids)
+    calls = repeated(f"{begin} body", f'"\\n" {begin} body', wanted)
+    return f"{start(calls, wanted)}\n{_body(wanted)}"
+
+
+def begun(wanted: Wanted) -> CallGrammar:
+    begin = literal(BEGIN, wanted.special_ids)
+    return CallGrammar(f"start: {repeated('body', f'MORE {begin} body', wanted)}\nMORE: /\\n?/\n{_body(wanted)}", BEGIN)
+
+
+def _body(wanted: Wanted) -> str:
+    """A call behind its begin marker."""
+    end = literal(END, wanted.special_ids)
+
+    def rule(tool: Tool) -> str:
+        head = literal(f'\n{{"name": {to_json(tool.name)}, "arguments": ')
+        return f'{head} {arguments_rule(tool)} "}}\\n" {end}'
+
+    return alternatives(wanted, rule, "body")
+
+
+def write_calls(calls: Sequence[ToolCall]) -> str:
+    return "\n".join(
+        f'{BEGIN}\n{{"name": {to_json(call.name)}, "arguments": {call.arguments}}}\n{END}' for call in calls
+    )
+
+
+def write_result(content: str) -> str:
+    return f"<tool_response>\n{content}\n</tool_response>"
+
+
+HERMES = ToolFormat(
+    "hermes", (BEGIN, END, "<tool_response>", "</tool_response>"), parse, forced, begun, write_calls, write_result
+)
