@@ -67,8 +67,7 @@ class NativeSettings:
       generation_config.json (default); "vllm", nowhere; or a directory with a generation_config.json.
     - `chat`: how conversations become prompts and how answers are read, see `ChatSettings`.
 
-    Answers depend on `model`, `dtype`, `kv_dtype`, `isa`, `generation_config` and `chat`; all other settings change
-    time only.
+    Answers depend on `model`, `dtype`, `kv_dtype`, `isa`, `generation_config` and `chat`. Others change time only.
     Raises: ConfigError for a value that cannot work.
     """
 

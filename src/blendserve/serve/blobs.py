@@ -26,9 +26,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class BlobWriter(Protocol):
     """A blob that is being written. `commit` makes it appear; `abort` leaves nothing."""
 
-    num_bytes: int
-    num_lines: int
-
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def num_lines(self) -> int: ...
     @property
     def sha256(self) -> str: ...
     def write(self, data: bytes) -> None: ...
