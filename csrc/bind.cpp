@@ -67,10 +67,11 @@ class WeightLoader {
 
   // Where `embedding` is absent, it is read from the head.
   void set_ends(const std::optional<Matrix>& embedding, const Matrix& lm_head, const Vector& norm,
-                const Array<double, 1>& inverse_frequencies) {
+                const Array<double, 1>& inverse_frequencies, double rotary_factor) {
     weights_.norm = copy(norm);
     weights_.inverse_frequencies.assign(inverse_frequencies.data(),
                                         inverse_frequencies.data() + inverse_frequencies.size());
+    weights_.rotary_factor = rotary_factor;
     weights_.lm_head = pack(lm_head);
     if (!embedding) return;
     nb::gil_scoped_release release;
@@ -251,7 +252,7 @@ NB_MODULE(_native, m) {
            nb::arg("qkv_bias").none() = nb::none(), nb::arg("q_norm").none() = nb::none(),
            nb::arg("k_norm").none() = nb::none())
       .def("set_ends", &WeightLoader::set_ends, nb::kw_only(), nb::arg("embedding").none(), nb::arg("lm_head"),
-           nb::arg("norm"), nb::arg("inverse_frequencies"));
+           nb::arg("norm"), nb::arg("inverse_frequencies"), nb::arg("rotary_factor") = 1.0);
 
   nb::class_<ModelShape>(m, "ModelShape")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>(), nb::kw_only(),

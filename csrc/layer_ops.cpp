@@ -33,7 +33,7 @@ LayerOps::LayerOps(Isa isa, const ModelShape& shape, int64_t max_model_len, cons
       weights_(weights),
       workspace_(workspace),
       num_threads_(num_threads),
-      rotary_(max_model_len, weights.inverse_frequencies) {}
+      rotary_(max_model_len, weights.inverse_frequencies, weights.rotary_factor) {}
 
 void LayerOps::embed(NanoBatch& nano, int64_t panel) {
   const int64_t hidden = shape_.hidden_size;

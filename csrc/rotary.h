@@ -10,7 +10,8 @@ namespace blendserve {
 
 class RotaryTables {
  public:
-  RotaryTables(int64_t max_model_len, std::span<const double> inverse_frequencies);
+  // Cosines and sines are multiplied by `factor`.
+  RotaryTables(int64_t max_model_len, std::span<const double> inverse_frequencies, double factor);
 
   int64_t half() const { return half_; }  // pairs of a head
   const float* cosine(int64_t position) const { return cosine_.data() + position * half_; }

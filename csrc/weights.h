@@ -24,6 +24,7 @@ struct ModelWeights {
   Buffer<uint16_t> embedding;  // bf16 [vocab_size, hidden_size]; empty where it is read from lm_head
   std::vector<float> norm;
   std::vector<double> inverse_frequencies;  // [head_dim / 2], radians per position
+  double rotary_factor = 1.0;               // of cosines and sines
   std::vector<LayerWeights> layers;
 
   MatmulFormat format() const { return lm_head.format(); }  // of all matrices

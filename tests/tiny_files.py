@@ -90,6 +90,16 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_position,
             }
+        if scaling.kind in ("yarn", "longrope"):
+            config["rope_scaling"] |= {
+                "original_max_position_embeddings": scaling.original_max_position,
+                "attention_factor": scaling.attention_factor,
+            }
+        if scaling.kind == "yarn":
+            config["rope_scaling"] |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        if scaling.kind == "longrope":
+            factors = list(scaling.divisors)
+            config["rope_scaling"] |= {"short_factor": factors, "long_factor": [2 * factor for factor in factors]}
     return config
 
 
@@ -187,9 +197,11 @@ def _add_sizes(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_rope_freq_base(spec.rope_theta)
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
     writer.add_vocab_size(spec.vocab_size)
-    if spec.rope_scaling is not None and spec.rope_scaling.kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    if spec.rope_scaling is not None and spec.rope_scaling.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(spec.rope_scaling.kind))
         writer.add_rope_scaling_factor(spec.rope_scaling.factor)
+        if spec.rope_scaling.kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(spec.rope_scaling.original_max_position)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:

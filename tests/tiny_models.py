@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from blendserve.models.hf_rope import yarn_mscale
 from blendserve.models.spec import ModelSpec, RopeScaling
 from blendserve.models.weights import MemoryWeights, expected_shapes, round_to_bf16
 
@@ -29,6 +30,18 @@ CHANGES_BY_NAME: dict[str, dict[str, Any]] = {
     "llama-tied": {"has_tied_embeddings": True},
     "llama3-rope": {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64), "rope_theta": 500000.0},
     "linear-rope": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "yarn-rope": {
+        "rope_scaling": RopeScaling("yarn", 4.0, original_max_position=128, attention_factor=yarn_mscale(4.0))
+    },
+    "longrope": {
+        "rope_scaling": RopeScaling(
+            "longrope",
+            1.5,
+            original_max_position=512,
+            attention_factor=1.25,
+            divisors=tuple(1.0 + pair / 4 for pair in range(8)),
+        )
+    },
     "mha": {"num_kv_heads": 6},
     "mqa": {"num_kv_heads": 1},
     "head-64": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 64},

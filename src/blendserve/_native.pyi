@@ -51,6 +51,7 @@ class WeightLoader:
         lm_head: _Floats,
         norm: _Floats,
         inverse_frequencies: NDArray[np.float64],
+        rotary_factor: float = 1.0,
     ) -> None: ...
 
 class ModelShape:

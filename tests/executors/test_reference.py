@@ -13,7 +13,7 @@ from tiny_models import CHANGES_BY_NAME, random_tokens, random_weights, tiny_spe
 from blendserve.engine.step import StepPlan
 from blendserve.errors import ConfigError
 from blendserve.executors.reference import Precision, ReferenceExecutor, ReferenceModel, prompt_logits
-from blendserve.models.rope import inverse_frequencies
+from blendserve.models.rope import attention_factor, inverse_frequencies
 from blendserve.models.spec import ModelSpec, RopeScaling
 from blendserve.models.weights import Weights
 from blendserve.request import Request, SamplingParams
@@ -33,7 +33,11 @@ def plain_logits(spec: ModelSpec, weights: Weights, tokens: NDArray[np.int32]) -
 
     def rotate(head: NDArray[np.float64], position: int) -> NDArray[np.float64]:
         half = spec.head_dim // 2
-        turned = (head[:half] + 1j * head[half:]) * np.exp(1j * position * inverse_frequencies(spec))
+        turned = (
+            (head[:half] + 1j * head[half:])
+            * attention_factor(spec)
+            * np.exp(1j * position * inverse_frequencies(spec))
+        )
         return np.concatenate([turned.real, turned.imag])
 
     rows = [load("embed_tokens")[token] for token in tokens]

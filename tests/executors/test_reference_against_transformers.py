@@ -14,9 +14,10 @@ from tiny_files import hf_config, hf_name
 from tiny_models import CHANGES_BY_NAME, random_tokens, random_weights, tiny_spec
 
 from blendserve.executors.reference import ReferenceModel, prompt_logits
+from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
-from blendserve.models.spec import ModelSpec, spec_from_hf_config
+from blendserve.models.spec import ModelSpec
 
 pytestmark = pytest.mark.peer
 

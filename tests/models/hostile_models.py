@@ -121,7 +121,7 @@ class GgufParts:
         if source.random() < 0.3:
             return changed_bytes(self.content, source, 4, num_header_bytes)
         metadata = changed_json(self.metadata, source)
-        fields = b"".join(_gguf_string(key) + _gguf_value(value) for key, value in metadata.items())
+        fields = b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
         headers = self.tensor_headers
         if source.random() < 0.2:
             headers = changed_bytes(headers, source, 0, len(headers))
@@ -129,15 +129,15 @@ class GgufParts:
         return head + bytes(-len(head) % 32) + self.data
 
 
-def _gguf_string(text: str) -> bytes:
+def gguf_string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def _gguf_value(value: Any) -> bytes:
+def gguf_value(value: Any) -> bytes:
     """Type and value; what GGUF has no type for becomes a text."""
     if isinstance(value, list) and value and all(type(item) is type(value[0]) for item in value):
-        items = [_gguf_value(item) for item in value]
+        items = [gguf_value(item) for item in value]
         return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(i[4:] for i in items)
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
@@ -145,7 +145,7 @@ def _gguf_value(value: Any) -> bytes:
         return struct.pack("<Id", 12, value)
     if isinstance(value, int) and -(2**63) <= value < 2**64:
         return struct.pack("<Iq", 11, value) if value < 2**63 else struct.pack("<IQ", 10, value)
-    return struct.pack("<I", 8) + _gguf_string(str(value)[:100] if not isinstance(value, str) else value)
+    return struct.pack("<I", 8) + gguf_string(str(value)[:100] if not isinstance(value, str) else value)
 
 
 class HostileDirectory:

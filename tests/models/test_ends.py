@@ -10,6 +10,7 @@ import pytest
 from tiny_files import tiny_directory, write_gguf
 from tiny_models import random_weights, tiny_spec
 
+from blendserve.errors import ConfigError
 from blendserve.models.ends import ends_by_name, united
 from blendserve.models.gguf_file import GgufFile
 from blendserve.models.gguf_tokenizer import tokenizer_from_gguf
@@ -47,6 +48,14 @@ def test_a_directory_unites_its_three_sources(
     ends = load_model(ModelFiles("m", directory)).spec.eos_token_ids
     assert set(ends) == expected
     assert len(ends) == len(expected)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_id_is_named_with_its_file(name: str, tmp_path: Path) -> None:
+    directory = tiny_directory(tmp_path / "m")
+    set_json(directory / name, eos_token_id="257")
+    with pytest.raises(ConfigError, match=f"eos_token_id is '257' in .*{name}; it must be a token id"):
+        load_model(ModelFiles("m", directory))
 
 
 def gguf_with_tokens(path: Path, names: tuple[str, ...], kind: int) -> GgufFile:

@@ -16,8 +16,8 @@ from tiny_models import random_weights, tiny_spec
 
 from blendserve.errors import ConfigError
 from blendserve.models.gguf_file import GgufFile
+from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.safetensors import SafetensorsWeights
-from blendserve.models.spec import spec_from_hf_config
 
 NUM_CHANGES = [150, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.thorough])]
 SPEC = tiny_spec("llama3-rope")

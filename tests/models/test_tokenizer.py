@@ -111,7 +111,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(directory: Path, tm
     ("generation", "config", "expected"),
     [
         ({"eos_token_id": [2, 0]}, {"eos_token": "</s>"}, (2, 0)),
-        ({"eos_token_id": 1}, {"eos_token": "</s>"}, (1, 2)),
+        ({"eos_token_id": 1.0}, {"eos_token": "</s>"}, (1, 2)),
         ({}, {"eos_token": {"content": "</s>", "special": True}}, (2,)),
         ({}, {"eos_token": None}, ()),
         ({}, {"eos_token": "<nowhere>"}, (320,)),  # it is added, as transformers does

@@ -142,5 +142,6 @@ def test_a_template_that_is_no_utf_8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "tekken.json"])
 def test_other_kinds_of_tokenizer_files(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\n\x0e")
-    with pytest.raises(ConfigError, match=f"has {name}, but no tokenizer.json; write one with transformers"):
+    needed = "transformers and sentencepiece" if name == "tokenizer.model" else "transformers"
+    with pytest.raises(ConfigError, match=f"has {name}, but no tokenizer.json; write one with {needed}: python"):
         tokenizer_from_directory(tmp_path)

@@ -122,6 +122,18 @@ def test_an_old_index_beside_whole_weights(tmp_path: Path) -> None:
     assert set(load_model(ModelFiles("m", directory)).weights.shape_by_name) == set(expected_shapes(tiny_spec()))
 
 
+def test_rows_that_pad_the_vocabulary_are_left_out(tmp_path: Path) -> None:
+    directory = tiny_directory(tmp_path / "m")
+    whole = safetensors.numpy.load_file(directory / "model.safetensors")
+    expected = whole[hf_name("embed_tokens")]
+    for name in ("embed_tokens", "lm_head"):
+        whole[hf_name(name)] = np.concatenate([whole[hf_name(name)], np.ones((64, expected.shape[1]), np.float32)])
+    safetensors.numpy.save_file(whole, directory / "model.safetensors")
+    weights = load_model(ModelFiles("m", directory)).weights
+    assert weights.shape_by_name["lm_head"] == expected.shape
+    np.testing.assert_array_equal(weights.tensor("embed_tokens"), expected)
+
+
 @pytest.mark.parametrize(
     ("present", "words"),
     [

@@ -24,6 +24,7 @@ from serve_cases import client_of, create, error_of, lines, running, settings_fo
 from serve_process import free_port
 from starlette.testclient import TestClient
 
+from blendserve.engines.http.fake_server import FakeSettings, serving
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.serve import batches as batches_module
 from blendserve.serve import finalize, server
@@ -44,22 +45,27 @@ NO_SERVER = "http://127.0.0.1:9/v1"
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a service under uvicorn, impatient with slow clients."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(server, "HEADER_S", 0.4)
-    limits = Limits(min_free_bytes=0, stall_s=0.4)
-    service = Service(settings_for(tmp_path_factory.mktemp("hostile") / "data", NO_SERVER, limits=limits))
-    number = free_port()
-    config = uvicorn.Config(
-        make_app(service), port=number, http=server._Patient, log_level="critical", ws="none", timeout_keep_alive=60
-    )
-    running_server = uvicorn.Server(config)
-    thread = threading.Thread(target=running_server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: running_server.started)
-    yield number
-    running_server.should_exit = True
-    thread.join(10)
-    patch.undo()
+    with serving(FakeSettings()) as backend, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "HEADER_S", 0.4)
+        limits = Limits(min_free_bytes=0, stall_s=0.4)
+        data = tmp_path_factory.mktemp("hostile") / "data"
+        service = Service(settings_for(data, backend.base_url, limits=limits))
+        number = free_port()
+        config = uvicorn.Config(
+            make_app(service),
+            port=number,
+            http=server._Patient,
+            log_level="critical",
+            ws="none",
+            timeout_keep_alive=60,
+        )
+        running_server = uvicorn.Server(config)
+        thread = threading.Thread(target=running_server.run, daemon=True)
+        thread.start()
+        wait_until(lambda: running_server.started)
+        yield number
+        running_server.should_exit = True
+        thread.join(10)
 
 
 def exchange(port: int, data: bytes) -> bytes:

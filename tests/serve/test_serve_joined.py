@@ -11,7 +11,7 @@ from parallel_cases import pending_of
 
 from blendserve.errors import RequestError
 from blendserve.job.pending import PendingRequests
-from blendserve.serve.joined import JoinedRequests
+from blendserve.serve.joined import RoundRequests
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def parts(tmp_path: Path) -> list[PendingRequests]:
     ]
 
 
-def join(parts: list[PendingRequests], withdrawn: frozenset[int] = frozenset()) -> JoinedRequests:
-    numbers = [part.numbers[n::2] for n, part in enumerate(parts)]
-    return JoinedRequests([part.store for part in parts], numbers, lambda part: part in withdrawn)
+def join(parts: list[PendingRequests], withdrawn: frozenset[int] = frozenset()) -> RoundRequests:
+    left = [PendingRequests(part.store, part.numbers[n::2]) for n, part in enumerate(parts)]
+    return RoundRequests(left, lambda part: part in withdrawn)
 
 
 def test_a_joined_request_is_the_request_of_its_part(parts: list[PendingRequests]) -> None:

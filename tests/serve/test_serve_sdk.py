@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,3 +140,30 @@ def test_submit_says_why_a_file_makes_no_batch(service: ServiceProcess, tmp_path
     assert "line 2: custom_id" in failed.stderr
     nowhere = command(service, "submit", str(tmp_path / "none.jsonl"))
     assert (nowhere.returncode, "cannot read" in nowhere.stderr) == (1, True)
+
+
+RECIPES = Path(__file__).parent.parent.parent / "docs" / "quickstart-serve.md"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_recipes_for_curl_work(service: ServiceProcess, tmp_path: Path) -> None:
+    shown = RECIPES.read_text().partition("<!-- curl recipes: tests run these lines -->")[2]
+    commands = shown.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert len(commands) == 6
+    (tmp_path / "in.jsonl").write_bytes(lines(3))
+    variables = {"URL": f"{service.url}/v1", "PATH": os.environ["PATH"]}
+
+    def run(text: str) -> str:
+        done = subprocess.run(
+            ["sh", "-c", text], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    variables["FILE"] = json.loads(run(commands[0]))["id"]
+    variables["BATCH"] = json.loads(run(commands[1]))["id"]
+    wait_until(lambda: json.loads(run(commands[2]))["status"] == "completed")
+    output_file = json.loads(run(commands[2]))["output_file_id"]
+    assert "id-0" in run(commands[3])
+    assert output_file
+    assert len(json.loads(run(commands[4]))["data"]) <= 5
+    assert json.loads(run(commands[5]))["deleted"]

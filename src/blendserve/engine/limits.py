@@ -31,10 +31,10 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             f"{most_threads} threads; lower --threads, or leave it out"
         )
     if config.max_model_len > spec.max_position:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but {spec.name} was made for {spec.max_position} tokens; "
-            "lower it, or leave it out"
-        )
+        most = f"was made for {spec.max_position} tokens"
+        if spec.context_limit:
+            most = f"can use {spec.max_position} tokens here: {spec.context_limit}"
+        raise ConfigError(f"max_model_len is {config.max_model_len}, but {spec.name} {most}; lower it, or leave it out")
     max_model_len = config.max_model_len or spec.max_position
     bytes_per_token = spec.kv_bytes_per_token(config.kv_dtype)
     kv_memory_bytes = config.kv_memory_bytes or min(

@@ -22,7 +22,7 @@ from blendserve.executors.prompt_results import embedding_of, kept_with, token_l
 from blendserve.executors.trace import StepTrace
 from blendserve.host import usable_cores
 from blendserve.models.pooling import LAST_TOKEN, Pooling
-from blendserve.models.rope import inverse_frequencies
+from blendserve.models.rope import attention_factor, inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, check_weights
 from blendserve.request import Request, TokenIds, TokenLogprob
@@ -328,6 +328,7 @@ def _load_ends(loader: _native.WeightLoader, spec: ModelSpec, weights: Weights, 
         lm_head=weights.tensor("embed_tokens" if spec.has_tied_embeddings else "lm_head"),
         norm=weights.tensor("norm"),
         inverse_frequencies=inverse_frequencies(spec),
+        rotary_factor=attention_factor(spec),
     )
 
 

@@ -22,7 +22,7 @@ from blendserve.executors.prompt_results import embedding_of, kept_with
 from blendserve.executors.sampling import masked, sample, token_logprob
 from blendserve.models.int8 import Int8Rows, int8_activations, int8_product, int8_weights
 from blendserve.models.pooling import LAST_TOKEN, Pooling
-from blendserve.models.rope import inverse_frequencies
+from blendserve.models.rope import attention_factor, inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, expected_shapes, round_to_bf16
 from blendserve.request import Request, TokenLogprob
@@ -168,8 +168,9 @@ class ReferenceModel:
     def _rotated(self, x: Array, positions: NDArray[np.int64]) -> Array:
         """Turn pair (j, j + head_dim / 2) of every head by frequency times position. Shapes: [n, heads, head_dim]."""
         angles = (positions[:, None] * self._inverse_frequencies)[:, None, :]
-        cosines: Array = np.cos(angles).astype(self.dtype)
-        sines: Array = np.sin(angles).astype(self.dtype)
+        factor = attention_factor(self.spec)
+        cosines: Array = (factor * np.cos(angles)).astype(self.dtype)
+        sines: Array = (factor * np.sin(angles)).astype(self.dtype)
         half = self.spec.head_dim // 2
         first, second = x[..., :half], x[..., half:]
         return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)

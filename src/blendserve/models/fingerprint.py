@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from blendserve.errors import ConfigError
-from blendserve.models.hub import ModelFiles
+from blendserve.models.hub import ModelFiles, split_names
 
 _HEAD_BYTES = 1 << 20
 _NUM_SAMPLES = 256
@@ -23,7 +23,10 @@ def fingerprint(files: ModelFiles) -> str:
     a file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=8)
-    paths = [files.path] if files.is_gguf else sorted(p for p in files.path.iterdir() if p.suffix in _SUFFIXES)
+    if files.is_gguf:
+        paths = [files.path.with_name(name) for name in split_names(files.path.name)]
+    else:
+        paths = sorted(path for path in files.path.iterdir() if path.suffix in _SUFFIXES)
     for path in paths:
         _add(path, digest)
     return digest.hexdigest()

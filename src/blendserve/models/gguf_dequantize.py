@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.errors import ConfigError
 from blendserve.models.weights import Floats
 
 Bytes = NDArray[np.uint8]
@@ -19,7 +20,7 @@ _CHUNK_BLOCKS = 4096  # 512 KB of float32 at a time stays in a second-level cach
 
 def dequantize(stored: Bytes, kind: str) -> Floats:
     """Shapes: `stored` [rows, bytes per row] -> [rows, elements per row]."""
-    if kind in ("F32", "F16", "BF16"):
+    if kind in ("F64", "F32", "F16", "BF16"):
         return _from_floats(stored, kind)
     if kind in ("Q4_0", "Q4_1"):
         return _from_nibbles(stored, kind)
@@ -27,11 +28,18 @@ def dequantize(stored: Bytes, kind: str) -> Floats:
         return _from_bytes(stored)
     import gguf  # imported here for start-up: it takes about as long as numpy
 
-    unpacked: Floats = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
+    try:
+        unpacked: Floats = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
+    except (KeyError, NotImplementedError) as error:
+        raise ConfigError(
+            f"the installed gguf package cannot unpack {kind} weights; install a newer one: pip install -U gguf"
+        ) from error
     return np.ascontiguousarray(unpacked, dtype=np.float32)
 
 
 def _from_floats(stored: Bytes, kind: str) -> Floats:
+    if kind == "F64":
+        return stored.view("<f8").astype(np.float32)
     if kind == "F32":
         return stored.view("<f4").astype(np.float32)
     if kind == "F16":

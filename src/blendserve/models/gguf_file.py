@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.errors import ConfigError
+from blendserve.models.hub import split_names
 from blendserve.models.spec import brief
 
 _MAGIC = b"GGUF"
@@ -39,8 +41,22 @@ _BLOCKS: dict[int, tuple[str, int, int]] = {
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }
+_NAME_OF_OTHERS = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 40: "NVFP4", 41: "Q1_0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +68,75 @@ class GgufTensor:
     shape: tuple[int, ...]
     row_bytes: int
     offset: int
+    part: int = 0
 
 
 class GgufFile:
-    """Metadata and tensors of one GGUF file. `tensor_bytes` borrows from the mapping, which lives as long as this.
+    """Metadata and tensors of a GGUF file, all parts of a split one included. `tensor_bytes` borrows from the mappings,
+    which live as long as this.
 
-    Raises: ConfigError when the file is not GGUF, is cut short, or holds a tensor type that we cannot read.
+    Raises: ConfigError when a file is not GGUF, is cut short, or holds a tensor type that we cannot read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
-        reader = _Reader(self._map)
-        try:
-            self.metadata, self.tensor_by_name = _read(path, reader)
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
-            reason = f"it ends within {brief(str(error))}" if isinstance(error, MemoryError) else brief(error)
-            raise ConfigError(
-                f"{path} is a damaged GGUF file ({reason}, byte {reader.at}); download it again"
-            ) from error
+        source, self.metadata, self.tensor_by_name = _opened(path)
+        self._maps = [source]
+        for number, part in enumerate(_other_parts(path, self.metadata), start=1):
+            source, metadata, tensor_by_name = _opened(part)
+            if metadata.get("split.no") != number:
+                raise ConfigError(f"{part} is not part {number + 1} of {path}; download it again")
+            if again := sorted(self.tensor_by_name.keys() & tensor_by_name.keys()):
+                raise ConfigError(f"{part} holds the tensor {brief(again[0])} a second time; download it again")
+            self.tensor_by_name |= {name: replace(tensor, part=number) for name, tensor in tensor_by_name.items()}
+            self._maps.append(source)
 
     def tensor_bytes(self, tensor: GgufTensor) -> NDArray[np.uint8]:
         """The stored bytes of a tensor. Shapes: [rows, bytes per row] of all but its last dimension."""
         rows = math.prod(tensor.shape[:-1])
-        stored = np.frombuffer(self._map, np.uint8, count=rows * tensor.row_bytes, offset=tensor.offset)
+        source = self._maps[tensor.part]
+        stored = np.frombuffer(source, np.uint8, count=rows * tensor.row_bytes, offset=tensor.offset)
         return stored.reshape(rows, tensor.row_bytes)
+
+
+def _opened(path: Path) -> tuple[mmap.mmap, dict[str, Any], dict[str, GgufTensor]]:
+    """A file's bytes, metadata and tensors."""
+    try:
+        with path.open("rb") as file:
+            source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    reader = _Reader(source)
+    try:
+        return (source, *_read(path, reader))
+    except (struct.error, UnicodeDecodeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+        reason = f"it ends within {brief(str(error))}" if isinstance(error, MemoryError) else brief(error)
+        raise ConfigError(f"{path} is a damaged GGUF file ({reason}, byte {reader.at}); download it again") from error
+
+
+def _other_parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """The parts after the first of a split model. Raises: ConfigError when `path` is not the first."""
+    count, number = metadata.get("split.count", 1), metadata.get("split.no", 0)
+    if type(count) is not int or type(number) is not int:
+        raise ConfigError(
+            f"{path} is damaged: split.count is {brief(count)}, split.no {brief(number)}; download it again"
+        )
+    if count <= 1:
+        return []
+    names = split_names(path.name)
+    if len(names) != count:
+        raise ConfigError(
+            f"{path} is part {number + 1} of {count}; its name must end in -{number + 1:05}-of-{count:05}.gguf, and the"
+            " other parts must be beside it"
+        )
+    if number or path.name != names[0]:
+        raise ConfigError(f"{path} is part {number + 1} of {count}; give the first part, {path.with_name(names[0])}")
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{path} is part 1 of {count}, and {missing[0]} is not beside it; download the other parts too"
+        )
+    return [path.with_name(name) for name in names[1:]]
 
 
 class _Reader:
@@ -165,7 +221,12 @@ def _tensor_header(path: Path, reader: _Reader) -> GgufTensor:
     type_id, offset = reader.scalar("<I"), reader.scalar("<Q")
     if type_id not in _BLOCKS:
         known = ", ".join(kind for kind, _, _ in _BLOCKS.values())
-        raise ConfigError(f"{path}: tensor {brief(name)} has ggml type {type_id}; supported: {known}")
+        kind = (
+            f"{_NAME_OF_OTHERS[type_id]} (ggml type {type_id})"
+            if type_id in _NAME_OF_OTHERS
+            else f"ggml type {type_id}"
+        )
+        raise ConfigError(f"{path}: tensor {brief(name)} has {kind}, which is not supported; supported: {known}")
     kind, block_size, block_bytes = _BLOCKS[type_id]
     if shape[-1] % block_size:
         raise ConfigError(

@@ -11,11 +11,21 @@ from numpy.typing import NDArray
 from blendserve.errors import ConfigError
 from blendserve.models.gguf_dequantize import dequantize
 from blendserve.models.gguf_file import GgufFile
+from blendserve.models.hf_features import changes_model, window_limit
+from blendserve.models.hf_rope import yarn_mscale
 from blendserve.models.rope import frequency_divisors
-from blendserve.models.spec import Architecture, ModelSpec, RopeScaling, brief, checked, token_ids
+from blendserve.models.spec import MAX_SCALING, Architecture, ModelSpec, RopeScaling, brief, checked, token_ids
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REQUIRED = object()
+_READ_KEYS = frozenset(
+    (
+        *("rope.freq_base", "rope.dimension_count", "rope.scale_linear", "attention.sliding_window"),
+        *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+        *("rope.scaling.finetuned", "rope.scaling.attn_factor"),
+    )
+)
+"""Keys whose names tell of a change of the model, and that are read."""
 _FACTORS_TENSOR = "rope_freqs.weight"
 _LOW_FACTOR, _HIGH_FACTOR, _DEFAULT_ORIGINAL = 1.0, 4.0, 8192
 _FACTOR_TOLERANCE = 1e-4  # the factors are stored as float32 ratios, computed in float32
@@ -37,6 +47,10 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
     head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
     _refuse_features(keys, head_dim)
     rope_theta = keys.decimal("rope.freq_base", 10000.0)
+    max_position, window = keys.integer("context_length"), keys.integer("attention.sliding_window", 0)
+    scaling = _rope_scaling(keys, file, rope_theta, head_dim, max_position)
+    if scaling is not None and scaling.kind == "yarn":
+        max_position = max(max_position, int(scaling.original_max_position * scaling.factor))
     return checked(
         ModelSpec(
             name=name,
@@ -48,14 +62,15 @@ def spec_from_gguf(name: str, file: GgufFile) -> ModelSpec:
             num_heads=num_heads,
             num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            max_position=keys.integer("context_length"),
+            max_position=max_position if not window else min(window, max_position),
             rope_theta=rope_theta,
             rms_norm_eps=keys.decimal("attention.layer_norm_rms_epsilon"),
-            rope_scaling=_rope_scaling(keys, file, rope_theta, head_dim),
+            rope_scaling=scaling,
             has_tied_embeddings="output.weight" not in file.tensor_by_name,
             has_qkv_bias=architecture == "qwen2",
             has_qk_norm=architecture == "qwen3",
-            eos_token_ids=token_ids(file.metadata.get("tokenizer.ggml.eos_token_id")),
+            eos_token_ids=token_ids(file.metadata.get("tokenizer.ggml.eos_token_id"), f"the metadata of {name}"),
+            context_limit=window_limit(window) if window and window < max_position else "",
         )
     )
 
@@ -71,6 +86,12 @@ class _Keys:
         if value is _REQUIRED:
             raise ConfigError(f"{self.name}: the GGUF metadata lacks '{self.architecture}.{key}'")
         return value
+
+    def others(self) -> list[tuple[str, Any]]:
+        """Keys of the architecture that nothing here reads, and their values."""
+        prefix = f"{self.architecture}."
+        found = [(key.removeprefix(prefix), value) for key, value in self._metadata.items() if key.startswith(prefix)]
+        return [(key, value) for key, value in found if key not in _READ_KEYS]
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         value = self.get(key, default)
@@ -96,13 +117,17 @@ def _refuse_features(keys: _Keys, head_dim: int) -> None:
     supported = {
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
-        "attention.sliding_window": 0,
-        "expert_count": 0,
     }
     for key, value in supported.items():
         found = keys.get(key, value)
         if found != value:
             raise ConfigError(f"{keys.name}: '{keys.architecture}.{key}' is {brief(found)}; only {value} is supported")
+    for key, found in keys.others():
+        if changes_model(key.replace(".", "_"), found):
+            raise ConfigError(
+                f"{keys.name}: '{keys.architecture}.{key[:100]}' is {brief(found)}, which is not supported and would "
+                "change the model"
+            )
 
 
 def _vocab_size(name: str, file: GgufFile) -> int:
@@ -112,7 +137,9 @@ def _vocab_size(name: str, file: GgufFile) -> int:
     return embedding.shape[0]
 
 
-def _rope_scaling(keys: _Keys, file: GgufFile, rope_theta: float, head_dim: int) -> RopeScaling | None:
+def _rope_scaling(
+    keys: _Keys, file: GgufFile, rope_theta: float, head_dim: int, max_position: int
+) -> RopeScaling | None:
     factors = file.tensor_by_name.get(_FACTORS_TENSOR)
     if factors is not None:
         stored = dequantize(file.tensor_bytes(factors), factors.kind).reshape(-1).astype(np.float64)
@@ -121,11 +148,20 @@ def _rope_scaling(keys: _Keys, file: GgufFile, rope_theta: float, head_dim: int)
     factor = keys.number("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    if kind != "linear" or not 0 < factor < math.inf:
+    if kind not in ("linear", "yarn") or not 0 < factor <= MAX_SCALING:
         raise ConfigError(
-            f"{keys.name}: rotary scaling {brief(kind)} by {factor} is not supported; known: linear, llama3"
+            f"{keys.name}: rotary scaling {brief(kind)} by {factor} is not supported; known: linear, llama3, yarn"
         )
-    return RopeScaling("linear", factor)
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    original = keys.integer("rope.scaling.original_context_length", max_position)
+    attention = keys.number("rope.scaling.attn_factor", 1.0) * yarn_mscale(factor)
+    if not 1 <= original <= MAX_SCALING or not rope_theta > 1:
+        raise ConfigError(
+            f"{keys.name}: yarn over an original context of {original} tokens with the base {rope_theta} is not "
+            "supported; both must be above 1"
+        )
+    return RopeScaling("yarn", factor, original_max_position=original, attention_factor=attention)
 
 
 def _llama3_scaling(name: str, factors: NDArray[np.float64], rope_theta: float, head_dim: int) -> RopeScaling | None:
@@ -149,7 +185,7 @@ def _llama3_scaling(name: str, factors: NDArray[np.float64], rope_theta: float, 
         original = round(turns * 2.0 * math.pi / plain[between[0]])
     scaling = RopeScaling("llama3", largest, _LOW_FACTOR, _HIGH_FACTOR, original)
     if factors.shape == plain.shape and np.allclose(
-        frequency_divisors(plain, scaling), factors, _FACTOR_TOLERANCE, 0.0
+        frequency_divisors(plain, scaling, rope_theta), factors, _FACTOR_TOLERANCE, 0.0
     ):
         return scaling
     raise ConfigError(

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,7 @@ DESCRIPTION_PATTERNS = ("*.json", "*.jinja")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
 _NOT_THE_MODEL = ("consolidated*", "adapter_model*", "*/*.safetensors")
 """Other formats of the same weights, and additions to them: nothing reads them."""
+_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _COPY_BYTES = 1 << 20
 
 
@@ -161,16 +163,27 @@ def _find_packaged(name: str) -> PackagedModel | None:
     return next((model for model in PACKAGED_MODELS if model.name.lower() == name.lower()), None)
 
 
+def split_names(name: str) -> list[str]:
+    """Names of the files that a model is split over, from that of any of them; of a whole file, its own."""
+    match = _SPLIT_NAME.fullmatch(name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
+        return [name]
+    return [f"{match['stem']}-{number:05}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
+
+
 def _local(path: Path) -> ModelFiles:
     if path.is_file() and path.suffix != ".gguf":
         raise ConfigError(f"{path} is not a model: give a .gguf file, or a directory with config.json and safetensors")
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
+        if len(files) == 1 or (files and [file.name for file in files] == split_names(files[0].name)):
             return _local(files[0])
         hint = "name one of its .gguf files" if files else "a model directory also has tokenizer.json and safetensors"
         raise ConfigError(f"{path} has no config.json; {hint}")
-    return ModelFiles(path.stem if path.is_file() else path.resolve().name, path)
+    if path.is_dir():
+        return ModelFiles(path.resolve().name, path)
+    match = _SPLIT_NAME.fullmatch(path.name)
+    return ModelFiles(path.stem if match is None else match["stem"], path)
 
 
 def _from_hub(name: str, notify: Notify, patterns: tuple[str, ...]) -> ModelFiles:
@@ -184,7 +197,10 @@ def _from_hub(name: str, notify: Notify, patterns: tuple[str, ...]) -> ModelFile
     notify(f"looking for {name} on the Hugging Face hub")
     try:
         if file_name:
-            path = huggingface_hub.hf_hub_download(repository, file_name, revision=revision or None)
+            path, *_ = [
+                huggingface_hub.hf_hub_download(repository, name, revision=revision or None)
+                for name in split_names(file_name)
+            ]
         else:
             path = huggingface_hub.snapshot_download(
                 repository,

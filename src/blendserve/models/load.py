@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from blendserve.errors import ConfigError
 from blendserve.models.ends import united
+from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.hub import ModelFiles
 from blendserve.models.pooling import LAST_TOKEN, Pooling, pooling_from_directory
-from blendserve.models.spec import ModelSpec, spec_from_hf_config
+from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer, read_json
 from blendserve.models.weights import Weights, check_weights
 
@@ -68,4 +69,5 @@ def _from_directory(files: ModelFiles) -> tuple[ModelSpec, Weights, Tokenizer]:
     if not config:
         raise ConfigError(f"{files.path} has no config.json; give a model directory, a .gguf file or a hub id")
     spec = spec_from_hf_config(files.name, config)
-    return spec, SafetensorsWeights(files.path, spec.has_tied_embeddings), tokenizer_from_directory(files.path)
+    weights = SafetensorsWeights(files.path, spec.has_tied_embeddings, spec.vocab_size)
+    return spec, weights, tokenizer_from_directory(files.path)

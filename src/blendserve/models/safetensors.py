@@ -11,7 +11,7 @@ import math
 import mmap
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,6 +39,7 @@ _NAME_BY_STEM = {
     "mlp.down_proj": "down_proj",
 }
 _TOP_NAMES = {"model.embed_tokens.weight": "embed_tokens", "model.norm.weight": "norm", "lm_head.weight": "lm_head"}
+_ROW_PER_TOKEN = ("embed_tokens", "lm_head")
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -55,12 +56,13 @@ class _Entry:
 
 
 class SafetensorsWeights:
-    """Weights of a directory: model.safetensors, or the files that model.safetensors.index.json names.
+    """Weights of a directory: model.safetensors, or the files that model.safetensors.index.json names. Of the rows of
+    the embedding and the head, `vocab_size` count: padding after them is left out.
 
     Raises: ConfigError when a file is missing, damaged, or holds a type of number that we do not read.
     """
 
-    def __init__(self, directory: Path, has_tied_embeddings: bool) -> None:
+    def __init__(self, directory: Path, has_tied_embeddings: bool, vocab_size: int | None = None) -> None:
         self._entry_by_name: dict[str, _Entry] = {}
         self._map_by_path: dict[Path, mmap.mmap] = {}
         paths, file_by_tensor = _weight_files(directory)
@@ -74,6 +76,8 @@ class SafetensorsWeights:
                     continue  # a buffer of old checkpoints; a second copy of the embedding
                 if name in self._entry_by_name:
                     raise ConfigError(f"tensor {brief(entry_name)} is in {self._entry_by_name[name].path} and {path}")
+                if vocab_size is not None and name in _ROW_PER_TOKEN and entry.shape and entry.shape[0] > vocab_size:
+                    entry = replace(entry, shape=(vocab_size, *entry.shape[1:]))
                 self._entry_by_name[name] = entry
 
     @property

@@ -111,7 +111,7 @@ class Tokenizer:
         return RequestError(
             f"the prompt holds the token {self.backend.id_to_token(largest)!r} ({largest}), and the model's weights "
             f"know tokens up to {self.num_embeddings - 1}: leave it out",
-            code="invalid_token_id",
+            code="invalid_value",
         )
 
     @cached_property

@@ -37,7 +37,8 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     special_tokens = _special_tokens(config)
     with told_as(f"cannot add the tokens that {directory} lists to its tokenizer"):
         _add_tokens(backend, added, special_tokens, config)
-    generation_ids = token_ids(read_json(directory / "generation_config.json").get("eos_token_id"))
+    path = directory / "generation_config.json"
+    generation_ids = token_ids(read_json(path).get("eos_token_id"), str(path))
     own_id = backend.token_to_id(special_tokens.get("eos_token", ""))
     ends = united(generation_ids, () if own_id is None else (own_id,))
     sources = template_sources(directory, config)
@@ -49,8 +50,9 @@ def _backend(directory: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         kinds = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (directory / name).is_file()]
         found = f"{kinds[0]}, but no tokenizer.json" if kinds else "no tokenizer.json"
+        needed = "transformers and sentencepiece" if "tokenizer.model" in kinds else "transformers"
         raise ConfigError(
-            f'{directory} has {found}; write one with transformers: python -c "from transformers import AutoTokenizer; '
+            f'{directory} has {found}; write one with {needed}: python -c "from transformers import AutoTokenizer; '
             f'AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"'
         )
     with told_as(f"cannot read {path}"):

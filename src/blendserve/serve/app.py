@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from blendserve.serve import dashboard, routes_batches, routes_files, routes_online, routes_state
+from blendserve.serve import dashboard, openapi, routes_batches, routes_files, routes_online, routes_state
 from blendserve.serve.guard import Guard, Sessions
 from blendserve.serve.http import HANDLERS
 from blendserve.serve.service import Service
@@ -32,6 +32,7 @@ def make_app(service: Service) -> Starlette:
         *routes_online.ROUTES,
         *routes_state.ROUTES,
         *dashboard.ROUTES,
+        *openapi.ROUTES,
     ]
     app = Starlette(
         routes=routes,

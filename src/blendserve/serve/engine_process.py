@@ -24,10 +24,11 @@ from blendserve.engines.base import Engine, FrontedEngine
 from blendserve.engines.opening import open_engine
 from blendserve.errors import BlendServeError, CapacityError, ConfigError, ExecutorError, RequestError
 from blendserve.job.disk import open_own
+from blendserve.job.pending import PendingRequests
 from blendserve.report.icicle import icicle
 from blendserve.report.plan_page import density_chart
 from blendserve.request import SequenceOutput, TokenIds
-from blendserve.serve.joined import WITHDRAWN, JoinedRequests
+from blendserve.serve.joined import WITHDRAWN, RoundRequests
 from blendserve.serve.messages import (
     Ask,
     BatchBroken,
@@ -75,7 +76,7 @@ class EngineWorker:
         self._opening: set[str] = set()
         self._withdrawn: set[str] = set()
         self._yielded_round = -1
-        self._drawn_round: tuple[int, JoinedRequests] | None = None
+        self._drawn_round: tuple[int, RoundRequests] | None = None
         self._reported_s = 0.0
 
     def send(self, report: Report) -> None:
@@ -143,21 +144,21 @@ class EngineWorker:
 
     def _answer(self, command: RunRound) -> int:
         """Run a round. Returns: rows that it made."""
-        batches, numbers = [], []
+        batches: list[OpenBatch] = []
+        parts: list[PendingRequests] = []
         for share in command.shares:
             batch = self._opened(share)
             if batch is not None:
                 batches.append(batch)
-                numbers.append(batch.rows.pending().numbers[: share.max_requests])
+                numbers = batch.rows.pending().numbers[: share.max_requests]
+                parts.append(PendingRequests(batch.store, numbers))
         before = sum(batch.rows.num_rows for batch in batches)
         for batch in batches:
             self._report(batch)
             self._end_if_complete(batch)
-        if sum(map(len, numbers)):
-            pending = JoinedRequests(
-                [batch.store for batch in batches],
-                numbers,
-                lambda part: batches[part].is_closed or self._yielded_round == command.number,
+        if any(map(len, parts)):
+            pending = RoundRequests(
+                parts, lambda part: batches[part].is_closed or self._yielded_round == command.number
             )
             self._drawn_round = (command.number, pending)
             self._generate(pending, batches, command.policy)
@@ -190,7 +191,7 @@ class EngineWorker:
             self.send(report)
         return batch
 
-    def _generate(self, pending: JoinedRequests, batches: list[OpenBatch], policy: str) -> None:
+    def _generate(self, pending: RoundRequests, batches: list[OpenBatch], policy: str) -> None:
         tokens = {batch.spec.id: [0, 0, 0] for batch in batches}
         changed: set[int] = set()
         outputs = self._engine.generate(pending, policy)
@@ -210,7 +211,7 @@ class EngineWorker:
                 changed.clear()
         self._report_all([batches[part] for part in changed], tokens)
 
-    def _draw(self, number: int, pending: JoinedRequests) -> None:
+    def _draw(self, number: int, pending: RoundRequests) -> None:
         """Plan once more, for a picture. Large rounds are not drawn: that would take time from answers."""
         if len(pending) > _MAX_DRAWN:
             return

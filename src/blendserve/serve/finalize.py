@@ -23,7 +23,7 @@ from blendserve.job.record_log import Record, RecordKind, RecordLog
 from blendserve.serve.blobs import Blobs, BlobWriter
 
 OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
-ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW))
+ERROR_KINDS = frozenset(kind for kind in RecordKind if kind.name.endswith("_ROW")) - OUTPUT_KINDS
 _REASONS = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "This request was not executed because the batch was cancelled."),

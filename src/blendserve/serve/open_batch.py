@@ -43,6 +43,7 @@ class OpenBatch:
         self._lock = threading.Lock()
         self.is_closed = False
         self._journal = Journal(spec.directory)
+        self._store_directory = spec.directory / "prompts"
         try:
             identity = _identity(spec, engine, served)
             if self._header_of(identity) is None:
@@ -54,7 +55,7 @@ class OpenBatch:
         try:
             header = self._journal.header() or self._ingest(identity, engine.codec)
             self.num_lines = header.num_lines
-            self.store = TokenStore.open(self._journal.store_directory, header.store_files, served.max_model_len)
+            self.store = TokenStore.open(self._store_directory, header.store_files, served.max_model_len)
             self.rows = RowAssembler(self.store, self._log, engine.codec, served.name, header.created)
             self._log.recover(self.rows.replay)
         except BaseException:
@@ -94,7 +95,7 @@ class OpenBatch:
             header = self._journal.header()
             if header is None or header.identity != identity:
                 return None
-            TokenStore.open(self._journal.store_directory, header.store_files, self._served.max_model_len)
+            TokenStore.open(self._store_directory, header.store_files, self._served.max_model_len)
         except ConfigError:  # damaged: answers are made again
             return None
         records = self._journal.directory / "records"
@@ -104,7 +105,7 @@ class OpenBatch:
     def _ingest(self, identity: JobIdentity, codec: Codec) -> JournalHeader:
         spec, log = self.spec, self._log
         reader = BatchReader(spec.input_path, self._served, spec.limits)
-        writer = StoreWriter(self._journal.store_directory)
+        writer = StoreWriter(self._store_directory)
 
         def accept(line: BatchLine, token_ids: TokenLists) -> None:
             if self._is_withdrawn():

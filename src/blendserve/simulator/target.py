@@ -10,10 +10,11 @@ from blendserve.config import EngineConfig, KvDtype
 from blendserve.costs.hardware import HARDWARE_BY_NAME, known_hardware
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
+from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.hub import DESCRIPTION_PATTERNS, ModelFiles, resolve
 from blendserve.models.known import MODEL_BY_NAME
 from blendserve.models.load import load_tokenizer
-from blendserve.models.spec import ModelSpec, spec_from_hf_config
+from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer, read_json
 from blendserve.simulator.machine import EngineKind, Machine, gpu_machine, is_calibrated, this_machine
 

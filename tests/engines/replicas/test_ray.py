@@ -188,8 +188,8 @@ def test_native_replicas_write_what_one_engine_does(
     command = ["run", str(source), "--model", str(model), *limits, "--ordered", "--json", "-o"]
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     before = signal.getsignal(signal.SIGTERM)
-    assert main([*command, str(one)]) == 0
-    assert main([*command, str(two), "--replicas", "2", "--ray-address", address]) == 0
+    assert main([*command, str(one)]) == 3  # two lines are wrong
+    assert main([*command, str(two), "--replicas", "2", "--ray-address", address]) == 3  # two lines are wrong
     assert list(crash_comparable(one).items()) == list(crash_comparable(two).items())
     summary = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert summary["num_succeeded"] == 46

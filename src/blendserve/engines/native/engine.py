@@ -49,7 +49,7 @@ def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserv
     sampling = checked_defaults(sampling_defaults(files, settings.generation_config))
     identity = identity_of(model.spec.name, files)
     engine = NativeEngine(settings, model, identity, sampling, notify=notify, observer=observer)
-    engine.notes = (*files.notes, *note_of(sampling))
+    engine.notes = (*files.notes, *model.spec.notes, *note_of(sampling))
     return engine
 
 
