@@ -111,10 +111,13 @@ def service(data: Path, options: list[str]) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "blendserve", "serve", "--data", str(data), "--port", str(port), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    with (data.parent / "serve.log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         while not is_ready(url):
+            if process.poll() is not None:
+                raise SystemExit(f"the service ended: {(data.parent / 'serve.log').read_text()[-1000:]}")
             time.sleep(0.1)
         yield url
     finally:
@@ -153,7 +156,7 @@ async def served(url: str, source: Path, ids: list[str], arguments: argparse.Nam
                 await asyncio.sleep(arguments.pause)
 
         pollers = [asyncio.create_task(poll(number)) for number in range(arguments.clients if ids else 0)]
-        while (await client.get(f"/v1/batches/{batch['id']}")).json()["status"] != "completed":
+        while (await client.get(f"/v1/batches/{batch['id']}")).json()["status"] not in ("completed", "failed"):
             await asyncio.sleep(0.05)
         seconds = time.perf_counter() - started
         is_over.set()

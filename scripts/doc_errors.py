@@ -82,6 +82,12 @@ REQUEST_EXAMPLES = (
         "The engine does not support the parameter, and leaving it out would change the answer.",
         asks(tools=[{"type": "function", "function": {"name": "f"}}]),
     ),
+    Example(
+        "unsupported_schema",
+        "The schema asks for something that cannot be followed. The message names it.",
+        asks(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}}),
+    ),
+    Example("invalid_grammar", "A regular expression or a grammar has an error.", asks(guided_regex="(yes|no")),
     Example("context_length_exceeded", "The prompt does not fit the model's context.", line({"prompt": _LONG_PROMPT})),
     Example(
         "too_many_requests",

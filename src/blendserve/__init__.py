@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from blendserve.offline.batch import run_batch, run_batches
     from blendserve.offline.llm import LLM
     from blendserve.offline.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
-    from blendserve.request import SamplingParams
+    from blendserve.request import SamplingParams, StructuredOutputs
     from blendserve.tables.api import map, map_file
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "ReplicaSettings",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "VllmSettings",
     "map",
     "map_file",
@@ -47,7 +48,7 @@ _NAMES_BY_MODULE = {
     "blendserve.offline.batch": ("run_batch", "run_batches"),
     "blendserve.offline.llm": ("LLM",),
     "blendserve.offline.outputs": ("CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput", "RequestOutput"),
-    "blendserve.request": ("SamplingParams",),
+    "blendserve.request": ("SamplingParams", "StructuredOutputs"),
     "blendserve.tables.api": ("map", "map_file"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from blendserve.dialect.extras import Abilities
 from blendserve.dialect.parameters import check_params
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.dialect.structured import MAX_SCHEMA_DEPTH, MAX_STRUCTURE_CHARACTERS, check_structure, strict_schema
@@ -132,3 +133,32 @@ def test_structures_from_python() -> None:
             check_structure("s", wrong)
     params = SamplingParams(structured_outputs=given)
     assert check_params(params, 10).structured_outputs == given
+
+
+REFUSED = {
+    "not": {"not": {"type": "null"}},
+    "if": {"if": {"type": "string"}, "then": {"maxLength": 3}},
+    "contains": {"type": "array", "contains": {"type": "null"}},
+    "uniqueItems": {"type": "array", "uniqueItems": True},
+    "propertyNames": {"type": "object", "propertyNames": {"maxLength": 3}},
+    "dependentRequired": {"type": "object", "dependentRequired": {"a": ["b"]}},
+    "dependentSchemas": {"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}},
+    "unevaluatedProperties": {"type": "object", "unevaluatedProperties": False},
+    "oneOf": {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+}
+
+
+@pytest.mark.parametrize("keyword", REFUSED)
+def test_keywords_that_cannot_be_followed_are_named(keyword: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        parsed(**json_schema(schema={"type": "object", "properties": {"x": REFUSED[keyword]}}))
+    assert refusal.value.code == "unsupported_schema"
+    assert refusal.value.param == "response_format"
+    assert keyword in refusal.value.message
+
+
+def test_other_engines_check_structures_themselves() -> None:
+    served = ServedModel(("tiny",), abilities=Abilities(checks_grammars=False))
+    body = {**CHAT, "guided_json": REFUSED["not"]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    assert parse_line(line, 1, served).sampling.structured_outputs is not None

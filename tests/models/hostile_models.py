@@ -165,6 +165,8 @@ class HostileDirectory:
         sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2], **sampling}))
         if lists_added_tokens:
+            named = [{"name": "default", "template": settings["chat_template"]}, {"name": "tool_use", "template": "T"}]
+            settings["chat_template"] = named
             settings["added_tokens_decoder"] = {
                 "0": {"content": "<unk>", "special": True, "lstrip": False},
                 "320": {"content": "<think>", "special": False, "normalized": True},

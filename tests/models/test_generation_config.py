@@ -15,8 +15,10 @@ from blendserve.cli import main
 from blendserve.dialect.defaults import checked_defaults, with_defaults
 from blendserve.dialect.schema import ServedModel, parse_line
 from blendserve.errors import ConfigError
+from blendserve.job.batch_input import read_batch
 from blendserve.models.generation_config import sampling_defaults, shown_defaults
 from blendserve.models.hub import ModelFiles
+from blendserve.simulator.target import find_target, find_tokenizer, sampling_of
 
 RECOMMENDED = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05}
 
@@ -98,6 +100,13 @@ def test_lines_of_every_text_endpoint_get_them() -> None:
         assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.5, 20)
 
 
+def test_what_extra_body_gives_counts() -> None:
+    body = {"prompt": "x", "extra_body": {"top_k": 5}}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    sampling = parse_line(line, 1, ServedModel(("m",), default_sampling=RECOMMENDED)).sampling
+    assert (sampling.top_k, sampling.top_p) == (5, 0.95)
+
+
 def test_llm_uses_them_where_a_call_gives_no_parameters(tmp_path: Path) -> None:
     """As in vLLM: parameters that are given are taken as they are."""
     path = str(directory(tmp_path / "m", temperature=0.0, max_new_tokens=3))
@@ -153,3 +162,15 @@ def test_another_source_is_another_job(tmp_path: Path, capsys: pytest.CaptureFix
 def test_shown_defaults() -> None:
     assert shown_defaults({}) == "none"
     assert shown_defaults({"top_p": 0.9, "max_tokens": 5}) == "max_tokens 5, top_p 0.9"
+
+
+def test_a_plan_knows_the_models_limit(tmp_path: Path) -> None:
+    model = str(directory(tmp_path / "m", max_new_tokens=7))
+    source = tmp_path / "in.jsonl"
+    body = {"messages": [{"role": "user", "content": "the"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    source.write_text(json.dumps(line))
+    target = find_target(model, notify=lambda _: None)
+    tokenizer, _ = find_tokenizer(None, target, notify=lambda _: None)
+    with read_batch(source, target.spec, tokenizer, default_sampling=sampling_of(target)) as batch:
+        assert batch.table.max_output_tokens.tolist() == [7]

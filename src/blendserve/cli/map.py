@@ -14,7 +14,7 @@ from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_engine, add_engine_choice, add_replicas, add_watching, check_options
 from blendserve.cli.engine_settings import engine_settings
 from blendserve.cli.help import add_two_helps
-from blendserve.cli.options import add_model, positive_integer, say, tell
+from blendserve.cli.options import add_chat, add_model, positive_integer, say, tell
 from blendserve.errors import ConfigError
 from blendserve.planner.policies import POLICY_NAMES
 
@@ -82,6 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_watching(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object (default: as text)")
+    add_chat(parser)
     add_engine_choice(parser)
     add_engine(parser)
     add_replicas(parser)

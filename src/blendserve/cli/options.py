@@ -76,6 +76,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a model directory, a .gguf file, a hub id (owner/name), or a name from `blendserve models` "
         "(default: SmolLM2-135M-Instruct)",
     )
+    add_version(parser)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Which version of a model, and how much of its context."""
     parser.add_argument(
         "--revision", metavar="COMMIT", help="version of a hub model: a commit, a tag or a branch (default: the newest)"
     )

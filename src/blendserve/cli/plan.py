@@ -30,6 +30,7 @@ from blendserve.simulator.target import (
     find_machine,
     find_target,
     find_tokenizer,
+    sampling_of,
 )
 
 DEFAULT_POLICIES = ("fcfs", "random", "dfs", "lexical-buckets", "paper", "blend")
@@ -92,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.model, notify=tell)
     machine = _find_machine(args, target)
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
-    with read_batch(args.input, target.spec, tokenizer, read_limits(args), chat_settings(args)) as batch:
+    limits, chat, sampling = read_limits(args), chat_settings(args), sampling_of(target)
+    with read_batch(args.input, target.spec, tokenizer, limits, chat, sampling) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))
         if args.html is not None:

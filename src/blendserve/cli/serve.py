@@ -13,7 +13,7 @@ from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_engine, add_engine_choice, add_replicas, check_options
 from blendserve.cli.engine_settings import engine_settings
 from blendserve.cli.help import add_two_helps
-from blendserve.cli.options import count, positive_integer, positive_seconds, size, tell
+from blendserve.cli.options import add_chat, add_version, positive_integer, positive_seconds, size, tell
 from blendserve.errors import ConfigError
 from blendserve.planner.policies import POLICY_NAMES
 
@@ -50,15 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="a model directory, a .gguf file, a hub id (owner/name), or a name from `blendserve models`; NAME is what "
         "clients call it; may be repeated: one model is loaded at a time (default: SmolLM2-135M-Instruct)",
     )
-    parser.add_argument(
-        "--revision", metavar="COMMIT", help="version of a hub model: a commit, a tag or a branch (default: the newest)"
-    )
-    parser.add_argument(
-        "--max-model-len",
-        type=count,
-        metavar="TOKENS",
-        help="most tokens of a prompt and its answer together (default: what the model was made for)",
-    )
+    add_version(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=positive_integer, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument(
@@ -70,6 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     tls = parser.add_argument_group("TLS", "both or neither; a proxy may do it instead")
     tls.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM (default: none)")
     tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key in PEM (default: none)")
+    add_chat(parser)
     add_engine_choice(parser)
     add_engine(parser)
     add_replicas(parser)

@@ -31,7 +31,7 @@ from blendserve.report.simulate_text import POWER_NOTE, SimulateReport
 from blendserve.simulator.forecast import Forecasts, Part, forecast, planned_workload, sampled
 from blendserve.simulator.machine import ENGINE_KINDS, EngineKind, Machine
 from blendserve.simulator.planned_file import plan_batch
-from blendserve.simulator.target import DEFAULT_HARDWARE, Target, find_machine, find_target, find_tokenizer
+from blendserve.simulator.target import DEFAULT_HARDWARE, Target, find_machine, find_target, find_tokenizer, sampling_of
 from blendserve.simulator.workloads.blend import blend
 from blendserve.simulator.workloads.traces import VIDEO_MEAN_TOKENS
 from blendserve.simulator.workloads.workload import Workload
@@ -151,7 +151,8 @@ def run(args: argparse.Namespace) -> int:
 def _simulate_file(args: argparse.Namespace, target: Target, machines: dict[EngineKind, Machine]) -> SimulateReport:
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
     machine = next(iter(machines.values()))
-    with read_batch(args.input, target.spec, tokenizer, read_limits(args), chat_settings(args)) as batch:
+    limits, chat, sampling = read_limits(args), chat_settings(args), sampling_of(target)
+    with read_batch(args.input, target.spec, tokenizer, limits, chat, sampling) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         workload = planned_workload(args.input.name, plan)
     forecasts = _forecast(args, workload, machines, sampled(args.max_simulated))

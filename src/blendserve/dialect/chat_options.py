@@ -152,9 +152,7 @@ def _read_variables(given: Mapping[str, Any]) -> dict[str, Any]:
     if effort is not None:
         if effort not in EFFORTS:
             reject("reasoning_effort", effort, f"one of {', '.join(EFFORTS)}")
-        variables["reasoning_effort"] = effort
-        if effort == "none":
-            variables["enable_thinking"] = False
+        variables |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     if (thinking := given.get("thinking")) is not None:
         variables |= _read_thinking(thinking)
     if (documents := given.get("documents")) is not None:

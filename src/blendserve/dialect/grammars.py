@@ -32,7 +32,7 @@ _LIMITS = {
     "max_grammar_size": 500_000,
     "max_lexer_states": 250_000,
     "max_items_in_row": 2000,
-    "step_max_items": 50_000,
+    "step_max_items": 10_000,
     "step_lexer_fuel": 1_000_000,
     "verbose_errors": False,
 }
@@ -102,7 +102,7 @@ TEXT: /(.|\\n)*/
 marked[lazy]: TEXT {json.dumps(marker)}
 BLANK: /{WHITESPACE}/
 """
-    grammars = json.loads(body)["grammars"]
+    grammars = json.loads(body)["grammars"] if body.startswith("{") else [{"lark_grammar": body}]
     return json.dumps({"grammars": [{"name": "free", "lark_grammar": lark}, {**grammars[0], "name": "body"}]})
 
 

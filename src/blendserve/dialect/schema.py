@@ -83,13 +83,15 @@ class BatchLine:
 
 def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLine:
     """Validate one JSON value. Raises: RequestError with code, param and status."""
-    custom_id, url, body = read_envelope(value, served.urls)
-    model = _read_model(body, served)
+    custom_id, url, given = read_envelope(value, served.urls)
+    model = _read_model(given, served)
+    body = with_extra_body(given)
     if served.default_sampling and not ENDPOINTS[url].embeds:
         body = _with_defaults(url, body, served.default_sampling)
-    read = ENDPOINTS[url].read(with_extra_body(body), served.abilities)
-    if read.sampling.structured_outputs is not None and served.abilities.checks_grammars:
-        check_grammar(read.sampling.structured_outputs)
+    read = ENDPOINTS[url].read(body, served.abilities)
+    structure = read.sampling.structured_outputs
+    if structure is not None and served.abilities.checks_grammars:
+        check_grammar(structure)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
     line = BatchLine(
         line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes(), b"", ENDPOINTS[url].embeds
@@ -99,10 +101,10 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     return line
 
 
-def _with_defaults(url: str, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(url: str, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     if url == RESPONSES_URL:
         defaults = {"max_output_tokens" if name == "max_tokens" else name: defaults[name] for name in defaults}
-    return {**with_defaults(body, defaults, is_completion=url == COMPLETIONS_URL)}
+    return with_defaults(body, defaults, is_completion=url == COMPLETIONS_URL)
 
 
 def with_extra_body(body: Mapping[str, Any]) -> Mapping[str, Any]:

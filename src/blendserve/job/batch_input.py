@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -43,9 +44,11 @@ def read_batch(
     tokenizer: Tokenizer,
     limits: ReadLimits = DEFAULT_LIMITS,
     chat: ChatSettings = DEFAULT_CHAT,
+    default_sampling: Mapping[str, Any] | None = None,
 ) -> Iterator[BatchInput]:
-    """Tokenize a file into a temporary store that is gone afterwards. Raises: ConfigError when it cannot be read, or
-    holds no request.
+    """Tokenize a file into a temporary store that is gone afterwards. `default_sampling`: of lines that give none.
+
+    Raises: ConfigError when it cannot be read, or holds no request.
     """
     tokenizer = chat.applied(tokenizer)
     formats = chat.formats(tokenizer)
@@ -55,6 +58,7 @@ def read_batch(
         vocab_size=0,
         max_model_len=spec.max_position,
         abilities=native_abilities(spec.hidden_size, formats),
+        default_sampling=default_sampling or {},
     )
     codec = ModelCodec(tokenizer, spec.max_position, formats, obeys_control_tokens=chat.obeys_control_tokens)
     refused: Counter[str] = Counter()

@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,9 +31,10 @@ from blendserve.dialect.schema import BatchLine
 from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
 from blendserve.job.disk import sync_directory, writing_to
+from blendserve.job.sampling_json import given_fields, sampling_from
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
-from blendserve.planner.table import known_output_tokens
+from blendserve.planner.table import known_output_tokens, most_output_tokens
 from blendserve.request import EmbeddingParams, Request, SamplingParams, StructuredOutputs, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
@@ -68,7 +69,7 @@ _FILES: dict[str, np.dtype[Any]] = {
     "bodies": np.dtype("u1"),
     "urls": np.dtype("u1"),
 }
-_HAS_SEED, _HAS_KNOWN_LENGTH, _EMBEDS = 1, 2, 4
+_HAS_SEED, _HAS_KNOWN_LENGTH, _EMBEDS, _HAS_STRUCTURE = 1, 2, 4, 8
 _URL_SHIFT = 8
 """Flags of a line: the number of its URL stands above this bit."""
 _NO_LIMIT = -1
@@ -181,7 +182,7 @@ class StoreWriter:
         key = (*values[:-1], tuple(values[-1].items()))
         place = self._interned.get(key)
         if place is None:
-            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=_given_fields).encode()
+            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=given_fields).encode()
             self._num_interned_bytes += len(data)
             if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._interned.clear()
@@ -326,8 +327,28 @@ class TokenStore:
         limits = np.where(max_tokens == _NO_LIMIT, MAX_INT32, max_tokens)
         if self.max_model_len:
             limits = np.minimum(limits, self.max_model_len - lengths)
-        is_known = (self._lines["flags"][rows] & _HAS_KNOWN_LENGTH) != 0
-        return RequestTable(lengths, limits, np.where(is_known, limits, -1))
+        flags = self._lines["flags"][rows]
+        known = np.where((flags & _HAS_KNOWN_LENGTH) != 0, limits, -1)
+        if not (flags & _HAS_STRUCTURE).any():
+            return RequestTable(lengths, limits, known)
+        structure, bounds = self._structures(rows)
+        return RequestTable(lengths, np.minimum(limits, bounds), known, structure)
+
+    def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
+        """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""
+        structured = np.flatnonzero(self._lines["flags"][rows] & _HAS_STRUCTURE)
+        offsets, first, inverse = np.unique(
+            self._lines["sampling_offset"][rows[structured]], return_index=True, return_inverse=True
+        )
+        number_by_structure: dict[StructuredOutputs | None, int] = {}
+        numbers, bounds = np.zeros(len(rows), np.int64), np.full(len(rows), MAX_INT32, np.int64)
+        of_offset = np.zeros((2, len(offsets)), np.int64)
+        for at, row in enumerate(rows[structured[first]].tolist()):
+            sampling = self._sampling_of(self._lines[row])
+            number = number_by_structure.setdefault(sampling.structured_outputs, len(number_by_structure) + 1)
+            of_offset[:, at] = number, most_output_tokens(sampling, MAX_INT32)
+        numbers[structured], bounds[structured] = of_offset[:, inverse.ravel()]
+        return numbers, bounds
 
     def _limit(self, max_tokens: int | None, num_prompt_tokens: int) -> int:
         limit = MAX_INT32 if max_tokens is None else max_tokens
@@ -343,7 +364,7 @@ class TokenStore:
             if self._num_interned_bytes > _MAX_INTERNED_BYTES:
                 self._sampling_by_offset.clear()
                 self._num_interned_bytes = len(data)
-            sampling = self._sampling_by_offset[offset] = _sampling_from(values)
+            sampling = self._sampling_by_offset[offset] = sampling_from(values)
         return sampling
 
 
@@ -358,21 +379,9 @@ def _flags(line: BatchLine) -> int:
     return (
         (_HAS_SEED if sampling.seed is not None else 0)
         | (_EMBEDS if line.embeds else 0)
+        | (_HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
         | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )
-
-
-def _given_fields(structure: StructuredOutputs) -> dict[str, Any]:
-    return {name: value for name, value in asdict(structure).items() if value}
-
-
-def _sampling_from(values: dict[str, Any]) -> SamplingParams:
-    values["stop"] = tuple(values["stop"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
-    values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
-    if structure := values.get("structured_outputs"):
-        values["structured_outputs"] = StructuredOutputs(**{**structure, "choice": tuple(structure.get("choice", ()))})
-    return SamplingParams(**values)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], files: Mapping[str, StoredFile]) -> NDArray[Any]:

@@ -84,9 +84,8 @@ class ChatFormats:
         """Reasoning, calls and content of an answer. Never raises."""
         if self.reasoning is HARMONY_REASONING or (self.tools is not None and self.tools.name == "harmony"):
             parsed = TOOL_FORMATS["harmony"].parse(text, tools)
-            end = text.find(parsed.reasoning) + len(parsed.reasoning) if parsed.reasoning else 0
             calls = parsed.calls if may_call else ()
-            return AnswerParts(parsed.content, parsed.reasoning, calls, end)
+            return AnswerParts(parsed.content, parsed.reasoning, calls, parsed.reasoning_end)
         reasoning, rest, end = "", text, 0
         if self.reasoning is not None:
             reasoning, rest, end = self.reasoning.split(text, is_open=is_open)

@@ -73,7 +73,7 @@ class ChatTemplate:
             raise ConfigError(
                 f"the model's chat template is not valid, line {error.lineno}: {error.message}"
             ) from error
-        self._knows_developer = reads_variable(source, "developer")
+        self._knows_developer = any(name in source for name in ("'developer'", '"developer"'))
         self._knows_thinking = reads_variable(source, "thinking")
 
     def render(self, conversation: Conversation) -> str:

@@ -46,7 +46,7 @@ def template_sources(directory: Path, config: Mapping[str, Any]) -> TemplateSour
 def sources_of(template: Any, where: str) -> TemplateSources:
     """One template, or several by name. Raises: ConfigError."""
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, Mapping)}
     if not isinstance(template, Mapping):
         return TemplateSources(_text(template, where))
     if _DEFAULT not in template:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE
-from blendserve.dialect.parameters import MAX_CHOICES, check_params
+from blendserve.dialect.parameters import MAX_CHOICES, check_params, shown
 from blendserve.dialect.structured import check_structure
 from blendserve.engine.keys import block_keys
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
@@ -188,3 +188,25 @@ def _failed(
         num_cached_tokens=0,
         error=error,
     )
+
+
+def given_token_ids(prompt: object, vocab_size: int) -> TokenIds | RequestError:
+    """A prompt given as token ids; an error where it is anything else."""
+    try:
+        token_ids = np.asarray(prompt)
+    except ValueError:  # lists of different lengths
+        token_ids = np.zeros((0, 0))
+    if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
+        return RequestError(
+            f"the prompt is {shown(prompt)}; it must be a text or a list of token ids",
+            code="invalid_type",
+            param="prompt",
+        )
+    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
+        return RequestError(
+            f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
+            f"{vocab_size - 1}",
+            code="invalid_token_id",
+            param="prompt",
+        )
+    return token_ids.astype(np.int32)

@@ -21,7 +21,6 @@ from blendserve.config import Dtype, EngineConfig, KvDtype
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.defaults import checked_defaults
-from blendserve.dialect.parameters import shown
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
@@ -33,8 +32,9 @@ from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.generation_config import sampling_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import load_model
-from blendserve.offline.assembler import OutputAssembler
+from blendserve.offline.assembler import OutputAssembler, given_token_ids
 from blendserve.offline.chats import encode_chats
+from blendserve.offline.formats import with_format
 from blendserve.offline.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
@@ -143,13 +143,17 @@ class LLM:
         self,
         messages: Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        response_format: Mapping[str, Any] | type | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several. The model's chat template makes the prompts.
 
+        `response_format`: a pydantic model, a JSON schema, or OpenAI's object of that name, for every answer.
         A conversation that the template does not accept comes back with `error` set; the others are answered. A
         generator of conversations is read a window at a time, as `stream` does.
         Raises: ConfigError when the model has no chat template, or after `close`.
         """
+        sampling_params = with_format(sampling_params, response_format)
         if not isinstance(messages, Sequence):
             return _in_order(self.stream(messages, sampling_params))
         listed = _listed_conversations(messages)
@@ -285,7 +289,7 @@ class LLM:
             elif isinstance(prompt, str):
                 found.append((prompt, next(of_texts)))
             else:
-                found.append((None, _token_ids(prompt, self.model.spec.vocab_size)))  # type: ignore[arg-type]
+                found.append((None, given_token_ids(prompt, self.model.spec.vocab_size)))
         return found
 
     def _assembler(self, embedding: EmbeddingParams | None = None) -> OutputAssembler:
@@ -422,25 +426,3 @@ def _listed_conversations(messages: Conversation | Sequence[Conversation]) -> li
     if len(messages) and isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
     return list(messages)  # type: ignore[arg-type]
-
-
-def _token_ids(prompt: Prompt, vocab_size: int) -> TokenIds | RequestError:
-    """A prompt given as token ids; an error where it is anything else."""
-    try:
-        token_ids = np.asarray(prompt)
-    except ValueError:  # lists of different lengths
-        token_ids = np.zeros((0, 0))
-    if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
-        return RequestError(
-            f"the prompt is {shown(prompt)}; it must be a text or a list of token ids",
-            code="invalid_type",
-            param="prompt",
-        )
-    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-        return RequestError(
-            f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
-            f"{vocab_size - 1}",
-            code="invalid_token_id",
-            param="prompt",
-        )
-    return token_ids.astype(np.int32)

@@ -20,12 +20,14 @@ Int64s = NDArray[np.int64]
 class RequestTable:
     """What is known of every request before it runs. Shapes: all [num_requests], tokens.
 
-    `known_output_tokens` is -1 where the length must be estimated; `max_output_tokens` caps every estimate.
+    `known_output_tokens` is -1 where the length must be estimated; `max_output_tokens` caps every estimate. `structure`
+    numbers what answers must look like, 0 where they are free; None where all are.
     """
 
     num_prompt_tokens: Int64s
     max_output_tokens: Int64s
     known_output_tokens: Int64s
+    structure: Int64s | None = None
 
     def __len__(self) -> int:
         return len(self.num_prompt_tokens)

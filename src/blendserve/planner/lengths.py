@@ -12,7 +12,7 @@ import numpy as np
 
 from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s, RequestTable
-from blendserve.planner.strata import choose_samples, find_strata, split_by_prompt
+from blendserve.planner.strata import choose_samples, find_strata, split_by, split_by_prompt
 from blendserve.planner.survival import SurvivalTable, hazards, make_edges
 from blendserve.planner.tree import PrefixTree
 
@@ -49,7 +49,10 @@ class LengthModel:
     def __init__(
         self, tree: PrefixTree, table: RequestTable, *, sample_rate: float = DEFAULT_SAMPLE_RATE, seed: int = 0
     ) -> None:
-        self.strata = split_by_prompt(find_strata(tree), table.num_prompt_tokens)
+        strata = find_strata(tree)
+        if table.structure is not None:
+            strata = split_by(strata, table.structure)
+        self.strata = split_by_prompt(strata, table.num_prompt_tokens)
         self._known = table.known_output_tokens
         self._cap = np.where(self._known >= 0, self._known, np.maximum(table.max_output_tokens, 1))
         self.samples = choose_samples(tree, self.strata, self._known < 0, rate=sample_rate, seed=seed)

@@ -61,8 +61,15 @@ def split_by_prompt(strata: Strata, num_prompt_tokens: Int64s, *, min_requests: 
     be taken for long ones too. Shapes: `num_prompt_tokens` int64[num_requests], by request index.
     """
     magnitude = np.log2(np.maximum(num_prompt_tokens, 1)).astype(np.int64)
+    return split_by(strata, magnitude, min_requests=min_requests)
+
+
+def split_by(strata: Strata, kind: Int64s, *, min_requests: int = MIN_STRATUM_REQUESTS) -> Strata:
+    """Divide each stratum by `kind`, where a part is large enough. Shapes: `kind` int64[num_requests], by request
+    index.
+    """
     parts, part_of, counts = np.unique(
-        np.stack([strata.stratum_of, magnitude], axis=1), axis=0, return_inverse=True, return_counts=True
+        np.stack([strata.stratum_of, kind], axis=1), axis=0, return_inverse=True, return_counts=True
     )
     above = parts[:, 0]
     size = np.bincount(strata.stratum_of, minlength=len(strata))

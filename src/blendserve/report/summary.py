@@ -81,6 +81,8 @@ class RunSummary:
                 f"{self.stats.mean_scheduling_s * 1e3:.2f} ms, P99 {self.stats.p99_scheduling_s * 1e3:.2f} ms), "
                 f"{plural(self.stats.num_preemptions, 'preemption')}, KV peak {_kv_peak(self.stats):.0%}"
             )
+            if self.stats.num_constrained:
+                lines.append(_grammars_line(self.stats))
             if self.stats.resources is not None:
                 lines.append(_resources_line(self.stats.resources))
         return lines
@@ -116,6 +118,14 @@ def _sums(reports: Sequence[JobReport]) -> dict[str, Any]:
     return {**sums, "errors_by_code": dict(errors), "was_complete": all(report.was_complete for report in reports)}
 
 
+def _grammars_line(stats: RunStats) -> str:
+    return (
+        f"structured answers {stats.num_constrained}: {stats.num_grammars} grammars compiled in "
+        f"{stats.grammar_compile_s:.2f} s, masks filled for {stats.grammar_mask_s:.2f} s beside steps, which waited "
+        f"{stats.grammar_wait_s:.2f} s for them"
+    )
+
+
 def _resources_line(resources: Resources) -> str:
     first = "" if resources.startup_s is None else f"; first step {resources.startup_s:.1f} s after start"
     return (
@@ -139,6 +149,11 @@ def _stats_fields(stats: RunStats) -> dict[str, Any]:
         "max_running": stats.max_running,
         "kv_peak": _kv_peak(stats),
         "prefix_hit_rate": stats.prefix_hit_rate,
+        "num_constrained": stats.num_constrained,
+        "num_grammars": stats.num_grammars,
+        "grammar_compile_s": stats.grammar_compile_s,
+        "grammar_mask_s": stats.grammar_mask_s,
+        "grammar_wait_s": stats.grammar_wait_s,
         "calibration": stats.calibration,
     }
 

@@ -85,7 +85,7 @@ class ServeSettings:
     private_key: Path | None = None
 
     def __post_init__(self) -> None:
-        names = [name for model in self.models for name in (model.name, *model.aliases)]
+        names = [model.name for model in self.models]
         if not names:
             raise ConfigError("no model is served; give at least one with --model")
         if len(set(names)) < len(names):

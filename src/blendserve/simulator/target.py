@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from blendserve.config import EngineConfig, KvDtype
 from blendserve.costs.hardware import HARDWARE_BY_NAME, known_hardware
+from blendserve.dialect.defaults import checked_defaults
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
+from blendserve.models.generation_config import sampling_defaults
 from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.hub import DESCRIPTION_PATTERNS, ModelFiles, resolve
 from blendserve.models.known import MODEL_BY_NAME
@@ -44,6 +47,11 @@ def find_target(name: str | None, *, notify: Callable[[str], None]) -> Target:
             raise
         raise ConfigError(f"{error}; known shapes: {', '.join(MODEL_BY_NAME)}; or give a config.json") from None
     return Target(_spec_from_files(files), files)
+
+
+def sampling_of(target: Target) -> Mapping[str, Any]:
+    """Sampling parameters that the model's own file gives where a line has none. Raises: ConfigError."""
+    return {} if target.files is None else checked_defaults(sampling_defaults(target.files))
 
 
 def find_tokenizer(name: str | None, target: Target, *, notify: Callable[[str], None]) -> tuple[Tokenizer, str | None]:

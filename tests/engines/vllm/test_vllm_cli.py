@@ -91,6 +91,35 @@ def test_a_context_length_reaches_vllm_where_one_is_given(tmp_path: Path, model:
     assert api.opened[0]["max_model_len"] == 64
 
 
+@pytest.mark.parametrize(
+    ("options", "told_to_vllm"),
+    [
+        ((), None),
+        (("--generation-config", "vllm"), "vllm"),
+        (("--vllm-arg", "generation_config=vllm"), "vllm"),
+    ],
+)
+def test_sampling_of_the_model_reaches_vllm(
+    options: tuple[str, ...],
+    told_to_vllm: str | None,
+    tmp_path: Path,
+    model: Path,
+    api: FakeVllm,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """vLLM's engine does not read it for us: only its server does."""
+    (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3}))
+    lines = [chat("own", "hello", max_tokens=6, ignore_eos=True), chat("model's", "hello", ignore_eos=True)]
+    limit = ["--max-model-len", "32"]
+    assert main([*job(tmp_path, *lines), "--model", str(model), *limit, *options]) == 0
+    told = summary(capsys)
+    assert any("gave max_tokens 3" in note for note in told["notes"]) == (not options)
+    assert api.opened[0].get("generation_config") == told_to_vllm
+    used = {row["custom_id"]: row["response"]["body"]["usage"] for row in read_rows(tmp_path / "out.jsonl")}
+    assert used["own"]["completion_tokens"] == 6
+    assert (used["model's"]["completion_tokens"] == 3) == (not options)
+
+
 @pytest.mark.parametrize("is_cpu", [False, True])
 def test_limits_that_are_not_given_stay_vllms_own(
     tmp_path: Path, model: Path, api: FakeVllm, monkeypatch: pytest.MonkeyPatch, is_cpu: bool

@@ -19,11 +19,14 @@ class ToolCall(NamedTuple):
 
 
 class ParsedAnswer(NamedTuple):
-    """The text of an answer, taken apart. What is no well-formed call stays in `content`."""
+    """The text of an answer, taken apart. What is no well-formed call stays in `content`. `reasoning_end` is where the
+    last reasoning ends in the text.
+    """
 
     content: str
     calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""
+    reasoning_end: int = 0
 
 
 @dataclass(frozen=True, slots=True)

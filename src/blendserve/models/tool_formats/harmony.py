@@ -22,11 +22,7 @@ from blendserve.models.tool_formats.lark import FREE_TEXT, alternatives, argumen
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _RECIPIENT = "commentary to=functions."
-_MESSAGE = re.compile(
-    r"(?:<\|start\|>)?(?P<head>(?:(?!<\|message\|>).)*)<\|message\|>"
-    r"(?P<body>.*?)(?:<\|end\|>|<\|call\|>|<\|return\|>|(?=<\|start\|>)|\Z)",
-    re.DOTALL,
-)
+_END = re.compile(r"<\|end\|>|<\|call\|>|<\|return\|>|(?=<\|start\|>)")
 _TO = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 _ON = re.compile(r"<\|channel\|>\s*(\w+)")
 
@@ -36,21 +32,27 @@ def parse(text: str, tools: Sequence[Tool]) -> ParsedAnswer:  # noqa: ARG001
     content: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall] = []
-    at = 0
-    for match in _MESSAGE.finditer(text):
-        at = match.end()
-        channel, recipient = _ON.search(match["head"]), _TO.search(match["head"])
+    at = reasoning_end = 0
+    while (begin := text.find(MESSAGE, at)) >= 0:
+        head = text[at:begin]
+        end = _END.search(text, begin + len(MESSAGE))
+        body = text[begin + len(MESSAGE) : end.start() if end is not None else len(text)]
+        channel, recipient = _ON.search(head), _TO.search(head)
         if recipient is not None:
             try:
-                calls.append(_call(recipient[1], match["body"]))
+                calls.append(_call(recipient[1], body))
             except NoCallError:
-                content.append(match[0])
+                content.append(text[at : end.end() if end is not None else len(text)])
         elif channel is not None and channel[1] == "analysis":
-            reasoning.append(match["body"])
+            reasoning.append(body)
         else:
-            content.append(match["body"])
+            content.append(body)
+        at = end.end() if end is not None else len(text)
+        if channel is not None and channel[1] == "analysis":
+            reasoning_end = at
     content.append(text[at:])
-    return ParsedAnswer("".join(content).strip() if at else text, tuple(calls), "\n".join(reasoning).strip())
+    said = "".join(content).strip() if at else text
+    return ParsedAnswer(said, tuple(calls), "\n".join(reasoning).strip(), reasoning_end)
 
 
 def _call(name: str, body: str) -> ToolCall:

@@ -52,21 +52,22 @@ def _read(text: str, at: int) -> tuple[ToolCall, int]:
 
 def forced(wanted: Wanted) -> str:
     begin = literal(BEGIN, wanted.special_ids)
-    calls = repeated(f"{begin} body", f'"\\n" {begin} body', wanted)
+    calls = repeated(f'{begin} "\\n" body', f'"\\n" {begin} "\\n" body', wanted)
     return f"{start(calls, wanted)}\n{_body(wanted)}"
 
 
 def begun(wanted: Wanted) -> CallGrammar:
     begin = literal(BEGIN, wanted.special_ids)
-    return CallGrammar(f"start: {repeated('body', f'MORE {begin} body', wanted)}\nMORE: /\\n?/\n{_body(wanted)}", BEGIN)
+    calls = repeated("body", f'"\\n"? {begin} "\\n" body', wanted)
+    return CallGrammar(f"start: {calls}\n{_body(wanted)}", BEGIN)
 
 
 def _body(wanted: Wanted) -> str:
-    """A call behind its begin marker."""
+    """A call behind its begin marker and a line break."""
     end = literal(END, wanted.special_ids)
 
     def rule(tool: Tool) -> str:
-        head = literal(f'\n{{"name": {to_json(tool.name)}, "arguments": ')
+        head = literal(f'{{"name": {to_json(tool.name)}, "arguments": ')
         return f'{head} {arguments_rule(tool)} "}}\\n" {end}'
 
     return alternatives(wanted, rule, "body")

@@ -21,11 +21,12 @@ from blendserve.models.tool_formats.format import (
 from blendserve.models.tool_formats.lark import alternatives, json_rule, literal, repeated, schema_of, start
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+_MAX_COUNTED = 4096
+"""Characters of texts whose length a grammar bounds; it grows with them."""
 _CALL = re.compile(
     r"(?:<tool_call>\s*)?<function=([^>\n]+)>((?:(?!<function=).)*?)</function>\s*(?:</tool_call>)?", re.DOTALL
 )
-_VALUE = 'value[suffix="\\n</parameter>\\n"]: /(?s:.*)/'
-_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?((?:(?!<parameter=).)*?)\n?</parameter>", re.DOTALL)
 
 
 def parse(text: str, tools: Sequence[Tool]) -> ParsedAnswer:
@@ -95,17 +96,18 @@ def _kind(value: Any) -> str:
 
 def forced(wanted: Wanted) -> str:
     begin = literal(BEGIN, wanted.special_ids)
-    calls = repeated(f"{begin} body", f'"\\n" {begin} body', wanted)
+    calls = repeated(f'{begin} "\\n" body', f'"\\n" {begin} "\\n" body', wanted)
     return f"{start(calls, wanted)}\n{_body(wanted)}"
 
 
 def begun(wanted: Wanted) -> CallGrammar:
     begin = literal(BEGIN, wanted.special_ids)
-    return CallGrammar(f"start: {repeated('body', f'MORE {begin} body', wanted)}\nMORE: /\\n?/\n{_body(wanted)}", BEGIN)
+    calls = repeated("body", f'"\\n"? {begin} "\\n" body', wanted)
+    return CallGrammar(f"start: {calls}\n{_body(wanted)}", BEGIN)
 
 
 def _body(wanted: Wanted) -> str:
-    """A call behind its begin marker, its arguments in the order of the schema."""
+    """A call behind its begin marker and a line break, its arguments in the order of the schema."""
     end = literal(END, wanted.special_ids)
     arguments: list[str] = []
 
@@ -113,21 +115,28 @@ def _body(wanted: Wanted) -> str:
         required = schema_of(tool).get("required") or ()
         parts = []
         for name, schema in _properties(tool).items():
-            arguments.append(f"argument_{len(arguments)}: {_argument_rule(name, schema, is_strict=tool.is_strict)}")
-            parts.append(f"argument_{len(arguments) - 1}" + ("" if name in required else "?"))
-        head = literal(f"\n<function={tool.name}>\n")
+            rule = f"argument_{len(arguments)}"
+            arguments.append(_argument_rules(rule, name, schema, is_strict=tool.is_strict))
+            parts.append(rule + ("" if name in required else "?"))
+        head = literal(f"<function={tool.name}>\n")
         return f'{head} {" ".join(parts)} "</function>\\n" {end}'
 
     rules = alternatives(wanted, rule, "body")
-    return "\n".join((rules, *arguments, _VALUE))
+    return "\n".join((rules, *arguments))
 
 
-def _argument_rule(name: str, schema: Any, *, is_strict: bool) -> str:
+def _argument_rules(rule: str, name: str, schema: Any, *, is_strict: bool) -> str:
+    """A rule of one argument: a text up to the end of its tag, one of some texts, or JSON."""
     head, end = literal(f"<parameter={name}>\n"), literal("\n</parameter>\n")
     if _kinds(schema) != {"string"}:
-        return f"{head} {json_rule(schema if isinstance(schema, Mapping) else {}, is_strict=is_strict)} {end}"
+        value = json_rule(schema if isinstance(schema, Mapping) else {}, is_strict=is_strict)
+        return f"{rule}: {head} {value} {end}"
     choices = [choice for choice in schema.get("enum") or () if isinstance(choice, str)]
-    return f"{head} ({' | '.join(map(literal, choices))}) {end}" if choices else f"{head} value"
+    if choices:
+        return f"{rule}: {head} ({' | '.join(map(literal, choices))}) {end}"
+    longest = schema.get("maxLength")
+    size = f"{{0,{longest}}}" if type(longest) is int and 0 <= longest <= _MAX_COUNTED else "*"
+    return f"{rule}: {head} {rule}_text\n{rule}_text[suffix={end}]: /(?s:.{size})/"
 
 
 def write_calls(calls: Sequence[ToolCall]) -> str:
