@@ -52,6 +52,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> None:
     source.write_bytes(some_lines(arguments.lines, arguments.model or "SmolLM2-135M-Instruct"))
     options = ["--model", arguments.model] if arguments.model else []
     alone = [run_alone(source, directory / "before.jsonl", options)]
+    print(f"{'blendserve run, before':<40}{alone[0]:.1f} s", flush=True)
     ids = store_ended(directory / "data", arguments.batches)
     with service(directory / "data", options) as url:
         quiet = asyncio.run(served(url, source, [], arguments))
@@ -59,7 +60,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> None:
     alone.append(run_alone(source, directory / "after.jsonl", options))
     latencies = sorted(busy[1])
     rows = [
-        ("blendserve run, before and after", f"{alone[0]:.1f} and {alone[1]:.1f} s"),
+        ("blendserve run, after", f"{alone[1]:.1f} s"),
         ("served, nobody asks", f"{quiet[0]:.1f} s"),
         (f"served, {arguments.clients} clients ask", f"{busy[0]:.1f} s"),
         ("requests answered meanwhile", f"{len(latencies)}, {len(latencies) / busy[0]:.0f} per second"),

@@ -116,6 +116,7 @@ SERVER_WORDS = (
 OTHER_FAILURES = {
     "server_error": "The engine gave no reason.",
     "engine_error": "vLLM ended the request without an answer.",
+    "grammar_too_complex": "The grammar took more work than is allowed in the middle of an answer.",
 }
 _STATUSES = "with status 401, 402, 403, 408, 409, 425, 429, or 500 and above |"
 VLLM_EXAMPLES = {
@@ -167,7 +168,7 @@ def codes_table() -> str:
 
 def codes_on(page: str) -> set[str]:
     """Codes that a page explains."""
-    return set(re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE))
+    return set(re.findall(r"^(?:\*\*|\| )`(\w+)`(?:\*\*| \|)", page, re.MULTILINE))
 
 
 def _failure(code: str, meaning: str) -> Example:

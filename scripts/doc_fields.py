@@ -139,6 +139,69 @@ def _ours(ask: Ask) -> str:
     return "yes" if "`native`" in engines else "with `--engine http`" if engines else "no"
 
 
+PROBES: tuple[Any, ...] = (
+    *(True, False, 1, 2, 0.5, -1, "x", "auto", "none", "low", 'root ::= "a"', ["x"], [1], [_TOOL], {"a": 1}, {"5": 1}),
+    *({"type": "enabled"}, {"type": "json_object"}, _SCHEMA, {"regex": "a+"}, {"json": {"type": "object"}}),
+)
+"""Values of every kind: what a reader does with them tells what a field is to an engine."""
+_ENDPOINTS = (
+    ("chat", CHAT_URL, {"messages": [_USER], "logprobs": True}),
+    ("completions", COMPLETIONS_URL, {"prompt": "Once"}),
+)
+_MATRIX_ENGINES = ("`native`", "`vllm`", "`http`")
+
+
+def fields_table() -> str:
+    """Every field of a body that has a name here, on every engine and endpoint."""
+    names = sorted((schema._MISPLACED_FIELDS | parameters._IGNORED) - {"messages", "prompt", "model", "extra_body"})
+    header = ("field", *(f"{engine}, {where}" for engine in _MATRIX_ENGINES[:-1] for where, *_ in _ENDPOINTS), "`http`")
+    rows = []
+    for name in names:
+        cells = [
+            _best(_outcome(name, ENGINES[engine], url, {**body, **more}) for more in ({}, {"tools": [_TOOL]}))
+            for engine in _MATRIX_ENGINES
+            for _, url, body in _ENDPOINTS
+        ]
+        rows.append((f"`{name}`", *cells[:-1]))  # a server gets chats and completions alike
+    return _table(header, rows)
+
+
+def _best(outcomes: Iterable[str]) -> str:
+    """Some fields count only beside tools, others only without."""
+    plain, beside_tools = outcomes
+    return beside_tools if beside_tools == "yes" else plain
+
+
+def _outcome(name: str, served: ServedModel, url: str, body: Mapping[str, Any]) -> str:
+    """What becomes of a field, found with values of every kind."""
+    plain = {key: value for key, value in body.items() if key != name}
+    try:
+        before = _parsed(served, url, plain)
+    except RequestError as error:  # completions have no tools
+        return f"`{error.code}`"
+    codes: set[str] = set()
+    has_no_effect = False
+    for probe in PROBES:
+        try:
+            after = _parsed(served, url, {**plain, name: probe})
+        except RequestError as error:
+            codes.add(error.code)
+            continue
+        if after != before:
+            return "sent" if served.is_remote else "yes"
+        has_no_effect = True
+    if "unsupported_parameter" in codes:
+        return "neutral values only"
+    if has_no_effect:
+        return "ignored"
+    return "`unknown_parameter`" if codes == {"unknown_parameter"} else f"`{min(codes)}`"
+
+
+def _parsed(served: ServedModel, url: str, body: Mapping[str, Any]) -> object:
+    parse = passthrough.parse_remote_line if served.is_remote else schema.parse_line
+    return parse({"custom_id": "a", "method": "POST", "url": url, "body": dict(body)}, 1, served)
+
+
 def parameters_table() -> str:
     """Parameters that shape the answer, with the values that they may have."""
     rows = []

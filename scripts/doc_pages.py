@@ -17,6 +17,7 @@ from doc_fields import (
     chat_options_list,
     comparison_table,
     embeddings_list,
+    fields_table,
     ignored_list,
     neutral_table,
     parameters_table,
@@ -34,6 +35,7 @@ def _errors() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "lines by engine": asks_table,
     "lines by tool": comparison_table,
+    "fields by engine": fields_table,
     "parameters": parameters_table,
     "neutral parameters": neutral_table,
     "ignored parameters": ignored_list,

@@ -19,7 +19,7 @@ from blendserve.job.run import Generate, run_job
 from blendserve.models.chat_formats import AnswerParts
 from blendserve.models.conversation import Conversation, text_of_content
 from blendserve.models.tool_formats.format import Tool
-from blendserve.request import Request, SequenceOutput, TokenLogprob
+from blendserve.request import Request, SequenceOutput, StructuredOutputs, TokenLogprob
 
 EOS = 0
 NUM_JOB_LINES = 60
@@ -52,6 +52,12 @@ class FakeCodec:
         ends_in_stop_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
         token_ids = output.token_ids[:-1] if ends_in_stop_token else output.token_ids
         return bytes(token_ids.tolist()).decode(errors="replace")
+
+    def use_date(self, date: str) -> None:
+        pass
+
+    def settled(self, structure: StructuredOutputs, prompt_token_ids: Any) -> StructuredOutputs:  # noqa: ARG002
+        return structure
 
     def parts_of(
         self, prompt_token_ids: Any, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from batch_fakes import batch_line, read_rows, write_lines
 from tiny_files import tiny_directory
@@ -84,6 +87,17 @@ def test_http(
     assert f"{NUM_LINES} requests sent to {server.base_url}" in capsys.readouterr().out
 
 
+def test_map_table(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow", reason="tables need the extra data: pip install '.[data]'")
+    run(monkeypatch, "map_table.py", EXAMPLES / "countries.jsonl", tmp_path / "out.jsonl", tiny)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    given = [json.loads(line) for line in (EXAMPLES / "countries.jsonl").read_text().splitlines()]
+    assert [{"id": row["id"], "country": row["country"]} for row in rows] == given
+    assert "1 rows with errors" in capsys.readouterr().out or any("invalid_answer" in str(row["error"]) for row in rows)
+
+
 @pytest.mark.slow
 def test_replicas(
     source: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -96,5 +110,22 @@ def test_replicas(
 
 def test_no_example_is_left_out() -> None:
     scripts = {path.stem.removeprefix("run_") for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"native", "vllm", "http", "replicas", "multiple_choice"}
+    assert scripts == {"native", "vllm", "http", "replicas", "multiple_choice", "map_table"}
     assert all(f"test_{name}" in globals() for name in scripts)
+
+
+def test_structured_answers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with random weights says nothing true, but it keeps the shape."""
+    source, target = EXAMPLES / "structured.jsonl", tmp_path / "out.jsonl"
+    run(monkeypatch, "run_native.py", source, target, tiny)
+    asked = {line["custom_id"]: line["body"] for line in read_rows(source)}
+    answers = {row["custom_id"]: row["response"]["body"]["choices"][0] for row in read_rows(target)}
+    assert answers.keys() == asked.keys()
+    for name, choice in answers.items():
+        assert choice["finish_reason"] in ("stop", "length")
+        if name.startswith("mood"):
+            assert choice["message"]["content"] in asked[name]["structured_outputs"]["choice"]
+        if name.startswith("person") and choice["finish_reason"] == "stop":
+            schema = asked[name]["response_format"]["json_schema"]["schema"]
+            jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+    assert re.fullmatch(asked["code-0"]["guided_regex"], answers["code-0"]["text"])

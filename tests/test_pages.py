@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from blendserve.cli.words import OPTION_BY_SETTING
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -108,7 +110,10 @@ def messages_of_the_sources() -> tuple[re.Pattern[str], ...]:
 
 
 def is_printed(message: str) -> bool:
-    return any(pattern.fullmatch(message) for pattern in messages_of_the_sources())
+    in_settings = message
+    for setting, option in OPTION_BY_SETTING.items():
+        in_settings = in_settings.replace(f"{option} is", f"{setting} is")
+    return any(pattern.fullmatch(text) for pattern in messages_of_the_sources() for text in {message, in_settings})
 
 
 QUOTED = re.findall(r"^    blendserve: (.+)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)

@@ -28,6 +28,8 @@ class StructuredOutputs:
     - `lark`: a grammar in llguidance's own dialect of Lark, taken as it is.
     - `after`: the grammar begins behind the first occurrence of this text. What is before it is free, and so is an
       answer in which it never occurs (default: empty, the grammar holds from the first token on).
+    - `begin`: with `after`, something may stand before the grammar only in an answer that begins with this text, such
+      as `<think>` (default: empty).
     """
 
     json: str | None = None
@@ -37,6 +39,7 @@ class StructuredOutputs:
     grammar: str | None = None
     lark: str | None = None
     after: str = ""
+    begin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,7 +212,7 @@ def test_a_plan_is_of_the_run_that_its_options_describe(
         (["--threads", "3"], "calibrate --threads 3"),
         (["--kv-memory", "1"], "raise --kv-memory"),
         (["--kv-memory", "1MiB", "--hardware", "h100"], "--kv-memory describes a run on this machine"),
-        (["--max-num-seqs", "9999"], "max_num_seqs"),
+        (["--max-num-seqs", "9999"], "below --max-num-seqs 9999"),
     ],
 )
 def test_runs_that_cannot_be_planned_are_one_line(
@@ -291,7 +291,9 @@ def test_mistakes_are_one_line(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("{bad", "all 1 lines are refused")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is empty"), ("{bad", "holds no line that can be answered (invalid_json_line 1)")]
+)
 def test_a_file_without_requests(
     text: str, message: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ def test_a_check_counts_what_a_run_refuses(tmp_path: Path) -> None:
 def test_a_check_without_a_codec_knows_no_lengths(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [batch_line("long", {"prompt": "x" * 3000, "n": 2})])
     report = check_file(path, SERVED)
-    assert (report.num_valid, report.num_requests, report.num_prompt_tokens) == (1, 2, 0)
+    assert (report.num_valid, report.num_requests, report.num_prompt_tokens) == (1, 2, None)
 
 
 class FakeTokenizer:

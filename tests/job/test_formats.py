@@ -115,7 +115,10 @@ FOREIGN: dict[str, tuple[bytes | str, str]] = {
     "an array": (ARRAY, r"is one JSON array, not JSON lines; convert it: jq -c '\.\[\]' "),
     "a pretty array": (json.dumps(LINES[:3], indent=2), r"is one JSON array"),
     "pretty objects": ("\n".join(json.dumps(line, indent=2) for line in LINES[:3]), r"spread over several lines.*jq"),
-    "csv": ("id,prompt\n1,Name a colour\n", r"is a table \(CSV\) with 2 columns; write each row as a line"),
+    "csv": (
+        "id,prompt\n1,Name a colour\n",
+        r"is a table \(CSV\) with 2 columns; answer its rows with `blendserve map`, or write",
+    ),
     "tsv": ("id\tprompt\n1\tName a colour\n", r"is a table"),
     "text": ("Name a colour.\nName a city.\n", r"is plain text, not JSON; write each line as \{"),
     "python": ("{'custom_id': 'a', 'method': 'POST'}\n" * 2, r"Python's notation.*json\.dumps"),

@@ -284,3 +284,24 @@ def test_tools_are_told_in_words_where_templates_cannot() -> None:
     text = tools_text([tool], TOOL_FORMATS["hermes"])
     assert '{"name": "now", "description": "The time."}' in text
     assert "<tool_call>" in text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begin", "after"),
+    [
+        ("assistant\n<think>\n", "", "</think>"),
+        ("assistant\n", "<think>", "</think>"),
+        ("<think>\n\n</think>\n\n", "", ""),
+    ],
+    ids=["the prompt opens it", "the model may open it", "the prompt closes it"],
+)
+def test_a_grammar_begins_where_the_reasoning_ends(prompt: str, begin: str, after: str) -> None:
+    source = random.Random(5)
+    formats = ChatFormats(reasoning=REASONING_FORMATS["think"])
+    settled = formats.settled(StructuredOutputs(choice=("yes", "no")), prompt)
+    assert (settled.begin, settled.after) == (begin, after)
+    thought = {"": "", "</think>": "so on</think>"}[after]
+    for forced in (f"{begin}{thought}", "" if begin or not after else thought):
+        text = walk(settled, "hermes", source, forced)
+        assert text.removeprefix(forced).strip() in ("yes", "no")
+    assert ChatFormats().settled(settled, prompt) == settled

@@ -50,6 +50,12 @@ def test_lines_that_fail_go_to_the_error_file(client: TestClient) -> None:
     assert row["response"]["status_code"] == 400
 
 
+@pytest.mark.parametrize("url", ["/chat/completions", "https://host/v1/chat/completions/"])
+def test_other_spellings_of_an_address_are_the_same_endpoint(client: TestClient, url: str) -> None:
+    done = wait_for(client, create(client, upload(client, json.dumps(line("a", url=url)).encode()))["id"])
+    assert done["request_counts"]["completed"] == 1
+
+
 def test_a_batch_whose_lines_all_fail_is_completed(client: TestClient) -> None:
     data = b"".join(json.dumps(line(f"b{n}", body={"stream": True})).encode() + b"\n" for n in range(3))
     done = wait_for(client, create(client, upload(client, data))["id"])

@@ -15,10 +15,17 @@ from starlette.testclient import TestClient
 from tiny_files import tiny_directory
 
 from blendserve import NativeSettings, run_batch
+from blendserve.models.chat_settings import ChatSettings
 from blendserve.serve.settings import ModelChoice
 
 SHARED = "the answer to the question is in the text that the user gave before " * 6
-LIMITS: dict[str, Any] = {"kv_memory_bytes": 4 << 20, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_threads": 2}
+LIMITS: dict[str, Any] = {
+    "chat": ChatSettings(tool_format="hermes"),
+    "kv_memory_bytes": 4 << 20,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "num_threads": 2,
+}
 
 
 def tiny_line(custom_id: str, model: str = "tiny") -> dict[str, Any]:
@@ -134,6 +141,21 @@ def test_streamed_pieces_add_up_to_the_answer(client: TestClient, stop: list[str
         assert parts[-1]["finish_reason"] == whole["choices"][index]["finish_reason"]
         assert parts[0]["delta"]["role"] == "assistant"
     assert len({event["id"] for event in events}) == 1
+
+
+def test_an_answer_that_may_hold_calls_is_streamed_as_one_piece(client: TestClient) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    choice = {"type": "function", "function": {"name": "f"}}
+    body = {**CHAT_BODY, "tools": tools, "tool_choice": choice, "max_tokens": 60}
+    whole = client.post(CHAT, json=body).json()
+    events = events_of(client.post(CHAT, json={**body, "stream": True}).text)
+    parts = [part for event in events for part in event["choices"]]
+    assert len(parts) == 1
+    message, delta = whole["choices"][0]["message"], parts[0]["delta"]
+    calls = [{name: value for name, value in call.items() if name != "index"} for call in delta.get("tool_calls", [])]
+    assert [call["function"] for call in calls] == [call["function"] for call in message.get("tool_calls") or []]
+    assert delta.get("content", "") == (message.get("content") or "")
 
 
 def test_completions_are_streamed_too(client: TestClient) -> None:

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from blendserve.cli.commands import EXIT_CODES, HELP_BY_COMMAND
+from blendserve.cli.words import in_option_words
 from blendserve.errors import BlendServeError
 from blendserve.report.format import printable_line
 
@@ -22,6 +23,7 @@ _OUT_OF_MEMORY = (
 )
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.command(args)
         sys.stdout.flush()
     except BlendServeError as error:
-        return _fail(str(error))
+        return _fail(in_option_words(str(error)))
     except KeyboardInterrupt:
         with _deaf():
             return _fail("interrupted", EXIT_INTERRUPTED)
@@ -92,7 +94,7 @@ def _open_closed_streams() -> None:
 
 def _parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands, or of one with the names of the others: their modules take a moment to load."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="blendserve",
         description="Answer a file of LLM requests in the least machine time. BlendServe plans the order of all "
         "requests before it runs them. A crash loses no finished answer.",
@@ -107,6 +109,13 @@ def _parser(command: str | None = None) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name, help=text)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"blendserve: {message.removeprefix('argument ')}; see {self.prog} --help\n")
 
 
 class _KeepsLines(argparse.HelpFormatter):

@@ -5,23 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
+from blendserve.cli.engine_options import ENGINE_NAMES, add_line_abilities
+from blendserve.cli.engine_settings import read_adapters
 from blendserve.cli.options import (
     add_chat,
     add_model,
     add_reading,
     chat_settings,
     find_model,
+    local_path,
     read_limits,
     say,
     served_model,
 )
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.endpoint import Codec
+from blendserve.dialect.schema import ServedModel
+from blendserve.engines.settings import VllmSettings
+from blendserve.errors import ConfigError
 from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
-from blendserve.models.load import load_model
-from blendserve.report.format import printable_line
+from blendserve.models.load import load_model, load_tokenizer
+from blendserve.models.tokenizer import read_json
+from blendserve.report.format import plural, printable_line
 
 EXIT_HAS_ERRORS = 1
 
@@ -30,12 +37,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "check",
         help=HELP_BY_COMMAND["check"],
-        description="Say which lines of a batch file a run on the native engine would answer, and which would become "
-        "error rows. Nothing is run. The exit code is 1 when a line has an error.",
+        description="Say which lines of a batch file a run would answer, and which would become error rows. Nothing is "
+        "run, and no server is asked. The exit code is 1 when a line has an error.",
     )
-    parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
+    parser.add_argument(
+        "input", type=local_path, metavar="IN.jsonl", help="the batch file, plain or compressed (gzip, bzip2, xz, zstd)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINE_NAMES,
+        default="native",
+        help="whose rules count: native, vllm (vLLM need not be installed) or http (what a server itself would refuse "
+        "is not known) (default: native)",
+    )
     add_model(parser)
     add_chat(parser)
+    add_line_abilities(parser.add_argument_group("vLLM engine"))
     add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
     parser.set_defaults(command=run)
@@ -43,28 +60,66 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check the file. Returns 1 when a line has an error, else 0."""
-    chat, model = chat_settings(args), load_model(find_model(args))
-    model = replace(model, tokenizer=chat.applied(model.tokenizer))
-    served = served_model(args, model)
-    codec = ModelCodec(
-        model.tokenizer, served.max_model_len, served.abilities.chat, obeys_control_tokens=chat.obeys_control_tokens
-    )
+    if args.engine != "vllm" and (args.lora or args.image_domain or args.task != "generate"):
+        raise ConfigError("--task, --lora and --image-domain are options of the vllm engine: add --engine vllm")
+    served, codec = {"native": _native, "vllm": _vllm, "http": _http}[args.engine](args)
     report = check_file(args.input, served, codec, limits=read_limits(args))
     say(json.dumps(asdict(report)) if args.json else describe(report))
     return EXIT_HAS_ERRORS if report.errors else 0
 
 
+def _native(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
+    chat, model = chat_settings(args), load_model(find_model(args))
+    model = replace(model, tokenizer=chat.applied(model.tokenizer))
+    served = served_model(args, model)
+    return served, ModelCodec(
+        model.tokenizer, served.max_model_len, served.abilities.chat, obeys_control_tokens=chat.obeys_control_tokens
+    )
+
+
+def _vllm(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
+    from blendserve.engines.vllm.codec import VllmCodec
+    from blendserve.engines.vllm.engine import served_model_of
+
+    if args.model is None:
+        raise ConfigError("--engine vllm needs --model: a Hugging Face directory, or a hub id (owner/name)")
+    files = find_model(args)
+    if files.is_gguf:
+        raise ConfigError(f"{files.path} is a GGUF file; vLLM reads Hugging Face directories: give --model one")
+    settings = VllmSettings(
+        model=args.model,
+        max_model_len=args.max_model_len,
+        task=args.task,
+        adapters=read_adapters(args.lora),
+        image_domains=tuple(args.image_domain),
+    )
+    config, chat = read_json(files.path / "config.json"), chat_settings(args)
+    tokenizer = chat.applied(load_tokenizer(files))
+    formats = chat.formats(tokenizer)
+    served = served_model_of(settings, files, config, formats)
+    return served, VllmCodec(
+        tokenizer, config, served.max_model_len, formats, obeys_control_tokens=chat.obeys_control_tokens
+    )
+
+
+def _http(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
+    name = args.model
+    return ServedModel((name or "the server's",), accepts_any_name=name is None, is_remote=True), None
+
+
 def describe(report: CheckReport) -> str:
     """Counts by error code with line numbers, for a person."""
+    tokens = report.num_prompt_tokens
     lines = [
-        f"{report.num_lines} lines, {report.num_valid} valid: {report.num_requests} requests, "
-        f"{report.num_prompt_tokens} prompt tokens"
+        f"{plural(report.num_lines, 'line')}, {report.num_valid} valid: {plural(report.num_requests, 'request')}"
+        + ("" if tokens is None else f", {plural(tokens, 'prompt token')}")
     ]
+    if report.refusal is not None:
+        lines.append(f"a run would refuse the whole file: {printable_line(report.refusal)}")
     by_count = sorted(report.errors.items(), key=lambda item: (-item[1].num_lines, item[0]))
     return "\n".join(lines + [_describe_code(code, count) for code, count in by_count])
 
 
 def _describe_code(code: str, count: CodeCount) -> str:
     numbers = ", ".join(map(str, count.line_numbers)) + (", ..." if count.num_lines > MAX_LISTED_LINES else "")
-    plural = "line" if count.num_lines == 1 else "lines"
-    return f"{code}: {count.num_lines} {plural} ({numbers}): {printable_line(count.message)}"
+    return f"{code}: {plural(count.num_lines, 'line')} ({numbers}): {printable_line(count.message)}"

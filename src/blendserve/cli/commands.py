@@ -19,10 +19,10 @@ HELP_BY_COMMAND = {
 }
 
 EXIT_CODES = {
-    0: "done; of `run`: every line was answered",
+    0: "done; of `run` and `map`: everything was answered",
     1: "it could not be done; the message is on standard error; of `check`: a line has an error",
     2: "the command line is not understood",
-    3: "of `run`: the job is finished, and some lines, or all of them, have rows in the error file",
+    3: "of `run` and `map`: the job is finished; some lines or rows, or all of them, have errors and no answers",
     129: "stopped by SIGHUP, as when a terminal closes; the same command goes on",
     130: "stopped by Ctrl-C; the same command goes on",
     138: "stopped by SIGUSR1, which Slurm sends before the time is up if asked to; the same command goes on",

@@ -88,18 +88,21 @@ def add_limits(group: argparse._ActionsContainer, *, on_gpus: str = "", on_vllm:
     )
     group.add_argument(
         "--max-num-seqs",
-        type=int,
+        type=positive_integer,
         metavar="REQUESTS",
         help=f"most requests running at once (default: 256{on_vllm})",
     )
     group.add_argument(
         "--max-num-batched-tokens",
-        type=int,
+        type=positive_integer,
         metavar="TOKENS",
         help=f"most tokens in one step, which is one forward pass (default: 2048{on_vllm})",
     )
     group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: one for every core that this process may use)"
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="CPU threads (default: one for every core that this process may use)",
     )
 
 
@@ -191,6 +194,30 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
 
 def _add_vllm(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("vLLM engine")
+    add_line_abilities(group)
+    group.add_argument(
+        "--vllm-scheduler",
+        choices=VLLM_SCHEDULERS,
+        default="front",
+        help="front: hand requests to vLLM in the order of the plan; blend: vLLM's own scheduler asks the plan for "
+        "the next request, and knows free memory and prefix hits exactly (default: front)",
+    )
+    group.add_argument(
+        "--own-process",
+        action="store_true",
+        help="run vLLM in a subprocess, so that its crash does not stop the job (default: in this process)",
+    )
+    group.add_argument(
+        "--vllm-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other field of vLLM's EngineArgs, such as tensor_parallel_size=2; may be repeated (default: none)",
+    )
+
+
+def add_line_abilities(group: argparse._ActionsContainer) -> None:
+    """What lines may ask of vLLM beyond text."""
     group.add_argument(
         "--task",
         choices=TASKS,
@@ -205,30 +232,11 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
         help="a LoRA adapter, used for lines whose model is NAME; may be repeated (default: none)",
     )
     group.add_argument(
-        "--vllm-scheduler",
-        choices=VLLM_SCHEDULERS,
-        default="front",
-        help="front: hand requests to vLLM in the order of the plan; blend: vLLM's own scheduler asks the plan for "
-        "the next request, and knows free memory and prefix hits exactly (default: front)",
-    )
-    group.add_argument(
-        "--own-process",
-        action="store_true",
-        help="run vLLM in a subprocess, so that its crash does not stop the job (default: in this process)",
-    )
-    group.add_argument(
         "--image-domain",
         action="append",
         default=[],
         metavar="HOST",
         help="a host that pictures of lines may be fetched from; may be repeated (default: none: pictures in lines)",
-    )
-    group.add_argument(
-        "--vllm-arg",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other field of vLLM's EngineArgs, such as tensor_parallel_size=2; may be repeated (default: none)",
     )
 
 

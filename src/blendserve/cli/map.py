@@ -12,23 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_engine, add_engine_choice, add_replicas, add_watching, check_options
-from blendserve.cli.engine_settings import engine_settings
+from blendserve.cli.engine_settings import engine_settings, planned_config
 from blendserve.cli.help import add_two_helps
 from blendserve.cli.options import add_chat, add_model, positive_integer, say, tell
 from blendserve.errors import ConfigError
 from blendserve.planner.policies import POLICY_NAMES
 
 if TYPE_CHECKING:
+    from blendserve.engines.base import Engine
+    from blendserve.job.job import JobProgress, JobReport
+    from blendserve.planner.plan import Plan
     from blendserve.tables.mapping import TableJob
     from blendserve.tables.recipe import Recipe
+    from blendserve.tables.trial import Sample
 
 DEFAULT_POLICY = "blend"
+MAX_SIMULATED = 2000
+"""Rows that --dry-run simulates; it scales their time to all."""
 FORMAT_NAMES = ("parquet", "jsonl", "csv", "arrow")
 _NUMBERS = ("max_tokens", "temperature", "seed")
 
 MOST_USED = (
     *("output", "prompt", "system", "schema", "unnest", "column", "examples", "max_tokens", "temperature"),
-    *("model", "engine", "base_url", "kv_memory", "threads", "dtype", "replicas", "sample"),
+    *("model", "engine", "base_url", "kv_memory", "threads", "dtype", "replicas", "sample", "dry_run"),
     *("fresh", "quiet", "json"),
 )
 """What `map --help` shows beside the input; `map --help-all` shows the rest too."""
@@ -61,6 +67,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_question(parser)
     _add_answer(parser)
     _add_parameters(parser)
+    parser.add_argument(
+        "--sample",
+        type=positive_integer,
+        metavar="N",
+        help="answer N rows drawn evenly over the plan, print them with an estimate for all, and stop (default: answer "
+        "all rows)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print tokens, sharing and time, and which order of columns would share more; answer nothing",
+    )
     add_model(parser)
     parser.add_argument(
         "--policy", choices=POLICY_NAMES, default=DEFAULT_POLICY, help=f"order of requests (default: {DEFAULT_POLICY})"
@@ -69,6 +87,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--fresh",
         action="store_true",
         help="discard what an earlier run of this job has finished (default: go on where it stopped)",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="ask rows again that failed for a reason that may pass: a failure of the engine or the server, a timeout, "
+        "too little memory (default: keep their errors)",
     )
     parser.add_argument(
         "--journal",
@@ -116,6 +140,12 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMNS",
         help="the columns that {{ row_fields }} lists, separated by commas (default: those that the template does not "
         "name)",
+    )
+    group.add_argument(
+        "--reorder-fields",
+        action="store_true",
+        help="list the fields of {{ row_fields }} in the order, row by row, that lets rows share most of their "
+        "prompts; this changes prompts (default: in the order of the table)",
     )
     group.add_argument(
         "--id", metavar="COLUMN", help="a column that names rows in messages (default: their file and place)"
@@ -188,25 +218,76 @@ def run(args: argparse.Namespace) -> int:
     from blendserve.engines.opening import open_engine
     from blendserve.job.interrupts import JobInterrupted
     from blendserve.report.run_display import RunDisplay
-    from blendserve.report.summary import RunSummary
-    from blendserve.tables.mapping import run_table
 
     job = table_job(args)
-    job.requests()
     job.columns()
+    job.order(job.requests())
     try:
-        with (
-            closing(open_engine(engine_settings(args), notify=tell)) as engine,
-            RunDisplay(engine, is_quiet=args.quiet or args.json) as display,
-        ):
-            report = run_table(job, engine, args.policy, on_progress=display.note)
+        with closing(open_engine(engine_settings(args), notify=tell)) as engine:
+            if args.dry_run:
+                return _dry_run(args, job, engine)
+            with RunDisplay(engine, is_quiet=args.quiet or args.json) as display:
+                found = _answer(args, job, engine, display.note)
     except JobInterrupted as interrupt:
         tell("")
         tell(f"blendserve: {interrupt}")
         return interrupt.exit_code
-    summary = RunSummary([report], args.policy, time.perf_counter() - started_s, engine.times, engine.stats)
-    say(json.dumps(summary.to_json()) if args.json else summary.to_text())
-    return summary.exit_code
+    return _say(args, found, engine, time.perf_counter() - started_s)
+
+
+def _answer(
+    args: argparse.Namespace, job: TableJob, engine: Engine, note: Callable[[JobProgress], None]
+) -> JobReport | Sample:
+    from blendserve.tables.mapping import run_table
+    from blendserve.tables.trial import run_sample
+
+    if args.sample is None:
+        return run_table(job, engine, args.policy, on_progress=note)
+    return run_sample(job, engine, args.policy, args.sample)
+
+
+def _say(args: argparse.Namespace, found: JobReport | Sample, engine: Engine, makespan_s: float) -> int:
+    """Print what was found. Returns: the exit code."""
+    from blendserve.job.job import JobReport
+    from blendserve.report.summary import RunSummary
+    from blendserve.report.table_text import sample_json, sample_text
+
+    if isinstance(found, JobReport):
+        summary = RunSummary([found], args.policy, makespan_s, engine.times, engine.stats)
+        say(json.dumps(summary.to_json()) if args.json else summary.to_text())
+        return summary.exit_code
+    say(json.dumps(sample_json(found)) if args.json else sample_text(found))
+    return 0
+
+
+def _dry_run(args: argparse.Namespace, job: TableJob, engine: Engine) -> int:
+    from blendserve.report.table_text import plan_json, plan_text
+    from blendserve.tables.trial import plan_table
+
+    found = plan_table(job, engine)
+    time_s = None if found.plan is None or args.engine != "native" else _simulated_s(args, job.source.name, found.plan)
+    say(
+        json.dumps(plan_json(job.source.name, found, time_s))
+        if args.json
+        else plan_text(job.source.name, found, time_s, args.policy)
+    )
+    return 0
+
+
+def _simulated_s(args: argparse.Namespace, name: str, plan: Plan) -> float | None:
+    """The time of the native engine on this machine; None where that is not calibrated."""
+    from blendserve.simulator.forecast import forecast, planned_workload, sampled
+    from blendserve.simulator.target import THIS_MACHINE, find_machine, find_target
+
+    target = find_target(args.model, notify=tell)
+    try:
+        machine = find_machine(THIS_MACHINE, target.spec, kv_dtype=args.kv_dtype, config=planned_config(args))
+    except ConfigError:
+        return None
+    forecasts = forecast(
+        planned_workload(name, plan), {"overlapped": machine}, (args.policy,), sampled(MAX_SIMULATED), notify=tell
+    )
+    return forecasts.runs[0].time_s
 
 
 def table_job(args: argparse.Namespace) -> TableJob:
@@ -223,7 +304,9 @@ def table_job(args: argparse.Namespace) -> TableJob:
         unnest=args.unnest,
         prefix=args.prefix,
         is_fresh=args.fresh,
+        retries_failed=args.retry_failed,
         inputs=args.input,
+        reorders_fields=args.reorder_fields,
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from blendserve.config import DTYPES, KV_DTYPES, EngineConfig, parse_bytes
@@ -29,6 +30,15 @@ def size(text: str) -> int:
         return parse_bytes(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path(text: str) -> Path:
+    """An argument that is a file of this machine: a path would lose a slash of a URL."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL; copy the file to this machine first (`blendserve run` and `map` read URLs)"
+        )
+    return Path(text)
 
 
 def positive_integer(text: str) -> int:

@@ -9,7 +9,15 @@ from pathlib import Path
 from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.engine_options import add_planned_run, given_run_options
 from blendserve.cli.engine_settings import planned_config
-from blendserve.cli.options import add_chat, add_reading, chat_settings, positive_integer, read_limits, say, tell
+from blendserve.cli.options import (
+    add_chat,
+    add_reading,
+    chat_settings,
+    positive_integer,
+    read_limits,
+    say,
+    tell,
+)
 from blendserve.cli.targets import add_target, check_page_path, name_list, write_page
 from blendserve.errors import ConfigError
 from blendserve.job.batch_input import BatchInput, read_batch
@@ -116,6 +124,16 @@ def _find_machine(args: argparse.Namespace, target: Target) -> Machine:
     )
 
 
+def _assumed_hardware(args: argparse.Namespace, machine: Machine) -> list[str]:
+    """What is assumed where nobody said for which hardware to plan, and this machine was not measured."""
+    if args.hardware is not None or machine.hardware.name != DEFAULT_HARDWARE:
+        return []
+    return [
+        f"This machine has not been measured, so the times are of {DEFAULT_HARDWARE}, not of this machine. `blendserve "
+        "calibrate` measures it; --hardware names other hardware."
+    ]
+
+
 def _report(
     args: argparse.Namespace, batch: BatchInput, plan: Plan, machine: Machine, tokenizer: Tokenizer, notes: list[str]
 ) -> PlanReport:
@@ -133,5 +151,5 @@ def _report(
         num_refused_by_code=batch.num_refused_by_code,
         summary=summarize_plan(plan, batch.prompts, tokenizer.decode),
         forecasts=forecasts,
-        notes=[*part_notes(forecasts), *notes],
+        notes=[*_assumed_hardware(args, machine), *part_notes(forecasts), *notes],
     )

@@ -7,6 +7,7 @@ import json
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blendserve.cli.answers_out import print_answer, print_answers_of
 from blendserve.cli.commands import HELP_BY_COMMAND
@@ -18,6 +19,9 @@ from blendserve.engines.base import RunObserver
 from blendserve.errors import ConfigError
 from blendserve.job.places import JobFiles, RunOptions, choose_outputs, find_inputs
 from blendserve.planner.policies import POLICY_NAMES
+
+if TYPE_CHECKING:
+    from blendserve.tables.staging import StagedJob
 
 DEFAULT_POLICY = "blend"
 STANDARD_OUTPUT = "-"
@@ -40,7 +44,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "inputs",
-        type=Path,
         nargs="+",
         metavar="IN.jsonl",
         help="the batch file, plain or compressed (gzip, bzip2, xz, zstd); several files, or a directory of them, are "
@@ -53,8 +56,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="where answers go: a file; a directory, for IN.out.jsonl in it; or - for standard output as well as "
         "IN.out.jsonl (default: IN.out.jsonl beside the input)",
     )
+    parser.add_argument("--errors", metavar="ERR.jsonl", help="where error rows go (default: OUT.errors.jsonl)")
     parser.add_argument(
-        "--errors", type=Path, metavar="ERR.jsonl", help="where error rows go (default: OUT.errors.jsonl)"
+        "--journal",
+        type=Path,
+        metavar="DIR",
+        help="for inputs and outputs that are URLs, such as s3://bucket/in.jsonl: a directory of this machine for "
+        "their copies and the journal (default: none; the journal of files stands beside the output)",
     )
     add_model(parser)
     parser.add_argument(
@@ -107,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
     from blendserve.report.summary import RunSummary
 
     started_s = time.perf_counter()
-    files = _find_files(args)
+    staged = _stage(args)
+    files = _find_files(args) if staged is None else [staged.files]
+    _check_apart(args, files)
     is_streamed = args.output == STANDARD_OUTPUT
     check_options(args)
     settings = engine_settings(args)
@@ -130,14 +140,34 @@ def run(args: argparse.Namespace) -> int:
         return interrupt.exit_code
     if is_streamed and (args.ordered or reports[0].was_complete):
         print_answers_of(Path(reports[0].output_path))
+    if staged is not None:
+        reports = [staged.publish(reports[0])]
     summary = RunSummary(reports, args.policy, time.perf_counter() - started_s, engine.times, engine.stats)
     (tell_all if is_streamed else say)(json.dumps(summary.to_json()) if args.json else summary.to_text())
     return summary.exit_code
 
 
+def _stage(args: argparse.Namespace) -> StagedJob | None:
+    """The files of a job of URLs; None where all are files of this machine. Raises: ConfigError."""
+    from blendserve.tables.extra import is_url, require_data
+
+    urls = [text for text in (*args.inputs, args.output, args.errors) if text is not None and is_url(text)]
+    if not urls:
+        if args.journal is not None:
+            raise ConfigError(f"--journal is for URLs: the journal of {args.inputs[0]} stands beside its output")
+        return None
+    if len(args.inputs) > 1:
+        raise ConfigError(f"{urls[0]} is a URL, and these are {len(args.inputs)} inputs: run them one by one")
+    require_data("URLs")
+    from blendserve.tables.staging import stage
+
+    output = None if args.output == STANDARD_OUTPUT else args.output
+    return stage(args.inputs[0], output, args.errors, args.journal, is_fresh=args.fresh)
+
+
 def _find_files(args: argparse.Namespace) -> list[JobFiles]:
     """Inputs with the outputs that belong to them. Raises: ConfigError where they do not fit together."""
-    inputs = find_inputs(args.inputs)
+    inputs = find_inputs([Path(path) for path in args.inputs])
     if len(inputs) > 1 and (args.errors is not None or args.output == STANDARD_OUTPUT):
         option = "--errors" if args.errors is not None else "-o -"
         raise ConfigError(
@@ -149,9 +179,8 @@ def _find_files(args: argparse.Namespace) -> list[JobFiles]:
     if output is None and not (args.quiet or args.json):
         for path in outputs:
             tell(f"answers go to {path}")
-    files = [JobFiles(path, at, args.errors) for path, at in zip(inputs, outputs, strict=True)]
-    _check_apart(args, files)
-    return files
+    errors = None if args.errors is None else Path(args.errors)
+    return [JobFiles(path, at, errors) for path, at in zip(inputs, outputs, strict=True)]
 
 
 def _observer(args: argparse.Namespace) -> RunObserver | None:
@@ -159,7 +188,7 @@ def _observer(args: argparse.Namespace) -> RunObserver | None:
         return None
     from blendserve.report.observer import FileObserver
 
-    name = args.inputs[0].name if len(args.inputs) == 1 else f"{len(args.inputs)} inputs"
+    name = Path(args.inputs[0]).name if len(args.inputs) == 1 else f"{len(args.inputs)} inputs"
     return FileObserver(name, args.trace, args.report)
 
 

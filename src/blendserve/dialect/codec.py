@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 
 from blendserve.dialect.urls import COMPLETIONS_URL
 from blendserve.errors import RequestError
@@ -13,7 +15,7 @@ from blendserve.models.conversation import Conversation
 from blendserve.models.detokenize import marked_text_of, text_of
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.models.tool_formats.format import Tool
-from blendserve.request import SequenceOutput, TokenIds
+from blendserve.request import SequenceOutput, StructuredOutputs, TokenIds
 
 _TAIL_TOKENS = 16
 """Of a prompt: enough to see whether it ends inside the reasoning."""
@@ -37,7 +39,13 @@ class ModelCodec:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._formats = formats or ChatFormats()
+        self._obeys_control_tokens = obeys_control_tokens
         self._chats = ChatEncoder(tokenizer, obeys_control_tokens=obeys_control_tokens)
+
+    @property
+    def marks_reasoning(self) -> bool:
+        """Do answers hold reasoning that is taken out of them?"""
+        return self._formats.reasoning is not None
 
     def encode(self, prompts: Sequence[str | Conversation]) -> list[TokenIds | RequestError]:
         """Encode in two calls, one per kind, each on all cores. Raises: RequestError for a chat without a template."""
@@ -64,6 +72,18 @@ class ModelCodec:
                 param="messages",
             )
 
+    def use_date(self, date: str) -> None:
+        self._tokenizer = replace(self._tokenizer, template_date=datetime.date.fromisoformat(date))
+        self._chats = ChatEncoder(self._tokenizer, obeys_control_tokens=self._obeys_control_tokens)
+
+    def settled(self, structure: StructuredOutputs, prompt_token_ids: Sequence[int] | TokenIds) -> StructuredOutputs:
+        return self._formats.settled(structure, self._tail_of(prompt_token_ids))
+
+    def _tail_of(self, prompt_token_ids: Sequence[int] | TokenIds) -> str:
+        """The end of a prompt."""
+        tail = [int(token_id) for token_id in prompt_token_ids[-_TAIL_TOKENS:]]
+        return self._tokenizer.decode(tail, skip_special_tokens=False)
+
     def parts_of(
         self,
         prompt_token_ids: Sequence[int] | TokenIds,
@@ -76,10 +96,7 @@ class ModelCodec:
         if formats.reasoning is None and not may_call:
             return AnswerParts(self.text_of(output)), 0
         kept = frozenset(formats.special_ids.values())
-        is_open = False
-        if formats.reasoning is not None:
-            tail = [int(token_id) for token_id in prompt_token_ids[-_TAIL_TOKENS:]]
-            is_open = formats.reasoning.is_open(self._tokenizer.decode(tail, skip_special_tokens=False))
+        is_open = formats.reasoning is not None and formats.reasoning.is_open(self._tail_of(prompt_token_ids))
         text = marked_text_of(self._tokenizer, output, kept) if kept else self.text_of(output)
         parts = formats.take_apart(text, tools, is_open=is_open, may_call=may_call)
         return parts, self._num_tokens(output.token_ids, parts.reasoning_end, kept)

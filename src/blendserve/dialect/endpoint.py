@@ -15,7 +15,7 @@ from blendserve.errors import RequestError
 from blendserve.models.chat_formats import NO_PARTS, AnswerParts
 from blendserve.models.conversation import Conversation
 from blendserve.models.tool_formats.format import Tool
-from blendserve.request import SamplingParams, SequenceOutput, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, StructuredOutputs, TokenIds
 
 EncodedPrompt = Sequence[int] | TokenIds
 
@@ -27,12 +27,16 @@ class Codec(Protocol):
     raises RequestError where it does not know whose fault it is (the batch is then taken apart to find out). `text_of`
     is the answer without its stop token or stop string, `parts_of` the same taken apart: reasoning, calls of `tools`
     (where the answer may hold any) and content, with the number of tokens that the reasoning took.
+    `use_date` sets what chat templates get as today. `settled` is what a chat's answer must look like, given what its
+    prompt came to.
     """
 
     def encode(self, prompts: Sequence[str | Conversation]) -> Sequence[EncodedPrompt | RequestError]: ...
     def parts_of(
         self, prompt_token_ids: EncodedPrompt, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
     ) -> tuple[AnswerParts, int]: ...
+    def use_date(self, date: str) -> None: ...
+    def settled(self, structure: StructuredOutputs, prompt_token_ids: EncodedPrompt) -> StructuredOutputs: ...
     def text_of(self, output: SequenceOutput) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 

@@ -67,8 +67,9 @@ def parser_limits() -> llguidance.LLParserLimits:
     return LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
 
 
-def grammar_text(structure: StructuredOutputs, marker_token: int | None = None) -> str:
-    """A structure in llguidance's format. `marker_token` is what `structure.after` is where it is a special token.
+def grammar_text(structure: StructuredOutputs, marker_token: int | None = None, begin_token: int | None = None) -> str:
+    """A structure in llguidance's format. `marker_token` and `begin_token` are what `structure.after` and
+    `structure.begin` are where they are special tokens.
 
     Raises: RequestError where the notation cannot be read.
     """
@@ -91,13 +92,20 @@ def grammar_text(structure: StructuredOutputs, marker_token: int | None = None) 
             body = to_grammar.grammar_from_lark(any_to_lark(structure.grammar or ""))
         except Exception as error:  # noqa: BLE001  # the converter has no error of its own
             raise refusal_of(structure, str(error)) from None
-    return _after(structure.after, body, marker_token) if structure.after else body
+    return _after(structure, body, marker_token, begin_token) if structure.after else body
 
 
-def _after(marker: str, body: str, marker_token: int | None) -> str:
-    """Free text; or free text, the marker and what `body` describes."""
+def _after(structure: StructuredOutputs, body: str, marker_token: int | None, begin_token: int | None) -> str:
+    """Free text; or free text, the marker and what `body` describes. Where `begin` has to stand before the free text:
+    what `body` describes, or all that.
+    """
+    marker = structure.after
     end = f"TEXT <[{marker_token}]>" if marker_token is not None else "marked"
-    lark = f"""start: TEXT | {end} BLANK @body
+    start = f"TEXT | {end} BLANK @body"
+    if structure.begin:
+        begin = f"<[{begin_token}]>" if begin_token is not None else json.dumps(structure.begin)
+        start = f"@body | {begin} {end} BLANK @body"
+    lark = f"""start: {start}
 TEXT: /(.|\\n)*/
 marked[lazy]: TEXT {json.dumps(marker)}
 BLANK: /{WHITESPACE}/

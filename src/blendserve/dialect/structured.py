@@ -179,7 +179,11 @@ def check_structure(name: str, value: Any) -> StructuredOutputs:
     values = (
         asdict(value) if isinstance(value, StructuredOutputs) else dict(value) if isinstance(value, Mapping) else {}
     )
-    given = {kind: _as_list(item) for kind, item in values.items() if kind != "after" and item not in (None, False, ())}
+    given = {
+        kind: _as_list(item)
+        for kind, item in values.items()
+        if kind not in ("after", "begin") and item not in (None, False, ())
+    }
     after = values.get("after") or ""
     if len(given) != 1 or next(iter(given)) not in (*STRUCTURE_KINDS, "lark"):
         reject(name, value, f"a StructuredOutputs with one of {', '.join(STRUCTURE_KINDS)}")
@@ -187,7 +191,10 @@ def check_structure(name: str, value: Any) -> StructuredOutputs:
     structure = _structure_of(f"{name}.{kind}", kind, item)
     if not isinstance(after, str):
         reject(f"{name}.after", after, "a text", code="invalid_type")
-    return replace(structure, after=after)
+    begin = values.get("begin") or ""
+    if not isinstance(begin, str):
+        reject(f"{name}.begin", begin, "a text", code="invalid_type")
+    return replace(structure, after=after, begin=begin)
 
 
 def _as_list(value: Any) -> Any:

@@ -24,7 +24,7 @@ from blendserve.models.tokenizer import Tokenizer
 from blendserve.models.tool_formats.format import Tool
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.tree import PrefixTree
-from blendserve.request import SequenceOutput, TokenIds
+from blendserve.request import SequenceOutput, StructuredOutputs, TokenIds
 
 BYTES_PER_TOKEN = 4
 DEFAULT_MAX_OUTPUT_TOKENS = 4096
@@ -51,6 +51,12 @@ class EstimatingCodec:
 
     def text_of(self, output: SequenceOutput) -> NoReturn:
         raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
+
+    def use_date(self, date: str) -> None:
+        pass
+
+    def settled(self, structure: StructuredOutputs, prompt_token_ids: EncodedPrompt) -> StructuredOutputs:  # noqa: ARG002
+        return structure
 
     def parts_of(
         self,

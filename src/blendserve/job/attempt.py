@@ -19,7 +19,7 @@ from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job.door import Door
 from blendserve.job.ingest import encode_lines
 from blendserve.job.job import BatchJob, JobReport
-from blendserve.job.journal import Journal, JournalHeader, JournalSeal
+from blendserve.job.journal import JobIdentity, Journal, JournalHeader, JournalSeal
 from blendserve.job.pending import PendingRequests
 from blendserve.job.reader import BadLine
 from blendserve.job.record_log import RecordKind, RecordLog
@@ -74,6 +74,7 @@ class Attempt:
         self._door = door
         self._job = job
         self._codec = codec
+        self._recorded: JobIdentity | None = None
         self._clock = clock
         self._on_answer = on_answer
         self._journal = Journal(door.paths.journal)
@@ -188,7 +189,9 @@ class Attempt:
         if seal is not None:
             seal = replace(seal, file_sizes=paths.renamed(seal.file_sizes))
         present_sizes = self._door.present_sizes(() if seal is None else seal.file_sizes)
-        identity = None if seal is None and header is None else job.identity(self._door.sha256())
+        recorded = seal or header
+        self._recorded = None if recorded is None else recorded.identity
+        identity = None if recorded is None else job.identity(self._door.sha256(), recorded.identity)
         own_sizes = {} if job.is_fresh else self._journal.own_sizes()
         wanted = Wanted(
             identity=identity,
@@ -226,6 +229,9 @@ class Attempt:
         """Read the input into the store, and a row into the log for every line that cannot or need not be answered.
         Returns: the header; once it is written, all that counts."""
         job = self._job
+        before = self._recorded if generation else None
+        if before is not None and "template_date" in before.settings:
+            self._codec.use_date(before.settings["template_date"])
         reader = self._door.lines()
         with closing(self._journal.open_records(generation)) as log:
             keyed = KeyedLines(log, kept)
@@ -233,7 +239,7 @@ class Attempt:
             store_files = self._store_lines(lines, self._journal.store_of(generation), log)
             keyed.flush()
             header = JournalHeader(
-                identity=job.identity(reader.sha256),
+                identity=job.identity(reader.sha256, before),
                 created=int(self._clock()),
                 num_lines=reader.num_lines,
                 requested_model=reader.requested_model,

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from blendserve.dialect.codec import ModelCodec
+from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
+from blendserve.job.door import Lines
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests
 from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
@@ -61,25 +63,32 @@ def read_batch(
         default_sampling=default_sampling or {},
     )
     codec = ModelCodec(tokenizer, spec.max_position, formats, obeys_control_tokens=chat.obeys_control_tokens)
+    reader = BatchReader(path, served, limits)
+    with read_lines(reader, codec, spec.max_position) as (pending, refused):
+        if not len(pending):
+            codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
+            raise ConfigError(
+                f"{path} holds no line that can be answered ({codes}); `blendserve check {path}` says why"
+            )
+        yield BatchInput(reader.num_lines, dict(sorted(refused.items())), pending.flat_prompts(), pending.table())
+
+
+@contextmanager
+def read_lines(lines: Lines, codec: Codec, max_model_len: int) -> Iterator[tuple[PendingRequests, Mapping[str, int]]]:
+    """Tokenize lines into a temporary store. Yields: their requests, and how many lines were refused by code."""
     refused: Counter[str] = Counter()
 
     def refuse(line: BadLine) -> None:
         refused[line.error.code] += 1
 
     with TemporaryDirectory(prefix="blendserve-") as name:
-        reader = BatchReader(path, served, limits)
         directory = Path(name) / "store"
         writer = StoreWriter(directory)
         try:
-            encode_lines(reader, codec, spec.max_position, writer.add, refuse)
+            encode_lines(lines, codec, max_model_len, writer.add, refuse)
             files = writer.finish()
         except BaseException:
             writer.abandon()
             raise
-        store = TokenStore.open(directory, files, spec.max_position)
-        if not store.num_requests:
-            codes = ", ".join(f"{code} {count}" for code, count in sorted(refused.items()))
-            reason = f"all {reader.num_lines} lines are refused ({codes})" if refused else "it is empty"
-            raise ConfigError(f"{path} holds no request to plan: {reason}; see `blendserve check`")
-        pending = PendingRequests(store, np.arange(store.num_requests))
-        yield BatchInput(reader.num_lines, dict(sorted(refused.items())), pending.flat_prompts(), pending.table())
+        store = TokenStore.open(directory, files, max_model_len)
+        yield PendingRequests(store, np.arange(store.num_requests)), refused

@@ -24,13 +24,16 @@ class CodeCount:
 
 @dataclass(slots=True)
 class CheckReport:
-    """What a file holds. Units: `num_requests` counts choices, `num_prompt_tokens` is 0 where no codec was given."""
+    """What a file holds. Units: `num_requests` counts choices, `num_prompt_tokens` is None where no codec was given.
+    `refusal`: why a run would not begin, None where it would.
+    """
 
     num_lines: int = 0
     num_valid: int = 0
     num_requests: int = 0
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int | None = None
     requested_model: str | None = None
+    refusal: str | None = None
     errors: dict[str, CodeCount] = field(default_factory=dict)
 
 
@@ -53,7 +56,9 @@ def check_file(
     def accept(line: BatchLine, token_ids: TokenLists) -> None:
         report.num_valid += 1
         report.num_requests += line.num_choices
-        report.num_prompt_tokens += sum(map(len, token_ids)) * line.sampling.n
+        if codec is not None:
+            num_tokens = sum(map(len, token_ids)) * line.sampling.n
+            report.num_prompt_tokens = (report.num_prompt_tokens or 0) + num_tokens
 
     if codec is None:
         for line in reader:
@@ -64,4 +69,5 @@ def check_file(
     else:
         encode_lines(reader, codec, served.max_model_len, accept, refuse)
     report.num_lines, report.requested_model = reader.num_lines, reader.requested_model
+    report.refusal = reader.other_models.reason(path, served.name)
     return report

@@ -56,7 +56,9 @@ ARRAY = Format("is one JSON array, not JSON lines", _jq(".[]"))
 PRETTY = Format("is JSON that is spread over several lines", _jq("."))
 PYTHON = Format("is in Python's notation, not JSON", "write it with json.dumps, one request in each line")
 MARKUP = Format("is HTML or XML", _AS_FRAME)
-TABLE = Format("is a table (CSV) with {} columns", _AS_FRAME.replace("line", "row as a line", 1))
+TABLE = Format(
+    "is a table (CSV) with {} columns", f"answer its rows with `blendserve map`, or write each row as a line {FRAME}"
+)
 TEXT = Format("is plain text, not JSON", _AS_FRAME)
 
 

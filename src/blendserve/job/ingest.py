@@ -6,6 +6,7 @@ Lines are encoded in batches, so that the tokenizer may use all cores; a bad lin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from blendserve.dialect.endpoint import Codec, EncodedPrompt
 from blendserve.dialect.endpoints import ENDPOINTS
@@ -13,7 +14,7 @@ from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.schema import BatchLine
 from blendserve.errors import RequestError
 from blendserve.job.reader import BadLine
-from blendserve.models.conversation import num_characters
+from blendserve.models.conversation import Conversation, num_characters
 
 MAX_BATCH_LINES = 1024
 MAX_BATCH_CHARACTERS = 4 << 20
@@ -40,7 +41,7 @@ def encode_lines(
             elif isinstance(outcome, RequestError):
                 refuse(BadLine(line.line_number, line.custom_id, outcome))
             else:
-                accept(line, outcome)
+                accept(_settled(line, outcome, codec), outcome)
         batch.clear()
 
     for line in lines:
@@ -50,6 +51,15 @@ def encode_lines(
             flush()
             num_characters = 0
     flush()
+
+
+def _settled(line: BatchLine, token_lists: TokenLists, codec: Codec) -> BatchLine:
+    """A chat whose answer must have a shape: where its reasoning ends, only the prompt tells."""
+    structure = line.sampling.structured_outputs
+    if structure is None or not isinstance(line.prompts[0], Conversation):
+        return line
+    settled = codec.settled(structure, token_lists[0])
+    return replace(line, sampling=replace(line.sampling, structured_outputs=settled))
 
 
 def _encode_batch(

@@ -27,9 +27,8 @@ ZSTD_CHUNK_BYTES = 1 << 10
 """At most 32 MiB come out of so many bytes: a zstd block takes four and holds 128 KiB."""
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 
+_TABLES_BY_MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file"}
 _FORMATS_BY_MAGIC = {
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
     b"Obj\x01": "an Avro file",
     b"ORC": "an ORC file",
     b"SQLite format 3": "an SQLite database",
@@ -175,6 +174,9 @@ def _head(file: io.BufferedReader[Any]) -> bytes:
 
 
 def _check_kind(head: bytes, path: Path) -> None:
+    for magic, kind in _TABLES_BY_MAGIC.items():
+        if head.startswith(magic):
+            raise ConfigError(f"{path} is {kind}: answer its rows with `blendserve map`, or convert it to JSON lines")
     for magic, kind in _FORMATS_BY_MAGIC.items():
         if head.startswith(magic):
             raise ConfigError(f"{path} is {kind}; convert it to JSON lines first, one request in each line")

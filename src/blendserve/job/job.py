@@ -11,6 +11,7 @@ from typing import Any
 from blendserve.dialect.schema import ServedModel
 from blendserve.job.journal import JobIdentity
 from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
+from blendserve.models.chat_settings import TodaysDate
 
 EXIT_ANSWERED = 0
 EXIT_ERROR_ROWS = 3
@@ -41,10 +42,15 @@ class BatchJob:
     limits: ReadLimits = DEFAULT_LIMITS
     capacity: int = 0
 
-    def identity(self, input_sha256: str) -> JobIdentity:
-        """All that the answers depend on, for an input of this hash."""
+    def identity(self, input_sha256: str, recorded: JobIdentity | None = None) -> JobIdentity:
+        """All that the answers depend on, for an input of this hash. A date that nobody has given is that of
+        `recorded`, the job that is gone on with.
+        """
+        dates = {name: value for name, value in self.settings.items() if isinstance(value, TodaysDate)}
+        kept = {name: recorded.settings[name] for name in dates if recorded is not None and name in recorded.settings}
         settings = {
             **self.settings,
+            **kept,
             "model names": ", ".join(self.served.names),
             "max_model_len": self.served.max_model_len,
             "vocab_size": self.served.vocab_size,

@@ -37,6 +37,12 @@ _OWN_NAME = re.compile(
 )
 
 _WORDS = {
+    "chat_template": "--chat-template",
+    "chat_template_kwargs": "--chat-template-kwargs",
+    "control_tokens": "--control-tokens",
+    "reasoning_format": "--reasoning-format",
+    "template_date": "the date in chat templates (--template-date)",
+    "tool_format": "--tool-format",
     "dtype": "--dtype",
     "image_domains": "--image-domain",
     "isa": "the instruction set (--isa)",

@@ -61,7 +61,7 @@ def parse_json(line: bytes) -> object:
 
 
 def nested_too_deeply() -> RequestError:
-    return line_error("invalid_json_line", "the JSON is nested too deeply")
+    return line_error("invalid_json_line", "the JSON is nested too deeply; flatten it")
 
 
 def joined_objects(line: bytes) -> list[bytes]:

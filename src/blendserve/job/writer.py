@@ -258,4 +258,4 @@ def check_directory(path: Path) -> None:
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".probe", dir=path.parent):
             pass
     except OSError as error:
-        raise ConfigError(f"cannot write in {path.parent}: {error.strerror}") from error
+        raise ConfigError(f"cannot write in {path.parent}: {error.strerror}; choose another place with -o") from error

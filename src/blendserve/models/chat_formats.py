@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from blendserve.errors import ConfigError
@@ -17,6 +17,7 @@ from blendserve.models.reasoning_formats import (
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.models.tool_formats.format import Tool, ToolCall, ToolFormat
 from blendserve.models.tool_formats.table import TOOL_FORMATS, recognised_format
+from blendserve.request import StructuredOutputs
 
 Format = TypeVar("Format")
 
@@ -79,6 +80,15 @@ class ChatFormats:
             renders_calls=reads_variable(source, "tool_calls"),
             variables=dict(variables or {}),
         )
+
+    def settled(self, structure: StructuredOutputs, prompt: str) -> StructuredOutputs:
+        """What an answer to a prompt must look like, once it has reasoned: where the prompt (its end is enough) opens
+        the reasoning, it goes first; where it leaves that open, it may.
+        """
+        marks = self.reasoning
+        if marks is None or marks is HARMONY_REASONING or structure.after or prompt.rstrip().endswith(marks.end):
+            return structure
+        return replace(structure, after=marks.end, begin="" if marks.is_open(prompt) else marks.begin)
 
     def take_apart(self, text: str, tools: Sequence[Tool], *, is_open: bool, may_call: bool) -> AnswerParts:
         """Reasoning, calls and content of an answer. Never raises."""

@@ -19,6 +19,12 @@ CONTROL_TOKENS: tuple[ControlTokens, ...] = get_args(ControlTokens)
 _RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
 
+class TodaysDate(str):
+    """A date that nobody has given: a job that goes on keeps the one that it began with."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
     """How conversations become prompts, and how answers are read. Answers depend on all of these.
@@ -90,7 +96,7 @@ class ChatSettings:
             "reasoning_format": self.reasoning_format,
             "control_tokens": self.control_tokens,
         }
-        return given | {"template_date": self.template_date}
+        return given | {"template_date": self.template_date or TodaysDate(self.date().isoformat())}
 
 
 DEFAULT_CHAT = ChatSettings()

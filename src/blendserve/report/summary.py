@@ -107,6 +107,7 @@ def _sums(reports: Sequence[JobReport]) -> dict[str, Any]:
         "num_lines",
         "num_succeeded",
         "num_resumed",
+        "num_reused",
         "num_prompt_tokens",
         "num_cached_tokens",
         "num_output_tokens",

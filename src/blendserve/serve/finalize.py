@@ -19,11 +19,10 @@ from blendserve.dialect.rows import error_row
 from blendserve.errors import RequestError
 from blendserve.job.journal import Journal
 from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES
-from blendserve.job.record_log import Record, RecordKind, RecordLog
+from blendserve.job.record_log import ERROR_KINDS, Record, RecordKind, RecordLog
 from blendserve.serve.blobs import Blobs, BlobWriter
 
 OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
-ERROR_KINDS = frozenset(kind for kind in RecordKind if kind.name.endswith("_ROW")) - OUTPUT_KINDS
 _REASONS = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "This request was not executed because the batch was cancelled."),

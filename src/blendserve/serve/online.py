@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.rows import error_row
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
+from blendserve.dialect.urls import CHAT_URL
 from blendserve.engine.front import Front
 from blendserve.engines.base import Engine
 from blendserve.errors import BlendServeError
@@ -44,7 +46,11 @@ class _Log(RecordLog):
 
 
 class OnlineLine:
-    """One request from its body to its answer. Raises: RequestError for what cannot be answered."""
+    """One request from its body to its answer. `is_streamed`: in pieces. An answer whose reasoning or calls are taken
+    out at its end is sent then, as one piece.
+
+    Raises: RequestError for what cannot be answered.
+    """
 
     def __init__(self, ask: Ask, engine: Engine, served: ServedModel, created: int) -> None:
         self.ask = ask
@@ -92,6 +98,11 @@ class OnlineLine:
         self._rows = RowAssembler(self.store, self._log, self._engine.codec, served.name, created)
         stops = line.sampling.stop
         self._num_held = max(map(len, stops)) - 1 if stops else 0
+        codec = self._engine.codec
+        is_taken_apart = self.ask.url == CHAT_URL and (
+            bool(self.ask.body.get("tools")) or not isinstance(codec, ModelCodec) or codec.marks_reasoning
+        )
+        self.is_streamed = self.ask.is_streamed and not is_taken_apart
 
 
 class Online:
@@ -127,7 +138,7 @@ class Online:
     def _on_tokens(self, index: int, token_ids: TokenIds) -> None:
         with self._lock:
             line, number = self._places[index]
-        if line.ask.is_streamed:
+        if line.is_streamed:
             self._send_piece(line, index, number, line.text_so_far(token_ids))
 
     def _on_output(self, index: int, output: SequenceOutput) -> None:

@@ -122,6 +122,8 @@ def _last_events(
         return [_chunk(frame, {"index": index, "text": text[len(sent) :], **ending})]
     message = choice["message"]
     delta = {name: value for name, value in message.items() if name not in ("role", "content", "refusal") and value}
+    if "tool_calls" in delta:
+        delta["tool_calls"] = [{"index": at, **call} for at, call in enumerate(delta["tool_calls"])]
     if index not in begun:
         delta["role"] = "assistant"
     text = message.get("content") or ""

@@ -6,10 +6,11 @@ Decisions are those of `queue`; answers are journalled by the engine process; th
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from blendserve.job.reader import ReadLimits
 from blendserve.serve.batches import Batches
@@ -37,9 +38,11 @@ from blendserve.serve.messages import (
 )
 from blendserve.serve.queue import Round, Waiting, choose_round, finish_times
 from blendserve.serve.records import BatchRecord, FileRecord
+from blendserve.serve.running import RunningRound
 from blendserve.serve.settings import ModelChoice, ServeSettings
 from blendserve.serve.store import Store
 
+_log = logging.getLogger("blendserve.serve")
 MAX_FAILURES = 6
 """A batch that ran alone in so many rounds without one new row is given up."""
 _ALONE_AFTER = 2
@@ -48,23 +51,9 @@ _MIN_ROUND_S = 10.0
 _RELEASE_S = 10.0
 _MAX_BACKOFF_S = 60.0
 _TICK_S = 0.5
-
-
-@dataclass(slots=True)
-class _Running:
-    """The round that runs now."""
-
-    round: RunRound
-    started_at: float
-    owners: frozenset[str]
-    num_done_before: dict[str, int]
-    is_yielding: bool = False
-    is_drawn: bool = False
-    progressed: set[str] = field(default_factory=set)
-
-    @property
-    def batch_ids(self) -> list[str]:
-        return [share.batch.id for share in self.round.shares]
+_FORECAST_S = 1.0
+_CHECK_S = 5.0
+"""How often a running round is held against what waits."""
 
 
 class Scheduler:
@@ -97,20 +86,23 @@ class Scheduler:
         self._clock = clock
         self._changed = changed
         self._wake = asyncio.Event()
-        self._running: _Running | None = None
+        self._running: RunningRound | None = None
         self._num_rounds = 0
         self._releasing: dict[str, asyncio.Future[None]] = {}
         self._failures = Counter[str]()
         self._num_misses = 0
         self._retry_at = 0.0
         self._is_swapping = False
+        self._forecast: Mapping[str, float] = {}
+        self._forecast_at_s = -_FORECAST_S
+        self._checked_at = 0.0
         self._picture: Picture | None = None
         self._wanted = settings.models[0]
         self._counted: dict[str, tuple[int, int, int]] = {}
 
     @property
     def running_ids(self) -> frozenset[str]:
-        return frozenset(self._running.batch_ids) if self._running else frozenset()
+        return frozenset(self._running.batch_ids if self._running else ())
 
     def wake(self) -> None:
         self._wake.set()
@@ -170,9 +162,13 @@ class Scheduler:
         found = self._store.page(BatchRecord, label="in_progress", is_newest_first=False)
         return [self._waiting(batch) for batch in found]
 
-    def ends(self) -> dict[str, float]:
-        """When each batch would end, as far as the forecast knows. Unix times by batch."""
-        return finish_times(self.waiting(), self.rates, self._clock())
+    def ends(self) -> Mapping[str, float]:
+        """When each batch would end, as far as the forecast knows. Unix times by batch; a second old at most."""
+        now_s = time.monotonic()
+        if now_s - self._forecast_at_s >= _FORECAST_S:
+            self._forecast_at_s = now_s
+            self._forecast = finish_times(self.waiting(), self.rates, self._clock())
+        return self._forecast
 
     def forecast_s(self, caller: Caller, model: str | None, num_lines: int, deadline: float) -> float | None:
         """Seconds until a batch that came now would end; None where nothing is known."""
@@ -187,9 +183,8 @@ class Scheduler:
     def _tick(self) -> None:
         now = self._clock()
         for label in ("validating", "in_progress"):
-            for batch in self._store.page(BatchRecord, label=label):
-                if batch.expires_at <= now:
-                    self._batches.expire(batch.id)
+            for batch in self._store.expired(BatchRecord, now, label):
+                self._batches.expire(batch.id)
         if self._running is not None:
             self._yield_if_needed(now)
         elif now >= self._retry_at and (not self.host.is_running or self.is_ready):
@@ -211,7 +206,7 @@ class Scheduler:
         done = {share.batch.id: self._num_done(share.batch.id) for share in shares}
         owners = frozenset(batch.owner for batch in waiting if batch.id in chosen.max_requests)
         command = RunRound(self._num_rounds, shares, self._settings.policy)
-        self._running = _Running(command, now, owners, done)
+        self._running = RunningRound(command, now, owners, done)
         self._counted.clear()
         self.host.send(command)
 
@@ -230,8 +225,9 @@ class Scheduler:
         """End a round early for a key that has no share in it, or for a model that must not wait."""
         running = self._running
         assert running is not None
-        if running.is_yielding or now - running.started_at < _MIN_ROUND_S:
+        if running.is_yielding or now - max(running.started_at + _MIN_ROUND_S - _CHECK_S, self._checked_at) < _CHECK_S:
             return
+        self._checked_at = now
         waiting = self.waiting()
         chosen = choose_round(waiting, loaded=self._loaded, rates=self.rates, now=now, round_s=self._settings.round_s)
         if chosen is None:
@@ -291,6 +287,7 @@ class Scheduler:
                 self._wake.set()
             case OpeningFailed():
                 self.trouble = report.message
+                _log.warning("the model %s cannot be opened, and is tried again: %s", report.model, report.message)
             case Progress():
                 self._note(report)
             case BatchDone(batch_id):
@@ -357,11 +354,12 @@ class Scheduler:
             self.trouble = None
             return
         self.trouble = error
+        _log.warning("a round ended early; its batches go on with the next: %s", error)
         self._back_off(made_progress=bool(running.progressed))
         if not is_for_space:
             self._blame(running, error)
 
-    def _blame(self, running: _Running, error: str) -> None:
+    def _blame(self, running: RunningRound, error: str) -> None:
         """Count a failed round against the batches that had nothing from it."""
         for id in running.batch_ids:
             if id in running.progressed or self._is_over(id):

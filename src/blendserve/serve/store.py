@@ -57,7 +57,7 @@ class Store(Protocol):
         limit: int | None = None,
         is_newest_first: bool = True,
     ) -> list[R]: ...
-    def expired(self, kind: type[R], now: float) -> list[R]: ...
+    def expired(self, kind: type[R], now: float, label: str | None = None) -> list[R]: ...
     def stored_bytes(self, owner: str | None = None) -> int: ...
     def close(self) -> None: ...
 
@@ -129,9 +129,10 @@ class SqliteStore:
         rows = self._rows(query, (*values, -1 if limit is None else limit))
         return [_from_json(kind, row[0]) for row in rows]
 
-    def expired(self, kind: type[R], now: float) -> list[R]:
+    def expired(self, kind: type[R], now: float, label: str | None = None) -> list[R]:
         """Records whose time is over."""
-        rows = self._rows(f"SELECT doc FROM {_TABLES[kind]} WHERE expires_at <= ?", (now,))
+        query, every = f"SELECT doc FROM {_TABLES[kind]} WHERE expires_at <= ?", label is None
+        rows = self._rows(query, (now,)) if every else self._rows(f"{query} AND label = ?", (now, label))
         return [_from_json(kind, row[0]) for row in rows]
 
     def stored_bytes(self, owner: str | None = None) -> int:
@@ -170,7 +171,7 @@ class SqliteStore:
                 )
                 database.execute(f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner, seq)")
                 database.execute(f"CREATE INDEX IF NOT EXISTS {table}_label ON {table} (label, seq)")
-                database.execute(f"CREATE INDEX IF NOT EXISTS {table}_expires ON {table} (expires_at)")
+                database.execute(f"CREATE INDEX IF NOT EXISTS {table}_expires ON {table} (label, expires_at)")
             database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
 
     def _rows(self, query: str, values: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blendserve.dialect.parameters import shown
+from blendserve.dialect.urls import canonical_url
 from blendserve.errors import RequestError
 from blendserve.job.json_lines import parse_json
 from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES
@@ -50,7 +51,7 @@ class _Checker:
         if value.get("method", "POST") != "POST":
             self._refuse(number, "invalid_method", f"method is {shown(value['method'])}; it must be POST.", "method")
         url = value.get("url")
-        if url != self._endpoint:
+        if not isinstance(url, str) or canonical_url(url) != self._endpoint:
             message = f"url is {shown(url)}, and the batch is for {self._endpoint}."
             self._refuse(number, "url_mismatch", message, "url")
         body = value.get("body")

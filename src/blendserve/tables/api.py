@@ -43,12 +43,14 @@ def map(
     param_columns: Mapping[str, str] | None = None,
     id: str | None = None,
     fields: Iterable[str] = (),
+    reorder_fields: bool = False,
     column: str = "answer",
     prefix: str = "",
     engine: EngineSettings | Engine = _NATIVE,
     policy: str = DEFAULT_POLICY,
     journal: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    retry_failed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> pa.Table:
     """Answer every row of a table: the same table comes back, with columns for the answers.
@@ -64,10 +66,12 @@ def map(
     - `params`, `param_columns`: parameters of the request by name, such as `{"max_tokens": 64}`: values, and columns.
     - `id`: a column that names rows. `column`: the name of the answer's column (default: "answer"). `prefix`: before
       the names of the other new columns.
-    - `fields`: the columns that `{{ row_fields }}` in a prompt lists.
+    - `fields`: the columns that `{{ row_fields }}` in a prompt lists. `reorder_fields`: list them, row by row, in the
+      order that lets rows share most of their prompts (default: false, as it changes prompts).
     - `engine`, `policy`, `on_progress`: as in `run_batch`.
     - `journal`: a directory that keeps answers: the same call goes on after a crash, and rows that did not change
-      keep their answers. None: nothing is kept. `fresh`: discard what it holds.
+      keep their answers. None: nothing is kept. `fresh`: discard what it holds. `retry_failed`: ask rows again that
+      failed for a reason that may pass.
 
     New columns: the answer, `error` (null where all went well), `finish_reason`, `prompt_tokens` and `output_tokens`.
     A row that cannot be answered has an error and costs nothing else. Raises: as `run_batch` does.
@@ -93,6 +97,8 @@ def map(
             unnest=unnest,
             prefix=prefix,
             is_fresh=fresh,
+            retries_failed=retry_failed,
+            reorders_fields=reorder_fields,
         )
         run_job_of_table(job, engine, policy, on_progress)
         with pa.OSFile(job.output) as file:
@@ -115,6 +121,7 @@ def map_file(
     param_columns: Mapping[str, str] | None = None,
     id: str | None = None,
     fields: Iterable[str] = (),
+    reorder_fields: bool = False,
     column: str = "answer",
     prefix: str = "",
     rows_per_file: int | None = None,
@@ -122,6 +129,7 @@ def map_file(
     policy: str = DEFAULT_POLICY,
     journal: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    retry_failed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> JobReport:
     """Answer every row of a table in files, and write the table with the answers to `output`.
@@ -133,8 +141,8 @@ def map_file(
       one).
 
     `prompt`, `system`, `messages`, `prompt_column`, `embed`, `schema`, `unnest`, `examples`, `params`, `param_columns`,
-    `id`, `fields`, `column`, `prefix`, `engine`, `policy`, `fresh` and `on_progress`: as in `map`. The
-    same call goes on where an earlier one stopped. Raises: as `run_batch` does.
+    `id`, `fields`, `reorder_fields`, `column`, `prefix`, `engine`, `policy`, `fresh`, `retry_failed` and `on_progress`:
+    as in `map`. The same call goes on where an earlier one stopped. Raises: as `run_batch` does.
     """
     require_data()
     from blendserve.tables.mapping import TableJob, open_table
@@ -151,6 +159,8 @@ def map_file(
         unnest=unnest,
         prefix=prefix,
         is_fresh=fresh,
+        retries_failed=retry_failed,
+        reorders_fields=reorder_fields,
         inputs=[os.fspath(one) for one in listed],
     )
     return run_job_of_table(job, engine, policy, on_progress)

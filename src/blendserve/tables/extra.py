@@ -9,6 +9,11 @@ from blendserve.errors import ConfigError
 DATA_PACKAGES = ("pyarrow", "fsspec")
 
 
+def is_url(text: str) -> bool:
+    """Whether a path is the URL of another file system."""
+    return "://" in text and not text.startswith(("file://", "local://"))
+
+
 def require_data(what: str = "tables") -> None:
     """Raises: ConfigError when a package of the extra is missing, with the command that installs all of them."""
     for name in DATA_PACKAGES:

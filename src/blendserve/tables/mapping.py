@@ -14,11 +14,12 @@ from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.engines.base import Engine
 from blendserve.errors import ConfigError, RequestError
 from blendserve.job.job import BatchJob, JobProgress, JobReport
-from blendserve.job.run import run_job
+from blendserve.job.run import Generate, run_job
 from blendserve.tables.answers import AnswerColumns
-from blendserve.tables.door import FieldOrder, TableDoor
+from blendserve.tables.door import TableDoor
 from blendserve.tables.layout import Layout
 from blendserve.tables.recipe import Recipe, RowRequests
+from blendserve.tables.reorder import ReorderedFields
 from blendserve.tables.source import FileTable, TableSource
 from blendserve.tables.target import make_target
 
@@ -29,8 +30,8 @@ _PROBE_TEXT = "text"
 class TableJob:
     """What to ask of which table, and where its copy with the answers goes.
 
-    `source`: an opened table. `journal`: None for a directory beside the output. `order`: of the fields that prompts
-    list; `order_settings` is what tells it from another one.
+    `source`: an opened table. `journal`: None for a directory beside the output. `reorders_fields`: list the fields of
+    each row in the order that shares most.
     """
 
     source: TableSource
@@ -41,13 +42,24 @@ class TableJob:
     unnest: bool = False
     prefix: str = ""
     is_fresh: bool = False
+    retries_failed: bool = False
     inputs: Sequence[str] = ()
-    order: FieldOrder | None = None
-    order_settings: Mapping[str, Any] = field(default_factory=dict)
+    reorders_fields: bool = False
 
     def requests(self) -> RowRequests:
         """The recipe for the columns of this table. Raises: ConfigError when a column does not exist."""
         return RowRequests(self.recipe, self.source.schema.names)
+
+    def order(self, requests: RowRequests) -> ReorderedFields | None:
+        """Raises: ConfigError when the prompt lists no fields."""
+        if not self.reorders_fields:
+            return None
+        if len(requests.fields) < 2:
+            raise ConfigError(
+                "--reorder-fields orders what {{ row_fields }} lists, and the prompt lists "
+                f"{len(requests.fields)} columns that way: write {{{{ row_fields }}}} where the columns belong"
+            )
+        return ReorderedFields(self.source, requests.fields)
 
     def columns(self) -> AnswerColumns:
         """The columns that will be added. Raises: ConfigError when a name clashes."""
@@ -59,32 +71,37 @@ def run_table(
     engine: Engine,
     policy: str,
     *,
+    generate: Generate | None = None,
     on_progress: Callable[[JobProgress], None] | None = None,
 ) -> JobReport:
     """Answer every row, and write the table with the answers. The same call goes on where an earlier one stopped.
 
+    `generate`: answers in place of the engine.
+
     Raises: as `run_batch` does; what does not fit the table is a ConfigError before any work.
     """
     requests, columns = job.requests(), job.columns()
+    order = job.order(requests)
     check_served(job.recipe, requests, engine.served)
     places = job.source.places if isinstance(job.source, FileTable) else []
     target = make_target(job.output, job.inputs, places, job.layout, job.journal)
-    door = TableDoor(job.source, requests, columns, engine.served, target, job.layout, job.order)
+    door = TableDoor(job.source, requests, columns, engine.served, target, job.layout, order)
     batch_job = BatchJob(
         input_path=target.paths.input,
         output_path=target.paths.output,
         served=engine.served,
         model_identity=engine.identity,
-        settings={**engine.settings, **job.recipe.settings(), **job.order_settings},
+        settings={**engine.settings, **job.recipe.settings(), **({"--reorder-fields": True} if order else {})},
         is_ordered=True,
         is_fresh=job.is_fresh,
+        retries_failed=job.retries_failed,
         capacity=engine.capacity_bytes,
     )
     try:
         report = run_job(
             batch_job,
             engine.codec,
-            lambda pending: engine.generate(pending, policy),
+            generate or (lambda pending: engine.generate(pending, policy)),
             door=door,
             on_progress=on_progress,
         )
@@ -94,7 +111,7 @@ def run_table(
         report,
         output_path=target.shown,
         errors_path=target.shown if report.num_failed else None,
-        notes=(*report.notes, *engine.notes),
+        notes=(*report.notes, *((str(order),) if order and order.found else ()), *engine.notes),
     )
 
 

@@ -69,11 +69,6 @@ class Place:
             return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
-def is_remote(url: str) -> bool:
-    """Whether a path is the URL of another file system."""
-    return "://" in url and not url.startswith(("file://", "local://"))
-
-
 def place_of(url: str) -> Place:
     """One file by its path or URL, whether it exists or not. Raises: ConfigError for an unknown protocol."""
     with using(url, "use"):

@@ -89,8 +89,8 @@ class Recipe:
 class RowRequests:
     """A recipe for the columns of one table: row -> body of a request.
 
-    `columns` are those that it reads, `fields` those that `{{ row_fields }}` lists, `fixed` what all bodies hold.
-    Raises: ConfigError when a column does not exist.
+    `columns` are those that it reads, `fields` those that `{{ row_fields }}` lists, `named` those that the prompt
+    names in its own order, `fixed` what all bodies hold. Raises: ConfigError when a column does not exist.
     """
 
     def __init__(self, recipe: Recipe, names: Sequence[str]) -> None:
@@ -115,6 +115,7 @@ class RowRequests:
         self.columns = tuple(name for name in names if name in used)
         listing = next((template for template in templates if template.lists_fields), None)
         self.fields: tuple[str, ...] = () if listing is None else listing.fields
+        self.named: tuple[str, ...] = () if self._prompt is None else self._prompt.named
         self._examples = [message for example in recipe.examples for message in self._example(example, names)]
         self.fixed: dict[str, Any] = {**recipe.params}
         if recipe.schema is not None:

@@ -33,7 +33,8 @@ _RENDER_ERRORS = (
 class RowTemplate:
     """A template whose names are columns; `row` is the whole row, for columns whose names are no identifiers.
 
-    `columns` are those that it reads, in the order of the table. `{{ row_fields }}` lists the row as JSON: the columns
+    `columns` are those that it reads, in the order of the table, `named` those that it names, in its own order.
+    `{{ row_fields }}` lists the row as JSON: the columns
     that the template does not name, or those of `fields`, in the order that `order` gives.
     Raises: ConfigError when the template is not valid, or names a column that does not exist.
     """
@@ -61,6 +62,8 @@ class RowTemplate:
             _check_known(set(self.fields), names, "the list of fields", f"{{{{ {ROW_FIELDS} }}}}")
             named |= set(self.fields)
         self.columns = tuple(name for name in names if name in named)
+        in_order = [node.name for node in tree.find_all(jinja2.nodes.Name)]
+        self.named = tuple(dict.fromkeys(name for name in in_order if name in names))
 
     def render(self, row: Mapping[str, Any], order: Sequence[str] | None = None) -> str:
         """The text for one row. Raises: RequestError when the row does not fit the template."""

@@ -19,8 +19,8 @@ from crash_cases import batch_file, comparable
 from ray_cases import STORE_BYTES, children_of, ray_cluster, raylet_of
 from tiny_files import tiny_directory
 
-ANSWERED_IN_PART = 3
-"""Some lines of the file are wrong."""
+from blendserve.job.job import EXIT_ERROR_ROWS
+
 NUM_KILLS = 10
 NUM_REPLICAS = 2
 NODE_CPUS = 2
@@ -119,12 +119,12 @@ def is_killed_ten_times(cluster: Any, model: Path, directory: Path, num_lines: i
         names = ["run", str(source), "-o", str(output), "--model", str(model)]
         return [sys.executable, "-m", "blendserve", *names, *LIMITS, *extra]
 
-    assert subprocess.run(command(whole), check=False, capture_output=True).returncode == ANSWERED_IN_PART
+    assert subprocess.run(command(whole), capture_output=True).returncode == EXIT_ERROR_ROWS
     replicas = ("--replicas", str(NUM_REPLICAS), "--ray-address", cluster.address, "--max-restarts", "20")
     with Run(cluster, command(output, *replicas), output, log) as run:
         if not kill_in_turn(run, random.Random(6), whole.stat().st_size / (NUM_KILLS + 2)):
             return False
-        assert run.driver().wait() == ANSWERED_IN_PART, log.read_text()
+        assert run.driver().wait() == EXIT_ERROR_ROWS, log.read_text()
     assert comparable(output) == comparable(whole)
     errors = [path.with_name(path.stem + ".errors.jsonl") for path in (whole, output)]
     assert comparable(errors[0]) == comparable(errors[1])

@@ -179,8 +179,21 @@ class ReplicatedEngine:
         """Replicas end with `generate`."""
         self._planner.close()
 
+    def _tell_if_down(self) -> None:
+        """Replicas wait for a server that is down, and nobody hears what they say meanwhile."""
+        engine = self._settings.engine
+        if not isinstance(engine, HttpSettings):
+            return
+        from blendserve.engines.http.reach import why_unreachable
+
+        if (reason := why_unreachable(engine.base_url)) is not None:
+            self._notify(
+                f"{engine.base_url} does not answer from here ({reason}); replicas try for {engine.max_outage_s:.0f} s"
+            )
+
     def _new_pool(self, policy: str) -> ReplicaPool:
         planner = self._planner
+        self._tell_if_down()
         sent = settings_elsewhere(self._settings.engine, planner.settings)
         return ReplicaPool(
             self._settings,

@@ -194,7 +194,10 @@ class RayFleet:
         if found != wanted:
             names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
             different = "; ".join(f"{name} is {found.get(name)}, not {wanted.get(name)}" for name in names)
-            raise ConfigError(f"replica {replica} would give other answers than this machine: {different}")
+            raise ConfigError(
+                f"replica {replica} would give other answers than this machine: {different}; use machines that are "
+                "alike, with the same files of the model, or name an --isa that all of them have"
+            )
 
     # Answers
 

@@ -16,7 +16,7 @@ from blendserve.errors import RequestError
 from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.conversation import Conversation, Message, text_of_content
 from blendserve.models.tokenizer import Tokenizer
-from blendserve.request import TokenIds
+from blendserve.request import StructuredOutputs, TokenIds
 
 
 class VllmCodec(ModelCodec):
@@ -41,6 +41,10 @@ class VllmCodec(ModelCodec):
         """Raises: RequestError for a chat without a template."""
         plain = iter(super().encode([prompt for prompt in prompts if not _has_pictures(prompt)]))
         return [self._with_pictures(prompt) if _has_pictures(prompt) else next(plain) for prompt in prompts]
+
+    def settled(self, structure: StructuredOutputs, prompt_token_ids: Any) -> StructuredOutputs:  # noqa: ARG002
+        """As it is: vLLM begins no grammar inside an answer."""
+        return structure
 
     def _marked(self, prompt: Conversation) -> Conversation:
         messages = tuple(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from blendserve.engines.vllm.driver import VllmDriver
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests, plan_pending
+from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.fingerprint import fingerprint, identity_of
 from blendserve.models.foreign_config import text_config_of, whole_number
 from blendserve.models.generation_config import note_of, sampling_defaults, shown_defaults
@@ -54,6 +55,31 @@ def open_vllm(settings: VllmSettings, *, notify: Notify) -> VllmEngine:
     return VllmEngine(settings, files, api, notify=notify)
 
 
+def served_model_of(
+    settings: VllmSettings, files: ModelFiles, config: Mapping[str, Any], formats: ChatFormats
+) -> ServedModel:
+    """What lines may ask for, from the model's files alone: vLLM itself is not needed for it."""
+    text = text_config_of(config)
+    embeds = settings.task == "embed"
+    source = str(settings.arguments.get("generation_config", settings.generation_config))
+    return ServedModel(
+        names=(files.name,),
+        accepts_any_name=True,
+        vocab_size=whole_number(text, "vocab_size"),
+        max_model_len=settings.max_model_len or context_length_of(text),
+        abilities=Abilities(
+            adapters=tuple(sorted(settings.adapters)),
+            sees="vision_config" in config,
+            chat=formats,
+            forces_json=True,
+            image_domains=tuple(domain.lower() for domain in settings.image_domains),
+            urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
+            checks_grammars=False,
+        ),
+        default_sampling={} if embeds else checked_defaults(sampling_defaults(files, source)),
+    )
+
+
 class VllmEngine:
     """An `Engine` on vLLM."""
 
@@ -63,26 +89,10 @@ class VllmEngine:
         self._model = model_cost_of(files.name, config)
         max_model_len = settings.max_model_len or context_length_of(text)
         embeds = settings.task == "embed"
-        source = str(settings.arguments.get("generation_config", settings.generation_config))
-        sampling = {} if embeds else checked_defaults(sampling_defaults(files, source))
         tokenizer = settings.chat.applied(load_tokenizer(files))
         formats = settings.chat.formats(tokenizer)
-        self.served = ServedModel(
-            names=(files.name,),
-            accepts_any_name=True,
-            vocab_size=whole_number(text, "vocab_size"),
-            max_model_len=max_model_len,
-            abilities=Abilities(
-                adapters=tuple(sorted(settings.adapters)),
-                sees="vision_config" in config,
-                chat=formats,
-                forces_json=True,
-                image_domains=tuple(domain.lower() for domain in settings.image_domains),
-                urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
-                checks_grammars=False,
-            ),
-            default_sampling=sampling,
-        )
+        self.served = served_model_of(settings, files, config, formats)
+        sampling = self.served.default_sampling
         self.codec = VllmCodec(
             tokenizer, config, max_model_len, formats, obeys_control_tokens=settings.chat.obeys_control_tokens
         )
