@@ -31,7 +31,7 @@ def _choice_body(choice: Choice) -> dict[str, Any]:
     output, codec = choice.output, choice.codec
     body = {
         "index": choice.choice,
-        "text": _echoed(choice) + codec.text_of(output),
+        "text": _echoed(choice) + choice.text,
         "logprobs": _logprobs(choice),
         "finish_reason": output.finish_reason,
     }
@@ -54,7 +54,7 @@ def _logprobs(choice: Choice) -> dict[str, Any] | None:
     """Those of the prompt stand before those of the answer where the text begins with the prompt. The first token has
     none: nothing comes before it."""
     output, codec = choice.output, choice.codec
-    of_text = list(zip(output.token_ids.tolist(), logprobs_of_text(output), strict=False))
+    of_text = list(zip(output.token_ids.tolist(), logprobs_of_text(output, choice.sampling), strict=False))
     if not choice.extras.echo or output.prompt_logprobs is None:
         return completion_logprobs(of_text, codec) if output.logprobs else None
     of_prompt = zip(map(int, choice.prompt_token_ids), output.prompt_logprobs, strict=True)
