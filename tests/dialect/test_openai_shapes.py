@@ -65,7 +65,12 @@ def rows(tmp_path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         batch_line("echo", {"prompt": "abc", "echo": True, "max_tokens": 0}),
         batch_line("response", {"input": "hi"}, url="/v1/responses"),
         batch_line("settings of a response", RESPONSE, url="/v1/responses"),
-        batch_line("a response cut off", {"input": "hi", "max_output_tokens": 1, "seed": 3}, url="/v1/responses"),
+        *(
+            batch_line(
+                f"short response {seed}", {"input": "hi", "max_output_tokens": 1, "seed": seed}, url="/v1/responses"
+            )
+            for seed in range(8)
+        ),
         batch_line("embeddings", {"input": ["a", "b"]}),
         batch_line("refused", {**chat, "tools": [{"type": "function"}]}),
         batch_line("wrong type", {**chat, "temperature": "hot"}),
@@ -132,9 +137,11 @@ def by_id(rows: list[dict[str, Any]], custom_id: str) -> dict[str, Any]:
 
 
 def test_a_response_says_whether_it_was_cut(rows: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> None:
-    cut = by_id(rows[0], "a response cut off")
-    assert (cut["status"], cut["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
-    assert cut["max_output_tokens"] == 1
+    short = [by_id(rows[0], f"short response {seed}") for seed in range(8)]
+    ends = {"incomplete": {"reason": "max_output_tokens"}, "completed": None}
+    assert {response["status"] for response in short} == set(ends), "half of the seeds end in a stop token"
+    assert all(response["incomplete_details"] == ends[response["status"]] for response in short)
+    assert {response["max_output_tokens"] for response in short} == {1}
     whole = Response.model_validate(by_id(rows[0], "settings of a response"))
     assert (whole.instructions, whole.temperature, whole.metadata) == ("Short.", 0.5, {"k": "v"})
     assert whole.output_text
