@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from blendserve.engine.fake import FifoPolicy
 from blendserve.engine.grammar import GrammarCompiler
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.loop import EngineLoop
-from blendserve.engine.step import StepPlan, StepResult
+from blendserve.engine.step import Int32s, PromptResult, StepPlan, StepResult
 from blendserve.engines.native.loop import open_executor
 from blendserve.executors.native import NativeExecutor
 from blendserve.host import cache_dir
@@ -96,6 +96,12 @@ class ForcedExecutor:
 
     def release(self, slot: int) -> None:
         self._inner.release(slot)
+
+    def kept_with(self, request: Request) -> Hashable | None:
+        return self._inner.kept_with(request)
+
+    def prompt_result(self, slot: int, blocks: Int32s) -> PromptResult:
+        return self._inner.prompt_result(slot, blocks)
 
     def close(self) -> None:
         self._inner.close()

@@ -148,6 +148,27 @@ auto sample(Model& model, const std::optional<Array<int32_t, 1>>& mask_rows,
   return std::make_pair(own<int32_t, 1>(std::move(tokens), {samples.size()}), std::move(logprobs));
 }
 
+// Log probabilities [n], best alternatives [n, num_top] as tokens and as log probabilities.
+auto prompt_logprobs(const Model& model, int64_t slot, const Array<int32_t, 1>& blocks) {
+  PromptLogprobs found = model.prompt_results().logprobs(slot, view(blocks));
+  const size_t num_tokens = found.logprobs.size(), num_top = static_cast<size_t>(found.num_top);
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs;
+  for (const TokenLogit& best : found.top) {
+    tokens.push_back(best.token);
+    logprobs.push_back(best.logit);
+  }
+  return std::make_tuple(own<float, 1>(std::move(found.logprobs), {num_tokens}),
+                         own<int32_t, 2>(std::move(tokens), {num_tokens, num_top}),
+                         own<float, 2>(std::move(logprobs), {num_tokens, num_top}));
+}
+
+auto pooled(const Model& model, int64_t slot, const Array<int32_t, 1>& blocks) {
+  std::vector<float> state = model.prompt_results().pooled(slot, view(blocks));
+  const size_t size = state.size();
+  return own<float, 1>(std::move(state), {size});
+}
+
 auto logits(Model& model, const Array<int32_t, 1>& token_ids) {
   const auto vocab_size = static_cast<size_t>(model.shape().vocab_size);
   std::vector<float> result(token_ids.size() * vocab_size);
@@ -270,6 +291,15 @@ NB_MODULE(_native, m) {
            nb::arg("min_tokens"), nb::arg("num_prompt_tokens"), nb::arg("seed"), nb::arg("logit_bias"),
            nb::arg("stop_token_ids"), nb::arg("allowed_token_ids"), nb::arg("bad_words"));
 
+  nb::enum_<Pooling>(m, "Pooling")
+      .value("none", Pooling::kNone)
+      .value("last", Pooling::kLast)
+      .value("mean", Pooling::kMean);
+
+  nb::class_<PromptParams>(m, "PromptParams")
+      .def(nb::init<int64_t, int32_t, Pooling>(), nb::kw_only(), nb::arg("num_prompt_tokens"), nb::arg("num_logprobs"),
+           nb::arg("pooling"));
+
   nb::class_<Model>(m, "Model")
       .def(
           "__init__",
@@ -278,7 +308,7 @@ NB_MODULE(_native, m) {
           },
           nb::arg("weights"), nb::arg("shape"), nb::arg("limits"), nb::kw_only(), nb::arg("num_threads"))
       .def("set_overlap", &Model::set_overlap, nb::arg("options"))
-      .def("admit", &Model::admit, nb::arg("slot"), nb::arg("params"))
+      .def("admit", &Model::admit, nb::arg("slot"), nb::arg("params"), nb::arg("prompt") = PromptParams())
       .def("release", &Model::release, nb::arg("slot"))
       // A wrong dtype is an error: converting would copy whole tables at every step.
       .def("forward", &forward, nb::arg("slots").noconvert(), nb::arg("num_scheduled_tokens").noconvert(),
@@ -286,6 +316,8 @@ NB_MODULE(_native, m) {
            nb::arg("token_ids").noconvert(), nb::arg("block_tables").noconvert())
       .def("sample", &sample, nb::arg("mask_rows").noconvert().none() = nb::none(),
            nb::arg("masks").noconvert().none() = nb::none())
+      .def("prompt_logprobs", &prompt_logprobs, nb::arg("slot"), nb::arg("blocks").noconvert())
+      .def("pooled", &pooled, nb::arg("slot"), nb::arg("blocks").noconvert())
       .def("logits", &logits, nb::arg("token_ids"))
       .def("counters", &counters)
       .def("start_trace", [](Model& model) { model.trace().start(); })

@@ -27,10 +27,19 @@ void Head::sample(std::span<const HeadRow> rows, Sample* samples, OpSeconds& op_
     multiply(static_cast<int64_t>(some.size()), [&](int64_t i) { return some[static_cast<size_t>(i)].residual; }, op_s);
     run(Op::kSample, static_cast<int64_t>(some.size()), op_s, [&](int64_t i, int worker) {
       const HeadRow& row = some[static_cast<size_t>(i)];
-      const std::span<float> logits = {workspace_.logits() + i * shape_.vocab_size,
-                                       static_cast<size_t>(shape_.vocab_size)};
       samples[begin + static_cast<size_t>(i)] =
-          sample_row(isa_, logits, *row.params, row.tokens, scratch_[static_cast<size_t>(worker)], row.mask);
+          sample_row(isa_, row_logits(i), *row.params, row.tokens, scratch_[static_cast<size_t>(worker)], row.mask);
+    });
+  }
+}
+
+void Head::score(std::span<const ScoredRow> rows, OpSeconds& op_s) {
+  for (size_t begin = 0; begin < rows.size(); begin += kHeadRows) {
+    const auto some = rows.subspan(begin, std::min<size_t>(kHeadRows, rows.size() - begin));
+    multiply(static_cast<int64_t>(some.size()), [&](int64_t i) { return some[static_cast<size_t>(i)].residual; }, op_s);
+    run(Op::kSample, static_cast<int64_t>(some.size()), op_s, [&](int64_t i, int worker) {
+      const ScoredRow& row = some[static_cast<size_t>(i)];
+      score_row(isa_, row_logits(i), row.token, *row.logprob, row.top, scratch_[static_cast<size_t>(worker)]);
     });
   }
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/sample.h"
+#include "prompt_results.h"
 #include "shape.h"
 #include "stages.h"
 #include "threads.h"
@@ -31,10 +32,15 @@ class Head {
 
   // Writes one sample for each row. Mutates: `op_s` by what each op took.
   void sample(std::span<const HeadRow> rows, Sample* samples, OpSeconds& op_s);
+  // Writes the log probabilities that the rows ask for.
+  void score(std::span<const ScoredRow> rows, OpSeconds& op_s);
   // Writes logits [num_rows, vocab_size] of rows that follow each other.
   void logits(const float* residual, int64_t num_rows, float* out, OpSeconds& op_s);
 
  private:
+  std::span<float> row_logits(int64_t i) {
+    return {workspace_.logits() + i * shape_.vocab_size, static_cast<size_t>(shape_.vocab_size)};
+  }
   // Fills the workspace's logits for at most kHeadRows rows.
   template <class RowOf>
   void multiply(int64_t num_rows, RowOf row_of, OpSeconds& op_s);

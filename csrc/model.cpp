@@ -34,24 +34,28 @@ Model::Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelW
       split_(batch_limits(shape, limits)),
       layers_(isa, shape, limits, weights_, workspace_, team_, trace_),
       head_(isa, shape, weights_, workspace_, team_, trace_),
+      prompt_results_(isa, shape, limits, weights_),
       work_rates_(work_rates(shape, limits.kv_dtype, weights_)) {
   params_by_slot_.resize(static_cast<size_t>(limits.max_num_seqs));
   samples_.resize(static_cast<size_t>(limits.max_num_seqs));
   head_rows_.reserve(static_cast<size_t>(limits.max_num_seqs));
 }
 
-void Model::admit(int64_t slot, SamplingParams params) {
+void Model::admit(int64_t slot, SamplingParams params, const PromptParams& prompt) {
   if (slot < 0 || slot >= limits_.max_num_seqs) {
     throw std::invalid_argument("slot " + std::to_string(slot) + " does not exist; there are " +
                                 std::to_string(limits_.max_num_seqs));
   }
   check_params(params, shape_.vocab_size);
   std::erase_if(params.stop_token_ids, [&](int32_t token) { return token < 0 || token >= shape_.vocab_size; });
+  prompt_results_.admit(slot, prompt);
   params_by_slot_[static_cast<size_t>(slot)] = std::move(params);
 }
 
 void Model::release(int64_t slot) {
-  if (slot >= 0 && slot < limits_.max_num_seqs) params_by_slot_[static_cast<size_t>(slot)] = {};
+  if (slot < 0 || slot >= limits_.max_num_seqs) return;
+  params_by_slot_[static_cast<size_t>(slot)] = {};
+  prompt_results_.release(slot);
 }
 
 void Model::set_overlap(const OverlapOptions& overlap) {
@@ -67,10 +71,12 @@ int64_t Model::forward(const StepInput& input) {
   }
   const StepWork work = split_.look_at(input);
   check_tokens_of_penalties(input);
+  prompt_results_.check(input);
   is_split_ = overlap_pays(work, work_rates_, overlap_) && split_.split(input);
   if (!is_split_) split_.keep_whole(input);
   layers_.forward(input, split_, cache_, is_split_ ? 2 : 1, counters_.op_s);
   gather_sampled();
+  scored_ = prompt_results_.collect(input, layers_.nano_batches());
   return static_cast<int64_t>(head_rows_.size());
 }
 
@@ -81,8 +87,9 @@ std::span<const Sample> Model::sample(const TokenMasks& masks) {
     head_rows_[i].mask = row < 0 ? nullptr : masks.words + row * masks.num_words;
   }
   head_.sample(head_rows_, samples_.data(), counters_.op_s);
+  head_.score(scored_, counters_.op_s);
   counters_.add_step(shape_, limits_.kv_dtype, weights_, layers_.nano_batches(), is_split_,
-                     static_cast<int64_t>(head_rows_.size()));
+                     static_cast<int64_t>(head_rows_.size() + scored_.size()));
   return {samples_.data(), head_rows_.size()};
 }
 

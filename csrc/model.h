@@ -14,6 +14,7 @@
 #include "nano_batch.h"
 #include "ops/sample.h"
 #include "overlap.h"
+#include "prompt_results.h"
 #include "shape.h"
 #include "threads.h"
 #include "trace.h"
@@ -37,7 +38,7 @@ class Model {
   // format.
   Model(Isa isa, const ModelShape& shape, const ModelLimits& limits, ModelWeights weights, int num_threads);
 
-  void admit(int64_t slot, SamplingParams params);
+  void admit(int64_t slot, SamplingParams params, const PromptParams& prompt = {});
   void release(int64_t slot);
   // From the next step on. Allocates.
   void set_overlap(const OverlapOptions& overlap);
@@ -53,6 +54,8 @@ class Model {
     forward(input);
     return sample();
   }
+  // What requests asked of their prompts; of slots that were admitted and not released.
+  const PromptResults& prompt_results() const { return prompt_results_; }
   // Whether attention reads the KV of a prefix that sequences share once per step (so at first) or for each of them.
   // Changes time, never tokens.
   void read_shared_once() { layers_.read_shared_once(); }
@@ -87,11 +90,13 @@ class Model {
   NanoBatchSplit split_;
   Layers layers_;
   Head head_;
+  PromptResults prompt_results_;
   OverlapOptions overlap_;
   WorkRates work_rates_;
   StepCounters counters_;
   std::vector<SamplingParams> params_by_slot_;
-  std::vector<HeadRow> head_rows_;  // of the step that ran last
+  std::vector<HeadRow> head_rows_;
+  std::span<const ScoredRow> scored_;  // of the step that ran last
   bool is_split_ = false;
   std::vector<Sample> samples_;
 };

@@ -17,7 +17,6 @@ from tiny_files import tiny_directory
 from vllm_cases import ABLE, run_vllm, vllm_engine
 
 from blendserve import HttpSettings, NativeSettings, run_batch
-from blendserve.dialect.extras import Extras
 from blendserve.engines.http.fake_server import FakeSettings, serving
 from blendserve.engines.vllm.fake import FakeVllm
 from blendserve.engines.vllm.requests import failed_output, output_of
@@ -226,7 +225,7 @@ def _run_broken(source: Path, target: Path) -> None:
     output: Any = SimpleNamespace(outputs=[choice], prompt_token_ids=[1], num_cached_tokens=0)
 
     def generate(pending: PendingRequests) -> Iterator[SequenceOutput]:
-        yield output_of(0, output, pending[0], Extras())
+        yield output_of(0, output, pending[0])
 
     run_fake(source, target, generate)
 

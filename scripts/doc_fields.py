@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from blendserve.dialect import extras, parameters, passthrough, schema
 from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
-from blendserve.dialect.extras import Abilities
+from blendserve.dialect.extras import Abilities, native_abilities
 from blendserve.dialect.schema import ServedModel
-from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL
+from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, RESPONSES_URL
 from blendserve.errors import RequestError
 from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.reasoning_formats import REASONING_FORMATS
@@ -20,7 +20,7 @@ _ADAPTER = "my-adapter"
 _CHAT_FORMATS = ChatFormats(tools=HERMES, reasoning=REASONING_FORMATS["think"], renders_tools=True, renders_calls=True)
 """Those of a model whose chat template takes tools, and which reasons."""
 ENGINES = {
-    "`native`": ServedModel(("my-model",), abilities=Abilities(chat=_CHAT_FORMATS)),
+    "`native`": ServedModel(("my-model",), abilities=native_abilities(576, _CHAT_FORMATS)),
     "`vllm`": ServedModel(
         ("my-model",),
         abilities=Abilities(
@@ -81,7 +81,13 @@ ASKS = (
     _complete("`prompt` as token ids", [1, 2, 3]),
     _complete("`prompt` as a list of texts, or of lists of token ids", ["Once", "Twice"]),
     Ask("`input` of `/v1/embeddings`, in the same four forms", EMBEDDINGS_URL, {"input": ["Once", "Twice"]}),
-    Ask("`/v1/responses`", "/v1/responses", {"input": "Hello"}),
+    _complete(
+        "`prompt_logprobs`; `echo` with `logprobs`; `max_tokens` of 0", "Once", echo=True, logprobs=1, max_tokens=0
+    ),
+    Ask("`/v1/responses` without state", RESPONSES_URL, {"input": "Hello"}),
+    Ask("`/v1/responses` with `previous_response_id`", RESPONSES_URL, {"input": "Hello", "previous_response_id": "r"}),
+    Ask("`/v1/moderations`, `/rerank`, `/score` and other endpoints", "/score", {"text_1": "a", "text_2": "b"}),
+    Ask("`url` without `/v1`, with a host, or as Azure writes it", "/chat/completions", {"messages": [_USER]}),
     _chat("`stream` true", stream=True),
 )
 
@@ -90,6 +96,47 @@ def asks_table() -> str:
     """Every kind of line on every engine: answered, or the code of its error row."""
     rows = [(ask.what, *(_verdict(ask, served) for served in ENGINES.values())) for ask in ASKS]
     return _table(("a line with", *ENGINES), rows)
+
+
+class Compared(NamedTuple):
+    """A kind of line, and what the documents of others say of it."""
+
+    what: str
+    ask: Ask
+    openai: str
+    vllm: str
+    llm_d: str
+
+
+_SENT = "sent on"
+COMPARED = (
+    Compared("`/v1/chat/completions`", _chat(""), "yes", "yes", _SENT),
+    Compared("`/v1/completions`", _complete("", "Once"), "yes", "no", _SENT),
+    Compared("`/v1/responses`", Ask("", RESPONSES_URL, {"input": "Hello"}), "yes", "no", _SENT),
+    Compared("`/v1/embeddings`", Ask("", EMBEDDINGS_URL, {"input": "Hello"}), "yes", "yes", _SENT),
+    Compared("`/v1/moderations`", Ask("", "/v1/moderations", {"input": "Hello"}), "yes", "no", _SENT),
+    Compared("`/v1/images/generations`", Ask("", "/v1/images/generations", {"prompt": "A cat"}), "yes", "no", _SENT),
+    Compared("`/score`", Ask("", "/score", {"text_1": "a", "text_2": "b"}), "no", "yes", _SENT),
+    Compared("`/rerank`", Ask("", "/rerank", {"query": "q", "documents": ["d"]}), "no", "yes", _SENT),
+    Compared(
+        "`url` without `/v1`", Ask("", "/chat/completions", {"messages": [_USER]}), "Azure only", "no", "not said"
+    ),
+    Compared("`prompt_logprobs`", _chat("", prompt_logprobs=1), "no", "yes", _SENT),
+    Compared("`response_format` with a schema", _chat("", response_format=_SCHEMA), "yes", "yes", _SENT),
+    Compared("`structured_outputs`", _chat("", structured_outputs={"regex": "a+"}), "no", "yes", _SENT),
+    Compared("`stream` true", _chat("", stream=True), "no", "not said", "not said"),
+)
+
+
+def comparison_table() -> str:
+    """What lines others take, as they document it, beside what our readers take."""
+    rows = [(line.what, line.openai, line.vllm, line.llm_d, _ours(line.ask)) for line in COMPARED]
+    return _table(("a line with", "OpenAI", "`vllm run-batch`", "llm-d batch gateway", "BlendServe"), rows)
+
+
+def _ours(ask: Ask) -> str:
+    engines = [name for name in ("`native`", "`http`") if not _verdict(ask, ENGINES[name]).startswith("`")]
+    return "yes" if "`native`" in engines else "with `--engine http`" if engines else "no"
 
 
 PROBES: tuple[Any, ...] = (

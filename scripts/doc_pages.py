@@ -15,6 +15,7 @@ from doc_errors import codes_table, error_sections
 from doc_fields import (
     asks_table,
     chat_options_list,
+    comparison_table,
     embeddings_list,
     fields_table,
     ignored_list,
@@ -33,6 +34,7 @@ def _errors() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "lines by engine": asks_table,
+    "lines by tool": comparison_table,
     "fields by engine": fields_table,
     "parameters": parameters_table,
     "neutral parameters": neutral_table,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import RequestError
 from blendserve.job.job import BatchJob, JobReport
@@ -23,7 +24,9 @@ from blendserve.request import Request, SamplingParams, SequenceOutput, Structur
 EOS = 0
 NUM_JOB_LINES = 60
 NUM_JOB_REQUESTS = 122  # choices of the valid ones among `mixed_lines(60)`
-SERVED = ServedModel(("tiny", "models/tiny"), vocab_size=256, max_model_len=2048)
+SERVED = ServedModel(
+    ("tiny", "models/tiny"), vocab_size=256, max_model_len=2048, abilities=native_abilities(hidden_size=4)
+)
 
 
 class FakeCodec:
@@ -80,7 +83,7 @@ def answer(request: Request, num_cached_tokens: int = 0) -> SequenceOutput:
     what = f"{request.prompt_token_ids.tolist()} {request.seed} {sampling}".encode()
     digest = hashlib.blake2b(what, digest_size=32).digest()
     letters = [97 + byte % 26 for byte in digest[: min(12, request.max_output_tokens)]]
-    is_stopped = digest[-1] % 2 == 0
+    is_stopped = digest[-1] % 2 == 0 and bool(letters)
     if is_stopped:
         letters[-1] = EOS
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -94,7 +97,18 @@ def answer(request: Request, num_cached_tokens: int = 0) -> SequenceOutput:
         num_prompt_tokens=request.num_prompt_tokens,
         num_cached_tokens=num_cached_tokens,
         logprobs=logprobs,
+        prompt_logprobs=_prompt_logprobs(request),
+        embedding=None if request.embedding is None else (request.prompt_token_ids[:4] / 3).astype(np.float32),
     )
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprob | None, ...] | None:
+    num_top = request.sampling.prompt_logprobs
+    if num_top is None:
+        return None
+    token_ids = request.prompt_token_ids.tolist()
+    top = tuple((98 + rank, -1.0 - rank) for rank in range(num_top))
+    return (None, *(TokenLogprob(token, -float(at), top) for at, token in enumerate(token_ids[1:], start=1)))
 
 
 class FakeEngine:
@@ -114,9 +128,10 @@ class FakeEngine:
 
 
 def batch_line(custom_id: Any, body: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-    """A chat line, or a completions line where the body holds a prompt."""
+    """A chat line; a completions line where the body holds a prompt, one of embeddings where it holds an input."""
     body = {"messages": [{"role": "user", "content": f"hello {custom_id}"}]} if body is None else body
-    url = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+    url_by_field = {"prompt": "/v1/completions", "input": "/v1/embeddings"}
+    url = next((url_by_field[name] for name in url_by_field if name in body), "/v1/chat/completions")
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "tiny", **body}, **fields}
 
 

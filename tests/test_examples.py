@@ -55,6 +55,18 @@ def test_native(
     assert f"{NUM_LINES} of {NUM_LINES} requests" in printed.err
 
 
+def test_multiple_choice(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "multiple_choice.py", tiny)
+    *picked, shared = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0].rpartition(".")[1] for line in picked] == ["."] * 3
+    assert shared.endswith("prompt tokens were shared")
+
+
+def test_lines_of_every_endpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "run_native.py", EXAMPLES / "endpoints.jsonl", tmp_path / "out.jsonl", tiny)
+    assert len(answered(tmp_path / "out.jsonl")) == 7
+
+
 def test_vllm(
     source: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,7 +113,7 @@ def test_replicas(
 
 def test_no_example_is_left_out() -> None:
     scripts = {path.stem.removeprefix("run_") for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"native", "vllm", "http", "replicas", "map_table"}
+    assert scripts == {"native", "vllm", "http", "replicas", "multiple_choice", "map_table"}
     assert all(f"test_{name}" in globals() for name in scripts)
 
 

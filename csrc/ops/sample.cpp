@@ -313,6 +313,22 @@ Sample sample_row(Isa isa, std::span<float> logits, const SamplingParams& params
   return result;
 }
 
+void score_row(Isa isa, std::span<float> logits, int32_t token, float& logprob, std::span<TokenLogit> top,
+               SampleScratch& scratch) {
+  scratch.changed.clear();
+  const SamplingParams params;
+  RowSampler row(isa, logits, params, scratch, nullptr);
+  const double log_total = row.log_total();
+  logprob = static_cast<float>(row.raw_logit(token) - log_total);
+  if (top.empty()) return;
+  std::vector<TokenLogit> best;
+  row.best_logits(static_cast<int32_t>(top.size()), best);
+  for (size_t i = 0; i < top.size(); ++i) {
+    top[i] = i < best.size() ? TokenLogit{best[i].token, static_cast<float>(best[i].logit - log_total)}
+                             : TokenLogit{-1, -kInfinity};
+  }
+}
+
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
   constexpr int kRounds = 10;
   constexpr uint64_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;

@@ -75,6 +75,10 @@ inline constexpr int64_t kMaskBits = 32;
 Sample sample_row(Isa isa, std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                   SampleScratch& scratch, const int32_t* mask = nullptr);
 
+// Log probability of `token`; `top` becomes the best alternatives, at most all tokens, best first.
+void score_row(Isa isa, std::span<float> logits, int32_t token, float& logprob, std::span<TokenLogit> top,
+               SampleScratch& scratch);
+
 // Philox4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key.
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
 // Uniform in [0, 1), 24 bits, for one output position (0: the first sampled token) of a seed.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from blendserve.models.chat_settings import ChatSettings
     from blendserve.offline.batch import run_batch, run_batches
     from blendserve.offline.llm import LLM
-    from blendserve.offline.outputs import CompletionOutput, RequestOutput
+    from blendserve.offline.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
     from blendserve.request import SamplingParams, StructuredOutputs
     from blendserve.tables.api import map, map_file
 
@@ -20,6 +20,8 @@ __all__ = [
     "LLM",
     "ChatSettings",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "HttpSettings",
     "JobInterrupted",
     "JobProgress",
@@ -45,7 +47,7 @@ _NAMES_BY_MODULE = {
     "blendserve.models.chat_settings": ("ChatSettings",),
     "blendserve.offline.batch": ("run_batch", "run_batches"),
     "blendserve.offline.llm": ("LLM",),
-    "blendserve.offline.outputs": ("CompletionOutput", "RequestOutput"),
+    "blendserve.offline.outputs": ("CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput", "RequestOutput"),
     "blendserve.request": ("SamplingParams", "StructuredOutputs"),
     "blendserve.tables.api": ("map", "map_file"),
 }

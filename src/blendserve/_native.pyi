@@ -100,6 +100,16 @@ class SamplingParams:
         bad_words: list[list[int]],
     ) -> None: ...
 
+class Pooling(Enum):
+    none = 0
+    last = 1
+    mean = 2
+
+class PromptParams:
+    """What a request wants of its prompt; `num_logprobs` -1: none."""
+
+    def __init__(self, *, num_prompt_tokens: int, num_logprobs: int, pooling: Pooling) -> None: ...
+
 class OverlapMode(Enum):
     off = 0
     on = 1
@@ -131,7 +141,7 @@ class Model:
     def set_overlap(self, options: OverlapOptions) -> None:
         """From the next step on."""
 
-    def admit(self, slot: int, params: SamplingParams) -> None: ...
+    def admit(self, slot: int, params: SamplingParams, prompt: PromptParams = ...) -> None: ...
     def release(self, slot: int) -> None: ...
     def forward(
         self,
@@ -153,6 +163,11 @@ class Model:
         Shapes: `mask_rows` [number of rows], `masks` [any, at least vocab_size / 32].
         """
 
+    def prompt_logprobs(self, slot: int, blocks: _Int32s) -> tuple[_Floats, _Int32s, _Floats]:
+        """Of every token of a slot's prompt: log probability, best alternatives (-1: none) and theirs. Shapes: [n],
+        [n, k], [n, k]."""
+
+    def pooled(self, slot: int, blocks: _Int32s) -> _Floats: ...
     def logits(self, token_ids: _Int32s) -> _Floats: ...
     def start_trace(self) -> None:
         """Forget recorded spans, and record them from now on."""

@@ -57,6 +57,8 @@ class SamplingParams:
     - `n`: answers per prompt (default: 1).
     - `logprobs`: None, the default, gives no log probabilities; 0 gives those of the sampled tokens; k also gives the k
       best alternatives of each.
+    - `prompt_logprobs`: None, the default, gives none; 0 gives the log probability of every token of the prompt but the
+      first; k also gives the k best alternatives of each. `max_tokens` of 0 then reads the prompt and writes nothing.
     - `logit_bias`: numbers by token id, added to the logits; beyond -100 and 100 they count as those (default: none).
     - `presence_penalty`, `frequency_penalty` (from -2 to 2, default 0), `repetition_penalty` (above 0, default 1): make
       tokens that have occurred less likely.
@@ -84,6 +86,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -99,12 +102,20 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingParams:
+    """That a request wants one vector instead of tokens, and of how many dimensions: None means all of the model's."""
+
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate. A user's request with `n` choices becomes `n` of these.
 
     `index` is the row of the job (dense from 0); `max_output_tokens` is `sampling.max_tokens` already capped by
     the context; `seed` is resolved. `block_keys[j]` identifies the content of prompt tokens
-    [0, (j + 1) * block_size): equal keys, equal content. Only full blocks have keys.
+    [0, (j + 1) * block_size): equal keys, equal content. Only full blocks have keys. A request with `embedding` has no
+    output tokens.
     """
 
     index: int
@@ -114,6 +125,7 @@ class Request:
     max_output_tokens: int
     seed: int = 0
     block_keys: Sequence[Hashable] = ()
+    embedding: EmbeddingParams | None = None
 
 
 class RequestSource(Protocol):
@@ -156,8 +168,8 @@ class SequenceOutput:
 
     `error` is set exactly when `finish_reason == "error"`. Token ids include a final stop token, if one was sampled;
     `has_stop_token` is false where a complete grammar ended the sequence without one. There are none where a remote
-    server gave the `response`. `embedding` is the vector of a request for one, as numbers or, where base64 was asked
-    for, as text.
+    server gave the `response`. `embedding` is the vector of a request for one. `prompt_logprobs` has an entry for every
+    token of the prompt where they were asked for; the first has none.
     """
 
     index: int
@@ -169,7 +181,8 @@ class SequenceOutput:
     stop_reason: int | str | None = None
     error: Exception | None = None
     response: ServerResponse | None = None
-    embedding: tuple[float, ...] | str | None = None
+    embedding: NDArray[np.float32] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     has_stop_token: bool = True
 
     @property

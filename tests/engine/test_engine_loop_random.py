@@ -11,7 +11,7 @@ from engine_scenarios import BLOCK_SIZE, EOS, VOCAB_SIZE, PlannedPolicy, make_lo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blendserve.engine.fake import FakeExecutor, expected_tokens
+from blendserve.engine.fake import FakeExecutor, expected_prompt_logprobs, expected_tokens
 from blendserve.request import Request, SamplingParams
 
 PREFIXES = [list(range(20)), list(range(9)), [*range(8), *range(40, 56)], [99] * 16]
@@ -116,3 +116,40 @@ def test_a_busy_engine_with_growing_sequences(seed: int) -> None:
     num_tokens = [sum(count for _, _, count in plan) for plan in executor.plans]
     assert max(num_tokens) == 24
     assert min(num_tokens) > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(prompts(), min_size=1, max_size=14),
+    num_blocks=st.integers(12, 40),
+    budgets=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    preempt_every=st.sampled_from([0, 2, 5]),
+    data=st.data(),
+)
+def test_scores_of_a_prompt_are_its_own_whoever_computed_its_prefix(
+    prompts: list[list[int]], num_blocks: int, budgets: list[int], preempt_every: int, data: st.DataObject
+) -> None:
+    """Some requests ask for scores, of one kind or another, some write, and some only read: all share prefixes."""
+    requests = []
+    for index, tokens in enumerate(prompts):
+        sampling = SamplingParams(prompt_logprobs=data.draw(st.sampled_from([None, 0, 0, 3])), ignore_eos=True)
+        requests.append(make_request(index, tokens, data.draw(st.sampled_from([0, 0, 12])), sampling))
+    executor = FakeExecutor(num_blocks, BLOCK_SIZE, VOCAB_SIZE, EOS)
+    policy = PlannedPolicy(requests, data.draw(st.permutations(range(len(requests)))), budgets=budgets)
+
+    outputs = run_checked(make_loop(executor, 5, 20), requests, policy, preempt_every=preempt_every)
+
+    for request in requests:
+        output = outputs[request.index]
+        assert output.token_ids.tolist() == expected_tokens(request, VOCAB_SIZE)
+        is_scored = request.sampling.prompt_logprobs is not None
+        assert output.prompt_logprobs == (expected_prompt_logprobs(request) if is_scored else None)
+
+
+def test_requests_that_are_scored_compute_what_they_share_once() -> None:
+    scored = SamplingParams(prompt_logprobs=1)
+    requests = [make_request(index, [*range(16), 20 + index], 0, scored) for index in range(5)]
+    executor = FakeExecutor(60, BLOCK_SIZE, VOCAB_SIZE)
+    outputs = run_checked(make_loop(executor), requests, PlannedPolicy(requests, range(5)))
+    assert sum(count for plan in executor.plans for _, _, count in plan) == 16 + 5
+    assert [outputs[index].num_cached_tokens for index in range(5)] == [0, 16, 16, 16, 16]

@@ -141,7 +141,8 @@ def test_a_prompt_that_cannot_be_served_fails_alone(llm: LLM) -> None:
     [
         (SamplingParams(n=0), "n"),
         (SamplingParams(n=129), "n"),
-        (SamplingParams(max_tokens=0), "max_tokens"),
+        (SamplingParams(max_tokens=-1), "max_tokens"),
+        (SamplingParams(prompt_logprobs=21), "prompt_logprobs"),
         (SamplingParams(max_tokens=4, min_tokens=5), "min_tokens"),
         (SamplingParams(temperature=-1.0), "temperature"),
         (SamplingParams(temperature=float("nan")), "temperature"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blendserve.config import DTYPES, KV_DTYPES, EngineConfig, parse_bytes
-from blendserve.dialect.extras import Abilities
+from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.limits import resolve_limits
 from blendserve.errors import ConfigError
@@ -233,7 +233,7 @@ def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
         accepts_any_name=args.model is not None,
         vocab_size=model.spec.vocab_size,
         max_model_len=context_length(args, model.spec),
-        abilities=Abilities(chat=chat_settings(args).formats(model.tokenizer)),
+        abilities=native_abilities(model.spec.hidden_size, chat_settings(args).formats(model.tokenizer)),
     )
 
 

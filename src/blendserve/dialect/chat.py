@@ -9,7 +9,7 @@ from typing import Any
 from blendserve.dialect.chat_options import take_chat_options
 from blendserve.dialect.endpoint import AnsweredLine, Choice, Endpoint, ReadBody, text_usage
 from blendserve.dialect.extras import Abilities, Extras
-from blendserve.dialect.logprobs import chat_logprobs, logprobs_of_text
+from blendserve.dialect.logprobs import chat_logprobs, logprobs_of_text, prompt_logprobs
 from blendserve.dialect.messages import read_conversation
 from blendserve.dialect.parameters import read_chat_parameters
 from blendserve.dialect.structured import take_structure
@@ -19,6 +19,9 @@ from blendserve.models.conversation import Conversation
 
 _ROLES = {"developer": "system"}
 """What few templates know, under the name that all know."""
+
+_PROMPT_LOGPROBS = "prompt_logprobs"
+"""vLLM's field for them, beside the choices: the first choice carries it there."""
 
 
 def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
@@ -36,6 +39,7 @@ def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
         is_parallel=options.is_parallel,
         includes_reasoning=options.includes_reasoning,
         num_id_characters=formats.tools.num_id_characters if formats.tools is not None and call_form else 0,
+        shows_prompt_logprobs=body.get("prompt_logprobs") is not None,
     )
     if has_pictures:
         extras = replace(extras, **_with_pictures(body, conversation))
@@ -67,23 +71,30 @@ def _choice_body(choice: Choice) -> dict[str, Any]:
         message["tool_calls"] = calls_body(parts.calls, choice.key, choice.choice, extras.num_id_characters)
     if parts.reasoning and extras.includes_reasoning:
         message |= {"reasoning_content": parts.reasoning, "reasoning": parts.reasoning}
-    return {
+    body = {
         "index": choice.choice,
         "message": message,
         "logprobs": chat_logprobs(logprobs_of_text(output, choice.sampling), choice.codec) if output.logprobs else None,
         "finish_reason": "tool_calls" if parts.calls and output.finish_reason == "stop" else output.finish_reason,
     }
+    if extras.shows_prompt_logprobs and choice.choice == 0:
+        body[_PROMPT_LOGPROBS] = prompt_logprobs(output.prompt_logprobs or (), choice.codec)
+    return body
 
 
 def _body(answered: AnsweredLine) -> dict[str, Any]:
+    of_prompt = {name: value for name, value in answered.choices[0].body.items() if name == _PROMPT_LOGPROBS}
     return {
         "id": f"chatcmpl-{answered.key}",
         "object": "chat.completion",
         "created": answered.created,
         "model": answered.model,
-        "choices": [choice.body for choice in answered.choices],
+        "choices": [
+            {name: value for name, value in choice.body.items() if name not in of_prompt} for choice in answered.choices
+        ],
         "usage": text_usage(answered),
         "system_fingerprint": None,
+        **of_prompt,
     }
 
 

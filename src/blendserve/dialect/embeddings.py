@@ -1,7 +1,8 @@
-"""/v1/embeddings: one request for each input; it generates nothing, which planning sees as one token."""
+"""/v1/embeddings: one request for each input; it generates nothing."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,18 @@ from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.request import SamplingParams
 
 
-def _read(body: Mapping[str, Any], _: Abilities) -> ReadBody:
-    extras = read_embedding_extras(body)
-    return ReadBody(read_prompts("input", body), SamplingParams(max_tokens=1, ignore_eos=True), extras)
+def _read(body: Mapping[str, Any], abilities: Abilities) -> ReadBody:
+    extras = read_embedding_extras(body, abilities.max_dimensions)
+    return ReadBody(read_prompts("input", body), SamplingParams(max_tokens=0, ignore_eos=True), extras)
 
 
 def _choice_body(choice: Choice) -> dict[str, Any]:
-    return {"object": "embedding", "index": choice.choice, "embedding": choice.output.embedding}
+    vector = choice.output.embedding
+    assert vector is not None, "an answer of /v1/embeddings without a vector"
+    encoded: str | list[float] = vector.tolist()
+    if choice.extras.encoding_format == "base64":
+        encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return {"object": "embedding", "index": choice.choice, "embedding": encoded}
 
 
 def _body(answered: AnsweredLine) -> dict[str, Any]:
@@ -31,4 +37,4 @@ def _body(answered: AnsweredLine) -> dict[str, Any]:
     }
 
 
-EMBEDDINGS = Endpoint(EMBEDDINGS_URL, "input", _read, _choice_body, _body)
+EMBEDDINGS = Endpoint(EMBEDDINGS_URL, "input", _read, _choice_body, _body, embeds=True)

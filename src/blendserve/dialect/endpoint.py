@@ -1,6 +1,6 @@
 """What one endpoint of OpenAI's API is to a batch line: how its body is read, and how an answer to it is written.
 
-Every endpoint is one module (`chat`, `completions`, `embeddings`); `endpoints` lists them.
+Every endpoint is one module (`chat`, `completions`, `responses`, `embeddings`); `endpoints` lists them.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class AnsweredLine:
 class Endpoint:
     """`prompt_field` is where a body holds what the model reads. `read` raises RequestError for a body that cannot be
     answered, naming the parameter. `choice_body` and `body` return JSON values. `has_parts`: its answers may hold
-    reasoning and calls.
+    reasoning and calls. `embeds`: answers are vectors.
     """
 
     url: str
@@ -132,6 +132,7 @@ class Endpoint:
     read: Callable[[Mapping[str, Any], Abilities], ReadBody]
     choice_body: Callable[[Choice], dict[str, Any]]
     body: Callable[[AnsweredLine], dict[str, Any]]
+    embeds: bool = False
     has_parts: bool = False
 
 

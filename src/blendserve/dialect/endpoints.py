@@ -8,5 +8,6 @@ from blendserve.dialect.chat import CHAT
 from blendserve.dialect.completions import COMPLETIONS
 from blendserve.dialect.embeddings import EMBEDDINGS
 from blendserve.dialect.endpoint import Endpoint
+from blendserve.dialect.responses import RESPONSES
 
-ENDPOINTS: Mapping[str, Endpoint] = {endpoint.url: endpoint for endpoint in (CHAT, COMPLETIONS, EMBEDDINGS)}
+ENDPOINTS: Mapping[str, Endpoint] = {endpoint.url: endpoint for endpoint in (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS)}

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from blendserve.dialect.images import Picture
 from blendserve.dialect.parameters import integer_between, reject, shown
-from blendserve.dialect.urls import TEXT_URLS
+from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
 from blendserve.errors import RequestError
 from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.tool_formats.format import Tool
@@ -28,9 +28,10 @@ MAX_DIMENSIONS = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """What an engine can beyond text. `urls` are the endpoints that it answers. `adapters` are the names of LoRA
-    adapters. `image_domains` are the hosts that pictures may be fetched from: a line must not send
-    the engine to whatever it can reach. `chat` is how the model chats; `forces_json`: calls that a line demands come as
-    plain JSON, because the engine follows no grammar of the model's own format. `checks_grammars`:
+    adapters. `max_dimensions` is the length of its vectors, 0 where that is not known. `image_domains` are the hosts
+    that pictures may be fetched from: a line must not send the engine to whatever it can reach. `chat` is how the model
+    chats; `forces_json`: calls that a line demands come as plain JSON, because the engine follows no grammar of the
+    model's own format. `checks_grammars`:
     structures are held against what our own engine can follow; others check them themselves.
     """
 
@@ -38,6 +39,7 @@ class Abilities:
     sees: bool = False
     image_domains: tuple[str, ...] = ()
     urls: tuple[str, ...] = TEXT_URLS
+    max_dimensions: int = 0
     chat: ChatFormats = field(default_factory=ChatFormats)
     forces_json: bool = False
     checks_grammars: bool = True
@@ -46,17 +48,28 @@ class Abilities:
 TEXT_ONLY = Abilities()
 
 
+def native_abilities(hidden_size: int, chat: ChatFormats | None = None) -> Abilities:
+    """What the native engine can, with a model whose states have so many numbers and which chats so."""
+    urls = (*TEXT_URLS, EMBEDDINGS_URL)
+    return Abilities(urls=urls, max_dimensions=hidden_size, chat=chat or ChatFormats())
+
+
 @dataclass(frozen=True, slots=True)
 class Extras:
     """`messages` is the whole conversation where it holds pictures, and `template` what its chat template is told; the
-    stored prompt is then only an estimate. The rest is how a chat's answer is read: `tools` that it may call, and how
-    it writes calls (`CallForm`).
+    stored prompt is then only an estimate. `echo` has the text of every prompt that answers begin with, None for one
+    that was given as tokens. `shows_prompt_logprobs`: the answer has them in vLLM's field. `echoed` are settings that
+    the answer repeats. The rest is how a chat's answer is read: `tools` that it may call, and how it writes calls
+    (`CallForm`).
     """
 
     adapter: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     encoding_format: EncodingFormat = "float"
     dimensions: int | None = None
+    echo: tuple[str | None, ...] = ()
+    shows_prompt_logprobs: bool = False
+    echoed: Mapping[str, Any] | None = None
     template: Mapping[str, Any] | None = None
     tools: tuple[Tool, ...] = ()
     call_form: str = ""
@@ -76,7 +89,8 @@ class Extras:
             return NO_EXTRAS
         values = json.loads(data)
         tools = tuple(Tool(**tool) for tool in values.get("tools", ()))
-        return cls(**{**values, "messages": tuple(values.get("messages", ())), "tools": tools})
+        lists = {name: tuple(values.get(name, ())) for name in ("messages", "echo")}
+        return cls(**{**values, **lists, "tools": tools})
 
 
 NO_EXTRAS = Extras()
@@ -136,8 +150,11 @@ def _host_of(url: str) -> str:
 _EMBEDDING_FIELDS = ("model", "input", "encoding_format", "dimensions", "user")
 
 
-def read_embedding_extras(body: Mapping[str, Any]) -> Extras:
-    """How vectors are wanted. Raises: RequestError for an unknown parameter, or a wrong one."""
+def read_embedding_extras(body: Mapping[str, Any], max_dimensions: int = 0) -> Extras:
+    """How vectors are wanted; `max_dimensions` is how many the model has, where that is known.
+
+    Raises: RequestError for an unknown parameter, or a wrong one.
+    """
     for name in body:
         if name not in _EMBEDDING_FIELDS:
             raise RequestError(
@@ -151,5 +168,5 @@ def read_embedding_extras(body: Mapping[str, Any]) -> Extras:
     encoding_format: EncodingFormat = "base64" if given == "base64" else "float"
     dimensions = body.get("dimensions")
     if dimensions is not None:
-        integer_between(1, MAX_DIMENSIONS)("dimensions", dimensions)
+        integer_between(1, max_dimensions or MAX_DIMENSIONS)("dimensions", dimensions)
     return Extras(encoding_format=encoding_format, dimensions=dimensions)

@@ -36,25 +36,43 @@ def _chat_token(token_id: int, logprob: float, codec: Codec) -> dict[str, Any]:
     return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
 
 
-def completion_logprobs(logprobs: Sequence[TokenLogprob], codec: Codec) -> dict[str, Any]:
-    tokens = [codec.token_bytes(entry.token_id).decode(errors="replace") for entry in logprobs]
+def completion_logprobs(entries: Sequence[tuple[int, TokenLogprob | None]], codec: Codec) -> dict[str, Any]:
+    """Of tokens and what is known of them; null for the first token of a prompt, as OpenAI has it."""
+    tokens = [codec.token_bytes(token_id).decode(errors="replace") for token_id, _ in entries]
     offsets = [0]
     for token in tokens:
         offsets.append(offsets[-1] + len(token))
+    known = [entry for _, entry in entries]
+    has_top = any(entry is not None and entry.top for entry in known)
     return {
         "tokens": tokens,
-        "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
-        "top_logprobs": [_top_logprobs(entry, codec) for entry in logprobs] if any(e.top for e in logprobs) else None,
+        "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in known],
+        "top_logprobs": [entry and _top_logprobs(entry, codec) for entry in known] if has_top else None,
         "text_offset": offsets[:-1],
     }
 
 
 def _top_logprobs(entry: TokenLogprob, codec: Codec) -> dict[str, float]:
-    """The best alternatives and the sampled token, as OpenAI's completions endpoint lists them."""
+    """The best alternatives and the token itself, as OpenAI's completions endpoint lists them."""
     best: dict[str, float] = {}
     for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
         best.setdefault(codec.token_bytes(token_id).decode(errors="replace"), _finite(logprob))
     return best
+
+
+def prompt_logprobs(entries: Sequence[TokenLogprob | None], codec: Codec) -> list[dict[str, Any] | None]:
+    """In vLLM's shape: for every token but the first, the best alternatives and the token itself, by token id. `rank`
+    is null where the token is not among the best."""
+    return [None if entry is None else _by_token_id(entry, codec) for entry in entries]
+
+
+def _by_token_id(entry: TokenLogprob, codec: Codec) -> dict[str, Any]:
+    ranked: list[tuple[int, float, int | None]] = [(*best, rank) for rank, best in enumerate(entry.top, start=1)]
+    found: dict[str, Any] = {}
+    for token_id, logprob, rank in (*ranked, (entry.token_id, entry.logprob, None)):
+        text = codec.token_bytes(token_id).decode(errors="replace")
+        found.setdefault(str(token_id), {"logprob": _finite(logprob), "rank": rank, "decoded_token": text})
+    return found
 
 
 def _finite(logprob: float) -> float:

@@ -194,8 +194,8 @@ def _read_bias(name: str, value: Any) -> float:
 
 
 _READERS: Mapping[str, Reader] = {
-    "max_tokens": integer_between(1, MAX_INT32),
-    "max_completion_tokens": integer_between(1, MAX_INT32),
+    "max_tokens": integer_between(0, MAX_INT32),
+    "max_completion_tokens": integer_between(0, MAX_INT32),
     "min_tokens": integer_between(0, MAX_INT32),
     "temperature": _read_temperature,
     "top_p": _read_nucleus,
@@ -216,13 +216,14 @@ _READERS: Mapping[str, Reader] = {
     "presence_penalty": number_between(-2.0, 2.0),
     "frequency_penalty": number_between(-2.0, 2.0),
     "repetition_penalty": _read_repetition_penalty,
+    "prompt_logprobs": integer_between(0, MAX_LOGPROBS),
 }
 _CHAT_READERS: Mapping[str, Reader] = {
     **_READERS,
     "logprobs": read_boolean,
     "top_logprobs": integer_between(0, MAX_LOGPROBS),
 }
-_COMPLETION_READERS: Mapping[str, Reader] = {**_READERS, "logprobs": _read_completion_logprobs}
+_COMPLETION_READERS: Mapping[str, Reader] = {**_READERS, "logprobs": _read_completion_logprobs, "echo": read_boolean}
 _PYTHON_READERS: Mapping[str, Reader] = {**_COMPLETION_READERS, "detokenize": read_boolean}
 
 IGNORED_FIELDS = frozenset(
@@ -239,7 +240,6 @@ answer.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "stream": (False,),
     "best_of": (1,),
-    "echo": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
@@ -249,10 +249,10 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "safe_prompt": (False,),
-    "prompt_logprobs": (),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **_NEUTRAL,
+    "echo": (False,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -287,6 +287,8 @@ def read_chat_parameters(body: Mapping[str, Any]) -> SamplingParams:
 def read_completion_parameters(body: Mapping[str, Any]) -> SamplingParams:
     """Sampling parameters of a completions body; `prompt` and `model` are the caller's. Raises: as for chat."""
     values = _read_all(body, "prompt", _COMPLETION_READERS, _COMPLETION_NEUTRAL)
+    if values.pop("echo", False) and values.get("logprobs") is not None:
+        values.setdefault("prompt_logprobs", values["logprobs"])
     return _build(values, default_max_tokens=16)
 
 

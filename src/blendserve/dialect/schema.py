@@ -19,10 +19,11 @@ from blendserve.dialect.grammars import check_grammar
 from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary, reject, shown
 from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.structured import STRUCTURE_FIELDS
-from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, TEXT_URLS, canonical_url
+from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL, canonical_url
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
+_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body"}) - {"metadata"}
 MAX_URL_CHARACTERS = 1000
 _MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body", *CHAT_OPTION_FIELDS}) - {"metadata"}
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[\w.~-]+)+", re.ASCII)
@@ -62,7 +63,7 @@ class BatchLine:
 
     Choices are numbered as OpenAI does: prompt i has the choices [i * n, (i + 1) * n). `body` is what a remote server
     is sent, as JSON; where the line is answered here, what it asks for beyond text (`Extras`), mostly nothing. `digest`
-    is a hash of the line as it was written.
+    is a hash of the line as it was written. `embeds`: it is answered here, with vectors.
     """
 
     line_number: int
@@ -73,6 +74,7 @@ class BatchLine:
     sampling: SamplingParams
     body: bytes = b""
     digest: bytes = b""
+    embeds: bool = False
 
     @property
     def num_choices(self) -> int:
@@ -84,17 +86,25 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     custom_id, url, given = read_envelope(value, served.urls)
     model = _read_model(given, served)
     body = with_extra_body(given)
-    if url in TEXT_URLS and served.default_sampling:
-        body = with_defaults(body, served.default_sampling, is_completion=url == COMPLETIONS_URL)
+    if served.default_sampling and not ENDPOINTS[url].embeds:
+        body = _with_defaults(url, body, served.default_sampling)
     read = ENDPOINTS[url].read(body, served.abilities)
     structure = read.sampling.structured_outputs
     if structure is not None and served.abilities.checks_grammars:
         check_grammar(structure)
     extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
-    line = BatchLine(line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes())
+    line = BatchLine(
+        line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes(), b"", ENDPOINTS[url].embeds
+    )
     if served.vocab_size:
         _check_vocabulary(line, served.vocab_size)
     return line
+
+
+def _with_defaults(url: str, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    if url == RESPONSES_URL:
+        defaults = {"max_output_tokens" if name == "max_tokens" else name: defaults[name] for name in defaults}
+    return with_defaults(body, defaults, is_completion=url == COMPLETIONS_URL)
 
 
 def with_extra_body(body: Mapping[str, Any]) -> Mapping[str, Any]:

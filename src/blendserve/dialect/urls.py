@@ -10,7 +10,7 @@ CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
 EMBEDDINGS_URL = "/v1/embeddings"
 RESPONSES_URL = "/v1/responses"
-TEXT_URLS = (CHAT_URL, COMPLETIONS_URL)
+TEXT_URLS = (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL)
 
 _OPENAI_PATHS = re.compile(
     r"/(chat/completions|completions|embeddings|responses|moderations|images/\w+|videos|audio/\w+)"

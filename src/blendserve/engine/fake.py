@@ -8,7 +8,7 @@ from collections.abc import Hashable
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.engine.step import StepPlan, StepResult
+from blendserve.engine.step import NO_PROMPT_RESULT, Int32s, PromptResult, StepPlan, StepResult
 from blendserve.errors import ExecutorError
 from blendserve.planner.base import Proposal, SchedulerView, StepBudget
 from blendserve.request import Request, TokenIds, TokenLogprob
@@ -48,6 +48,19 @@ def expected_tokens(request: Request, vocab_size: int, eos_token_ids: tuple[int,
     return output
 
 
+def fake_logprob(prefix: int, token: int) -> float:
+    return -float(_mix(prefix ^ token) % 10_000)
+
+
+def expected_prompt_logprobs(request: Request) -> tuple[TokenLogprob | None, ...]:
+    """What `FakeExecutor` must say of a prompt, from its tokens alone."""
+    prefix, found = 0, []
+    for position, token in enumerate(request.prompt_token_ids.tolist()):
+        found.append(TokenLogprob(token, fake_logprob(prefix, token)))
+        prefix ^= _cell(token, position)
+    return (None, *found[1:])
+
+
 class FakeExecutor:
     """Generates tokens that depend on every token before them, read back from its KV blocks: a wrong block table, a
     block read too early, shared wrongly or evicted in use changes the output. Time is virtual: `step_s` a step plus
@@ -75,6 +88,9 @@ class FakeExecutor:
         self.step_s = step_s
         self.token_s = token_s
         self.fails_at_step = fails_at_step
+        self.scores: NDArray[np.float64] = np.full((num_blocks, block_size), np.nan)
+        self._prefix_by_block: dict[int, int] = {}
+        self._has_run: set[int] = set()
         self.kv: NDArray[np.uint64] = np.zeros((num_blocks, block_size), np.uint64)
         self.plans: list[tuple[tuple[int, int, int], ...]] = []
         self.request_by_slot: dict[int, Request] = {}
@@ -86,6 +102,18 @@ class FakeExecutor:
 
     def release(self, slot: int) -> None:
         del self.request_by_slot[slot]
+        self._has_run.discard(slot)
+
+    def kept_with(self, request: Request) -> Hashable | None:
+        return None if request.sampling.prompt_logprobs is None else ("logprobs", request.sampling.prompt_logprobs)
+
+    def prompt_result(self, slot: int, blocks: NDArray[np.int32]) -> PromptResult:
+        """Log probabilities that name all tokens before each, as they were kept with its block."""
+        token_ids = self.request_by_slot[slot].prompt_token_ids.tolist()
+        size = self.block_size
+        kept = [self.scores[blocks[at // size], at % size] for at in range(len(token_ids))]
+        scored = [TokenLogprob(token, float(score)) for token, score in zip(token_ids, kept, strict=True)]
+        return PromptResult((None, *scored[1:]))
 
     def close(self) -> None:
         self.is_closed = True
@@ -119,7 +147,26 @@ class FakeExecutor:
         tokens: TokenIds = plan.token_ids[slot, begin:end]
         cells = [_cell(token, begin + i) for i, token in enumerate(tokens.tolist())]
         self.kv[blocks[begin:], offsets[begin:]] = np.array(cells, np.uint64)
+        if self.request_by_slot[slot].sampling.prompt_logprobs is not None:
+            self._score(plan, slot, begin, end)
         return int(np.bitwise_xor.reduce(self.kv[blocks, offsets]))
+
+    def _score(self, plan: StepPlan, slot: int, begin: int, end: int) -> None:
+        """Score what tokens [begin, end) foretell, and the first after a prefix hit by what its block kept."""
+        size, table = self.block_size, plan.block_tables[slot]
+        num_prompt_tokens = self.request_by_slot[slot].num_prompt_tokens
+        for position in range(begin - (slot not in self._has_run and begin > 0), min(end, num_prompt_tokens)):
+            cells = self.kv[table[np.arange(position + 1) // size], np.arange(position + 1) % size]
+            is_hit = position < begin
+            prefix = (
+                self._prefix_by_block[int(table[position // size])] if is_hit else int(np.bitwise_xor.reduce(cells))
+            )
+            if position % size == size - 1 and not is_hit:
+                self._prefix_by_block[int(table[position // size])] = prefix
+            if position + 1 < num_prompt_tokens:
+                token = int(plan.token_ids[slot, position + 1])
+                self.scores[table[(position + 1) // size], (position + 1) % size] = fake_logprob(prefix, token)
+        self._has_run.add(slot)
 
 
 class FakeSimulator:
@@ -140,6 +187,12 @@ class FakeSimulator:
 
     def release(self, slot: int) -> None:
         pass
+
+    def kept_with(self, request: Request) -> Hashable | None:  # noqa: ARG002
+        return None
+
+    def prompt_result(self, slot: int, blocks: Int32s) -> PromptResult:  # noqa: ARG002
+        return NO_PROMPT_RESULT
 
     def close(self) -> None:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from hashlib import blake2b
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,13 @@ class BlockKeys(Sequence[Hashable]):
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._all())
+
+
+class KeptKey(NamedTuple):
+    """The key of a block that holds more than KV: `kept` says what."""
+
+    kept: Hashable
+    key: Hashable
 
 
 def block_keys(token_ids: NDArray[np.int32], block_size: int) -> BlockKeys:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Hashable, Iterator, Set
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,9 +12,10 @@ from blendserve.config import EngineConfig
 from blendserve.engine.batcher import Batcher, Schedule
 from blendserve.engine.constrained import Constraints, Ends, GrammarTimes
 from blendserve.engine.finish import GRAMMAR_STOPS, StopChecker, StopReason, stopped_rows
+from blendserve.engine.keys import KeptKey
 from blendserve.engine.sequence import NO_TOKENS, Int64s, Sequence
 from blendserve.engine.stats import RunStats
-from blendserve.engine.step import Executor, StepResult
+from blendserve.engine.step import NO_PROMPT_RESULT, Executor, PromptResult, StepResult
 from blendserve.errors import BlendServeError, CapacityError, RequestError
 from blendserve.planner.base import Policy, Proposal, SchedulerView
 from blendserve.request import Request, RequestSource, SequenceOutput, StructuredOutputs
@@ -76,7 +77,7 @@ class EngineLoop:
         """Start a run with nothing admitted."""
         self.end()
         self.stats = RunStats(self.batcher.capacity_tokens)
-        self.batcher.cache.next_use = policy.next_use
+        self.batcher.cache.next_use = lambda key: policy.next_use(key.key if isinstance(key, KeptKey) else key)
         if self._constraints is not None:
             self._grammar_times = GrammarTimes.of(self._constraints)
         self._source = source
@@ -216,7 +217,7 @@ class EngineLoop:
             )
         if request.num_prompt_tokens > batcher.capacity_tokens:
             raise self._outgrown(request, request.num_prompt_tokens)
-        keys = tuple(request.block_keys) if batcher.has_prefix_caching else ()
+        keys = self._keys_of(request) if batcher.has_prefix_caching else ()
         sequence = Sequence(request, min(request.max_output_tokens, room), keys)
         if request.sampling.structured_outputs is not None and batcher.needs_tokens:
             sequence.matcher = self._start_grammar(request.sampling.structured_outputs)
@@ -244,6 +245,10 @@ class EngineLoop:
         stats.grammar_compile_s = now.compile_s - before.compile_s
         stats.grammar_mask_s = now.mask_s - before.mask_s
         stats.grammar_wait_s = now.wait_s - before.wait_s
+
+    def _keys_of(self, request: Request) -> tuple[Hashable, ...]:
+        kept = self._executor.kept_with(request)
+        return tuple(request.block_keys) if kept is None else tuple(KeptKey(kept, key) for key in request.block_keys)
 
     def _outgrown(self, request: Request, num_tokens: int) -> CapacityError:
         """What a request comes to that needs more KV memory than there is: found when it does, not when it might."""
@@ -322,6 +327,7 @@ class EngineLoop:
         self.stats.num_prompt_tokens += request.num_prompt_tokens
         self.stats.num_output_tokens += len(token_ids)
         policy.finished(request.index, len(token_ids))
+        asked = self._prompt_result(sequence)
         self._outputs.append(
             SequenceOutput(
                 index=request.index,
@@ -331,9 +337,17 @@ class EngineLoop:
                 num_cached_tokens=sequence.num_cached_tokens,
                 logprobs=tuple(sequence.logprobs),
                 stop_reason=stopped.get(row),
+                prompt_logprobs=asked.logprobs,
+                embedding=asked.embedding,
                 has_stop_token=row in stopped or (is_complete and int(token_ids[-1]) in self._executor.eos_token_ids),
             )
         )
+
+    def _prompt_result(self, sequence: Sequence) -> PromptResult:
+        request = sequence.request
+        if request.embedding is None and request.sampling.prompt_logprobs is None:
+            return NO_PROMPT_RESULT
+        return self._executor.prompt_result(sequence.slot, self.batcher.table.block_tables[sequence.slot])
 
     def _take_outputs(self) -> list[SequenceOutput]:
         outputs, self._outputs = self._outputs, []

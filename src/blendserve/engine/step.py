@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,11 +69,25 @@ class StepResult:
     memory_s: float = 0.0
 
 
+class PromptResult(NamedTuple):
+    """What a request asked of its prompt: as in `SequenceOutput`."""
+
+    logprobs: tuple[TokenLogprob | None, ...] | None = None
+    embedding: NDArray[np.float32] | None = None
+
+
+NO_PROMPT_RESULT = PromptResult()
+
+
 class Executor(Protocol):
     """Runs steps. Sampling parameters reach it once per sequence, through `admit`.
 
     `num_blocks` KV blocks of `block_size` tokens exist; `needs_tokens` is False for executors that never look at token
     values (the simulated one). `eos_token_ids` end a sequence unless its request ignores them.
+
+    What a request asks of its prompt is kept with its blocks: `kept_with` names it, None for KV alone, and only
+    requests with the same name share blocks. `prompt_result` is what was kept, once the whole prompt has been computed
+    into `blocks`, the slot's row of the block tables.
     Raises: ExecutorError when a step cannot run.
     """
 
@@ -84,5 +98,7 @@ class Executor(Protocol):
 
     def admit(self, slot: int, request: Request) -> None: ...
     def release(self, slot: int) -> None: ...
+    def kept_with(self, request: Request) -> Hashable | None: ...
+    def prompt_result(self, slot: int, blocks: Int32s) -> PromptResult: ...
     def execute(self, plan: StepPlan) -> StepResult: ...
     def close(self) -> None: ...

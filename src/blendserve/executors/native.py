@@ -6,6 +6,7 @@ Loading fuses and pads matrices for the core, a few layers at a time; no float32
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 from blendserve.config import BLOCK_SIZE, Dtype, EngineConfig, KvDtype
 from blendserve.costs.hardware import Peaks
 from blendserve.costs.step_cost import OverlapCost
-from blendserve.engine.step import StepPlan, StepResult
+from blendserve.engine.step import Int32s, PromptResult, StepPlan, StepResult
 from blendserve.errors import CapacityError, ConfigError, ExecutorError
+from blendserve.executors.prompt_results import embedding_of, kept_with, token_logprobs
 from blendserve.executors.sampling import BadWordLookup, no_bad_words
 from blendserve.executors.trace import StepTrace
 from blendserve.host import usable_cores
+from blendserve.models.pooling import LAST_TOKEN, Pooling
 from blendserve.models.rope import attention_factor, inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, check_weights
@@ -107,6 +110,7 @@ class NativeExecutor:
         peaks: Peaks | None = None,
         trace: StepTrace | None = None,
         overlap_cost: OverlapCost | None = None,
+        pooling: Pooling = LAST_TOKEN,
         bad_words: BadWordLookup = no_bad_words,
     ) -> None:
         self.num_blocks = num_blocks
@@ -116,6 +120,8 @@ class NativeExecutor:
         self.eos_token_ids = spec.eos_token_ids
         self._peaks = peaks
         self._trace = trace
+        self._pooling = pooling
+        self._request_by_slot: dict[int, Request] = {}
         self._flop = self._bytes = 0.0
         limits = _native.ModelLimits(
             max_num_seqs=config.max_num_seqs,
@@ -184,10 +190,33 @@ class NativeExecutor:
     def admit(self, slot: int, request: Request) -> None:
         words = self._bad_words(request.sampling.bad_words)
         possible = [list(word) for word in words if max(word) < self._vocab_size]
-        self._model.admit(slot, _sampling_params(request, self.eos_token_ids, possible))
+        self._model.admit(slot, _sampling_params(request, self.eos_token_ids, possible), self._prompt_params(request))
+        if request.embedding is not None or request.sampling.prompt_logprobs is not None:
+            self._request_by_slot[slot] = request
 
     def release(self, slot: int) -> None:
         self._model.release(slot)
+        self._request_by_slot.pop(slot, None)
+
+    def kept_with(self, request: Request) -> Hashable | None:
+        return kept_with(request, self._pooling)
+
+    def prompt_result(self, slot: int, blocks: Int32s) -> PromptResult:
+        request = self._request_by_slot[slot]
+        if request.embedding is not None:
+            pooled = self._model.pooled(slot, blocks)
+            return PromptResult(embedding=embedding_of(pooled, request.embedding, self._pooling))
+        found = self._model.prompt_logprobs(slot, blocks)
+        return PromptResult(token_logprobs(request.prompt_token_ids, *found))
+
+    def _prompt_params(self, request: Request) -> _native.PromptParams:
+        kind = "none" if request.embedding is None else self._pooling.kind
+        num_logprobs = request.sampling.prompt_logprobs
+        return _native.PromptParams(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_logprobs=-1 if num_logprobs is None else num_logprobs,
+            pooling=_native.Pooling[kind],
+        )
 
     def execute(self, plan: StepPlan) -> StepResult:
         trace = self._trace

@@ -7,6 +7,7 @@ Slow on purpose; for tests, for tiny models and for settling arguments.
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE, KvDtype
-from blendserve.engine.step import Int32s, StepPlan, StepResult
+from blendserve.engine.step import Int32s, PromptResult, StepPlan, StepResult
 from blendserve.errors import ConfigError
 from blendserve.executors.int8_kv import CHUNK_TOKENS, Int8KvCache, attend_by_floats, attend_by_integers
+from blendserve.executors.prompt_results import embedding_of, kept_with
 from blendserve.executors.sampling import BadWordLookup, masked, no_bad_words, sample, token_logprob
 from blendserve.models.int8 import Int8Rows, int8_activations, int8_product, int8_weights
+from blendserve.models.pooling import LAST_TOKEN, Pooling
 from blendserve.models.rope import attention_factor, inverse_frequencies
 from blendserve.models.spec import ModelSpec
 from blendserve.models.weights import Weights, expected_shapes, round_to_bf16
@@ -220,6 +223,7 @@ class ReferenceExecutor:
         model: ReferenceModel,
         num_blocks: int,
         block_size: int = BLOCK_SIZE,
+        pooling: Pooling = LAST_TOKEN,
         bad_words: BadWordLookup = no_bad_words,
     ) -> None:
         if num_blocks < 1:
@@ -231,9 +235,32 @@ class ReferenceExecutor:
         self._bad_words = bad_words
         self._cache = kv_cache(model, num_blocks, block_size)
         self._request_by_slot: dict[int, Request] = {}
+        self._pooling = pooling
+        self._has_run: set[int] = set()
+        self._last_state_by_slot: dict[int, Array] = {}
+        self._state_sum_by_block: dict[int, NDArray[np.float64]] = {}
+        self._last_state_by_block: dict[int, Array] = {}
+        self._logprob_by_place: dict[tuple[int, int], TokenLogprob] = {}
 
     def admit(self, slot: int, request: Request) -> None:
         self._request_by_slot[slot] = request
+        self._has_run.discard(slot)
+
+    def kept_with(self, request: Request) -> Hashable | None:
+        return kept_with(request, self._pooling)
+
+    def prompt_result(self, slot: int, blocks: Int32s) -> PromptResult:
+        request = self._request_by_slot[slot]
+        count = request.num_prompt_tokens
+        if request.embedding is None:
+            places = [(int(blocks[at // self.block_size]), at % self.block_size) for at in range(1, count)]
+            return PromptResult((None, *(self._logprob_by_place[place] for place in places)))
+        pooled = self._last_state_by_slot.get(slot)
+        if self._pooling.kind == "mean":
+            used = blocks[: -(-count // self.block_size)].tolist()
+            pooled = np.sum([self._state_sum_by_block[block] for block in used], axis=0) / count
+        assert pooled is not None, "an embedding before its prompt was computed"
+        return PromptResult(embedding=embedding_of(pooled, request.embedding, self._pooling))
 
     def release(self, slot: int) -> None:
         del self._request_by_slot[slot]
@@ -251,6 +278,7 @@ class ReferenceExecutor:
             end = begin + int(plan.num_scheduled_tokens[entry])
             blocks = plan.block_tables[slot]
             hidden = self._model.hidden_states(plan.token_ids[slot, begin:end], begin, self._cache, blocks)
+            self._keep_prompt(slot, hidden, begin, blocks)
             if not plan.is_sampled[entry]:
                 continue
             request = self._request_by_slot[slot]
@@ -264,6 +292,31 @@ class ReferenceExecutor:
                 logprobs[len(tokens)] = token_logprob(logits, token, request.sampling.logprobs)
             tokens.append(token)
         return StepResult(np.array(tokens, dtype=np.int32), time.perf_counter() - started, logprobs)
+
+    def _keep_prompt(self, slot: int, hidden: Array, begin: int, blocks: Int32s) -> None:
+        """Keep what a request asked of its prompt with the blocks of the tokens that it is about."""
+        request, size = self._request_by_slot[slot], self.block_size
+        count = request.num_prompt_tokens
+        num_top = request.sampling.prompt_logprobs
+        if num_top is None and request.embedding is None:
+            return
+        if num_top is not None and slot not in self._has_run and 0 < begin < count:
+            self._score(request, begin, self._last_state_by_block[int(blocks[begin // size - 1])], blocks, num_top)
+        self._has_run.add(slot)
+        for position, state in enumerate(hidden[: max(count - begin, 0)], start=begin):
+            block = int(blocks[position // size])
+            if position % size == 0:
+                self._state_sum_by_block[block] = np.zeros(len(state))
+            if block in self._state_sum_by_block:
+                self._state_sum_by_block[block] = self._state_sum_by_block[block] + state
+            self._last_state_by_slot[slot] = self._last_state_by_block[block] = state
+            if num_top is not None and position + 1 < count:
+                self._score(request, position + 1, state, blocks, num_top)
+
+    def _score(self, request: Request, target: int, state: Array, blocks: Int32s, num_top: int) -> None:
+        logits = self._model.logits(state[None])[0]
+        place = int(blocks[target // self.block_size]), target % self.block_size
+        self._logprob_by_place[place] = token_logprob(logits, int(request.prompt_token_ids[target]), num_top)
 
 
 def prompt_logits(model: ReferenceModel, token_ids: Int32s) -> NDArray[np.float64]:

@@ -6,11 +6,13 @@ The engine loop, batcher, block pool, prefix cache and policies around it are th
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from blendserve.config import BLOCK_SIZE
 from blendserve.costs.step_cost import StepCost
-from blendserve.engine.step import StepPlan, StepResult
+from blendserve.engine.step import NO_PROMPT_RESULT, Int32s, PromptResult, StepPlan, StepResult
 from blendserve.errors import CapacityError
 from blendserve.request import Request
 
@@ -40,6 +42,12 @@ class SimulatedExecutor:
 
     def release(self, slot: int) -> None:
         pass
+
+    def kept_with(self, request: Request) -> Hashable | None:  # noqa: ARG002
+        return None
+
+    def prompt_result(self, slot: int, blocks: Int32s) -> PromptResult:  # noqa: ARG002
+        return NO_PROMPT_RESULT
 
     def close(self) -> None:
         pass

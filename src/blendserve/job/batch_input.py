@@ -14,7 +14,7 @@ import numpy as np
 
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.endpoint import Codec
-from blendserve.dialect.extras import Abilities
+from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.errors import ConfigError
 from blendserve.job.door import Lines
@@ -59,7 +59,7 @@ def read_batch(
         accepts_any_name=True,
         vocab_size=0,
         max_model_len=spec.max_position,
-        abilities=Abilities(chat=formats),
+        abilities=native_abilities(spec.hidden_size, formats),
         default_sampling=default_sampling or {},
     )
     codec = ModelCodec(tokenizer, spec.max_position, formats, obeys_control_tokens=chat.obeys_control_tokens)

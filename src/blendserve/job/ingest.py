@@ -115,10 +115,11 @@ def _checked(
                 code="invalid_value",
                 param=param,
             )
-        if max_model_len and len(token_ids) >= max_model_len:
+        if max_model_len and len(token_ids) + (line.sampling.max_tokens != 0) > max_model_len:
+            needs = "" if line.sampling.max_tokens == 0 else ", and an answer needs at least one"
             return RequestError(
-                f"the prompt has {len(token_ids)} tokens, the context is {max_model_len}, and an answer needs at least "
-                "one: shorten the prompt, or raise --max-model-len where the model allows",
+                f"the prompt has {len(token_ids)} tokens, the context is {max_model_len}{needs}: shorten the "
+                "prompt, or raise --max-model-len where the model allows",
                 code="context_length_exceeded",
                 param=param,
             )

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.endpoint import StoredLine
+from blendserve.dialect.extras import Extras
 from blendserve.dialect.parameters import MAX_INT32
 from blendserve.dialect.schema import BatchLine
 from blendserve.engine.keys import block_keys
@@ -34,7 +35,7 @@ from blendserve.job.sampling_json import given_fields, sampling_from
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
 from blendserve.planner.table import known_output_tokens, most_output_tokens
-from blendserve.request import Request, SamplingParams, StructuredOutputs, TokenIds
+from blendserve.request import EmbeddingParams, Request, SamplingParams, StructuredOutputs, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ _FILES: dict[str, np.dtype[Any]] = {
     "bodies": np.dtype("u1"),
     "urls": np.dtype("u1"),
 }
-_HAS_SEED, _HAS_KNOWN_LENGTH, _HAS_STRUCTURE = 1, 2, 4
+_HAS_SEED, _HAS_KNOWN_LENGTH, _EMBEDS, _HAS_STRUCTURE = 1, 2, 4, 8
 _URL_SHIFT = 8
 """Flags of a line: the number of its URL stands above this bit."""
 _NO_LIMIT = -1
@@ -249,6 +250,9 @@ class TokenStore:
         begin = int(record["body_offset"])
         return self._bodies[begin : begin + int(record["body_bytes"])].tobytes()
 
+    def _extras(self, row: int) -> Extras:
+        return Extras.from_bytes(self.body(row))
+
     def digest(self, row: int) -> bytes:
         """The hash of a line as the file has it."""
         return bytes(self._lines["digest"][row])
@@ -290,6 +294,7 @@ class TokenStore:
             max_output_tokens=self._limit(max_tokens, len(token_ids)),
             seed=resolved,
             block_keys=block_keys(token_ids, BLOCK_SIZE),
+            embedding=EmbeddingParams(self._extras(row).dimensions) if line["flags"] & _EMBEDS else None,
         )
 
     def prompt(self, prompt: int) -> TokenIds:
@@ -377,6 +382,7 @@ def _flags(line: BatchLine) -> int:
     limit = MAX_INT32 if sampling.max_tokens is None else sampling.max_tokens
     return (
         (_HAS_SEED if sampling.seed is not None else 0)
+        | (_EMBEDS if line.embeds else 0)
         | (_HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
         | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )

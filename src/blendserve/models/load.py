@@ -8,6 +8,7 @@ from blendserve.errors import ConfigError
 from blendserve.models.ends import united
 from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.hub import ModelFiles
+from blendserve.models.pooling import LAST_TOKEN, Pooling, pooling_from_directory
 from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer, read_json
 from blendserve.models.weights import Weights, check_weights
@@ -20,6 +21,7 @@ class LoadedModel:
     spec: ModelSpec
     weights: Weights
     tokenizer: Tokenizer
+    pooling: Pooling = LAST_TOKEN
 
 
 def load_model(files: ModelFiles) -> LoadedModel:
@@ -28,11 +30,12 @@ def load_model(files: ModelFiles) -> LoadedModel:
     Raises: ConfigError when the architecture is not supported or a file is missing or damaged.
     """
     spec, weights, tokenizer = _from_gguf(files) if files.is_gguf else _from_directory(files)
+    pooling = LAST_TOKEN if files.is_gguf else pooling_from_directory(files.path)
     check_weights(spec, weights)
     ends = united(tokenizer.eos_token_ids, spec.eos_token_ids)
     spec = replace(spec, eos_token_ids=tuple(token_id for token_id in ends if token_id < spec.vocab_size))
     tokenizer.num_embeddings = spec.vocab_size
-    return LoadedModel(spec, weights, tokenizer)
+    return LoadedModel(spec, weights, tokenizer, pooling)
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.parameters import MAX_CHOICES, check_params
 from blendserve.dialect.structured import check_structure
@@ -18,7 +21,7 @@ from blendserve.models.tokenizer import Tokenizer
 from blendserve.offline.outputs import CompletionOutput, RequestOutput
 from blendserve.planner.base import RequestTable
 from blendserve.planner.table import request_table
-from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
+from blendserve.request import EmbeddingParams, Request, SamplingParams, SequenceOutput, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
 
@@ -38,10 +41,21 @@ class OutputAssembler:
     """The requests of all prompts added so far, dense from 0: a `RequestSource` of those that are unfinished.
 
     `take` gives the outputs that became whole since it was last called. Seeds that a prompt does not give follow from
-    `seed` and the prompt's number.
+    `seed` and the prompt's number. With `embedding` every request is for a vector: `vectors` has them by the prompt's
+    number.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        seed: int,
+        embedding: EmbeddingParams | None = None,
+    ) -> None:
+        self.vectors: dict[int, NDArray[np.float32]] = {}
+        self._embedding = embedding
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -122,7 +136,9 @@ class OutputAssembler:
             for choice in range(sampling.n)
         ]
         return [
-            Request(self._num_requests + choice, token_ids, len(token_ids), sampling, limit, seed, keys)
+            Request(
+                self._num_requests + choice, token_ids, len(token_ids), sampling, limit, seed, keys, self._embedding
+            )
             for choice, seed in enumerate(seeds)
         ]
 
@@ -132,12 +148,15 @@ class OutputAssembler:
         if error is not None:
             assert isinstance(error, BlendServeError)
             return _failed(prompt.number, prompt.text, prompt.token_ids.tolist(), prompt.sampling, error)
+        if results[0].embedding is not None:
+            self.vectors[prompt.number] = results[0].embedding
         return RequestOutput(
             request_id=str(prompt.number),
             prompt=prompt.text,
             prompt_token_ids=prompt.token_ids.tolist(),
             outputs=tuple(self._completion(choice, prompt.sampling, result) for choice, result in enumerate(results)),
             num_cached_tokens=results[0].num_cached_tokens,
+            prompt_logprobs=results[0].prompt_logprobs,
         )
 
     def _completion(self, choice: int, sampling: SamplingParams, result: SequenceOutput) -> CompletionOutput:

@@ -13,6 +13,9 @@ from itertools import chain, islice
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
 from blendserve.costs.stored_calibration import Calibration
@@ -31,7 +34,7 @@ from blendserve.offline.assembler import OutputAssembler, table_of
 from blendserve.offline.encoder import Asked, PromptEncoder, asked_of_chat
 from blendserve.offline.formats import with_format
 from blendserve.offline.options import dtype_of, kv_dtype_of, read_options
-from blendserve.offline.outputs import RequestOutput, in_order
+from blendserve.offline.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, in_order
 from blendserve.offline.progress import ProgressBar, UseTqdm
 from blendserve.offline.prompts import (
     Conversation,
@@ -53,7 +56,7 @@ from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
 from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
-from blendserve.request import Request, SamplingParams, SequenceOutput
+from blendserve.request import EmbeddingParams, Request, SamplingParams, SequenceOutput
 
 DEFAULT_WINDOW = 4096
 """Prompts that a stream reads and plans at a time: enough to find what they share, few enough to begin soon."""
@@ -227,6 +230,25 @@ class LLM:
             return self._read_all(messages, params, asked, use_tqdm)
         return self._answer(listed_conversations(messages), params, asked, use_tqdm)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """Turn prompts into vectors. Each is a text or a list of token ids; outputs are in the order of the prompts.
+
+        The model's files say which states of it are pooled: that of the last token, which is the default, or the mean
+        of all; and whether vectors have length 1, which is the default too. `dimensions`: keep so many of the first
+        numbers of each vector, for models that were trained for that. None: all.
+        A prompt that cannot be read (it is too long) comes back with `error` set.
+        Raises: ConfigError when `dimensions` is out of range, or after `close`.
+        """
+        most = self.model.spec.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= most:
+            raise ConfigError(f"dimensions is {dimensions}; it must be between 1 and {most}, all that the model has")
+        assembler = self._assembler(EmbeddingParams(dimensions))
+        read_only = SamplingParams(max_tokens=0)
+        outputs = self._answer(listed_prompts(prompts), read_only, Asked(), use_tqdm=False, assembler=assembler)
+        return [_embedded(output, assembler.vectors.get(int(output.request_id))) for output in outputs]
+
     def stream(
         self,
         prompts: Iterable[Prompt | Conversation],
@@ -299,20 +321,26 @@ class LLM:
                 config.overlap,
             )
 
-    def _assembler(self) -> OutputAssembler:
+    def _assembler(self, embedding: EmbeddingParams | None = None) -> OutputAssembler:
         return OutputAssembler(
             self.model.tokenizer,
             vocab_size=self.model.spec.vocab_size,
             max_model_len=self.config.max_model_len,
             seed=self.seed,
+            embedding=embedding,
         )
 
     def _answer(
-        self, prompts: Sequence[Prompt | Conversation], given: _Params, asked: Asked, use_tqdm: UseTqdm
+        self,
+        prompts: Sequence[Prompt | Conversation],
+        given: _Params,
+        asked: Asked,
+        use_tqdm: UseTqdm,
+        assembler: OutputAssembler | None = None,
     ) -> list[RequestOutput]:
         """Plan all prompts together, run them, and return their outputs in order."""
         self._turns.check_open()
-        assembler = self._assembler()
+        assembler = self._assembler() if assembler is None else assembler
         requests: list[Request] = []
         params = listed_params(self._defaulted(given), len(prompts))
         for (text, token_ids), sampling in self._encoder.encode(prompts, params, asked):
@@ -398,3 +426,13 @@ class LLM:
             for (text, token_ids), sampling in self._encoder.encode(prompts, params, asked):
                 requests += assembler.add(text, token_ids, sampling)
             yield Window(flatten(request.prompt_token_ids for request in requests), table_of(requests))
+
+
+def _embedded(output: RequestOutput, vector: NDArray[np.float32] | None) -> EmbeddingRequestOutput:
+    return EmbeddingRequestOutput(
+        request_id=output.request_id,
+        outputs=EmbeddingOutput([] if vector is None else vector.tolist()),
+        prompt_token_ids=output.prompt_token_ids,
+        num_cached_tokens=output.num_cached_tokens,
+        error=output.error,
+    )

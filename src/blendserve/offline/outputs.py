@@ -30,6 +30,37 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """One vector."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers the vector has."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """One prompt and its vector, as `LLM.embed` returns them.
+
+    - `request_id`: the place of the prompt, counted from 0, as text.
+    - `outputs`: the vector; it is empty where there is an `error`.
+    - `prompt_token_ids`: the tokens of the prompt.
+    - `num_cached_tokens`: tokens of the prompt that were not computed again, because another prompt began with them.
+    - `error`: why there is no vector. None: all went well.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: Sequence[int]
+    num_cached_tokens: int
+    finished: bool = True
+    error: BlendServeError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """One prompt and its `n` answers.
 
@@ -38,6 +69,8 @@ class RequestOutput:
     - `prompt_token_ids`: the tokens of the prompt.
     - `outputs`: the answers.
     - `num_cached_tokens`: tokens of the prompt that were not computed again, because another prompt began with them.
+    - `prompt_logprobs`: one entry for every token of the prompt; the first is None, since nothing comes before it. None
+      unless the request asked for them.
     - `error`: why there is no answer; every one of `outputs` then has finish_reason "error". None: all went well.
     """
 
@@ -48,6 +81,7 @@ class RequestOutput:
     num_cached_tokens: int
     finished: bool = True
     error: BlendServeError | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 def in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:

@@ -287,6 +287,23 @@ def test_what_lines_ask_beyond_text_reaches_the_engine(tmp_path: Path) -> None:
     assert calls["0"][1].seed is None
 
 
+def test_prompts_are_scored_and_a_token_that_nobody_asked_for_is_dropped(tmp_path: Path) -> None:
+    lines = [
+        line("read", "/v1/completions", prompt=[5, 6, 7], max_tokens=0, echo=True, logprobs=1),
+        line("answered", "/v1/completions", prompt=[5, 6, 7], max_tokens=2, prompt_logprobs=0, ignore_eos=True),
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(lines))
+    run_vllm(vllm_engine(FakeVllm()), source, target)
+    by_id = {row["custom_id"]: row["response"]["body"] for row in read_rows(target)}
+    read = by_id["read"]["choices"][0]
+    assert read["logprobs"]["token_logprobs"] == [None, -6.0, -7.0]
+    assert (read["finish_reason"], by_id["read"]["usage"]["completion_tokens"]) == ("length", 0)
+    assert by_id["answered"]["usage"]["completion_tokens"] == 2
+    scored = by_id["answered"]["choices"][0]["prompt_logprobs"]
+    assert [None if entry is None else next(iter(entry.values()))["logprob"] for entry in scored] == [None, -6.0, -7.0]
+
+
 def test_embeddings_are_rows_of_vectors(tmp_path: Path) -> None:
     lines = [
         line("one", "/v1/embeddings", input="hello"),

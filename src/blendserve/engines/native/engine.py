@@ -14,7 +14,7 @@ from blendserve.costs.stored_calibration import Calibration, machine_name, match
 from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.defaults import checked_defaults
-from blendserve.dialect.extras import Abilities
+from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.front import Front, NothingPlanned
 from blendserve.engine.limits import resolve_limits
@@ -74,8 +74,8 @@ class NativeEngine:
             accepts_any_name=settings.model is not None,
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
-            abilities=Abilities(chat=formats),
             default_sampling=default_sampling,
+            abilities=native_abilities(model.spec.hidden_size, formats),
         )
         self.codec = ModelCodec(
             model.tokenizer, context, formats, obeys_control_tokens=settings.chat.obeys_control_tokens

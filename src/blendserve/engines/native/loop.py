@@ -33,6 +33,7 @@ def open_executor(
         peaks=peaks_of(config.num_threads, config.dtype, config.kv_dtype),
         trace=trace,
         overlap_cost=overlap_cost_of(config.num_threads, config.dtype, config.kv_dtype),
+        pooling=model.pooling,
         bad_words=BadWords(model.tokenizer),
     )
 

@@ -215,7 +215,7 @@ class _Drive:
 
     def _finish(self, index: int, output: Any) -> None:
         self._num_deaths_in_row = 0
-        result = output_of(index, output, self._pending[index], self._extras(index))
+        result = output_of(index, output, self._pending[index])
         if result.error is None:
             self._stats.num_finished += 1
             self._stats.num_admitted_tokens += result.num_prompt_tokens

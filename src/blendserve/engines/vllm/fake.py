@@ -352,4 +352,6 @@ def _output(request: FakeRequest, finish_reason: str | None = None) -> Any:
         stop_reason=None,
         logprobs=None,
     )
-    return SimpleNamespace(outputs=[choice], **common)
+    scored = [{token: SimpleNamespace(logprob=-float(token), rank=1)} for token in request.prompt]
+    is_scored = getattr(request.params, "prompt_logprobs", None) is not None
+    return SimpleNamespace(outputs=[choice], prompt_logprobs=[None, *scored[1:]] if is_scored else None, **common)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -57,7 +56,7 @@ def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> 
     sampling = request.sampling
     return api.sampling_params(
         _structure(sampling.structured_outputs),
-        max_tokens=max_tokens,
+        max_tokens=max_tokens if max_tokens != 0 else 1,  # vLLM writes one token at least, which is then dropped
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -68,6 +67,7 @@ def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> 
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
         logit_bias=dict(sampling.logit_bias) or None,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
@@ -104,7 +104,7 @@ def was_aborted(output: Any) -> bool:
     return not hasattr(output.outputs, "data") and any(choice.finish_reason == "abort" for choice in output.outputs)
 
 
-def output_of(index: int, output: Any, request: Request, extras: Extras) -> SequenceOutput:
+def output_of(index: int, output: Any, request: Request) -> SequenceOutput:
     """The end of row `index`, from vLLM's `RequestOutput` or `PoolingRequestOutput`."""
     num_prompt_tokens, num_cached_tokens = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
     if hasattr(output.outputs, "data"):
@@ -118,21 +118,23 @@ def output_of(index: int, output: Any, request: Request, extras: Extras) -> Sequ
             finish_reason="stop",
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=num_cached_tokens,
-            embedding=_encoded(vector, extras),
+            embedding=vector,
         )
     (choice,) = output.outputs
     if choice.finish_reason not in ("stop", "length"):
         message = f"vLLM ended the request with {choice.finish_reason!r}; its log says why"
         return failed_output(index, RequestError(message, code="engine_error", status_code=500))
     reason: FinishReason = choice.finish_reason
+    writes = request.max_output_tokens > 0
     return SequenceOutput(
         index=index,
-        token_ids=np.array(choice.token_ids, np.int32),
-        finish_reason=reason,
+        token_ids=np.array(choice.token_ids if writes else (), np.int32),
+        finish_reason=reason if writes else "length",
         num_prompt_tokens=num_prompt_tokens,
         num_cached_tokens=num_cached_tokens,
-        logprobs=_logprobs(choice.token_ids, choice.logprobs, request.sampling.logprobs or 0),
-        stop_reason=choice.stop_reason,
+        logprobs=_logprobs(choice.token_ids, choice.logprobs, request.sampling.logprobs or 0) if writes else (),
+        stop_reason=choice.stop_reason if writes else None,
+        prompt_logprobs=_prompt_logprobs(output, request),
     )
 
 
@@ -141,12 +143,6 @@ def failed_output(index: int, error: Exception) -> SequenceOutput:
     return SequenceOutput(
         index=index, token_ids=NO_TOKENS, finish_reason="error", num_prompt_tokens=0, num_cached_tokens=0, error=error
     )
-
-
-def _encoded(vector: np.ndarray[Any, np.dtype[np.float32]], extras: Extras) -> tuple[float, ...] | str:
-    if extras.encoding_format == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    return tuple(vector.tolist())
 
 
 def _logprobs(
@@ -158,6 +154,18 @@ def _logprobs(
     return tuple(
         TokenLogprob(int(token_id), float(of_token[token_id].logprob), _best(of_token, num_best))
         for token_id, of_token in zip(token_ids, positions, strict=True)
+    )
+
+
+def _prompt_logprobs(output: Any, request: Request) -> tuple[TokenLogprob | None, ...] | None:
+    """vLLM has nothing for the first token, and the token itself beside the best."""
+    num_best = request.sampling.prompt_logprobs
+    if num_best is None or not output.prompt_logprobs:
+        return None
+    scored = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return (
+        None,
+        *(TokenLogprob(int(token), float(found[token].logprob), _best(found, num_best)) for token, found in scored),
     )
 
 
