@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from blendserve.dialect import extras, parameters, passthrough, schema, structured
+from blendserve.dialect import extras, parameters, passthrough, schema
 from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
@@ -94,7 +94,7 @@ def asks_table() -> str:
 
 PROBES: tuple[Any, ...] = (
     *(True, False, 1, 2, 0.5, -1, "x", "auto", "none", "low", 'root ::= "a"', ["x"], [1], [_TOOL], {"a": 1}, {"5": 1}),
-    *({"type": "json_object"}, _SCHEMA, {"regex": "a+"}, {"json": {"type": "object"}}),
+    *({"type": "enabled"}, {"type": "json_object"}, _SCHEMA, {"regex": "a+"}, {"json": {"type": "object"}}),
 )
 """Values of every kind: what a reader does with them tells what a field is to an engine."""
 _ENDPOINTS = (
@@ -106,23 +106,32 @@ _MATRIX_ENGINES = ("`native`", "`vllm`", "`http`")
 
 def fields_table() -> str:
     """Every field of a body that has a name here, on every engine and endpoint."""
-    names = sorted(
-        (parameters.BODY_FIELDS | structured.STRUCTURE_FIELDS | parameters._IGNORED) - {"messages", "prompt", "model"}
-    )
+    names = sorted((schema._MISPLACED_FIELDS | parameters._IGNORED) - {"messages", "prompt", "model", "extra_body"})
     header = ("field", *(f"{engine}, {where}" for engine in _MATRIX_ENGINES[:-1] for where, *_ in _ENDPOINTS), "`http`")
     rows = []
     for name in names:
         cells = [
-            _outcome(name, ENGINES[engine], url, body) for engine in _MATRIX_ENGINES for _, url, body in _ENDPOINTS
+            _best(_outcome(name, ENGINES[engine], url, {**body, **more}) for more in ({}, {"tools": [_TOOL]}))
+            for engine in _MATRIX_ENGINES
+            for _, url, body in _ENDPOINTS
         ]
         rows.append((f"`{name}`", *cells[:-1]))  # a server gets chats and completions alike
     return _table(header, rows)
 
 
+def _best(outcomes: Iterable[str]) -> str:
+    """Some fields count only beside tools, others only without."""
+    plain, beside_tools = outcomes
+    return beside_tools if beside_tools == "yes" else plain
+
+
 def _outcome(name: str, served: ServedModel, url: str, body: Mapping[str, Any]) -> str:
     """What becomes of a field, found with values of every kind."""
     plain = {key: value for key, value in body.items() if key != name}
-    before = _parsed(served, url, plain)
+    try:
+        before = _parsed(served, url, plain)
+    except RequestError as error:  # completions have no tools
+        return f"`{error.code}`"
     codes: set[str] = set()
     has_no_effect = False
     for probe in PROBES:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,5 +64,24 @@ def test_every_engine_can_be_chosen(tmp_path: Path) -> None:
 def test_what_cannot_be_served(
     tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("uvicorn", reason="needs the extra [serve]")
     assert main(["serve", "--data", str(tmp_path / "data"), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "blendserve.serve.server", raising=False)
+    assert main(["serve", "--data", str(tmp_path)]) == 1
+    assert "pip install 'blendserve[serve]'" in capsys.readouterr().err
+
+
+def test_help_loads_nothing_of_the_service() -> None:
+    code = (
+        "import sys; from blendserve.cli import _parser; _parser(); "
+        "print([name for name in sys.modules if name.split('.')[0] in ('starlette', 'uvicorn', 'httpx2')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -92,6 +92,8 @@ def test_mistral_without_a_window_is_llama() -> None:
         ({**MISTRAL, "sliding_window": 4095}, 4095),
         ({**MISTRAL}, 4096),  # absent: what transformers assumes
         ({"sliding_window": 1000}, 1000),
+        ({"sliding_window": 1000, "use_sliding_window": False}, 8192),
+        ({**MISTRAL, "sliding_window": 1000, "use_sliding_window": False}, 1000),  # which nothing reads there
         ({**QWEN3, **WINDOW, "use_sliding_window": False}, 8192),
         ({**QWEN3, **WINDOW, "use_sliding_window": True, "max_window_layers": 30}, 8192),
         ({**QWEN3, **WINDOW, "use_sliding_window": True, "max_window_layers": 29}, 128),

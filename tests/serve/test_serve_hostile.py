@@ -8,8 +8,6 @@ import io
 import json
 import random
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, suppress
@@ -33,7 +31,6 @@ from blendserve.serve.blobs import DirectoryBlobs
 from blendserve.serve.clock import steady_clock
 from blendserve.serve.failures import ApiError
 from blendserve.serve.multipart import Form, boundary_of, read_form
-from blendserve.serve.openapi import document
 from blendserve.serve.records import BatchRecord, new_id
 from blendserve.serve.service import Service
 from blendserve.serve.settings import Limits
@@ -253,7 +250,7 @@ def test_mutated_forms_are_read_or_refused() -> None:
 
 @pytest.mark.thorough
 def test_many_mutated_forms_are_read_or_refused() -> None:
-    assert sum(read_mutated_forms(100_000, 2)) == 100_000
+    assert sum(read_mutated_forms(20_000, 2)) == 20_000
 
 
 @pytest.mark.parametrize(
@@ -280,7 +277,7 @@ def test_mutated_lines_are_taken_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_many_mutated_lines_are_taken_or_refused(tmp_path: Path) -> None:
-    validate_mutated_lines(tmp_path, 100_000, 2)
+    validate_mutated_lines(tmp_path, 20_000, 2)
 
 
 # Bad days
@@ -372,39 +369,6 @@ def test_ten_thousand_batches_are_listed_in_full(tmp_path: Path) -> None:
                 break
             after = f"&after={page['last_id']}"
         assert found == [batch.id for batch in reversed(made)]
-
-
-# The OpenAPI document
-
-
-def test_the_document_names_every_route_of_the_api(tmp_path: Path) -> None:
-    app = make_app(Service(settings_for(tmp_path / "data", NO_SERVER)))
-    routes = {
-        (route.path.replace("{id:path}", "{id}"), method.lower())  # type: ignore[attr-defined]
-        for route in app.routes
-        if route.path.startswith("/v1/")  # type: ignore[attr-defined]
-        for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
-    }
-    named = {(path, method) for path, methods in document()["paths"].items() for method in methods}
-    assert routes - named == {("/v1/models/{id}", "get")}
-    app.state.service.close()
-
-
-def run_schemathesis(url: str, num_examples: int) -> None:
-    pytest.importorskip("schemathesis", reason="needs schemathesis")
-    options = ("--checks", "not_a_server_error", "-n", str(num_examples), "--seed", "1", "--phases", "fuzzing")
-    done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
-@pytest.mark.thorough
-def test_nothing_that_the_document_allows_or_forbids_is_a_server_error(port: int) -> None:
-    run_schemathesis(f"http://127.0.0.1:{port}", 100)
 
 
 def test_a_client_is_never_shown_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

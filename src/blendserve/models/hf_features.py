@@ -72,7 +72,8 @@ def window_of(name: str, model_type: str, config: Mapping[str, Any], num_layers:
     """Positions that a layer attends to where that is less than all; the least of all layers. Raises: ConfigError."""
     kinds = _layer_types(name, config, num_layers, remedy)
     window = config.get("sliding_window", _MISTRAL_WINDOW if model_type == "mistral" else None)
-    if model_type in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
+    uses = config.get("use_sliding_window", model_type not in ("qwen2", "qwen3"))
+    if not uses and model_type != "mistral":
         window = None
     if model_type in ("qwen2", "qwen3") and kinds is None:
         first = config.get("max_window_layers", _FIRST_WINDOW_LAYER)

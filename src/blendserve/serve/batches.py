@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blendserve.errors import BlendServeError, CapacityError
+from blendserve.serve.asked import read_asked
 from blendserve.serve.blobs import Blobs
 from blendserve.serve.caller import Caller
 from blendserve.serve.clock import Clock
 from blendserve.serve.failures import ApiError, invalid, not_found
 from blendserve.serve.finalize import WrittenFile, WrittenFiles, write_files
-from blendserve.serve.library import Library, read_lifetime
+from blendserve.serve.library import Library
 from blendserve.serve.records import (
-    ENDPOINTS,
     INPUT_PURPOSE,
     OUTPUT_PURPOSE,
     BatchRecord,
     FileRecord,
     ReplyRecord,
     new_id,
-    window_seconds,
 )
 from blendserve.serve.settings import DAY_S, ServeSettings
 from blendserve.serve.states import Ending, can_cancel, resumption_of
@@ -39,7 +38,6 @@ from blendserve.serve.validation import Validated, validate_file
 ACTIVE = ("validating", "in_progress", "cancelling", "finalizing")
 SAME_REQUEST_S = 60
 _RETRY_S = 10.0
-_MAX_PAIRS, _MAX_NAME, _MAX_VALUE = 16, 64, 512
 
 
 class Runner(Protocol):
@@ -194,34 +192,23 @@ class Batches:
 
     def _read(self, caller: Caller, body: Mapping[str, Any]) -> BatchRecord:
         """A batch without a name, as the body asks for it. Raises: ApiError."""
-        endpoint, window = body.get("endpoint"), body.get("completion_window")
-        if endpoint not in ENDPOINTS:
-            raise invalid(f"endpoint is {str(endpoint)[:80]!r}; it must be one of {', '.join(ENDPOINTS)}.", "endpoint")
-        window_s = window_seconds(window) if isinstance(window, str) else None
-        if window_s is None:
-            raise invalid(
-                f"completion_window is {str(window)[:40]!r}; write minutes, hours or days, such as 30m, 24h or 7d.",
-                "completion_window",
-            )
-        input_id = body.get("input_file_id")
-        if not isinstance(input_id, str):
-            raise invalid("'input_file_id' is required.", "input_file_id", "missing_required_parameter")
-        file = self._library.file(caller, input_id)
+        asked = read_asked(body)
+        file = self._library.file(caller, asked.input_file_id)
         if file.purpose != INPUT_PURPOSE:
-            raise invalid(f"File {input_id} has the purpose {file.purpose!r}; it must be 'batch'.", "input_file_id")
-        lifetime, now = body.get("output_expires_after"), self._now()
+            raise invalid(f"File {file.id} has the purpose {file.purpose!r}; it must be 'batch'.", "input_file_id")
+        now = self._now()
         return BatchRecord(
             id="",
             owner=caller.owner,
             created_at=now,
-            input_file_id=input_id,
-            endpoint=endpoint,
-            completion_window=str(window),
-            expires_at=now + window_s,
+            input_file_id=file.id,
+            endpoint=asked.endpoint,
+            completion_window=asked.completion_window,
+            expires_at=now + asked.window_s,
             output_id="",
             errors_id="",
-            metadata=_read_metadata(body.get("metadata")),
-            files_lifetime_s=None if lifetime is None else read_lifetime(lifetime, "output_expires_after"),
+            metadata=asked.metadata,
+            files_lifetime_s=asked.files_lifetime_s,
         )
 
     def _numbered(self, batch: BatchRecord) -> BatchRecord:
@@ -387,23 +374,6 @@ class Batches:
 def _asked_for(batch: BatchRecord) -> tuple[Any, ...]:
     metadata = None if batch.metadata is None else dict(batch.metadata)
     return batch.input_file_id, batch.endpoint, batch.completion_window, metadata, batch.files_lifetime_s
-
-
-def _read_metadata(value: object) -> dict[str, str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise invalid("metadata must be an object of texts.", "metadata")
-    if len(value) > _MAX_PAIRS:
-        raise invalid(f"metadata has {len(value)} entries; at most {_MAX_PAIRS} are taken.", "metadata")
-    for name, text in value.items():
-        if not isinstance(text, str) or len(name) > _MAX_NAME or len(text) > _MAX_VALUE:
-            raise invalid(
-                f"metadata takes names of at most {_MAX_NAME} characters and texts of at most {_MAX_VALUE}; "
-                f"{name[:_MAX_NAME]!r} is none.",
-                "metadata",
-            )
-    return value
 
 
 def _reply_id(caller: Caller, idempotency_key: str) -> str:

@@ -6,11 +6,11 @@ Decisions are those of `queue`; answers are journalled by the engine process; th
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from blendserve.job.reader import ReadLimits
 from blendserve.serve.batches import Batches
@@ -38,9 +38,11 @@ from blendserve.serve.messages import (
 )
 from blendserve.serve.queue import Round, Waiting, choose_round, finish_times
 from blendserve.serve.records import BatchRecord, FileRecord
+from blendserve.serve.running import RunningRound
 from blendserve.serve.settings import ModelChoice, ServeSettings
 from blendserve.serve.store import Store
 
+_log = logging.getLogger("blendserve.serve")
 MAX_FAILURES = 6
 """A batch that ran alone in so many rounds without one new row is given up."""
 _ALONE_AFTER = 2
@@ -52,23 +54,6 @@ _TICK_S = 0.5
 _FORECAST_S = 1.0
 _CHECK_S = 5.0
 """How often a running round is held against what waits."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """The round that runs now."""
-
-    round: RunRound
-    started_at: float
-    owners: frozenset[str]
-    num_done_before: dict[str, int]
-    is_yielding: bool = False
-    is_drawn: bool = False
-    progressed: set[str] = field(default_factory=set)
-
-    @property
-    def batch_ids(self) -> list[str]:
-        return [share.batch.id for share in self.round.shares]
 
 
 class Scheduler:
@@ -101,7 +86,7 @@ class Scheduler:
         self._clock = clock
         self._changed = changed
         self._wake = asyncio.Event()
-        self._running: _Running | None = None
+        self._running: RunningRound | None = None
         self._num_rounds = 0
         self._releasing: dict[str, asyncio.Future[None]] = {}
         self._failures = Counter[str]()
@@ -117,7 +102,7 @@ class Scheduler:
 
     @property
     def running_ids(self) -> frozenset[str]:
-        return frozenset(self._running.batch_ids) if self._running else frozenset()
+        return frozenset(self._running.batch_ids if self._running else ())
 
     def wake(self) -> None:
         self._wake.set()
@@ -221,7 +206,7 @@ class Scheduler:
         done = {share.batch.id: self._num_done(share.batch.id) for share in shares}
         owners = frozenset(batch.owner for batch in waiting if batch.id in chosen.max_requests)
         command = RunRound(self._num_rounds, shares, self._settings.policy)
-        self._running = _Running(command, now, owners, done)
+        self._running = RunningRound(command, now, owners, done)
         self._counted.clear()
         self.host.send(command)
 
@@ -302,6 +287,7 @@ class Scheduler:
                 self._wake.set()
             case OpeningFailed():
                 self.trouble = report.message
+                _log.warning("the model %s cannot be opened, and is tried again: %s", report.model, report.message)
             case Progress():
                 self._note(report)
             case BatchDone(batch_id):
@@ -368,11 +354,12 @@ class Scheduler:
             self.trouble = None
             return
         self.trouble = error
+        _log.warning("a round ended early; its batches go on with the next: %s", error)
         self._back_off(made_progress=bool(running.progressed))
         if not is_for_space:
             self._blame(running, error)
 
-    def _blame(self, running: _Running, error: str) -> None:
+    def _blame(self, running: RunningRound, error: str) -> None:
         """Count a failed round against the batches that had nothing from it."""
         for id in running.batch_ids:
             if id in running.progressed or self._is_over(id):
