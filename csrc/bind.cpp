@@ -263,11 +263,12 @@ NB_MODULE(_native, m) {
 
   nb::class_<SamplingParams>(m, "SamplingParams")
       .def(nb::init<float, float, float, float, float, float, int32_t, int32_t, int64_t, int64_t, uint64_t,
-                    std::vector<std::pair<int32_t, float>>, std::vector<int32_t>>(),
+                    std::vector<std::pair<int32_t, float>>, std::vector<int32_t>, std::vector<int32_t>,
+                    std::vector<std::vector<int32_t>>>(),
            nb::kw_only(), nb::arg("temperature"), nb::arg("top_p"), nb::arg("min_p"), nb::arg("presence_penalty"),
            nb::arg("frequency_penalty"), nb::arg("repetition_penalty"), nb::arg("top_k"), nb::arg("num_logprobs"),
            nb::arg("min_tokens"), nb::arg("num_prompt_tokens"), nb::arg("seed"), nb::arg("logit_bias"),
-           nb::arg("stop_token_ids"));
+           nb::arg("stop_token_ids"), nb::arg("allowed_token_ids"), nb::arg("bad_words"));
 
   nb::class_<Model>(m, "Model")
       .def(

@@ -103,11 +103,11 @@ void Model::check_masks(const TokenMasks& masks) const {
   }
 }
 
-// Penalties look at all tokens of a sequence, also at those that earlier steps computed.
+// Penalties and bad words look at tokens that earlier steps computed.
 void Model::check_tokens_of_penalties(const StepInput& input) const {
   for (size_t at = 0; at < input.slots.size(); ++at) {
     const SamplingParams& params = params_by_slot_[static_cast<size_t>(input.slots[at])];
-    if (input.is_sampled[at] && params.has_penalties()) check_computed_tokens(input, at, shape_.vocab_size);
+    if (input.is_sampled[at] && params.looks_at_tokens()) check_computed_tokens(input, at, shape_.vocab_size);
   }
 }
 

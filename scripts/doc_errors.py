@@ -76,7 +76,7 @@ REQUEST_EXAMPLES = (
         (line({"prompt": "Hi", "model": "gpt-4o-mini"}, custom_id="b"),),
     ),
     Example("invalid_type", "A parameter has the wrong JSON type.", asks(temperature="hot")),
-    Example("invalid_value", "A parameter is out of range.", asks(temperature=3)),
+    Example("invalid_value", "A parameter is out of range.", asks(top_p=3)),
     Example("unknown_parameter", "No parameter has this name.", asks(temprature=1)),
     Example(
         "unsupported_parameter",
@@ -112,7 +112,10 @@ HTTP_EXAMPLES = {
 }
 SERVER_WORDS = (
     "A server's error is a row with the server's own status and body. Its code is the server's too; without one, the "
-    "summary counts the row as `http_` and the status, such as `http_500`. Here are two rows from the test server:"
+    "summary counts the row as `http_` and the status, such as `http_500`. A reply of status 200 that is an error, or "
+    "that holds no answer, is an error row with both: `response` is what the server sent, `error` says what is wrong "
+    "with it; its code is the server's, or `no_answer`. Errors that cannot change are not asked for again. Here are "
+    "two rows from the test server:"
 )
 OTHER_FAILURES = {
     "server_error": "The engine gave no reason.",

@@ -106,7 +106,9 @@ _MATRIX_ENGINES = ("`native`", "`vllm`", "`http`")
 
 def fields_table() -> str:
     """Every field of a body that has a name here, on every engine and endpoint."""
-    names = sorted((schema._MISPLACED_FIELDS | parameters._IGNORED) - {"messages", "prompt", "model", "extra_body"})
+    names = sorted(
+        (schema._MISPLACED_FIELDS | parameters.IGNORED_FIELDS) - {"messages", "prompt", "model", "extra_body"}
+    )
     header = ("field", *(f"{engine}, {where}" for engine in _MATRIX_ENGINES[:-1] for where, *_ in _ENDPOINTS), "`http`")
     rows = []
     for name in names:
@@ -183,7 +185,7 @@ def neutral_table() -> str:
 
 def ignored_list() -> str:
     """Parameters of any value that change nothing."""
-    return ", ".join(f"`{name}`" for name in sorted(parameters._IGNORED)) + "."
+    return ", ".join(f"`{name}`" for name in sorted(parameters.IGNORED_FIELDS)) + "."
 
 
 def chat_options_list() -> str:
@@ -214,7 +216,7 @@ def _wanted(name: str, read: Callable[[str, Any], Any]) -> str:
             read(name, probe)
         except RequestError as error:
             words = error.message.rpartition("; ")[2].removeprefix("it must be ")
-            if not found or (words not in found and words.startswith(("between", "above", "at most"))):
+            if not found or (words not in found and words.startswith(("between", "above", "at most", "finite"))):
                 found.append(words)
     text = " ".join(found[:1] + [words if words.startswith("between") else f", {words}" for words in found[1:]])
     for long, short in _SHORT.items():

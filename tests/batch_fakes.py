@@ -18,7 +18,7 @@ from blendserve.job.run import Generate, run_job
 from blendserve.models.chat_formats import AnswerParts
 from blendserve.models.conversation import Conversation, text_of_content
 from blendserve.models.tool_formats.format import Tool
-from blendserve.request import Request, SequenceOutput, StructuredOutputs, TokenLogprob
+from blendserve.request import Request, SamplingParams, SequenceOutput, StructuredOutputs, TokenLogprob
 
 EOS = 0
 NUM_JOB_LINES = 60
@@ -45,7 +45,7 @@ class FakeCodec:
             raise RequestError("the template takes no such text", code="invalid_value", param="messages")
         return list(prompt.encode())
 
-    def text_of(self, output: SequenceOutput) -> str:
+    def text_of(self, output: SequenceOutput, _: SamplingParams) -> str:
         ends_in_stop_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
         token_ids = output.token_ids[:-1] if ends_in_stop_token else output.token_ids
         return bytes(token_ids.tolist()).decode(errors="replace")
@@ -57,12 +57,18 @@ class FakeCodec:
         return structure
 
     def parts_of(
-        self, prompt_token_ids: Any, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
+        self,
+        prompt_token_ids: Any,
+        output: SequenceOutput,
+        sampling: SamplingParams,
+        tools: Sequence[Tool],
+        *,
+        may_call: bool,
     ) -> tuple[AnswerParts, int]:
         assert len(prompt_token_ids)
         assert not tools
         assert not may_call
-        return AnswerParts(self.text_of(output)), 0
+        return AnswerParts(self.text_of(output, sampling)), 0
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])

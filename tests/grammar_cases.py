@@ -119,5 +119,6 @@ def text(output: SequenceOutput, tokenizer: Tokenizer = TOKENIZER) -> str:
         output.token_ids,
         output.finish_reason,
         output.stop_reason,
+        SamplingParams(),
         has_stop_token=output.has_stop_token,
     )

@@ -18,7 +18,8 @@ from batch_fakes import read_rows
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.planned import plan_requests
 from blendserve.engines.estimates import EstimatingCodec, remote_cost, remote_table
-from blendserve.engines.http.client import ApiKey, ServerAddress
+from blendserve.engines.http.address import ServerAddress
+from blendserve.engines.http.credentials import Credentials
 from blendserve.engines.http.dispatch import HttpDispatcher, HttpLimits
 from blendserve.engines.http.fake_server import FakeServer
 from blendserve.engines.http.pacing import RetrySettings
@@ -78,7 +79,7 @@ def engine_for(server: FakeServer | str, **fields: Any) -> HttpDispatcher:
     limits = {"max_inflight": 8, "timeout_s": 5.0, **fields.pop("settings", {})}
     return HttpDispatcher(
         ServerAddress.parse(base_url),
-        ApiKey(KEY),
+        Credentials(KEY),
         HttpLimits(**limits, retry=retry),
         clock=fields.pop("clock", None) or FakeClock(),
         random_source=random.Random(7),

@@ -6,13 +6,16 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 from batch_fakes import batch_line, read_rows, write_lines
-from tiny_files import tiny_directory
+from tiny_files import tiny_directory, write_directory
+from tiny_models import random_weights, tiny_spec
 
+from blendserve import ChatSettings, NativeSettings, run_batch
 from blendserve.engines.http.fake_server import serving
 from blendserve.engines.vllm import engine as vllm_engine
 from blendserve.engines.vllm.fake import FakeVllm
@@ -100,6 +103,18 @@ def test_no_example_is_left_out() -> None:
     scripts = {path.stem.removeprefix("run_") for path in EXAMPLES.glob("*.py")}
     assert scripts == {"native", "vllm", "http", "replicas", "map_table"}
     assert all(f"test_{name}" in globals() for name in scripts)
+
+
+def test_the_lines_with_tools(tmp_path: Path) -> None:
+    spec = replace(tiny_spec("llama"), max_position=4096)
+    write_directory(tmp_path / "model", spec, random_weights(spec, 0))
+    settings = NativeSettings(str(tmp_path / "model"), chat=ChatSettings(tool_format="hermes"))
+    report = run_batch(EXAMPLES / "tools.jsonl", tmp_path / "out.jsonl", engine=settings)
+    rows = {row["custom_id"]: row["response"]["body"]["choices"][0] for row in read_rows(tmp_path / "out.jsonl")}
+    assert (report.num_succeeded, set(rows)) == (4, {"weather", "mail", "answer", "continued"})
+    assert rows["mail"]["finish_reason"] == "tool_calls"
+    (call,) = rows["mail"]["message"]["tool_calls"]
+    assert set(json.loads(call["function"]["arguments"])) == {"folder", "urgent"}
 
 
 def test_structured_answers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

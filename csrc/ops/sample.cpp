@@ -43,6 +43,10 @@ class RowSampler {
 
   void adjust(std::span<const int32_t> prompt, std::span<const int32_t> output) {
     scratch_.changed.clear();
+    if (!params_.allowed_token_ids.empty()) keep_only(params_.allowed_token_ids);
+    for (const std::vector<int32_t>& word : params_.bad_words) {
+      if (would_complete(word, output)) change(word.back(), -kInfinity);
+    }
     for (const auto& [token, bias] : params_.logit_bias) change(token, at(token) + bias);
     if (static_cast<int64_t>(output.size()) < params_.min_tokens) {
       for (const int32_t token : params_.stop_token_ids) change(token, -kInfinity);
@@ -137,6 +141,19 @@ class RowSampler {
   void change(int32_t token, float logit) {
     scratch_.changed.push_back({token, at(token)});
     at(token) = logit;
+  }
+
+  // What is left out is not noted as changed: no such token is sampled.
+  void keep_only(std::span<const int32_t> tokens) {
+    TokenLogit* end = candidates();
+    for (const int32_t token : tokens) *end++ = {token, at(token)};
+    std::fill(logits_.begin(), logits_.end(), -kInfinity);
+    for (const TokenLogit* kept = candidates(); kept != end; ++kept) at(kept->token) = kept->logit;
+  }
+
+  static bool would_complete(std::span<const int32_t> word, std::span<const int32_t> output) {
+    const std::span<const int32_t> before = word.first(word.size() - 1);
+    return before.size() <= output.size() && std::ranges::equal(before, output.last(before.size()));
   }
 
   void penalise_repetition(std::span<const int32_t> tokens) {
@@ -238,6 +255,12 @@ void check_range(const char* what, double value, double least, double most) {
   throw std::invalid_argument(message.str());
 }
 
+void check_token(const char* where, int32_t token, int64_t vocab_size) {
+  if (token >= 0 && token < vocab_size) return;
+  throw std::invalid_argument(std::string(where) + " names token " + std::to_string(token) + "; the vocabulary has " +
+                              std::to_string(vocab_size) + " tokens");
+}
+
 }  // namespace
 
 void check_params(const SamplingParams& params, int64_t vocab_size) {
@@ -252,10 +275,15 @@ void check_params(const SamplingParams& params, int64_t vocab_size) {
     throw std::invalid_argument("num_prompt_tokens is " + std::to_string(params.num_prompt_tokens) +
                                 "; it must be 0 or more");
   }
-  for (const auto& [token, bias] : params.logit_bias) {
-    if (token >= 0 && token < vocab_size) continue;
-    throw std::invalid_argument("logit_bias names token " + std::to_string(token) + "; the vocabulary has " +
-                                std::to_string(vocab_size) + " tokens");
+  for (const auto& [token, bias] : params.logit_bias) check_token("logit_bias", token, vocab_size);
+  for (const int32_t token : params.allowed_token_ids) check_token("allowed_token_ids", token, vocab_size);
+  if (static_cast<int64_t>(params.allowed_token_ids.size()) > vocab_size) {
+    throw std::invalid_argument("allowed_token_ids has " + std::to_string(params.allowed_token_ids.size()) +
+                                " tokens; the vocabulary has " + std::to_string(vocab_size));
+  }
+  for (const std::vector<int32_t>& word : params.bad_words) {
+    if (word.empty()) throw std::invalid_argument("a word of bad_words has no tokens");
+    for (const int32_t token : word) check_token("bad_words", token, vocab_size);
   }
 }
 

@@ -1,7 +1,7 @@
 // Choosing the next token of one sequence from its logits; executors/sampling.py is the specification. In this order:
-// mask; raw log probabilities; bias, banned tokens, penalties; greedy, or temperature, min_p, top_k, top_p and one draw
-// by inverse CDF in token order. Depends on the logits, the parameters, the sequence's tokens and its seed, on nothing
-// else.
+// mask; raw log probabilities; allowed tokens, bad words, bias, banned tokens, penalties; greedy, or temperature, min_p,
+// top_k, top_p and one draw by inverse CDF in token order. Depends on the logits, the parameters, the sequence's tokens
+// and its seed, on nothing else.
 #pragma once
 
 #include <array>
@@ -28,13 +28,17 @@ struct SamplingParams {
   uint64_t seed = 0;
   std::vector<std::pair<int32_t, float>> logit_bias;
   std::vector<int32_t> stop_token_ids;
+  std::vector<int32_t> allowed_token_ids;       // empty: all
+  std::vector<std::vector<int32_t>> bad_words;  // the last token of one is banned after the others
 
-  bool has_penalties() const {
-    return repetition_penalty != 1.0f || frequency_penalty != 0.0f || presence_penalty != 0.0f;
+  // Does the choice depend on tokens of the sequence, and not on the logits alone?
+  bool looks_at_tokens() const {
+    return repetition_penalty != 1.0f || frequency_penalty != 0.0f || presence_penalty != 0.0f || !bad_words.empty();
   }
 };
 
-// Throws std::invalid_argument for a number out of range and for the bias of a token that is none.
+// Throws std::invalid_argument for a number out of range and for a token that is none in a bias, in what is allowed or
+// in a bad word.
 void check_params(const SamplingParams& params, int64_t vocab_size);
 
 // Tokens whose probabilities are summed in float32 before they meet the double-precision total.

@@ -123,6 +123,10 @@ void sampling_params_out_of_range_are_refused() {
   CHECK(is_refused([](SamplingParams& params) { params.frequency_penalty = kNan; }));
   CHECK(is_refused([](SamplingParams& params) { params.num_prompt_tokens = -1; }));
   CHECK(is_refused([](SamplingParams& params) { params.logit_bias = {{-1, 1.0f}}; }));
+  CHECK(is_refused([](SamplingParams& params) { params.allowed_token_ids = {0, 97}; }));
+  CHECK(is_refused([](SamplingParams& params) { params.allowed_token_ids = std::vector<int32_t>(98, 1); }));
+  CHECK(is_refused([](SamplingParams& params) { params.bad_words = {{1}, {}}; }));
+  CHECK(is_refused([](SamplingParams& params) { params.bad_words = {{1, -1}}; }));
   CHECK(!is_refused([](SamplingParams&) {}));
 }
 

@@ -188,6 +188,16 @@ void penalties_bias_and_bans_change_the_choice() {
     CHECK(sample_copy(isa, logits, params, tokens).token == 2);
     params.min_tokens = 3;
     CHECK(sample_copy(isa, logits, params, tokens).token == 0);
+    params = greedy;
+    params.allowed_token_ids = {3, 2};
+    params.num_logprobs = 1;
+    CHECK(sample_copy(isa, logits, params, tokens).token == 2);
+    CHECK(sample_copy(isa, logits, params, tokens).top[0].token == 0);  // log probabilities are the model's own
+    params = greedy;
+    params.bad_words = {{0}, {0, 2, 1}, {1, 1, 0, 0, 2, 2}, {0, 3}};  // the output is 0 0 2; the prompt does not count
+    CHECK(sample_copy(isa, logits, params, tokens).token == 2);
+    params.bad_words = {{0, 0, 0, 2, 0}};  // longer than all that was sampled
+    CHECK(sample_copy(isa, logits, params, tokens).token == 0);
   });
 }
 

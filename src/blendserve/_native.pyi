@@ -96,6 +96,8 @@ class SamplingParams:
         seed: int,
         logit_bias: list[tuple[int, float]],
         stop_token_ids: list[int],
+        allowed_token_ids: list[int],
+        bad_words: list[list[int]],
     ) -> None: ...
 
 class OverlapMode(Enum):

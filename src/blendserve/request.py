@@ -48,7 +48,8 @@ class SamplingParams:
 
     - `max_tokens`: the answer ends after so many tokens (default: 16). None: as many as the model's context leaves.
     - `min_tokens`: the answer has at least so many tokens (default: 0).
-    - `temperature`: 0 takes the most likely token; higher values take less likely ones more often (default: 1).
+    - `temperature`: 0 takes the most likely token; higher values take less likely ones more often (default: 1). Between
+      0 and 0.01 it counts as 0.01.
     - `top_p`, `top_k`, `min_p`: sample among the most likely tokens only; 1, 0 and 0, the defaults, allow all.
     - `seed`: None, the default, derives a seed from the request, so that a rerun gives the same tokens.
     - `stop`, `stop_token_ids`: texts and tokens that end the answer (default: none).
@@ -56,9 +57,18 @@ class SamplingParams:
     - `n`: answers per prompt (default: 1).
     - `logprobs`: None, the default, gives no log probabilities; 0 gives those of the sampled tokens; k also gives the k
       best alternatives of each.
-    - `logit_bias`: numbers from -100 to 100 by token id, added to the logits (default: none).
+    - `logit_bias`: numbers by token id, added to the logits; beyond -100 and 100 they count as those (default: none).
     - `presence_penalty`, `frequency_penalty` (from -2 to 2, default 0), `repetition_penalty` (above 0, default 1): make
       tokens that have occurred less likely.
+    - `allowed_token_ids`: only these tokens are sampled. None, the default, allows all.
+    - `bad_words`: texts that are not generated: the last token of one is banned where it would complete it (default:
+      none).
+    - `include_stop_str_in_output`: the text keeps the stop string or the stop token that ended it (default: false).
+    - `skip_special_tokens`: leave the model's special tokens out of the text (default: true).
+    - `spaces_between_special_tokens`: accepted for vLLM's sake: the tokenizers here put no spaces between such tokens.
+    - `truncate_prompt_tokens`: keep only so many tokens of the prompt, its last ones; -1: as many as the context holds
+      beside one token of answer. None, the default, keeps all.
+    - `detokenize`: false gives token ids and no text (default: true).
     - `structured_outputs`: what the answer must look like (default: free text).
     """
 
@@ -78,6 +88,13 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    detokenize: bool = True
     structured_outputs: StructuredOutputs | None = None
 
 
@@ -117,19 +134,20 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ServerResponse:
-    """What a remote server answered to a whole line: its status and JSON body, kept as they came.
+    """What a remote server answered to a whole line: its status and JSON body, kept as they came. The body is mostly an
+    object.
 
     `request_id` is the server's own, where it gave one. Units: tokens, as the server counts them.
     """
 
     status_code: int
-    body: Mapping[str, Any]
+    body: Any
     request_id: str | None = None
     num_output_tokens: int = 0
 
     @property
     def is_success(self) -> bool:
-        return self.status_code == 200
+        return 200 <= self.status_code < 300
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
     ("http",): (
         "--base-url=http://localhost:1",
+        "--header=a=b",
         "--max-inflight=9",
         "--kv-tokens=9",
         "--request-timeout=9",

@@ -98,8 +98,8 @@ def test_every_option_reaches_its_field() -> None:
         "isa": "portable",
         "window": 5,
         "revision": "v1",
-        "generation_config": "vllm",
         "chat": ChatSettings("t.jinja", {"a": 1}, "2026-01-02", "hermes", "none", "obey"),
+        "generation_config": "vllm",
     }
     options = "--model m --max-model-len 64 --kv-memory 1GiB --max-num-seqs 9 --max-num-batched-tokens 99 --threads 3"
     own = "--no-prefix-caching --overlap off --dtype int8 --kv-dtype int8 --isa portable --window 5 --revision v1"

@@ -75,6 +75,7 @@ def test_a_bad_envelope_is_refused(body: Any, fields: dict[str, Any], code: str)
     [
         ({"prompt": "a"}, 16),
         ({"prompt": "a", "max_tokens": 5, "n": 3}, 15),
+        ({"prompt": "a", "max_tokens": 5.0, "n": 2.0}, 10),
         ({"prompt": ["a", "b"], "max_tokens": 5, "n": 3}, 30),
         ({"prompt": [1, 2, 3], "max_tokens": 5}, 5),
         ({"prompt": [[1, 2], [3]], "max_completion_tokens": 7, "max_tokens": 5}, 14),

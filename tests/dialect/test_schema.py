@@ -115,8 +115,16 @@ CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{
 HARMLESS = {
     "user": "me",
     "metadata": {"a": "b"},
-    "store": False,
+    "store": True,
     "stream": False,
+    "stream_options": {"include_usage": True},
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "request_id": "r",
+    "cache_salt": "s",
+    "kv_transfer_params": {},
+    "timeout": 60,
+    "priority": 1,
     "response_format": {"type": "text"},
     "best_of": 1,
     "echo": False,
@@ -142,7 +150,6 @@ def test_harmless_parameters_change_nothing(body: dict[str, Any]) -> None:
         ({"response_format": {"type": "xml"}}, "invalid_value"),
         ({"stream": True}, "unsupported_parameter"),
         ({"stream": 0}, "unsupported_parameter"),
-        ({"store": True}, "unsupported_parameter"),
         ({"echo": True}, "unsupported_parameter"),
         ({"best_of": 2}, "unsupported_parameter"),
         ({"reasoning_effort": "much"}, "invalid_value"),
@@ -155,7 +162,6 @@ def test_harmless_parameters_change_nothing(body: dict[str, Any]) -> None:
         ({"temprature": 1}, "unknown_parameter"),
         ({"prompt": "hi"}, "unknown_parameter"),
         ({"temprature": None}, "unknown_parameter"),
-        ({"temperature": 2.5}, "invalid_value"),
         ({"temperature": -0.1}, "invalid_value"),
         ({"temperature": math.inf}, "invalid_value"),
         ({"temperature": math.nan}, "invalid_value"),
@@ -163,7 +169,15 @@ def test_harmless_parameters_change_nothing(body: dict[str, Any]) -> None:
         ({"temperature": "1"}, "invalid_type"),
         ({"temperature": True}, "invalid_type"),
         ({"top_p": 1.01}, "invalid_value"),
-        ({"top_k": 1.0}, "invalid_type"),
+        ({"top_k": 1.5}, "invalid_type"),
+        ({"max_tokens": math.inf}, "invalid_type"),
+        ({"bad_words": "x"}, "invalid_type"),
+        ({"bad_words": [""]}, "invalid_value"),
+        ({"allowed_token_ids": []}, "invalid_value"),
+        ({"allowed_token_ids": [256]}, "invalid_value"),
+        ({"truncate_prompt_tokens": 0}, "invalid_value"),
+        ({"skip_special_tokens": "no"}, "invalid_type"),
+        ({"include_stop_str_in_output": 1}, "invalid_type"),
         ({"top_k": -2}, "invalid_value"),
         ({"min_p": [0]}, "invalid_type"),
         ({"max_tokens": 0}, "invalid_value"),
@@ -210,12 +224,54 @@ def test_parameters_that_contradict_each_other() -> None:
     assert error.param == "max_completion_tokens"
 
 
-def test_a_bias_out_of_range_names_its_token() -> None:
-    assert refusal(batch_line("a", {**CHAT, "logit_bias": {"5": 101}})).param == "logit_bias.5"
+def test_a_bias_that_is_no_number_names_its_token() -> None:
+    assert refusal(batch_line("a", {**CHAT, "logit_bias": {"5": "high"}})).param == "logit_bias.5"
+    assert refusal(batch_line("a", {**CHAT, "logit_bias": {"5": math.nan}})).param == "logit_bias.5"
 
 
-def test_completions_take_no_boolean_logprobs() -> None:
-    assert refusal(batch_line("a", {**TEXT, "logprobs": True})).code == "invalid_type"
+TOLERATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "integral floats": ({"max_tokens": 6.0, "n": 2.0, "top_k": 5.0, "seed": 3.0}, {}),
+    "a hot model": ({"temperature": 2.5}, {"temperature": 2.5}),
+    "a cold model": ({"temperature": 1e-9}, {"temperature": 0.01}),
+    "alternatives that nobody asked for": ({"top_logprobs": 0}, {"logprobs": None}),
+    "a bias beyond the range": ({"logit_bias": {"5": 250, "6": -1e9}}, {"logit_bias": {5: 100.0, 6: -100.0}}),
+    "the best of as many": ({"n": 3, "best_of": 3}, {"n": 3}),
+    "words twice": ({"bad_words": ["a", "b", "a"]}, {"bad_words": ("a", "b")}),
+    "tokens twice": ({"allowed_token_ids": [9, 5.0, 9]}, {"allowed_token_ids": (9, 5)}),
+    "a cut prompt": ({"truncate_prompt_tokens": 7}, {"truncate_prompt_tokens": 7}),
+    "shown tokens": ({"skip_special_tokens": False}, {"skip_special_tokens": False}),
+    "a kept stop": ({"include_stop_str_in_output": True}, {"include_stop_str_in_output": True}),
+}
+
+
+@pytest.mark.parametrize("name", TOLERATED)
+def test_what_servers_take_is_taken(name: str) -> None:
+    given, expected = TOLERATED[name]
+    expected = expected or {key: int(value) for key, value in given.items()}
+    sampling = parse({**CHAT, **given}).sampling
+    found = {key: getattr(sampling, key) for key in expected}
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+def test_completions_take_boolean_logprobs_as_vllm_does() -> None:
+    assert parse({**TEXT, "logprobs": True}).sampling.logprobs == 1
+    assert parse({**TEXT, "logprobs": False}).sampling.logprobs is None
+
+
+def test_a_misspelt_parameter_is_told_its_right_name() -> None:
+    assert "did you mean max_tokens?" in refusal(batch_line("a", {**CHAT, "max_token": 5})).message
+    assert "did you mean" not in refusal(batch_line("a", {**CHAT, "zzzzz": 5})).message
+
+
+def test_a_stream_is_refused_with_the_reason() -> None:
+    assert "whole responses" in refusal(batch_line("a", {**CHAT, "stream": True})).message
+
+
+def test_integral_floats_are_token_ids() -> None:
+    (prompt,) = parse({"prompt": [5.0, 6]}).prompts
+    assert prompt == (5, 6)
+    assert all(type(token_id) is int for token_id in prompt)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,12 @@ def native(
         dtype=dtype,
         kv_dtype=kv_dtype,
     )
-    return NativeExecutor(spec, random_weights(spec), config, num_blocks=NUM_BLOCKS, isa=isa)
+    return NativeExecutor(spec, random_weights(spec), config, num_blocks=NUM_BLOCKS, isa=isa, bad_words=token_sequences)
+
+
+def token_sequences(words: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Words that are written as the numbers of their tokens."""
+    return [tuple(map(int, word.split())) for word in words]
 
 
 def specification(
@@ -72,6 +77,10 @@ def specification(
         kv_dtype=kv_dtype,
         has_integer_attention=isa in INTEGER_ATTENTION_ISAS,
     )
+
+
+def possible_sequences(words: tuple[str, ...]) -> list[tuple[int, ...]]:
+    return [word for word in token_sequences(words) if max(word) < tiny_spec().vocab_size]
 
 
 def requests_of(spec: ModelSpec, **sampling: Any) -> list[Request]:
@@ -196,6 +205,13 @@ def test_head_sizes_that_need_padding_or_a_tail_of_columns(head_dim: int, isa: s
     assert_logits_are_specified(spec, random_tokens(spec, 70), isa)
 
 
+BAD_WORDS = (
+    *(str(token) for token in range(0, 320, 3)),
+    *(f"{first} {last}" for first in range(1, 320, 3) for last in range(2, 90, 3)),
+    "1 1 1",
+    "400",
+)
+"""A third of all tokens, pairs of many others, a word that is said when it is said twice, a token that there is not."""
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1},
@@ -205,6 +221,10 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1},
     {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "stop_token_ids": (7,)},
     {"temperature": 0.0, "min_tokens": 6, "logit_bias": {2: 50.0, 7: 49.0}, "ignore_eos": True},
+    {"temperature": 0.0, "allowed_token_ids": tuple(range(100, 140))},
+    {"temperature": 1.0, "allowed_token_ids": (7, 300, 5), "logit_bias": {5: 1.0, 6: 100.0}, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "bad_words": BAD_WORDS},
+    {"temperature": 1.0, "top_k": 9, "bad_words": BAD_WORDS, "frequency_penalty": 0.3},
 ]
 
 
@@ -213,7 +233,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 def test_tokens_and_logprobs_are_those_of_the_specification(sampling: dict[str, Any], isa: str) -> None:
     spec = tiny_spec()
     requests = requests_of(spec, logprobs=2, **sampling)
-    reference = ReferenceExecutor(specification(spec, "bf16", isa), NUM_BLOCKS)
+    reference = ReferenceExecutor(specification(spec, "bf16", isa), NUM_BLOCKS, bad_words=possible_sequences)
     ours, theirs = Table(native(spec, isa=isa), requests), Table(reference, requests)
     assert ours.run(10) == theirs.run(10)
     for slot in range(NUM_SLOTS):
@@ -237,7 +257,8 @@ def test_tokens_are_sampled_from_the_logits_as_specified(
         rows = executor.logits(tokens)[request.num_prompt_tokens - 1 : -1].astype(np.float64)
         for i, (row, token) in enumerate(zip(rows, outputs, strict=True)):
             made = np.array(outputs[:i], dtype=np.int32)
-            assert token == sample(row, request, made, executor.eos_token_ids)
+            words = possible_sequences(request.sampling.bad_words)
+            assert token == sample(row, request, made, executor.eos_token_ids, words)
             expected = token_logprob(row, token, 2)
             assert logprobs[i].logprob == pytest.approx(expected.logprob, abs=1e-4)
             assert [other for other, _ in logprobs[i].top] == [other for other, _ in expected.top]

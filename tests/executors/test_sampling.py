@@ -46,6 +46,22 @@ def test_uniform_uses_all_of_seed_and_position() -> None:
     assert uniform(0, 0) == (0x6627E8D5 >> 8) * 2.0**-24
 
 
+def test_only_allowed_tokens_are_left() -> None:
+    adjusted = adjust(LOGITS, request_of(allowed_token_ids=(4, 0), logit_bias={3: 50.0}), NONE, ())
+    assert np.flatnonzero(np.isfinite(adjusted)).tolist() == [0, 4]
+    assert sample(LOGITS, request_of(temperature=0.0, allowed_token_ids=(4, 0)), NONE, ()) == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "banned"),
+    [([], [1]), ([2], [1, 3]), ([5, 2], [1, 3, 0]), ([2, 5], [1]), ([5, 2, 0, 2], [1, 3])],
+)
+def test_the_last_token_of_a_bad_word_is_banned_after_the_others(output: list[int], banned: list[int]) -> None:
+    words = [(1,), (2, 3), (5, 2, 0)]
+    adjusted = adjust(LOGITS, request_of(prompt=(2, 5)), np.array(output, np.int32), (), words)
+    assert sorted(np.flatnonzero(np.isneginf(adjusted)).tolist()) == sorted(banned)
+
+
 def test_greedy_takes_the_lowest_id_of_equals_and_ignores_the_seed() -> None:
     assert {sample(LOGITS, request_of(seed=seed, temperature=0.0), NONE, ()) for seed in range(5)} == {1}
 

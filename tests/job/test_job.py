@@ -284,13 +284,46 @@ def test_sampling_parameters_survive_the_store(tmp_path: Path) -> None:
             "max_tokens": 3,
         },
         {"prompt": "c", "stop_token_ids": [1, 2]},
+        {"prompt": "d", "allowed_token_ids": [4, 3], "bad_words": ["x"], "skip_special_tokens": False},
     ]
     write_lines(tmp_path / "in.jsonl", [batch_line(body["prompt"], body) for body in bodies])
     run_fake(tmp_path / "in.jsonl", tmp_path / "out.jsonl", generate)
-    first, second, third = found
+    first, second, third, fourth = found
     assert first.sampling.stop == second.sampling.stop == ("x", "é")
     assert first.sampling.logit_bias == {7: 1.0}
     assert (first.sampling.seed, first.seed) == (-1, 2**63 - 1)
     assert (second.sampling.seed, second.sampling.max_tokens) == (2**63 - 1, 3)
     assert (third.sampling.seed, third.sampling.stop_token_ids) == (None, (1, 2))
+    assert third.sampling.allowed_token_ids is None
+    assert (fourth.sampling.allowed_token_ids, fourth.sampling.bad_words) == ((4, 3), ("x",))
+    assert not fourth.sampling.skip_special_tokens
     assert 0 <= third.seed < 2**63
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(tmp_path: Path) -> None:
+    """One token per byte; the context holds 2048."""
+    found: list[Request] = []
+
+    def generate(pending: PendingRequests) -> Any:
+        found.extend(pending[row] for row in range(len(pending)))
+        return FakeEngine()(pending)
+
+    cut = {"truncate_prompt_tokens": 3}
+    fitted = {"truncate_prompt_tokens": -1, "max_tokens": 100}
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "abcdef", **cut},
+        {"prompt": "ab", **cut},
+        {"prompt": ["abcdef", [1, 2, 3, 4, 5]], **cut},
+        {"prompt": "x" * 3000 + "y", **fitted},
+        {"prompt": "x" * 3000, "truncate_prompt_tokens": 2048},
+    ]
+    write_lines(tmp_path / "in.jsonl", [batch_line(str(number), body) for number, body in enumerate(bodies)])
+    report = run_fake(tmp_path / "in.jsonl", tmp_path / "out.jsonl", generate)
+    assert [request.prompt_token_ids.tolist() for request in found[:4]] == [
+        [*b"def"],
+        [*b"ab"],
+        [*b"def"],
+        [3, 4, 5],
+    ]
+    assert found[4].prompt_token_ids.tolist() == [*b"x" * 1947, *b"y"]
+    assert report.errors_by_code == {"context_length_exceeded": 1}

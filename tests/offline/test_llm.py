@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,14 @@ def shared_prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def sampled_params(count: int) -> list[SamplingParams]:
-    """Greedy, sampled, penalised and biased requests of 1 to 30 tokens."""
+    """Greedy, sampled, penalised, biased and bounded requests of 1 to 30 tokens."""
     kinds = (
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.9, top_p=0.9, seed=7),
         SamplingParams(temperature=1.2, top_k=20, repetition_penalty=1.2),
         SamplingParams(temperature=0.7, min_p=0.05, presence_penalty=0.5, frequency_penalty=0.3, min_tokens=4),
         SamplingParams(temperature=1.0, logit_bias={5: 4.0, 9: -100.0}, ignore_eos=True),
+        SamplingParams(temperature=1.5, allowed_token_ids=tuple(range(20, 60)), bad_words=("t", " u", "vw")),
     )
     fields = [{name: getattr(kind, name) for name in SamplingParams.__dataclass_fields__} for kind in kinds]
     return [SamplingParams(**{**fields[i % len(kinds)], "max_tokens": 4 + i * 7 % 27}) for i in range(count)]
@@ -82,6 +84,19 @@ def test_chat_uses_the_template_of_the_model(llm: LLM) -> None:
     (output,) = llm.chat([message], greedy)
     assert output.prompt == "<s>user: what is the answer?\nassistant: "
     assert tokens_of(llm.chat([[message], [message]], greedy)) == tokens_of([output, output])
+
+
+def test_only_allowed_tokens_are_said_and_bad_words_are_not(llm: LLM) -> None:
+    free = SamplingParams(max_tokens=40, temperature=1.0, seed=1, ignore_eos=True)
+    (output,) = llm.generate([[4, 5, 6]], free)
+    said, tokenizer = output.outputs[0].token_ids, llm.model.tokenizer
+    bounded = SamplingParams(max_tokens=40, temperature=1.0, seed=1, ignore_eos=True, allowed_token_ids=(50, 51, 52))
+    assert set(llm.generate([[4, 5, 6]], bounded)[0].outputs[0].token_ids) == {50, 51, 52}
+    token, letter = next((token, text) for token in said if (text := tokenizer.decode([token])).isalpha())
+    assert tokenizer.encode(letter, add_special_tokens=False).tolist() == [token]
+    (clean,) = llm.generate([[4, 5, 6]], replace(free, bad_words=(letter,)))
+    assert token not in clean.outputs[0].token_ids
+    assert len(clean.outputs[0].token_ids) == 40
 
 
 def test_choices_differ_and_repeat(llm: LLM) -> None:

@@ -38,7 +38,10 @@ ENGINES_BY_OPTION: Mapping[str, tuple[str, ...]] = {
         ("native", "vllm"),
     ),
     **dict.fromkeys(
-        ("base_url", "max_inflight", "kv_tokens", "request_timeout", "max_attempts", "max_outage", "tokenizer"),
+        (
+            *("base_url", "header", "max_inflight", "kv_tokens", "request_timeout", "max_attempts", "max_outage"),
+            "tokenizer",
+        ),
         ("http",),
     ),
     **dict.fromkeys(("task", "lora", "vllm_scheduler", "own_process", "vllm_arg", "image_domain"), ("vllm",)),
@@ -148,7 +151,15 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--base-url",
         metavar="URL",
-        help="address of the server, such as http://localhost:8000/v1 (no default: --engine http needs it)",
+        help="address of the server, such as http://localhost:8000/v1; a query such as ?api-version=2024-10-21 goes "
+        "with every request (no default: --engine http needs it)",
+    )
+    group.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help='a header to send with every request, also written "NAME: VALUE"; may be repeated (default: none)',
     )
     group.add_argument(
         "--max-inflight",

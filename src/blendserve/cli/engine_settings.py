@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def _http(args: argparse.Namespace) -> HttpSettings:
         request_timeout_s=args.request_timeout,
         max_attempts=args.max_attempts,
         max_outage_s=args.max_outage,
+        headers=read_headers(args.header),
     )
 
 
@@ -118,6 +120,20 @@ def _vllm(args: argparse.Namespace) -> VllmSettings:
         generation_config=args.generation_config,
         chat=chat_settings(args),
     )
+
+
+def read_headers(options: list[str]) -> dict[str, str]:
+    """NAME=VALUE or "NAME: VALUE", each name once -> values by name. Raises: ConfigError, without the value."""
+    headers: dict[str, str] = {}
+    for option in options:
+        name, _, value = re.split("([:=])", option, maxsplit=1) if re.search("[:=]", option) else ("", "", "")
+        name = name.strip()
+        if not name:
+            raise ConfigError('--header is not understood: write NAME=VALUE, or "NAME: VALUE"')
+        if name.lower() in (given.lower() for given in headers):
+            raise ConfigError(f"--header {name} is given twice; give it once")
+        headers[name] = value.strip()
+    return headers
 
 
 def read_adapters(options: list[str]) -> dict[str, str]:

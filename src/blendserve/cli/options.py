@@ -146,9 +146,10 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--tool-format",
-        choices=TOOL_FORMAT_NAMES,
         default=AUTO,
-        help="how the model writes calls of functions (default: auto, as its template shows)",
+        metavar="NAME",
+        help=f"how the model writes calls of functions: {', '.join(TOOL_FORMAT_NAMES)}; with --engine vllm also the "
+        "name of one of vLLM's tool parsers (default: auto, as its template shows)",
     )
     group.add_argument(
         "--reasoning-format",

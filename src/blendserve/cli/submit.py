@@ -82,11 +82,12 @@ def run(args: argparse.Namespace) -> int:
 
 def client_for(args: argparse.Namespace) -> BatchClient:
     """Raises: ConfigError for an address or a key that cannot be."""
-    from blendserve.engines.http.client import ServerAddress, find_api_key
+    from blendserve.engines.http.address import ServerAddress
+    from blendserve.engines.http.credentials import find_credentials
     from blendserve.serve.client import BatchClient
 
     address = ServerAddress.parse(args.base_url)
-    return BatchClient(address, find_api_key(os.environ, address))
+    return BatchClient(address, find_credentials(os.environ, address))
 
 
 def wait_and_fetch(client: BatchClient, id: str, args: argparse.Namespace) -> int:

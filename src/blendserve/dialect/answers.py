@@ -12,7 +12,7 @@ def with_parts(choice: Choice) -> Choice:
     """The same choice with its parts filled in."""
     extras = choice.extras
     parts, num_reasoning_tokens = choice.codec.parts_of(
-        choice.prompt_token_ids, choice.output, extras.tools, may_call=extras.call_form == "text"
+        choice.prompt_token_ids, choice.output, choice.sampling, extras.tools, may_call=extras.call_form == "text"
     )
     if extras.call_form in ("list", "arguments"):
         parsed = read_forced_json(parts.content, extras.call_form, extras.named)

@@ -70,7 +70,7 @@ def _choice_body(choice: Choice) -> dict[str, Any]:
     return {
         "index": choice.choice,
         "message": message,
-        "logprobs": chat_logprobs(logprobs_of_text(output), choice.codec) if output.logprobs else None,
+        "logprobs": chat_logprobs(logprobs_of_text(output, choice.sampling), choice.codec) if output.logprobs else None,
         "finish_reason": "tool_calls" if parts.calls and output.finish_reason == "stop" else output.finish_reason,
     }
 

@@ -15,7 +15,7 @@ from blendserve.models.conversation import Conversation
 from blendserve.models.detokenize import marked_text_of, text_of
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.models.tool_formats.format import Tool
-from blendserve.request import SequenceOutput, StructuredOutputs, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, StructuredOutputs, TokenIds
 
 _TAIL_TOKENS = 16
 """Of a prompt: enough to see whether it ends inside the reasoning."""
@@ -88,16 +88,17 @@ class ModelCodec:
         self,
         prompt_token_ids: Sequence[int] | TokenIds,
         output: SequenceOutput,
+        sampling: SamplingParams,
         tools: Sequence[Tool],
         *,
         may_call: bool,
     ) -> tuple[AnswerParts, int]:
         formats = self._formats
         if formats.reasoning is None and not may_call:
-            return AnswerParts(self.text_of(output)), 0
+            return AnswerParts(self.text_of(output, sampling)), 0
         kept = frozenset(formats.special_ids.values())
         is_open = formats.reasoning is not None and formats.reasoning.is_open(self._tail_of(prompt_token_ids))
-        text = marked_text_of(self._tokenizer, output, kept) if kept else self.text_of(output)
+        text = marked_text_of(self._tokenizer, output, sampling, kept) if kept else self.text_of(output, sampling)
         parts = formats.take_apart(text, tools, is_open=is_open, may_call=may_call)
         return parts, self._num_tokens(output.token_ids, parts.reasoning_end, kept)
 
@@ -108,12 +109,13 @@ class ModelCodec:
         decode = self._tokenizer.decode_keeping
         return bisect_left(range(len(token_ids)), num_characters, key=lambda n: len(decode(token_ids[:n], kept)))
 
-    def text_of(self, output: SequenceOutput) -> str:
+    def text_of(self, output: SequenceOutput, sampling: SamplingParams) -> str:
         return text_of(
             self._tokenizer,
             output.token_ids,
             output.finish_reason,
             output.stop_reason,
+            sampling,
             has_stop_token=output.has_stop_token,
         )
 

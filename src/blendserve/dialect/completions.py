@@ -27,8 +27,8 @@ def _choice_body(choice: Choice) -> dict[str, Any]:
     output, codec = choice.output, choice.codec
     return {
         "index": choice.choice,
-        "text": codec.text_of(output),
-        "logprobs": completion_logprobs(logprobs_of_text(output), codec) if output.logprobs else None,
+        "text": choice.text,
+        "logprobs": completion_logprobs(logprobs_of_text(output, choice.sampling), codec) if output.logprobs else None,
         "finish_reason": output.finish_reason,
     }
 

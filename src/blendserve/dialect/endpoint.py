@@ -18,6 +18,7 @@ from blendserve.models.tool_formats.format import Tool
 from blendserve.request import SamplingParams, SequenceOutput, StructuredOutputs, TokenIds
 
 EncodedPrompt = Sequence[int] | TokenIds
+_PLAIN = SamplingParams()
 
 
 class Codec(Protocol):
@@ -25,19 +26,26 @@ class Codec(Protocol):
 
     `encode` takes texts and conversations in batches and returns, in their order, token ids or why there are none; it
     raises RequestError where it does not know whose fault it is (the batch is then taken apart to find out). `text_of`
-    is the answer without its stop token or stop string, `parts_of` the same taken apart: reasoning, calls of `tools`
-    (where the answer may hold any) and content, with the number of tokens that the reasoning took.
+    is the answer as its parameters want it, mostly without its stop token or stop string; `parts_of` is the same taken
+    apart: reasoning, calls of `tools` (where the answer may hold any) and content, with the number of tokens that the
+    reasoning took.
     `use_date` sets what chat templates get as today. `settled` is what a chat's answer must look like, given what its
     prompt came to.
     """
 
     def encode(self, prompts: Sequence[str | Conversation]) -> Sequence[EncodedPrompt | RequestError]: ...
     def parts_of(
-        self, prompt_token_ids: EncodedPrompt, output: SequenceOutput, tools: Sequence[Tool], *, may_call: bool
+        self,
+        prompt_token_ids: EncodedPrompt,
+        output: SequenceOutput,
+        sampling: SamplingParams,
+        tools: Sequence[Tool],
+        *,
+        may_call: bool,
     ) -> tuple[AnswerParts, int]: ...
     def use_date(self, date: str) -> None: ...
     def settled(self, structure: StructuredOutputs, prompt_token_ids: EncodedPrompt) -> StructuredOutputs: ...
-    def text_of(self, output: SequenceOutput) -> str: ...
+    def text_of(self, output: SequenceOutput, sampling: SamplingParams) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
@@ -80,8 +88,13 @@ class Choice:
     output: SequenceOutput
     extras: Extras
     codec: Codec
+    sampling: SamplingParams = _PLAIN
     parts: AnswerParts = NO_PARTS
     num_reasoning_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.codec.text_of(self.output, self.sampling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from blendserve.dialect.endpoint import Codec
-from blendserve.request import SequenceOutput, TokenLogprob
+from blendserve.request import SamplingParams, SequenceOutput, TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI reports for minus infinity, which JSON cannot say."""
 
 
-def logprobs_of_text(output: SequenceOutput) -> Sequence[TokenLogprob]:
-    """Those of the tokens that the answer's text holds: a final stop token is no part of it."""
-    is_stopped = output.finish_reason == "stop" and output.has_stop_token
-    ends_in_stop_token = is_stopped and not isinstance(output.stop_reason, str)
-    return output.logprobs[:-1] if ends_in_stop_token else output.logprobs
+def logprobs_of_text(output: SequenceOutput, sampling: SamplingParams) -> Sequence[TokenLogprob]:
+    """Those of the tokens that the answer's text holds: a final stop token is no part of it, unless that was asked."""
+    is_stopped = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
+    ends_in_stop_token = is_stopped and output.has_stop_token
+    is_left_out = ends_in_stop_token and not sampling.include_stop_str_in_output
+    return output.logprobs[:-1] if is_left_out else output.logprobs
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], codec: Codec) -> dict[str, Any]:

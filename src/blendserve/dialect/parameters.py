@@ -6,25 +6,29 @@ it is). A name in neither is an error. `null` means "not given", as with OpenAI.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from blendserve.errors import RequestError
-from blendserve.request import SamplingParams
+from blendserve.request import SamplingParams, TokenIds
 
 MAX_INT32 = 2**31 - 1
 MAX_STOP_STRINGS = 64
+MAX_BAD_WORDS = 1000
 MAX_CHOICES = 128
 MAX_LISTED_TOKENS = 1 << 14
 MAX_LOGPROBS = 20
 SMALLEST_TOP_P = 1e-6
 """OpenAI takes top_p = 0 and always keeps the best token; so does a nucleus this small."""
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 1e30
 
 Reader = Callable[[str, Any], Any]
+Tokens = TypeVar("Tokens", bound=Sequence[int] | TokenIds)
 
 
 def shown(value: object) -> str:
@@ -48,9 +52,11 @@ def read_boolean(name: str, value: Any) -> bool:
 
 
 def integer_between(lowest: int, highest: int) -> Reader:
-    """A reader of integers in [lowest, highest]; true, false and 1.0 are no integers."""
+    """A reader of integers in [lowest, highest]. 6.0 counts as 6; true and false are no integers."""
 
     def read(name: str, value: Any) -> int:
+        if type(value) is float and value.is_integer():
+            value = int(value)
         if type(value) is not int:
             reject(name, value, "an integer", code="invalid_type")
         if not lowest <= value <= highest:
@@ -75,20 +81,18 @@ def number_between(lowest: float, highest: float) -> Reader:
 
 _read_top_p = number_between(0.0, 1.0)
 _read_token_id = integer_between(0, MAX_INT32)
-_read_bias = number_between(-100.0, 100.0)
 
 
 def read_token_ids(name: str, value: Any) -> tuple[int, ...]:
     """A list of token ids. Raises: RequestError for anything that is no list of integers in [0, 2^31)."""
     if not isinstance(value, list):
         reject(name, value, "a list of token ids", code="invalid_type")
-    for token_id in value:
-        if type(token_id) is not int or not 0 <= token_id <= MAX_INT32:
-            _read_token_id(name, token_id)
-    return tuple(value)
+    if all(type(token_id) is int and 0 <= token_id <= MAX_INT32 for token_id in value):
+        return tuple(value)
+    return tuple(_read_token_id(name, token_id) for token_id in value)
 
 
-def _read_stop_token_ids(name: str, value: Any) -> tuple[int, ...]:
+def _read_listed_tokens(name: str, value: Any) -> tuple[int, ...]:
     token_ids = tuple(dict.fromkeys(read_token_ids(name, value)))
     if len(token_ids) > MAX_LISTED_TOKENS:
         _reject_long(name, len(token_ids))
@@ -99,6 +103,37 @@ def _reject_long(name: str, num_tokens: int) -> NoReturn:
     raise RequestError(
         f"{name} names {num_tokens} tokens; at most {MAX_LISTED_TOKENS}", code="invalid_value", param=name
     )
+
+
+def _read_allowed_tokens(name: str, value: Any) -> tuple[int, ...]:
+    token_ids = _read_listed_tokens(name, value)
+    if not token_ids:
+        reject(name, value, "a list of at least one token id")
+    return token_ids
+
+
+def _read_temperature(name: str, value: Any) -> float:
+    """Any number from 0 up. As in vLLM, what is above 0 counts as at least 0.01: the smallest would divide by zero."""
+    if type(value) is not float and type(value) is not int:
+        reject(name, value, "a number", code="invalid_type")
+    if not 0 <= value <= LARGEST_TEMPERATURE:
+        reject(name, value, "finite, and 0 or more")
+    return max(float(value), SMALLEST_TEMPERATURE) if value else 0.0
+
+
+def _read_truncation(name: str, value: Any) -> int:
+    num_tokens: int = integer_between(-1, MAX_INT32)(name, value)
+    if num_tokens == 0:
+        reject(name, value, "the number of tokens to keep, or -1 for as many as the context holds")
+    return num_tokens
+
+
+def _read_completion_logprobs(name: str, value: Any) -> int | None:
+    """A number of alternatives. As in vLLM, true is 1; false asks for none."""
+    if isinstance(value, bool):
+        return 1 if value else None
+    number: int = integer_between(0, MAX_LOGPROBS)(name, value)
+    return number
 
 
 def _read_nucleus(name: str, value: Any) -> float:
@@ -117,16 +152,21 @@ def _read_repetition_penalty(name: str, value: Any) -> float:
 
 
 def _read_stop(name: str, value: Any) -> tuple[str, ...]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
-        reject(name, value, "a string or a list of strings", code="invalid_type")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise RequestError(
-            f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS}", code="invalid_value", param=name
-        )
-    if "" in strings:
+    return _read_strings(name, [value] if isinstance(value, str) else value, "a string or a list of strings")
+
+
+def _read_bad_words(name: str, value: Any) -> tuple[str, ...]:
+    return _read_strings(name, value, "a list of strings", MAX_BAD_WORDS)
+
+
+def _read_strings(name: str, value: Any, wanted: str, most: int = MAX_STOP_STRINGS) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(string, str) for string in value):
+        reject(name, value, wanted, code="invalid_type")
+    if len(value) > most:
+        raise RequestError(f"{name} has {len(value)} strings; at most {most}", code="invalid_value", param=name)
+    if "" in value:
         reject(name, value, "without empty strings")
-    return tuple(strings)
+    return tuple(dict.fromkeys(value))
 
 
 def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
@@ -144,18 +184,33 @@ def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
     return bias
 
 
+def _read_bias(name: str, value: Any) -> float:
+    """A number; as in vLLM, one beyond the range counts as the end of it."""
+    if type(value) is not float and type(value) is not int:
+        reject(name, value, "a number", code="invalid_type")
+    if value != value:
+        reject(name, value, "a number from -100 to 100")
+    return float(min(max(value, -100), 100))
+
+
 _READERS: Mapping[str, Reader] = {
     "max_tokens": integer_between(1, MAX_INT32),
     "max_completion_tokens": integer_between(1, MAX_INT32),
     "min_tokens": integer_between(0, MAX_INT32),
-    "temperature": number_between(0.0, 2.0),
+    "temperature": _read_temperature,
     "top_p": _read_nucleus,
     "top_k": _read_top_k,
     "min_p": number_between(0.0, 1.0),
     "seed": integer_between(-(2**63), 2**63 - 1),
     "stop": _read_stop,
-    "stop_token_ids": _read_stop_token_ids,
+    "stop_token_ids": _read_listed_tokens,
     "ignore_eos": read_boolean,
+    "include_stop_str_in_output": read_boolean,
+    "skip_special_tokens": read_boolean,
+    "spaces_between_special_tokens": read_boolean,
+    "bad_words": _read_bad_words,
+    "allowed_token_ids": _read_allowed_tokens,
+    "truncate_prompt_tokens": _read_truncation,
     "n": integer_between(1, MAX_CHOICES),
     "logit_bias": _read_logit_bias,
     "presence_penalty": number_between(-2.0, 2.0),
@@ -167,26 +222,33 @@ _CHAT_READERS: Mapping[str, Reader] = {
     "logprobs": read_boolean,
     "top_logprobs": integer_between(0, MAX_LOGPROBS),
 }
-_COMPLETION_READERS: Mapping[str, Reader] = {**_READERS, "logprobs": integer_between(0, MAX_LOGPROBS)}
+_COMPLETION_READERS: Mapping[str, Reader] = {**_READERS, "logprobs": _read_completion_logprobs}
+_PYTHON_READERS: Mapping[str, Reader] = {**_COMPLETION_READERS, "detokenize": read_boolean}
 
-_IGNORED = frozenset(
-    ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "priority")
+IGNORED_FIELDS = frozenset(
+    (
+        *("user", "metadata", "store", "safety_identifier", "service_tier", "request_id", "stream_options"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_salt"),
+        *("priority", "kv_transfer_params", "provider", "timeout", "extra_headers", "extra_query"),
+    )
 )
-"""Bookkeeping of the caller: any value, no effect on the answer."""
+"""Bookkeeping of the caller, and what tells a client or a server how to do its work: any value, no effect on the
+answer.
+"""
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "stream": (False,),
-    "stream_options": (),
-    "store": (False,),
     "best_of": (1,),
     "echo": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "truncate_prompt_tokens": (),
+    "detokenize": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "safe_prompt": (False,),
     "prompt_logprobs": (),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -217,7 +279,7 @@ def read_chat_parameters(body: Mapping[str, Any]) -> SamplingParams:
     num_top = values.pop("top_logprobs", None)
     if values.pop("logprobs", False):
         values["logprobs"] = num_top or 0
-    elif num_top is not None:
+    elif num_top:
         raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
     return _build(values, default_max_tokens=None)
 
@@ -238,7 +300,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
         for field in fields(SamplingParams)
         if field.name != "structured_outputs"
     }
-    values = {name: _COMPLETION_READERS[name](name, value) for name, value in given.items() if value is not None}
+    values = {name: _PYTHON_READERS[name](name, value) for name, value in given.items() if value is not None}
     checked = replace(_build(values, default_max_tokens=None), structured_outputs=params.structured_outputs)
     check_vocabulary(checked, vocab_size)
     return checked
@@ -252,10 +314,20 @@ def _as_json(value: Any) -> Any:
     return [_as_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
+def kept_tokens(token_ids: Tokens, num_kept: int | None, max_tokens: int | None, max_model_len: int) -> Tokens:
+    """The end of a prompt that `truncate_prompt_tokens` keeps, all where it is None. -1 keeps what the context holds
+    beside `max_tokens` of answer; `max_model_len=0`: the context is not known.
+    """
+    if num_kept == -1:
+        num_kept = max(1, max_model_len - (max_tokens or 1)) if max_model_len else None
+    return token_ids if num_kept is None else token_ids[-num_kept:]  # type: ignore[return-value]
+
+
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     """Raises: RequestError where parameters name tokens that the model does not have."""
     check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     check_token_ids("logit_bias", tuple(params.logit_bias), vocab_size)
+    check_token_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
 
 
 def check_token_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
@@ -273,15 +345,25 @@ def _read_all(
             if value is not None:
                 values[name] = readers[name](name, value)
         elif name in neutral:
-            if value is not None and not _is_one_of(value, neutral[name]):
+            if value is not None and not _is_one_of(value, (*neutral[name], *_same_as_absent(name, body))):
                 _reject_unsupported(name, value, neutral[name])
-        elif name not in _IGNORED and name not in ("model", prompt_field):
+        elif name not in IGNORED_FIELDS and name not in ("model", prompt_field):
             raise RequestError(
-                f"unknown parameter {shown(name)}: remove it, or correct its spelling",
+                f"unknown parameter {shown(name)}: remove it, or correct its spelling{_meant(name, readers)}",
                 code="unknown_parameter",
                 param=name[:100],
             )
     return values
+
+
+def _meant(name: str, known: Mapping[str, Reader]) -> str:
+    close = difflib.get_close_matches(name[:100], known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _same_as_absent(name: str, body: Mapping[str, Any]) -> tuple[object, ...]:
+    """The best n of n answers are all of them."""
+    return (body["n"],) if name == "best_of" and body.get("n") is not None else ()
 
 
 def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
@@ -289,6 +371,12 @@ def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
 
 
 def _reject_unsupported(name: str, value: object, allowed: tuple[object, ...]) -> NoReturn:
+    if name == "stream":
+        raise RequestError(
+            f"stream is {shown(value)}; a batch file is answered by whole responses: remove it, or set it to false",
+            code="unsupported_parameter",
+            param=name,
+        )
     choices = " or ".join(["absent", *(json.dumps(other) for other in allowed)])
     raise RequestError(
         f"{name} = {shown(value)} is not supported and would change the answer; it must be {choices}",

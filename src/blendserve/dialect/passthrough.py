@@ -119,6 +119,7 @@ def _generates(url: str) -> bool:
 
 
 def _count(value: object) -> int | None:
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value if type(value) is int and 0 < value <= MAX_INT32 else None
 
 

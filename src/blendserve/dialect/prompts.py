@@ -23,7 +23,7 @@ def read_prompts(name: str, body: Mapping[str, Any]) -> tuple[Prompt, ...]:
         return (_check_not_empty(name, prompt),)
     if not isinstance(prompt, list) or not prompt:
         reject(name, prompt, "a string or a list that is not empty", code="invalid_type")
-    if type(prompt[0]) is int:
+    if type(prompt[0]) in (int, float):
         return (read_token_ids(name, prompt),)
     if len(prompt) > MAX_PROMPTS:
         raise RequestError(

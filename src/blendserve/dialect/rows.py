@@ -66,15 +66,21 @@ def error_row(line_number: int, custom_id: str | None, error: Exception) -> byte
     return _row(key, custom_id, {"status_code": error.status_code, "request_id": f"req_{key}", "body": body}, None)
 
 
-def served_row(line: StoredLine, response: ServerResponse) -> bytes:
-    """The row of a line that a remote server answered, well or not: the server's own body, untouched."""
+def served_row(line: StoredLine, response: ServerResponse, problem: Exception | None = None) -> bytes:
+    """The row of a line that a remote server answered, well or not: the server's own body, untouched. `problem`: what
+    is wrong with a response that says it is a success and holds no answer.
+    """
     key = key_of(line.line_number, line.custom_id)
     fields = {
         "status_code": response.status_code,
         "request_id": response.request_id or f"req_{key}",
         "body": response.body,
     }
-    return _row(key, line.custom_id, fields, None)
+    error = None
+    if problem is not None:
+        code = problem.code if isinstance(problem, RequestError) else "server_error"
+        error = {"code": code, "message": f"line {line.line_number}: {problem}", "line": line.line_number}
+    return _row(key, line.custom_id, fields, error)
 
 
 def error_code_of(row: bytes) -> str:

@@ -15,6 +15,7 @@ from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.conversation import Conversation, Message
 from blendserve.models.tool_formats.format import CallGrammar, ParsedAnswer, Tool, ToolCall, Wanted, to_json
 from blendserve.models.tool_formats.lark import schema_of
+from blendserve.models.tool_formats.table import TOOL_FORMATS
 from blendserve.models.tool_formats.written import with_tools_written
 from blendserve.request import StructuredOutputs
 
@@ -60,7 +61,7 @@ def tools_of(options: ChatOptions, formats: ChatFormats) -> tuple[Tool, ...]:
     if options.mode == "none" or formats.tools is None:
         return ()
     tools = tuple(map(Tool.of, options.tools))
-    is_typed = formats.tools.name in _TYPED_FORMATS
+    is_typed = formats.tools.name in _TYPED_FORMATS or formats.tools.name not in TOOL_FORMATS
     return tuple(Tool(tool.name, tool.parameters if is_typed else None) for tool in tools)
 
 
@@ -89,6 +90,13 @@ def structure_of(
     wanted = Wanted(tools, options.is_parallel and options.mode != "named", formats.special_ids)
     if is_must:
         return StructuredOutputs(lark=formats.tools.forced(wanted)), "text"
+    if structure is not None and forces_json:
+        raise RequestError(
+            "this engine cannot choose between a call and an answer of another shape; give one of them, or set "
+            'tool_choice to "none"',
+            code="unsupported_parameter",
+            param="tools",
+        )
     if structure is not None:
         return _either(replace_answer(wanted, structure), formats), "text"
     if options.is_strict and not forces_json:

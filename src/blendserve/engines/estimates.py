@@ -24,7 +24,7 @@ from blendserve.models.tokenizer import Tokenizer
 from blendserve.models.tool_formats.format import Tool
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.tree import PrefixTree
-from blendserve.request import SequenceOutput, StructuredOutputs, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, StructuredOutputs, TokenIds
 
 BYTES_PER_TOKEN = 4
 DEFAULT_MAX_OUTPUT_TOKENS = 4096
@@ -49,7 +49,7 @@ class EstimatingCodec:
             for prompt, outcome in zip(prompts, encoded, strict=True)
         ]
 
-    def text_of(self, output: SequenceOutput) -> NoReturn:
+    def text_of(self, output: SequenceOutput, _: SamplingParams) -> NoReturn:
         raise ExecutorError(f"request {output.index} has no response; this is a bug, please report it")
 
     def use_date(self, date: str) -> None:
@@ -62,11 +62,12 @@ class EstimatingCodec:
         self,
         prompt_token_ids: EncodedPrompt,  # noqa: ARG002
         output: SequenceOutput,
+        sampling: SamplingParams,
         tools: Sequence[Tool],  # noqa: ARG002
         *,
         may_call: bool,  # noqa: ARG002
     ) -> NoReturn:
-        self.text_of(output)
+        self.text_of(output, sampling)
 
     def token_bytes(self, token_id: int) -> NoReturn:
         raise ExecutorError(f"token {token_id} has no response; this is a bug, please report it")

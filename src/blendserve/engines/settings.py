@@ -167,8 +167,10 @@ class HttpSettings:
     - `request_timeout_s`: seconds for one try of a request, to the last byte of its answer (default: 600).
     - `max_attempts`: tries before a request becomes an error row (default: 6).
     - `max_outage_s`: seconds to wait for a server that is down before the run ends (default: 600).
+    - `headers`: further headers of every request, such as {"api-key": "..."} (default: none).
 
-    The key comes from the environment: BLENDSERVE_API_KEY, or else OPENAI_API_KEY.
+    `base_url` may have a query, such as "?api-version=2024-10-21"; it goes with every request. The key comes from the
+    environment: BLENDSERVE_API_KEY, or else OPENAI_API_KEY. Keys and secret headers are shown nowhere.
     Raises: ConfigError for a value that cannot work.
     """
 
@@ -180,6 +182,7 @@ class HttpSettings:
     request_timeout_s: float = 600.0
     max_attempts: int = 6
     max_outage_s: float = 600.0
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "max_inflight", "kv_tokens", "max_attempts")

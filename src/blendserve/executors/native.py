@@ -17,6 +17,7 @@ from blendserve.costs.hardware import Peaks
 from blendserve.costs.step_cost import OverlapCost
 from blendserve.engine.step import StepPlan, StepResult
 from blendserve.errors import CapacityError, ConfigError, ExecutorError
+from blendserve.executors.sampling import BadWordLookup, no_bad_words
 from blendserve.executors.trace import StepTrace
 from blendserve.host import usable_cores
 from blendserve.models.rope import attention_factor, inverse_frequencies
@@ -82,6 +83,7 @@ class NativeExecutor:
     precisions of weights and of KV; `isa` is "auto" or a name that `_native.is_supported` accepts.
 
     `overlap_cost` tells steps in which overlap pays where `config.overlap` is "auto": none where it is None.
+    `bad_words` gives the token sequences of words.
 
     `compute_s` and `memory_s` of a step are its work at the rates of `peaks`: all arithmetic of matrix products and
     attention, and what has to come from memory (weights once, KV once per sequence or shared prefix). Over its
@@ -105,8 +107,11 @@ class NativeExecutor:
         peaks: Peaks | None = None,
         trace: StepTrace | None = None,
         overlap_cost: OverlapCost | None = None,
+        bad_words: BadWordLookup = no_bad_words,
     ) -> None:
         self.num_blocks = num_blocks
+        self._vocab_size = spec.vocab_size
+        self._bad_words = bad_words
         self._dtype, self._kv_dtype = config.dtype, config.kv_dtype
         self.eos_token_ids = spec.eos_token_ids
         self._peaks = peaks
@@ -177,7 +182,9 @@ class NativeExecutor:
         self._peaks = peaks
 
     def admit(self, slot: int, request: Request) -> None:
-        self._model.admit(slot, _sampling_params(request, self.eos_token_ids))
+        words = self._bad_words(request.sampling.bad_words)
+        possible = [list(word) for word in words if max(word) < self._vocab_size]
+        self._model.admit(slot, _sampling_params(request, self.eos_token_ids, possible))
 
     def release(self, slot: int) -> None:
         self._model.release(slot)
@@ -242,7 +249,9 @@ class NativeExecutor:
             del self._model
 
 
-def _sampling_params(request: Request, eos_token_ids: tuple[int, ...]) -> _native.SamplingParams:
+def _sampling_params(
+    request: Request, eos_token_ids: tuple[int, ...], bad_words: list[list[int]]
+) -> _native.SamplingParams:
     sampling = request.sampling
     ends = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *eos_token_ids)
     return _native.SamplingParams(
@@ -259,6 +268,8 @@ def _sampling_params(request: Request, eos_token_ids: tuple[int, ...]) -> _nativ
         seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
         logit_bias=list(sampling.logit_bias.items()),
         stop_token_ids=list(ends),
+        allowed_token_ids=list(sampling.allowed_token_ids or ()),
+        bad_words=bad_words,
     )
 
 

@@ -17,7 +17,7 @@ from blendserve.config import BLOCK_SIZE, KvDtype
 from blendserve.engine.step import Int32s, StepPlan, StepResult
 from blendserve.errors import ConfigError
 from blendserve.executors.int8_kv import CHUNK_TOKENS, Int8KvCache, attend_by_floats, attend_by_integers
-from blendserve.executors.sampling import masked, sample, token_logprob
+from blendserve.executors.sampling import BadWordLookup, masked, no_bad_words, sample, token_logprob
 from blendserve.models.int8 import Int8Rows, int8_activations, int8_product, int8_weights
 from blendserve.models.rope import attention_factor, inverse_frequencies
 from blendserve.models.spec import ModelSpec
@@ -215,13 +215,20 @@ class ReferenceExecutor:
 
     needs_tokens = True
 
-    def __init__(self, model: ReferenceModel, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
+    def __init__(
+        self,
+        model: ReferenceModel,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
+        bad_words: BadWordLookup = no_bad_words,
+    ) -> None:
         if num_blocks < 1:
             raise ConfigError(f"num_blocks is {num_blocks}; it must be at least 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.eos_token_ids = model.spec.eos_token_ids
         self._model = model
+        self._bad_words = bad_words
         self._cache = kv_cache(model, num_blocks, block_size)
         self._request_by_slot: dict[int, Request] = {}
 
@@ -250,7 +257,9 @@ class ReferenceExecutor:
             logits = self._model.logits(hidden[-1:])[0]
             if masks is not None and words is not None and masks.row_of[len(tokens)] >= 0:
                 logits = masked(logits, words[masks.row_of[len(tokens)]])
-            token = sample(logits, request, plan.token_ids[slot, request.num_prompt_tokens : end], self.eos_token_ids)
+            bad_words = self._bad_words(request.sampling.bad_words)
+            output_ids = plan.token_ids[slot, request.num_prompt_tokens : end]
+            token = sample(logits, request, output_ids, self.eos_token_ids, bad_words)
             if request.sampling.logprobs is not None:
                 logprobs[len(tokens)] = token_logprob(logits, token, request.sampling.logprobs)
             tokens.append(token)

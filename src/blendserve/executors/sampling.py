@@ -1,21 +1,27 @@
 """How a token is chosen from a row of logits: the rule that every executor with real logits follows.
 
-In this order: -infinity for tokens that a grammar's mask leaves out; logit bias; no end token before `min_tokens`;
-repetition, then frequency and presence penalties; at temperature 0 the largest logit wins (the lowest id among equals).
-Otherwise logits / temperature are filtered by min_p, top_k and top_p and the token is drawn by inverse CDF in token-id
-order with u = (word 0 of Philox4x32-10, key = seed, counter = output position) >> 8, times 2^-24.
+In this order: -infinity for tokens that a grammar's mask leaves out; only allowed tokens; no bad word completed; logit
+bias; no end token before `min_tokens`; repetition, then frequency and presence penalties; at temperature 0 the largest
+logit wins (the lowest id among equals). Otherwise logits / temperature are filtered by min_p, top_k and top_p and the
+token is drawn by inverse CDF in token-id order with
+u = (word 0 of Philox4x32-10, key = seed, counter = output position) >> 8, times 2^-24.
 So a token depends on its request's seed, its position and the logits, never on the batch. csrc/ops/sample is its twin.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.errors import ExecutorError
 from blendserve.request import Request, SamplingParams, TokenLogprob
 
 Doubles = NDArray[np.float64]
 TokenIds = NDArray[np.int32]
+BadWordLookup = Callable[[tuple[str, ...]], Sequence[tuple[int, ...]]]
+"""From words to their token sequences."""
 
 _MASK = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -43,10 +49,23 @@ def uniform(seed: int, output_position: int) -> float:
     return (word >> 8) * 2.0**-24
 
 
-def sample(logits: Doubles, request: Request, output_ids: TokenIds, eos_token_ids: tuple[int, ...]) -> int:
+def no_bad_words(words: tuple[str, ...]) -> Sequence[tuple[int, ...]]:
+    """For executors without a tokenizer. Raises: ExecutorError where words are given."""
+    if words:
+        raise ExecutorError("bad_words need the model's tokenizer, which this executor was not given")
+    return ()
+
+
+def sample(
+    logits: Doubles,
+    request: Request,
+    output_ids: TokenIds,
+    eos_token_ids: tuple[int, ...],
+    bad_words: Sequence[Sequence[int]] = (),
+) -> int:
     """The next token of a request that has generated `output_ids` so far. Shapes: `logits` [vocab_size], unchanged."""
     params = request.sampling
-    adjusted = adjust(logits, request, output_ids, eos_token_ids)
+    adjusted = adjust(logits, request, output_ids, eos_token_ids, bad_words)
     if not np.isfinite(adjusted).any():  # only what must not end it may come: the grammar decides
         return int(np.flatnonzero(np.isfinite(logits))[0])
     if params.temperature == 0.0:
@@ -58,10 +77,21 @@ def sample(logits: Doubles, request: Request, output_ids: TokenIds, eos_token_id
     return min(token, int(np.flatnonzero(weights)[-1]))  # rounding may place u * total at the very end
 
 
-def adjust(logits: Doubles, request: Request, output_ids: TokenIds, eos_token_ids: tuple[int, ...]) -> Doubles:
-    """Logits after bias, minimum length and penalties, as a new array."""
+def adjust(
+    logits: Doubles,
+    request: Request,
+    output_ids: TokenIds,
+    eos_token_ids: tuple[int, ...],
+    bad_words: Sequence[Sequence[int]] = (),
+) -> Doubles:
+    """Logits after allowed tokens, bad words, bias, minimum length and penalties, as a new array."""
     params = request.sampling
     adjusted = np.array(logits, dtype=np.float64)
+    if params.allowed_token_ids is not None:
+        adjusted[np.setdiff1d(np.arange(len(adjusted)), params.allowed_token_ids)] = -np.inf
+    for *before, last in bad_words:
+        if len(before) <= len(output_ids) and before == output_ids[len(output_ids) - len(before) :].tolist():
+            adjusted[last] = -np.inf
     for token, bias in params.logit_bias.items():
         adjusted[token] += bias
     if len(output_ids) < params.min_tokens:

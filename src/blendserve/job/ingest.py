@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from blendserve.dialect.endpoint import Codec, EncodedPrompt
 from blendserve.dialect.endpoints import ENDPOINTS
+from blendserve.dialect.parameters import kept_tokens
 from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.schema import BatchLine
 from blendserve.errors import RequestError
@@ -105,6 +106,9 @@ def _checked(
     for token_ids in encoded:
         if isinstance(token_ids, RequestError):
             return RequestError(token_ids.message, code=token_ids.code, param=token_ids.param or param)
+        token_ids = kept_tokens(
+            token_ids, line.sampling.truncate_prompt_tokens, line.sampling.max_tokens, max_model_len
+        )
         if not len(token_ids):
             return RequestError(
                 f"{param or 'the prompt'} is empty: it comes to no token; write at least one word",
@@ -131,7 +135,8 @@ def _num_characters(line: BatchLine | BadLine) -> int:
     if isinstance(line, BadLine):
         return len(line.custom_id or "")
     sampling = line.sampling
-    listed = 4 * len(sampling.stop_token_ids) + 8 * len(sampling.logit_bias) + sum(map(len, sampling.stop))
+    token_ids = len(sampling.stop_token_ids) + len(sampling.allowed_token_ids or ())
+    listed = 4 * token_ids + 8 * len(sampling.logit_bias) + sum(map(len, (*sampling.stop, *sampling.bad_words)))
     return len(line.custom_id) + len(line.body) + listed + sum(map(_prompt_characters, line.prompts))
 
 

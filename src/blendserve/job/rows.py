@@ -105,8 +105,9 @@ class RowAssembler:
             raise ExecutorError(f"the engine ended request {number} twice; this is a bug, please report it")
         line = self._store.line(row)
         if output.response is not None:
-            kind = kind_of_response(output.response)
-            self._finish(row, line, kind, served_row(line, output.response))
+            problem = output.error if output.response.is_success else None
+            kind = kind_of_response(output.response) if problem is None else kind_of_error(problem)
+            self._finish(row, line, kind, served_row(line, output.response, problem))
             return
         if output.finish_reason == "error":
             error = output.error or ExecutorError("the engine gave no reason")
@@ -115,8 +116,8 @@ class RowAssembler:
         choice = number - line.first_request
         extras = Extras.from_bytes(self._store.body(row))
         prompt_token_ids = self._store.prompt_of(number)
-        key = key_of(line.line_number, line.custom_id)
-        finished = finished_choice(Choice(line, key, choice, prompt_token_ids, output, extras, self._codec))
+        key, sampling = key_of(line.line_number, line.custom_id), self._store.sampling(row)
+        finished = finished_choice(Choice(line, key, choice, prompt_token_ids, output, extras, self._codec, sampling))
         offsets = self._offsets.get(row, {})
         if len(offsets) + 1 < line.num_choices:
             body = choice_to_bytes(finished)

@@ -7,6 +7,8 @@ from typing import Any
 
 from blendserve.request import SamplingParams, StructuredOutputs
 
+_LIST_FIELDS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+
 
 def given_fields(structure: StructuredOutputs) -> dict[str, Any]:
     """What a structure says, for JSON."""
@@ -15,8 +17,8 @@ def given_fields(structure: StructuredOutputs) -> dict[str, Any]:
 
 def sampling_from(values: dict[str, Any]) -> SamplingParams:
     """Parameters from the values of that JSON. Mutates: `values`."""
-    values["stop"] = tuple(values["stop"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    for name in _LIST_FIELDS:
+        values[name] = None if values[name] is None else tuple(values[name])
     values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
     if structure := values.get("structured_outputs"):
         values["structured_outputs"] = StructuredOutputs(**{**structure, "choice": tuple(structure.get("choice", ()))})

@@ -223,6 +223,10 @@ class TokenStore:
     def num_lines(self) -> int:
         return len(self._lines)
 
+    def sampling(self, row: int) -> SamplingParams:
+        """The parameters of a line, but for `seed` and `max_tokens`."""
+        return self._sampling_of(self._lines[row])
+
     @property
     def num_requests(self) -> int:
         return len(self.line_of_request)

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from blendserve.config import BLOCK_SIZE
-from blendserve.dialect.parameters import MAX_CHOICES, check_params, shown
+from blendserve.dialect.parameters import MAX_CHOICES, check_params
 from blendserve.dialect.structured import check_structure
 from blendserve.engine.keys import block_keys
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.models.detokenize import text_of
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.offline.outputs import CompletionOutput, RequestOutput
+from blendserve.planner.base import RequestTable
+from blendserve.planner.table import request_table
 from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
@@ -149,6 +149,7 @@ class OutputAssembler:
                 result.token_ids,
                 result.finish_reason,
                 result.stop_reason,
+                sampling,
                 has_stop_token=result.has_stop_token,
             ),
             token_ids=tuple(result.token_ids.tolist()),
@@ -173,23 +174,9 @@ def _failed(
     )
 
 
-def given_token_ids(prompt: object, vocab_size: int) -> TokenIds | RequestError:
-    """A prompt given as token ids; an error where it is anything else."""
-    try:
-        token_ids = np.asarray(prompt)
-    except ValueError:  # lists of different lengths
-        token_ids = np.zeros((0, 0))
-    if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
-        return RequestError(
-            f"the prompt is {shown(prompt)}; it must be a text or a list of token ids",
-            code="invalid_type",
-            param="prompt",
-        )
-    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-        return RequestError(
-            f"the prompt holds token ids from {token_ids.min()} to {token_ids.max()}; the model has 0 to "
-            f"{vocab_size - 1}",
-            code="invalid_token_id",
-            param="prompt",
-        )
-    return token_ids.astype(np.int32)
+def table_of(requests: Sequence[Request]) -> RequestTable:
+    """What a planner needs to know of requests, in their order."""
+    return request_table(
+        (request.num_prompt_tokens for request in requests),
+        ((request.sampling, request.max_output_tokens) for request in requests),
+    )

@@ -5,18 +5,16 @@ Batch files add a journal around the same engine (`job`); everything else betwee
 
 from __future__ import annotations
 
-import os
-import threading
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain, islice, repeat, zip_longest
+from dataclasses import replace
+from itertools import chain, islice
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from blendserve.calibration.first_run import expected_work_s
-from blendserve.config import Dtype, EngineConfig, KvDtype
+from blendserve.config import EngineConfig
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.defaults import checked_defaults
@@ -24,33 +22,44 @@ from blendserve.engine.limits import resolve_limits
 from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
 from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
-from blendserve.errors import ConfigError, ExecutorError, RequestError
+from blendserve.errors import ConfigError, ExecutorError
 from blendserve.host import cache_dir
-from blendserve.models.chat_encoder import ChatEncoder
-from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.generation_config import sampling_defaults
 from blendserve.models.hub import resolve
-from blendserve.models.load import load_model
-from blendserve.offline.assembler import OutputAssembler, given_token_ids
-from blendserve.offline.chats import encode_chats
+from blendserve.models.load import load_model, load_tokenizer
+from blendserve.offline.assembler import OutputAssembler, table_of
+from blendserve.offline.encoder import Asked, PromptEncoder, asked_of_chat
 from blendserve.offline.formats import with_format
-from blendserve.offline.outputs import RequestOutput
+from blendserve.offline.options import dtype_of, kv_dtype_of, read_options
+from blendserve.offline.outputs import RequestOutput, in_order
+from blendserve.offline.progress import ProgressBar, UseTqdm
+from blendserve.offline.prompts import (
+    Conversation,
+    Message,
+    Prompt,
+    are_listed,
+    listed_conversations,
+    listed_params,
+    listed_prompts,
+    paired,
+    read_tokenization,
+    refuse_lora,
+)
+from blendserve.offline.tokenizer import LLMTokenizer
+from blendserve.offline.turns import Turns
 from blendserve.planner.base import RequestTable
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
-from blendserve.planner.table import request_table
 from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
-from blendserve.request import Request, SamplingParams, SequenceOutput, TokenIds
-
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
-Encoded = tuple[str | None, TokenIds | RequestError]
+from blendserve.request import Request, SamplingParams, SequenceOutput
 
 DEFAULT_WINDOW = 4096
 """Prompts that a stream reads and plans at a time: enough to find what they share, few enough to begin soon."""
+
+
+_Params = SamplingParams | Iterable[SamplingParams] | None
 
 
 class LLM:
@@ -58,13 +67,19 @@ class LLM:
 
     - `model`: a directory with config.json and safetensors, a .gguf file, a hub id (owner/name), or a name from
       `blendserve models`. None: the default model, SmolLM2-135M-Instruct.
+    - `revision`: commit, tag or branch of a hub model. None: the newest.
+    - `tokenizer`: another model whose tokenizer is used. None: the model's own.
     - `policy`: the order in which requests run (default: "blend").
-    - `kv_memory_bytes`, `max_model_len`, `num_threads`: 0, the default, decides from the machine and the model.
+    - `kv_memory_bytes`, `max_model_len`, `num_threads`: 0 or None decides from the machine and the model (default).
     - `max_num_seqs`: most requests that run at once (default: 256).
     - `max_num_batched_tokens`: most tokens in one step, which is one forward pass (default: 2048).
-    - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`.
+    - `enable_prefix_caching`, `overlap`, `dtype`, `kv_dtype`, `isa`: as in `NativeSettings`. vLLM's "auto" and
+      "bfloat16" are "bf16".
     - `seed`: for requests that are sampled and give no seed of their own (default: 0).
     - `generation_config`: as in `NativeSettings`, for calls without sampling parameters.
+    - `options`: other options of vLLM's `LLM`. `kv_cache_memory_bytes` and `kv_cache_dtype` are `kv_memory_bytes` and
+      `kv_dtype`. Those that change no answer, such as `gpu_memory_utilization`, have no effect: `notes` and a warning
+      name them. Those that would change answers are refused.
 
     Answers depend on the request, the model, `dtype`, `kv_dtype` and `isa`. A sampled request without a seed of its
     own also depends on `seed` and on its place in the list. Nothing else changes answers.
@@ -77,93 +92,141 @@ class LLM:
         model: str | None = None,
         *,
         policy: str = "blend",
-        kv_memory_bytes: int = 0,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        max_model_len: int = 0,
-        num_threads: int = 0,
-        enable_prefix_caching: bool = True,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        kv_memory_bytes: int | None = 0,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = 0,
+        num_threads: int | None = 0,
+        enable_prefix_caching: bool | None = None,
         overlap: str = "auto",
-        dtype: Dtype = "bf16",
-        kv_dtype: KvDtype = "bf16",
+        dtype: str = "bf16",
+        kv_dtype: str = "bf16",
         isa: str = "auto",
-        seed: int = 0,
+        seed: int | None = 0,
         generation_config: str = "auto",
+        **options: Any,
     ) -> None:
         if policy not in POLICY_NAMES:
             raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}")
+        memory = options.pop("kv_cache_memory_bytes", None) or kv_memory_bytes
+        kv_dtype = options.pop("kv_cache_dtype", None) or kv_dtype
+        note = read_options(options, known=tuple(inspect.signature(LLM).parameters))
         config = EngineConfig(
-            kv_memory_bytes=kv_memory_bytes,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            num_threads=num_threads,
-            enable_prefix_caching=enable_prefix_caching,
+            kv_memory_bytes=memory or 0,
+            max_num_seqs=256 if max_num_seqs is None else max_num_seqs,
+            max_num_batched_tokens=2048 if max_num_batched_tokens is None else max_num_batched_tokens,
+            max_model_len=max_model_len or 0,
+            num_threads=num_threads or 0,
+            enable_prefix_caching=enable_prefix_caching is not False,
             overlap=overlap,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
+            dtype=dtype_of(dtype),
+            kv_dtype=kv_dtype_of(kv_dtype),
         )
-        files = resolve(model, cache_dir())
+        files = resolve(model, cache_dir(), revision=revision)
         self.model = load_model(files)
+        if tokenizer is not None and tokenizer != model:
+            self.model = replace(self.model, tokenizer=load_tokenizer(resolve(tokenizer, cache_dir())))
         self._default_sampling = checked_defaults(sampling_defaults(files, generation_config))
-        self._formats = ChatFormats.of(self.model.tokenizer)
-        self._chat_encoder = ChatEncoder(self.model.tokenizer)
         self.config = resolve_limits(config, self.model.spec)
+        self._encoder = PromptEncoder(self.model.tokenizer, self.model.spec.vocab_size, self.config.max_model_len)
         self.policy = policy
-        self.seed = seed
-        self.notes: tuple[str, ...] = ()
+        self.seed = seed or 0
+        self.notes: tuple[str, ...] = () if note is None else (note,)
         """Sentences that the user should read, such as why a calibration was not used."""
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
         self._measured: Calibration | None = None
-        self._cost = cost_of(self.model.spec, self.config.num_threads, self._note, dtype, kv_dtype, overlap=overlap)
+        self._cost = cost_of(
+            self.model.spec, self.config.num_threads, self._note, config.dtype, config.kv_dtype, overlap=overlap
+        )
         self._executor = open_executor(self.model, self.config, isa=isa)
         self._engine = open_loop(self.model, self.config, self._executor)
-        self._is_closed = False
-        self._lock = threading.RLock()
-        self._owner = os.getpid()
+        self._turns = Turns()
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] | None = None,
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        prompt_token_ids: Any = None,
     ) -> list[RequestOutput]:
-        """Answer prompts. Each is a text or a list of token ids; outputs are in the order of the prompts.
+        """Answer prompts, in the shapes of vLLM: a text, a list of token ids, `{"prompt": text}`,
+        `{"prompt_token_ids": ids}`, or a list of those. Outputs are in the order of the prompts.
 
-        `sampling_params`: one for all prompts, or one per prompt. None: `get_default_sampling_params()`. A prompt that
-        cannot be answered (it is too long, or a parameter is out of range) comes back with `error` set; the others are
-        answered. A generator of prompts is read a window at a time, as `stream` does.
+        - `sampling_params`: one for all prompts, or one per prompt. None: `get_default_sampling_params()`.
+        - `use_tqdm`: show a progress bar on standard error (default: true); or what makes the bar.
+        - `tokenization_kwargs`: `add_special_tokens` and `truncate_prompt_tokens` for all prompts.
+        - `prompt_token_ids`: prompts as token ids, as older versions of vLLM take them; `prompts` is left out then.
+        - `priority` has no effect on answers. `lora_request` is refused: this engine has no adapters.
+
+        A prompt that cannot be answered (it is too long, or a parameter is out of range) comes back with `error` set;
+        the others are answered. A generator of prompts is read a window at a time, as `stream` does.
         Raises: ConfigError when the numbers of prompts and parameters differ, or after `close`.
         """
-        if not isinstance(prompts, str | Sequence | np.ndarray):
-            return _in_order(self.stream(prompts, sampling_params))
-        listed = _listed_prompts(prompts)  # type: ignore[arg-type]  # a generator is none of these
-        return self._answer(self._encode(listed), _listed_params(self._given(sampling_params), len(listed)))
+        refuse_lora(lora_request)
+        del priority  # the planner orders the work
+        if (prompts is None) == (prompt_token_ids is None):
+            raise ConfigError("give prompts: texts, token ids, or a list of those")
+        asked = Asked(tokenization=read_tokenization(tokenization_kwargs))
+        given: Any = prompts if prompt_token_ids is None else prompt_token_ids
+        if not are_listed(given):
+            return self._read_all(given, sampling_params, asked, use_tqdm)
+        return self._answer(listed_prompts(given), sampling_params, asked, use_tqdm)
 
     def chat(
         self,
-        messages: Conversation | Iterable[Conversation],
+        messages: Message | Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: Any = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
         *,
         response_format: Mapping[str, Any] | type | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several. The model's chat template makes the prompts.
 
-        `response_format`: a pydantic model, a JSON schema, or OpenAI's object of that name, for every answer.
+        - `sampling_params`, `use_tqdm`, `lora_request`, `tokenization_kwargs`: as in `generate`.
+        - `chat_template`: the text of another template. None: the model's own.
+        - `add_generation_prompt`: the template begins the answer. None: unless `continue_final_message`.
+        - `continue_final_message`: the answer goes on with the last message (default: false).
+        - `tools`: functions that the template describes to the model, in OpenAI's form (default: none).
+        - `chat_template_kwargs`: variables of the template, such as `{"enable_thinking": False}` (default: none).
+        - `response_format`: a pydantic model, a JSON schema, or OpenAI's object of that name, for every answer.
+        - `chat_template_content_format` and `mm_processor_kwargs` have no effect: what form of content a template
+          takes is found out, and this engine reads text only.
+
         A conversation that the template does not accept comes back with `error` set; the others are answered. A
         generator of conversations is read a window at a time, as `stream` does.
         Raises: ConfigError when the model has no chat template, or after `close`.
         """
-        sampling_params = with_format(sampling_params, response_format)
-        if not isinstance(messages, Sequence):
-            return _in_order(self.stream(messages, sampling_params))
-        listed = _listed_conversations(messages)
-        params = _listed_params(self._given(sampling_params), len(listed))
-        return self._answer(self._encode(listed, are_chats=True), params)
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What a call without sampling parameters gets: `SamplingParams()` with the values of the model's
-        generation_config.json.
-        """
-        return SamplingParams(**self._default_sampling)
+        refuse_lora(lora_request)
+        del mm_processor_kwargs
+        params = with_format(self._defaulted(sampling_params), response_format)
+        asked = asked_of_chat(
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            tokenization_kwargs=tokenization_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        if not are_listed(messages):
+            return self._read_all(messages, params, asked, use_tqdm)
+        return self._answer(listed_conversations(messages), params, asked, use_tqdm)
 
     def stream(
         self,
@@ -182,8 +245,18 @@ class LLM:
         """
         if window < 1:
             raise ConfigError(f"window is {window}; it must be at least 1 prompt")
-        self._check_open()
-        return self._stream(_paired(prompts, self._given(sampling_params)), window)
+        self._turns.check_open()
+        return self._stream(paired(prompts, self._defaulted(sampling_params)), window, Asked())
+
+    def get_tokenizer(self) -> LLMTokenizer:
+        """The model's tokenizer, with the methods of transformers' tokenizers that prompts are made with."""
+        return LLMTokenizer(self.model.tokenizer, self._encoder)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without sampling parameters gets: `SamplingParams()` with the values of the model's
+        generation_config.json.
+        """
+        return SamplingParams(**self._default_sampling)
 
     @property
     def stats(self) -> RunStats:
@@ -194,22 +267,13 @@ class LLM:
         """Stop the threads and free the memory, once other threads' calls have ended. A closed LLM refuses prompts;
         closing it again does nothing.
         """
-        if self._owner != os.getpid():
-            return  # the threads are those of the process that we were forked from
-        with self._lock:
-            self._is_closed = True
-            self._engine.close()
+        self._turns.finish(self._engine.close)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
-
-    def _given(
-        self, params: SamplingParams | Iterable[SamplingParams] | None
-    ) -> SamplingParams | Iterable[SamplingParams]:
-        return self.get_default_sampling_params() if params is None else params
 
     def _note(self, text: str) -> None:
         self.notes = (*self.notes, text)
@@ -236,42 +300,6 @@ class LLM:
                 config.overlap,
             )
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ConfigError("this LLM is closed; make a new one")
-        if self._owner != os.getpid():
-            raise ConfigError(
-                f"this LLM was opened by process {self._owner}, and this process ({os.getpid()}) was forked from it "
-                "without its threads; make a new LLM here, or start processes with the method spawn"
-            )
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Keep other threads out of the engine. Raises: ConfigError when this LLM cannot answer any more."""
-        self._check_open()
-        with self._lock:
-            self._check_open()
-            yield
-
-    def _encode(self, prompts: Sequence[Prompt | Conversation], *, are_chats: bool = False) -> list[Encoded]:
-        """Text and token ids of every prompt, or why it has none."""
-        tokenizer = self.model.tokenizer
-        is_chat = [are_chats or _is_conversation(prompt) for prompt in prompts]
-        chats = [prompt for prompt, is_one in zip(prompts, is_chat, strict=True) if is_one]
-        max_tokens = self.config.max_model_len
-        of_chats = iter(encode_chats(self._chat_encoder, self._formats, chats, max_tokens=max_tokens))
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        of_texts = iter(tokenizer.encode_each(texts, max_tokens=max_tokens))
-        found: list[Encoded] = []
-        for prompt, is_one in zip(prompts, is_chat, strict=True):
-            if is_one:
-                found.append(next(of_chats))
-            elif isinstance(prompt, str):
-                found.append((prompt, next(of_texts)))
-            else:
-                found.append((None, given_token_ids(prompt, self.model.spec.vocab_size)))
-        return found
-
     def _assembler(self) -> OutputAssembler:
         return OutputAssembler(
             self.model.tokenizer,
@@ -280,32 +308,64 @@ class LLM:
             seed=self.seed,
         )
 
-    def _answer(self, encoded: Sequence[Encoded], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    def _answer(
+        self, prompts: Sequence[Prompt | Conversation], given: _Params, asked: Asked, use_tqdm: UseTqdm
+    ) -> list[RequestOutput]:
         """Plan all prompts together, run them, and return their outputs in order."""
-        self._check_open()
+        self._turns.check_open()
         assembler = self._assembler()
         requests: list[Request] = []
-        for (text, token_ids), sampling in zip(encoded, params, strict=True):
+        params = listed_params(self._defaulted(given), len(prompts))
+        for (text, token_ids), sampling in self._encoder.encode(prompts, params, asked):
             requests += assembler.add(text, token_ids, sampling)
-        if requests:
-            prompts = flatten(request.prompt_token_ids for request in requests)
-            tree, table = PrefixTree.from_flat(prompts), _table(requests)
-            with self._turn():
-                self._calibrate(lambda: tree, table)
-                plan = make_plan(tree, table, self._cost, seed=self.seed)
-                for output in run_planned(self._engine, requests, plan, self.policy):
-                    assembler.apply(output)
-        return _in_order(assembler.take())
+        outputs, progress = assembler.take(), ProgressBar(use_tqdm, len(prompts))
+        progress.add(outputs)
+        try:
+            if requests:
+                outputs += self._run(requests, assembler, progress)
+        finally:
+            progress.close()
+        return in_order(outputs)
+
+    def _run(
+        self, requests: Sequence[Request], assembler: OutputAssembler, progress: ProgressBar
+    ) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        tree = PrefixTree.from_flat(flatten(request.prompt_token_ids for request in requests))
+        table = table_of(requests)
+        with self._turns.turn():
+            self._calibrate(lambda: tree, table)
+            plan = make_plan(tree, table, self._cost, seed=self.seed)
+            for output in run_planned(self._engine, requests, plan, self.policy):
+                assembler.apply(output)
+                whole = assembler.take()
+                progress.add(whole)
+                outputs += whole
+        return outputs
+
+    def _read_all(self, prompts: Iterable[Any], given: _Params, asked: Asked, use_tqdm: UseTqdm) -> list[RequestOutput]:
+        """Answer prompts that are made one by one."""
+        progress, outputs = ProgressBar(use_tqdm, None), []
+        try:
+            for output in self._stream(paired(prompts, self._defaulted(given)), DEFAULT_WINDOW, asked):
+                outputs.append(output)
+                progress.add([output])
+        finally:
+            progress.close()
+        return in_order(outputs)
+
+    def _defaulted(self, given: _Params) -> SamplingParams | Iterable[SamplingParams]:
+        return self.get_default_sampling_params() if given is None else given
 
     def _stream(
-        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int
+        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int, asked: Asked
     ) -> Iterator[RequestOutput]:
-        self._check_open()
+        self._turns.check_open()
         assembler = self._assembler()
-        windows = self._windows(pairs, window, assembler)
+        windows = self._windows(pairs, window, assembler, asked)
         if (first := next(windows, None)) is not None:
             prompts, table = first.prompts, first.table
-            with self._turn():
+            with self._turns.turn():
                 self._calibrate(lambda: PrefixTree.from_flat(prompts), table)
             windows = chain([first], windows)
         outputs = run_windowed(self._engine, assembler, windows, self._cost, self.policy)
@@ -314,9 +374,7 @@ class LLM:
                 assembler.apply(output)
                 yield from assembler.take()
         finally:
-            if self._owner == os.getpid():  # else the lock may be held for ever
-                with self._lock:
-                    outputs.close()
+            self._turns.release(outputs.close)
         if assembler.num_unfinished or next(pairs, None) is not None:
             raise ExecutorError(
                 "another call of this LLM ended this stream before all of its prompts were answered; read a stream to "
@@ -325,68 +383,19 @@ class LLM:
         yield from assembler.take()
 
     def _next_of(self, outputs: Iterator[SequenceOutput]) -> SequenceOutput | None:
-        with self._turn():
+        with self._turns.turn():
             return next(outputs, None)
 
     def _windows(
-        self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], size: int, assembler: OutputAssembler
+        self,
+        pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]],
+        size: int,
+        assembler: OutputAssembler,
+        asked: Asked,
     ) -> Iterator[Window]:
         while taken := list(islice(pairs, size)):
             requests: list[Request] = []
-            for (text, token_ids), (_, sampling) in zip(self._encode([p for p, _ in taken]), taken, strict=True):
+            prompts, params = zip(*taken, strict=True)
+            for (text, token_ids), sampling in self._encoder.encode(prompts, params, asked):
                 requests += assembler.add(text, token_ids, sampling)
-            yield Window(flatten(request.prompt_token_ids for request in requests), _table(requests))
-
-
-def _table(requests: Sequence[Request]) -> RequestTable:
-    return request_table(
-        (request.num_prompt_tokens for request in requests),
-        ((request.sampling, request.max_output_tokens) for request in requests),
-    )
-
-
-def _in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
-    return sorted(outputs, key=lambda output: int(output.request_id))
-
-
-def _paired(
-    prompts: Iterable[Prompt | Conversation], params: SamplingParams | Iterable[SamplingParams]
-) -> Iterator[tuple[Prompt | Conversation, SamplingParams]]:
-    if isinstance(params, SamplingParams):
-        yield from zip(prompts, repeat(params))
-        return
-    missing = object()
-    for number, (prompt, sampling) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
-        if prompt is missing or sampling is missing:
-            few, more = ("prompts", "sampling parameters") if prompt is missing else ("sampling parameters", "prompts")
-            raise ConfigError(f"there are {number} {few} and more {more}; give one for all prompts, or one per prompt")
-        yield prompt, sampling  # type: ignore[misc]
-
-
-def _is_conversation(prompt: Prompt | Conversation) -> bool:
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-        return False
-    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if len(prompts) and all(isinstance(prompt, int | np.integer) for prompt in prompts):
-        return [prompts]  # type: ignore[list-item]  # one prompt, given as its token ids
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _listed_params(params: SamplingParams | Iterable[SamplingParams], count: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    listed = list(params)
-    if len(listed) != count:
-        raise ConfigError(f"{len(listed)} sampling parameters for {count} prompts; give one for all or one per prompt")
-    return listed
-
-
-def _listed_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    if len(messages) and isinstance(messages[0], Mapping):
-        return [messages]  # type: ignore[list-item]
-    return list(messages)  # type: ignore[arg-type]
+            yield Window(flatten(request.prompt_token_ids for request in requests), table_of(requests))

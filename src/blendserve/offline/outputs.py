@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from blendserve.errors import BlendServeError
@@ -48,3 +48,8 @@ class RequestOutput:
     num_cached_tokens: int
     finished: bool = True
     error: BlendServeError | None = None
+
+
+def in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
+    """Outputs in the order of their prompts."""
+    return sorted(outputs, key=lambda output: int(output.request_id))

@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx2
 
-from blendserve.engines.http.client import ApiKey, ServerAddress
+from blendserve.engines.http.address import ServerAddress
+from blendserve.engines.http.credentials import Credentials
 from blendserve.errors import BlendServeError, ConfigError
 
 END_STATES = ("completed", "failed", "expired", "cancelled")
@@ -30,7 +31,7 @@ class BatchClient:
     def __init__(
         self,
         address: ServerAddress,
-        key: ApiKey,
+        key: Credentials,
         *,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -40,7 +41,7 @@ class BatchClient:
         self._sleep = sleep
         self._http = httpx2.Client(
             base_url=address.base_url,
-            headers=key.headers,
+            headers=key.sent,
             timeout=httpx2.Timeout(600.0, connect=30.0),
             follow_redirects=False,
             transport=transport,

@@ -27,7 +27,7 @@ from blendserve.job.disk import open_own
 from blendserve.job.pending import PendingRequests
 from blendserve.report.icicle import icicle
 from blendserve.report.plan_page import density_chart
-from blendserve.request import SequenceOutput, TokenIds
+from blendserve.request import SamplingParams, SequenceOutput, TokenIds
 from blendserve.serve.joined import WITHDRAWN, RoundRequests
 from blendserve.serve.messages import (
     Ask,
@@ -217,7 +217,7 @@ class EngineWorker:
             return
 
         def decode(token_ids: TokenIds) -> str:
-            return self._engine.codec.text_of(SequenceOutput(0, token_ids, "length", 0, 0))
+            return self._engine.codec.text_of(SequenceOutput(0, token_ids, "length", 0, 0), SamplingParams())
 
         with suppress(BlendServeError, OSError):
             plan = self._engine.plan(pending)

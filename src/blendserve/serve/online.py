@@ -73,7 +73,7 @@ class OnlineLine:
     def text_so_far(self, token_ids: TokenIds) -> str:
         """What the tokens of an unfinished answer surely begin with."""
         output = SequenceOutput(0, token_ids, "length", 0, 0)
-        text = self._engine.codec.text_of(output).rstrip(_UNFINISHED)
+        text = self._engine.codec.text_of(output, self.store.sampling(0)).rstrip(_UNFINISHED)
         return text[: len(text) - self._num_held] if self._num_held else text
 
     def _open(self, directory: Path, served: ServedModel, created: int) -> None:

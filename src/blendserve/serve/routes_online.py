@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from blendserve.engines.http.client import ServerAddress, find_api_key
+from blendserve.engines.http.address import ServerAddress
+from blendserve.engines.http.credentials import find_credentials
 from blendserve.engines.settings import HttpSettings
 from blendserve.serve.asking import Heard
 from blendserve.serve.failures import ApiError, invalid
@@ -143,13 +144,13 @@ def _event(value: Mapping[str, Any]) -> bytes:
 async def _forwarded(settings: HttpSettings, url: str, body: dict[str, Any]) -> Response:
     """The answer of the server that the engine asks too, as it comes."""
     address = ServerAddress.parse(settings.base_url)
-    key = find_api_key(os.environ, address)
+    credentials = find_credentials(os.environ, address, settings.headers)
     if settings.model is not None:
         body["model"] = settings.model
     stack = AsyncExitStack()
     client = await stack.enter_async_context(httpx2.AsyncClient(timeout=settings.request_timeout_s))
     try:
-        sending = client.stream("POST", address.url_of(url), json=body, headers=dict(key.headers))
+        sending = client.stream("POST", address.url_of(url), json=body, headers=credentials.sent)
         reply = await stack.enter_async_context(sending)
     except httpx2.TransportError as error:
         await stack.aclose()

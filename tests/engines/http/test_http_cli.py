@@ -16,6 +16,7 @@ from http_cases import KEY, assert_all_answered, assert_nowhere, write_input
 from tiny_files import tiny_directory
 
 from blendserve.cli import main
+from blendserve.engines.http import fake_server
 from blendserve.engines.http.fake_server import FakeServer, FakeSettings, serving
 
 NUM_LINES = 60
@@ -180,3 +181,47 @@ def test_any_endpoint_of_the_server_is_asked_however_its_address_is_spelled(tmp_
         for row in read_rows(output)
     ]
     assert fields == ["data", "data", "output", "choices", "results", "results", "data"]
+
+
+def test_headers_and_query_go_with_every_request_and_secrets_appear_nowhere(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "0123456789abcdef-secret"
+    error, choice = fake_server._error, fake_server._choice
+    monkeypatch.setattr(fake_server, "_error", lambda message, status: error(f"{message}: {secret}", status))
+    monkeypatch.setattr(fake_server, "_choice", lambda *values: {**choice(*values), "heard": f"your key is {secret}"})
+    headers = ["--header", f"api-key: {secret}", "--header", "X-Title=My application"]
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(FakeSettings(faults={"error": 0.4}, max_faults=1000)) as server:
+        url = f"{server.base_url}/?api-version=2024-10-21"
+        args = ["run", str(source), "-o", str(tmp_path / "out.jsonl"), "--engine", "http", "--base-url", url, *headers]
+        assert main([*args, "--max-attempts", "2"]) in (0, 3)
+    for exchange in server.exchanges:
+        assert exchange.path == "/v1/chat/completions?api-version=2024-10-21"
+        assert (exchange.headers["api-key"], exchange.headers["x-title"]) == (secret, "My application")
+        assert "authorization" not in exchange.headers
+    printed = capsys.readouterr()
+    assert secret not in printed.out + printed.err
+    assert_nowhere(secret, tmp_path)
+    assert "your key is [api key]" in (tmp_path / "out.jsonl").read_text()
+    assert "injected: error: [api key]" in (tmp_path / "out.errors.jsonl").read_text()
+
+
+@pytest.mark.parametrize("header", ["0123456789abcdef-secret", "=0123456789abcdef-secret", "key: 0123456789abcdef-é"])
+def test_a_header_that_is_none_is_refused_without_its_value(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], header: str
+) -> None:
+    args = [
+        "run",
+        str(source),
+        "-o",
+        str(tmp_path / "out.jsonl"),
+        "--engine",
+        "http",
+        "--base-url",
+        "http://localhost:1",
+    ]
+    assert main([*args, "--header", header]) == 1
+    printed = "".join(capsys.readouterr())
+    assert "--header" in printed
+    assert "0123456789abcdef" not in printed

@@ -200,6 +200,44 @@ def test_a_request_that_never_succeeds_ends_as_a_row_after_its_tries(
             assert "try 3 of 3" in row["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        ({"error": {"message": "the answer is not for you", "code": "not_for_you"}}, "not_for_you", "is not for you"),
+        (
+            {"id": "r-1", "choices": [], "usage": {"prompt_tokens": 4}},
+            "no_answer",
+            "there are no choices",
+        ),
+    ],
+)
+def test_a_200_without_an_answer_is_asked_for_once_and_kept_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any], code: str, words: str
+) -> None:
+    source, output = write_input(tmp_path / "in.jsonl", 2), tmp_path / "out.jsonl"
+    monkeypatch.setattr(fake_server, "answer", lambda *_: (200, json.dumps(content).encode()))
+    with serving() as server:
+        report = run_http(engine_for(server), source, output)
+    assert len(server.exchanges) == 2
+    assert report.errors_by_code == {code: 2}
+    assert report.num_succeeded == 0
+    for row in errors_of(output):
+        assert row["response"]["body"] == content
+        assert row["response"]["status_code"] == 200
+        assert row["error"]["code"] == code
+        assert words in row["error"]["message"]
+
+
+def test_an_error_that_may_pass_is_kept_when_it_does_not(tmp_path: Path) -> None:
+    source, output = write_input(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
+    with serving(FakeSettings(faults={"busy": 1.0}, max_faults=1000)) as server:
+        run_http(engine_for(server, retry={"max_attempts": 3}), source, output)
+    assert len(server.exchanges) == 3
+    (row,) = errors_of(output)
+    assert row["response"]["body"]["error"]["message"] == "injected: busy, try again"
+    assert "try 3 of 3" in row["error"]["message"]
+
+
 def test_a_server_that_goes_down_ends_the_run_and_a_later_one_resumes(tmp_path: Path, source: Path) -> None:
     output = tmp_path / "out.jsonl"
     told: list[str] = []
@@ -348,7 +386,7 @@ def test_the_key_is_in_no_file_log_or_message(
     assert_nowhere(KEY, tmp_path)
     assert "Bearer [api key]" in (tmp_path / "out.jsonl").read_text()
     assert "injected: error: [api key]" in (tmp_path / "out.errors.jsonl").read_text()
-    assert KEY not in f"{told} {engine} {engine.key!r} {engine.stats}"
+    assert KEY not in f"{told} {engine} {engine.credentials!r} {engine.stats}"
     assert KEY not in caplog.text
 
 

@@ -25,12 +25,16 @@ from blendserve.engines.vllm.arguments import lora_slots
 from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import LoadTotals, model_cost_of
 from blendserve.engines.vllm.driver import VllmDriver
+from blendserve.engines.vllm.formats import PARSERS
 from blendserve.engines.vllm.queue import PolicyQueue
+from blendserve.errors import ConfigError
 from blendserve.job.job import BatchJob, JobReport
 from blendserve.job.pending import PendingRequests
 from blendserve.job.run import run_job
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_tokenizer
+from blendserve.models.tool_formats.format import ParsedAnswer, Tool, ToolCall
+from blendserve.models.tool_formats.table import TOOL_FORMATS
 from blendserve.planner.policies import make_policy
 
 __all__ = ["model", "pytestmark"]
@@ -329,3 +333,17 @@ def test_the_build_is_known() -> None:
     import vllm.platforms
 
     assert is_cpu_build() == vllm.platforms.current_platform.is_cpu()
+
+
+def test_calls_are_read_by_vllms_own_parsers(model: Path) -> None:
+    api = InstalledVllm()
+    tools = (Tool("f", {"type": "object", "properties": {"a": {"type": "integer"}}}),)
+    calls = (ToolCall("f", '{"a": 1}'),)
+    for name in ("hermes", "qwen3_coder"):
+        text = "Well: " + TOOL_FORMATS[name].write_calls(calls)
+        assert api.parse_calls(PARSERS[name], str(model), text, tools) == ParsedAnswer("Well:", calls)
+        assert api.parse_calls(PARSERS[name], str(model), "no call", tools) == ParsedAnswer("no call")
+    for name in PARSERS.values():
+        api.check_parser(name)
+    with pytest.raises(ConfigError, match="has a format of that name"):
+        api.check_parser("no-such-parser")

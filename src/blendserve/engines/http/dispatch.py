@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blendserve.engines.http.client import MAX_RESPONSE_BYTES, ApiKey, HttpClient, NoReplyError, ServerAddress
+from blendserve.engines.http.address import ServerAddress
+from blendserve.engines.http.client import MAX_RESPONSE_BYTES, HttpClient, NoReplyError
 from blendserve.engines.http.clock import Clock, SystemClock
+from blendserve.engines.http.credentials import Credentials
 from blendserve.engines.http.inflight import HttpInflight
 from blendserve.engines.http.pacing import Pacer, RetrySettings
 from blendserve.engines.http.replies import Answer, Failure, Stop, judge, judge_silence, words_of
@@ -63,7 +65,7 @@ class HttpDispatcher:
     """One server. `notify` is told, one line at a time, when it stops answering and when it answers again."""
 
     address: ServerAddress
-    key: ApiKey = field(repr=False)
+    credentials: Credentials
     settings: HttpLimits = field(default_factory=HttpLimits)
     clock: Clock = field(default_factory=SystemClock)
     random_source: random.Random = field(default_factory=random.Random)
@@ -160,7 +162,7 @@ class _Dispatch:
         settings, engine = self._settings, self._engine
         client = HttpClient(
             engine.address,
-            engine.key,
+            engine.credentials,
             timeout_s=settings.timeout_s,
             max_connections=settings.max_inflight,
             max_response_bytes=settings.max_response_bytes,
@@ -228,7 +230,7 @@ class _Dispatch:
     async def _ask(self, client: HttpClient, url: str, body: bytes) -> Answer | Failure | Stop:
         self._engine.stats.num_sent += 1
         try:
-            return judge(await client.post(url, body), self._clock.wall())
+            return judge(await client.post(url, body), self._clock.wall(), url)
         except NoReplyError as error:
             return judge_silence(error)
 
@@ -324,9 +326,9 @@ class _Dispatch:
         self._freed.set()
 
     def _output_of(self, index: int, answer: Answer) -> SequenceOutput:
-        if not answer.response.is_success:
+        if answer.problem is not None or not answer.response.is_success:
             message = f"HTTP {answer.response.status_code}"
-            return self._error_output(index, RequestError(message, code="refused"), answer.response)
+            return self._error_output(index, answer.problem or RequestError(message, code="refused"), answer.response)
         estimate = self._pending[index].num_prompt_tokens
         return SequenceOutput(
             index=index,

@@ -10,7 +10,8 @@ from typing import Any
 from blendserve.dialect.schema import ServedModel
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify
 from blendserve.engines.estimates import EstimatingCodec, remote_cost, remote_table
-from blendserve.engines.http.client import ServerAddress, find_api_key
+from blendserve.engines.http.address import ServerAddress
+from blendserve.engines.http.credentials import find_credentials
 from blendserve.engines.http.dispatch import HttpDispatcher, HttpLimits
 from blendserve.engines.http.pacing import RetrySettings
 from blendserve.engines.settings import HttpSettings
@@ -34,7 +35,7 @@ def open_http(settings: HttpSettings, *, notify: Notify) -> HttpEngine:
         timeout_s=settings.request_timeout_s,
         retry=RetrySettings(max_attempts=settings.max_attempts, max_outage_s=settings.max_outage_s),
     )
-    dispatcher = HttpDispatcher(address, find_api_key(os.environ, address), limits, notify=notify)
+    dispatcher = HttpDispatcher(address, find_credentials(os.environ, address, settings.headers), limits, notify=notify)
     return HttpEngine(settings.model, dispatcher, _find_tokenizer(settings, notify))
 
 
@@ -56,7 +57,7 @@ class HttpEngine:
         self.served = ServedModel(names=(model or "the server's",), accepts_any_name=model is None, is_remote=True)
         self.codec = EstimatingCodec(tokenizer)
         self.identity = model or "as each line says"
-        self.settings: dict[str, Any] = {"engine": "http", "base_url": dispatcher.address.base_url}
+        self.settings: dict[str, Any] = {"engine": "http", "base_url": str(dispatcher.address)}
         self.capacity_bytes = 0
         self.times = EngineTimes()
         self.stats = None

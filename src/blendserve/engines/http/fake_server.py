@@ -33,7 +33,8 @@ FAULTS = (
     "hang",  # nothing comes at all
     "malformed",  # 200 with half a JSON object
     "html",  # 200 with a page, as a proxy sends
-    "empty",  # 200 with JSON that holds no choices
+    "empty",  # 200 with nothing
+    "busy",  # 200 with an error that says it will pass
     "huge",  # 200 with `huge_bytes` of JSON
     "error",  # 500
     "unavailable",  # 503
@@ -191,7 +192,9 @@ class FakeServer:
         if fault == "html":
             return _response(200, b"<html>It works!</html>", "Content-Type: text/html")
         if fault == "empty":
-            return _response(200, b'{"object": "chat.completion"}')
+            return _response(200, b"")
+        if fault == "busy":
+            return _response(200, _error("injected: busy, try again", 503))
         if fault == "huge":
             return _response(200, b'{"choices": ["' + b"x" * self.settings.huge_bytes + b'"]}')
         status = {"error": 500, "unavailable": 503, "throttle": 429}[fault]
@@ -217,8 +220,9 @@ def answer(path: str, body: bytes, refused_status: int = 400) -> tuple[int, byte
         request = json.loads(body)
     except ValueError:
         return 400, _error("no JSON", 400)
-    if path in _OTHER_ENDPOINTS:
-        return 200, json.dumps(_other_answer(path, body)).encode()
+    path = path.partition("?")[0]
+    if (other := path if path.startswith("/v1/") else f"/v1{path}") in _OTHER_ENDPOINTS:
+        return 200, json.dumps(_other_answer(other, body)).encode()
     if path not in ("/v1/chat/completions", "/v1/completions"):
         return 404, _error(f"no endpoint {path}", 404)
     is_chat = path.endswith("chat/completions")

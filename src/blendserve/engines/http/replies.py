@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL
 from blendserve.engines.http.client import NoReplyError, Reply
+from blendserve.errors import RequestError
 from blendserve.request import ServerResponse
 
 MAX_QUOTED_CHARACTERS = 2000
 """Of an error page that is no JSON, this much is kept."""
 
 THROTTLED = 429
+_SUCCESS = frozenset((200, 201, 203))
 _TRANSIENT = frozenset((408, 409, 425))
 _UNAVAILABLE = frozenset((502, 503, 504))
+_NEVER_ABLE = frozenset((501, 505, 506, 508, 510, 511))
 _REFUSES_CALLER = frozenset((401, 402, 407))
 _MAY_BE_NO_ENDPOINT = frozenset((403, 404, 405))
+_MAY_PASS = re.compile(
+    r"rate.?limit|too.?many|overload|busy|unavailable|time.?out|timed.?out|capacity|temporar|try again|"
+    r"server.?error|internal.?error",
+    re.IGNORECASE,
+)
+_IS_REQUEST = re.compile(r"invalid.?request|bad.?request|context.?length|content.?filter|unsupported", re.IGNORECASE)
+_QUOTA = "insufficient_quota"
+NO_ANSWER = "no_answer"
+"""The code of a reply of status 200 that holds none, where the server names no other."""
+_RESULTS_BY_URL = {CHAT_URL: "choices", COMPLETIONS_URL: "choices", EMBEDDINGS_URL: "data"}
+"""Where the answers of an endpoint are; one that is not listed may answer any JSON that is no error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """The end of a request: a row of the output file, or of the error file where the server refused it.
 
-    `is_doubtful`: a wrong address would have been answered so too.
+    `problem`: what is wrong with a response of status 200 that holds no answer. `is_doubtful`: a wrong address would
+    have been answered so too.
     """
 
     response: ServerResponse
     num_prompt_tokens: int | None = None
     num_cached_tokens: int = 0
+    problem: RequestError | None = None
     is_doubtful: bool = False
 
 
@@ -57,17 +75,21 @@ class Stop:
     message: str
 
 
-def judge(reply: Reply, wall_s: float) -> Answer | Failure | Stop:
-    """Read one reply. `wall_s` is the Unix time, for dates in Retry-After."""
+def judge(reply: Reply, wall_s: float, url: str) -> Answer | Failure | Stop:
+    """Read one reply of the endpoint `url`. `wall_s` is the Unix time, for dates in Retry-After."""
     status = reply.status_code
-    if status == 200:
-        return _judge_success(reply)
+    if status in _SUCCESS:
+        return _judge_success(reply, url)
     if status in _REFUSES_CALLER:
         return Stop(f"HTTP {status}: {_error_message(reply)}; set BLENDSERVE_API_KEY to a key that the server accepts")
     if 300 <= status < 400:
         target = reply.headers.get("location", "nowhere")
         return Stop(f"HTTP {status}, a redirect to {target}, which is not followed; give the address itself")
     response = _error_response(reply)
+    if status == THROTTLED and _QUOTA in _codes_of(response.body):
+        return Stop(f"HTTP {status}: {_error_message(reply)}; no request is answered until the account is paid")
+    if status in _NEVER_ABLE or (status >= 500 and _is_about_request(response.body)):
+        return Answer(response)
     if status == THROTTLED or status in _TRANSIENT or status >= 500:
         return Failure(
             code=f"http_{status}",
@@ -105,32 +127,88 @@ def parse_retry_after(value: str | None, wall_s: float) -> float | None:
     return max(seconds, 0.0) if seconds < float("inf") else None
 
 
-_RESULTS = ("choices", "data", "output", "results")
-"""Where servers put answers: text; embeddings, scores and images; /v1/responses; rerank and moderations."""
-
-
-def _judge_success(reply: Reply) -> Answer | Failure:
-    content_type = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json" and not content_type.endswith("+json"):
-        return _invalid(f"HTTP 200 of type {content_type or 'unknown'}; it must be application/json")
+def _judge_success(reply: Reply, url: str) -> Answer | Failure:
+    """Whatever type the server says it is: JSON that holds an answer is one. What holds none will hold none the next
+    time, unless the server says that its error may pass.
+    """
     try:
         body = reply.json()
     except (ValueError, RecursionError) as error:
-        return _invalid(f"HTTP 200 with a body that is not valid JSON: {error}")
-    if not isinstance(body, dict) or not any(isinstance(body.get(name), list) and body[name] for name in _RESULTS):
-        return _invalid(f"HTTP 200 with JSON that has none of {', '.join(_RESULTS)}")
+        return _no_json(reply, error)
+    response = ServerResponse(reply.status_code, body, reply.headers.get("x-request-id"))
+    if isinstance(body, dict) and _has_results(body, url):
+        return _answer(response, body)
+    if not isinstance(body, dict):
+        return _no_json(reply, None) if url in _RESULTS_BY_URL else Answer(response)
+    if (code := _error_code(body)) is not None:
+        message = f"HTTP {reply.status_code} with an error: {words_of(body)}"
+        if _may_pass(body):
+            return Failure("server_error", message, response)
+        return Answer(response, problem=RequestError(message, code=code, status_code=0))
+    if url not in _RESULTS_BY_URL:
+        return _answer(response, body)
+    message = f"HTTP {reply.status_code} without an answer: there are no {_RESULTS_BY_URL[url]}; body: {_quoted(reply)}"
+    return Answer(response, problem=RequestError(message, code=NO_ANSWER, status_code=0))
+
+
+def _has_results(body: Mapping[str, Any], url: str) -> bool:
+    """Does it hold an answer, whatever else it says?"""
+    results = body.get(_RESULTS_BY_URL.get(url, ""))
+    return isinstance(results, list) and bool(results)
+
+
+def _answer(response: ServerResponse, body: Mapping[str, Any]) -> Answer:
+    """With the counts of tokens, under the names of either of OpenAI's endpoints."""
     usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
     details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
     num_output = _count(usage, "completion_tokens") or _count(usage, "output_tokens") or 0
     return Answer(
-        ServerResponse(200, body, reply.headers.get("x-request-id"), num_output),
+        replace(response, num_output_tokens=num_output),
         _count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
         (_count(details, "cached_tokens") or 0) if isinstance(details, dict) else 0,
     )
 
 
-def _invalid(message: str) -> Failure:
-    return Failure("invalid_server_response", message)
+def _no_json(reply: Reply, error: Exception | None) -> Failure:
+    kind = reply.headers.get("content-type", "").partition(";")[0].strip() or "no type"
+    reason = f" ({error})" if error else ""
+    return Failure(
+        "invalid_server_response",
+        f"HTTP {reply.status_code} with a body that is not valid JSON{reason}; type: {kind}; body: {_quoted(reply)}",
+    )
+
+
+def _quoted(reply: Reply) -> str:
+    return reply.text[:300].strip() or "empty"
+
+
+def _error_code(body: Mapping[str, Any]) -> str | None:
+    """The code of an error that a body of status 200 is; None where it is no error."""
+    if not body.get("error") and "error" not in (body.get("object"), body.get("type")):
+        return None
+    codes = _codes_of(body)
+    return next((code for code in codes if code and not code.isdigit()), None) or NO_ANSWER
+
+
+def _codes_of(body: Mapping[str, Any]) -> list[str]:
+    """Every name and number that an error body gives its kind."""
+    error = body.get("error")
+    fields = error if isinstance(error, dict) else body
+    names = ("code", "type", "status", "error_type")
+    return [str(fields[name]) for name in names if isinstance(fields.get(name), str | int)]
+
+
+def _may_pass(body: Mapping[str, Any]) -> bool:
+    codes = _codes_of(body)
+    numbers = [int(code) for code in codes if code.isdigit() and len(code) == 3]
+    if numbers:
+        return any(number in _TRANSIENT or number == THROTTLED or number >= 500 for number in numbers)
+    return not _is_about_request(body) and any(_MAY_PASS.search(text) for text in (*codes, words_of(body)))
+
+
+def _is_about_request(body: Mapping[str, Any]) -> bool:
+    """Is the request at fault, and will be again?"""
+    return any(_IS_REQUEST.search(code) for code in _codes_of(body))
 
 
 def _error_response(reply: Reply) -> ServerResponse:
@@ -151,7 +229,7 @@ def _error_message(reply: Reply) -> str:
 
 def words_of(body: Mapping[str, Any]) -> str:
     """What an error body says, in short."""
-    error = body.get("error", body)
+    error = next((body[name] for name in ("error", "message", "detail", "errors") if body.get(name)), body)
     message = error.get("message", error) if isinstance(error, dict) else error
     return str(message)[:300] or "no message"
 

@@ -74,8 +74,8 @@ class NativeEngine:
             accepts_any_name=settings.model is not None,
             vocab_size=model.spec.vocab_size,
             max_model_len=context,
-            default_sampling=default_sampling,
             abilities=Abilities(chat=formats),
+            default_sampling=default_sampling,
         )
         self.codec = ModelCodec(
             model.tokenizer, context, formats, obeys_control_tokens=settings.chat.obeys_control_tokens

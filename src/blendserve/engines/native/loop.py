@@ -14,6 +14,7 @@ from blendserve.engine.loop import EngineLoop
 from blendserve.executors.native import NativeExecutor
 from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir
+from blendserve.models.bad_words import BadWords
 from blendserve.models.detokenize import StopChecker
 from blendserve.models.load import LoadedModel
 
@@ -32,6 +33,7 @@ def open_executor(
         peaks=peaks_of(config.num_threads, config.dtype, config.kv_dtype),
         trace=trace,
         overlap_cost=overlap_cost_of(config.num_threads, config.dtype, config.kv_dtype),
+        bad_words=BadWords(model.tokenizer),
     )
 
 

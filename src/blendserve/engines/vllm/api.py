@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from blendserve.engines.vllm.counters import VllmCounters
 from blendserve.errors import ConfigError
+from blendserve.models.tool_formats.format import ParsedAnswer, Tool, ToolCall
 
 TESTED_RELEASES = ("0.32",)
 """Releases of vLLM whose scheduler `BlendScheduler` was tested on; others are driven through their front door."""
@@ -65,7 +66,11 @@ class VllmApi(Protocol):
     def embedding_params(self, dimensions: int | None) -> Any: ...
     def lora_request(self, name: str, number: int, path: str) -> Any: ...
     def tokens_prompt(self, token_ids: Sequence[int]) -> Any: ...
-    def chat_prompt(self, engine: Any, messages: Sequence[Mapping[str, Any]]) -> Any: ...
+    def chat_prompt(
+        self, engine: Any, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any] | None = None
+    ) -> Any: ...
+    def check_parser(self, name: str) -> None: ...
+    def parse_calls(self, name: str, model: str, text: str, tools: Sequence[Tool]) -> ParsedAnswer: ...
     def device_name(self) -> str: ...
     def is_death(self, error: Exception) -> bool: ...
 
@@ -78,6 +83,7 @@ class InstalledVllm:
         if found is None:
             raise ConfigError("--engine vllm needs vLLM, which is not installed: pip install 'vllm>=0.32'")
         self.version = found
+        self._tokenizers: dict[str, Any] = {}
 
     def open_engine(self, arguments: Mapping[str, Any], counters: VllmCounters) -> Any:
         """Raises: ConfigError when vLLM takes these arguments for wrong; whatever loading the model with them does."""
@@ -138,15 +144,50 @@ class InstalledVllm:
 
         return tokens_input(list(token_ids))
 
-    def chat_prompt(self, engine: Any, messages: Sequence[Mapping[str, Any]]) -> Any:
-        """Template, fetch and process a conversation with pictures, by vLLM's own means. Raises: whatever they do."""
+    def chat_prompt(
+        self, engine: Any, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Template, fetch and process a conversation with pictures, by vLLM's own means. `template` is that of
+        `Extras`. Raises: whatever they do.
+        """
         from vllm.renderers import ChatParams
 
+        told = dict(template or {"add_generation_prompt": True})
+        kwargs = {**told.pop("variables", {}), **told, "tools": told.get("tools") or None, "tokenize": False}
         renderer = engine.renderer
-        params = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+        params = ChatParams(chat_template_kwargs=kwargs)
         tokens = renderer.default_chat_tok_params
         _, prompts = renderer.render_chat([list(messages)], params, tokens)
         return prompts[0]
+
+    def check_parser(self, name: str) -> None:
+        """Raises: ConfigError where vLLM has no parser of calls of this name."""
+        from vllm.tool_parsers import ToolParserManager
+
+        try:
+            ToolParserManager.get_tool_parser(name)
+        except KeyError:
+            raise ConfigError(
+                f"tool_format is {name!r}, and neither BlendServe nor vLLM {self.version} has a format of that name"
+            ) from None
+
+    def parse_calls(self, name: str, model: str, text: str, tools: Sequence[Tool]) -> ParsedAnswer:
+        """The calls of an answer, read by one of vLLM's parsers. Raises: whatever it does."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.tokenizers import get_tokenizer
+        from vllm.tool_parsers import ToolParserManager
+
+        listed = [
+            {"type": "function", "function": {"name": tool.name, "parameters": tool.parameters or {}}} for tool in tools
+        ]
+        messages = [{"role": "user", "content": ""}]
+        request = ChatCompletionRequest(messages=messages, tools=listed, tool_choice="auto", model=model)
+        if model not in self._tokenizers:
+            self._tokenizers[model] = get_tokenizer(model)
+        parser = ToolParserManager.get_tool_parser(name)(self._tokenizers[model], request.tools)
+        found = parser.extract_tool_calls(text, request=request)
+        calls = tuple(ToolCall(call.function.name, call.function.arguments) for call in found.tool_calls)
+        return ParsedAnswer((found.content or "").strip() if calls else text, calls)
 
     def device_name(self) -> str:
         from vllm.platforms import current_platform

@@ -29,6 +29,7 @@ from blendserve.engines.vllm.arguments import (
 from blendserve.engines.vllm.codec import VllmCodec
 from blendserve.engines.vllm.cost import CPU, LoadTotals, cost_model_of, model_cost_of
 from blendserve.engines.vllm.driver import VllmDriver
+from blendserve.engines.vllm.formats import vllm_formats
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests, plan_pending
@@ -90,7 +91,7 @@ class VllmEngine:
         max_model_len = settings.max_model_len or context_length_of(text)
         embeds = settings.task == "embed"
         tokenizer = settings.chat.applied(load_tokenizer(files))
-        formats = settings.chat.formats(tokenizer)
+        formats = vllm_formats(settings.chat, tokenizer, api, str(files.path))
         self.served = served_model_of(settings, files, config, formats)
         sampling = self.served.default_sampling
         self.codec = VllmCodec(

@@ -17,6 +17,8 @@ import numpy as np
 from blendserve.engine.keys import block_keys
 from blendserve.engines.vllm.counters import VllmCounters
 from blendserve.engines.vllm.queue import PolicyQueue
+from blendserve.errors import ConfigError
+from blendserve.models.tool_formats.format import ParsedAnswer, Tool, ToolCall
 
 VOCABULARY = 256
 EMBEDDING_WIDTH = 4
@@ -48,6 +50,7 @@ class FakeVllm:
     num_steps: int = 0
     opened: list[Mapping[str, Any]] = field(default_factory=list)
     engines: list[FakeEngine] = field(default_factory=list)
+    told: list[Mapping[str, Any] | None] = field(default_factory=list)
 
     def open_engine(self, arguments: Mapping[str, Any], counters: VllmCounters) -> Any:
         self.opened.append(arguments)
@@ -72,11 +75,27 @@ class FakeVllm:
     def tokens_prompt(self, token_ids: Sequence[int]) -> Any:
         return list(token_ids)
 
-    def chat_prompt(self, engine: Any, messages: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ARG002
+    def chat_prompt(
+        self,
+        engine: Any,  # noqa: ARG002
+        messages: Sequence[Mapping[str, Any]],
+        template: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.told.append(template)
         text = str(messages)
         if "broken" in text:
             raise OSError("cannot identify image file")
         return list(text.encode())
+
+    def check_parser(self, name: str) -> None:
+        if name != "shout":
+            raise ConfigError(f"there is no parser {name}")
+
+    def parse_calls(self, name: str, model: str, text: str, tools: Sequence[Tool]) -> ParsedAnswer:  # noqa: ARG002
+        """Parser "shout" takes a text in capitals for the name of a function; other parsers fail."""
+        if name != "shout":
+            raise ValueError(text)
+        return ParsedAnswer("", (ToolCall(text.lower(), "{}"),)) if text.isupper() else ParsedAnswer(text)
 
     def device_name(self) -> str:
         return "fake"

@@ -45,7 +45,7 @@ def arguments_of(
 
 def _chat_prompt(extras: Extras, api: VllmApi, engine: Any) -> Any:
     try:
-        return api.chat_prompt(engine, extras.messages)
+        return api.chat_prompt(engine, extras.messages, extras.template)
     except Exception as error:  # fetching and decoding pictures fails in every way there is
         raise RequestError(
             f"the messages cannot be turned into a prompt: {error}", code="invalid_value", param="messages"
@@ -72,8 +72,11 @@ def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> 
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        detokenize=bool(sampling.stop),
-        skip_special_tokens=True,
+        allowed_token_ids=None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
+        bad_words=list(sampling.bad_words) or None,
+        detokenize=bool(sampling.stop),  # the text is made here
+        skip_special_tokens=sampling.skip_special_tokens,
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
     )
 
 
