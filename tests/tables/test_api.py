@@ -109,3 +109,13 @@ def test_progress_is_told() -> None:
     )
     assert seen[0] == (0, 20)
     assert seen[-1] == (20, 20)
+
+
+@pytest.mark.filterwarnings("ignore::tqdm.TqdmWarning")
+def test_a_bar_shows_rows_and_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    blendserve.map(ROWS, prompt="x", engine=TableEngine(), progress=True)
+    shown = capsys.readouterr().err
+    assert "20/20" in shown
+    assert "tokens in, " in shown
+    blendserve.map(ROWS, prompt="x", engine=TableEngine())
+    assert capsys.readouterr().err == ""

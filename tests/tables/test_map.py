@@ -165,7 +165,7 @@ def test_examples_stand_before_the_question(tmp_path: Path) -> None:
         (Recipe(messages_column="chat"), {}, "--messages names the column 'chat'"),
         (Recipe(prompt="x", id_column="key"), {}, "--id names the column 'key'"),
         (Recipe(prompt="x", param_columns={"seed": "s"}), {}, "--param-column seed names the column 's'"),
-        (Recipe(prompt="x", params={"temperature": -1}), {}, "no row could be answered: temperature is -1"),
+        (Recipe(prompt="x", params={"top_p": 9}), {}, "no row could be answered: top_p is 9"),
         (Recipe(prompt="x", params={"tempratur": 1}), {}, "unknown parameter 'tempratur'"),
         (Recipe(prompt="x", answer="text"), {}, "in a column 'text', and the table has one of that name"),
         (Recipe(prompt="x", answer="error"), {}, "in a column 'error'"),

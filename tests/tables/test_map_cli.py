@@ -68,7 +68,7 @@ def test_prompt_schema_and_examples_come_from_files(tiny: Path, tmp_path: Path) 
         (["--rows-per-file", "5"], "--rows-per-file makes a directory of parts"),
         (["--format", "csv"], "--format csv and the name of"),
         (["--param", "n=2"], "a row has one answer"),
-        (["--temperature", "7"], "no row could be answered: temperature is 7"),
+        (["--param", "top_p=7"], "no row could be answered: top_p is 7"),
         (["--base-url", "http://x"], "--base-url is an option of the http engine"),
     ],
 )

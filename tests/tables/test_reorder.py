@@ -16,7 +16,7 @@ from table_fakes import TableEngine, TextEngine, run_map, write_parquet
 
 from blendserve.errors import ConfigError
 from blendserve.tables.recipe import Recipe
-from blendserve.tables.reorder import FieldTable, order_fields, read_fields, shared_part
+from blendserve.tables.reorder import FieldTable, _grouped, order_fields, read_fields, shared_part
 from blendserve.tables.source import MemoryTable
 
 LISTING = Recipe(prompt="Look: {{ row_fields }} Well?", params={"max_tokens": 900})
@@ -95,3 +95,11 @@ def test_without_a_list_of_fields_there_is_nothing_to_order(tmp_path: Path, reci
     source = write_parquet(tmp_path / "in.parquet", pa.table({"key": ["1"], "city": ["Rome"]}))
     with pytest.raises(ConfigError, match=r"--reorder-fields orders what \{\{ row_fields \}\} lists"):
         run_map(source, tmp_path / "out.parquet", recipe, reorders_fields=True)
+
+
+@given(field_tables())
+def test_every_row_is_in_one_group_or_in_none(table: FieldTable) -> None:
+    groups, rest = _grouped(table, np.arange(table.num_rows), range(len(table.names)))
+    members = [row for group, _ in groups for row in group.tolist()]
+    assert sorted([*members, *rest.tolist()]) == list(range(table.num_rows))
+    assert all(len(set(table.codes[field, group].tolist())) == 1 for group, field in groups)

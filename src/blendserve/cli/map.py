@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
         with closing(open_engine(engine_settings(args), notify=tell)) as engine:
             if args.dry_run:
                 return _dry_run(args, job, engine)
-            with RunDisplay(engine, is_quiet=args.quiet or args.json) as display:
+            with RunDisplay(engine, is_quiet=args.quiet or args.json, noun="rows") as display:
                 found = _answer(args, job, engine, display.note)
     except JobInterrupted as interrupt:
         tell("")

@@ -44,9 +44,15 @@ class Progress:
     where `is_quiet`."""
 
     def __init__(
-        self, read: Callable[[], Snapshot | None], *, is_quiet: bool = False, file: TextIO | None = None
+        self,
+        read: Callable[[], Snapshot | None],
+        *,
+        is_quiet: bool = False,
+        file: TextIO | None = None,
+        noun: str = "requests",
     ) -> None:
         self._read = read
+        self._noun = noun
         self._file = file or sys.stderr
         self._is_quiet = is_quiet
         self._is_terminal = self._file.isatty()
@@ -93,7 +99,7 @@ class Progress:
                     file=self._file,
                     dynamic_ncols=True,
                     unit="req",
-                    bar_format="{percentage:3.0f}%|{bar}| {n}/{total} requests, {postfix}",
+                    bar_format=f"{{percentage:3.0f}}%|{{bar}}| {{n}}/{{total}} {self._noun}, {{postfix}}",
                 )
 
     def _show(self) -> None:
@@ -105,7 +111,7 @@ class Progress:
         text = self._describe(snapshot)
         with suppress(OSError):
             if self._bar is None:
-                print(f"{snapshot.num_done}/{snapshot.num_requests} requests, {text}", file=self._file, flush=True)
+                print(f"{snapshot.num_done}/{snapshot.num_requests} {self._noun}, {text}", file=self._file, flush=True)
                 return
             self._bar.n = snapshot.num_done
             self._bar.set_postfix_str(text, refresh=True)

@@ -13,10 +13,10 @@ from blendserve.report.progress import Progress, Snapshot
 class RunDisplay:
     """Shows a run from its first request on; hand `note` to the job."""
 
-    def __init__(self, engine: Engine, *, is_quiet: bool) -> None:
+    def __init__(self, engine: Engine, *, is_quiet: bool, noun: str = "requests") -> None:
         self._engine = engine
         self._latest: JobProgress | None = None
-        self._progress = Progress(self._read, is_quiet=is_quiet)
+        self._progress = Progress(self._read, is_quiet=is_quiet, noun=noun)
 
     def note(self, progress: JobProgress) -> None:
         """Take the job's count of what is done."""

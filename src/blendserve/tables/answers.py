@@ -86,9 +86,14 @@ class AnswerColumns:
             *(pa.array(column, kind) for column, kind in zip(others, _TYPES.values(), strict=True)),
         ]
 
+    @property
+    def _size(self) -> int:
+        """Numbers in a vector; one where no row has any, as Arrow has no lists of none."""
+        return self._num_dimensions or 1
+
     def _answer_type(self) -> Any:
         if self._recipe.embed_column:
-            return pa.list_(pa.float32(), self._num_dimensions or 0)
+            return pa.list_(pa.float32(), self._size)
         return pa.string() if self._shape is None else self._shape.type
 
     def _answer_arrays(self, values: Sequence[Any]) -> list[Any]:
@@ -99,7 +104,7 @@ class AnswerColumns:
         return [pa.array(values, pa.string()) if self._shape is None else self._shape.build(values)]
 
     def _vectors(self, values: Sequence[Any]) -> Any:
-        size = self._num_dimensions or 0
+        size = self._size
         flat = np.concatenate([np.zeros(size, np.float32) if value is None else value for value in values] or [[]])
         mask = pa.array([value is None for value in values], pa.bool_())
         return pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), size, mask=mask)
@@ -113,7 +118,8 @@ class AnswerColumns:
         if message.get("refusal") and not text:
             return Answer(None, f"refusal: {message['refusal']}", reason, *tokens)
         if self._shape is None:
-            return Answer(text, None, reason, *tokens)
+            calls = message.get("tool_calls")
+            return Answer(json.dumps(calls) if text is None and calls else text, None, reason, *tokens)
         try:
             value = self._shape.check(json.loads(text or ""), "the answer")
         except (ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from blendserve.engines.base import Engine
 from blendserve.engines.opening import open_engine
@@ -51,6 +51,7 @@ def map(
     journal: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     retry_failed: bool = False,
+    progress: bool = False,
     on_progress: OnProgress | None = None,
 ) -> pa.Table:
     """Answer every row of a table: the same table comes back, with columns for the answers.
@@ -68,7 +69,7 @@ def map(
       the names of the other new columns.
     - `fields`: the columns that `{{ row_fields }}` in a prompt lists. `reorder_fields`: list them, row by row, in the
       order that lets rows share most of their prompts (default: false, as it changes prompts).
-    - `engine`, `policy`, `on_progress`: as in `run_batch`.
+    - `engine`, `policy`, `on_progress`: as in `run_batch`. `progress`: show a bar, in notebooks too (default: false).
     - `journal`: a directory that keeps answers: the same call goes on after a crash, and rows that did not change
       keep their answers. None: nothing is kept. `fresh`: discard what it holds. `retry_failed`: ask rows again that
       failed for a reason that may pass.
@@ -100,9 +101,36 @@ def map(
             retries_failed=retry_failed,
             reorders_fields=reorder_fields,
         )
-        run_job_of_table(job, engine, policy, on_progress)
+        note = stack.enter_context(RowBar()).note if progress and on_progress is None else on_progress
+        run_job_of_table(job, engine, policy, note)
         with pa.OSFile(job.output) as file:
             return pa.ipc.open_file(file).read_all()
+
+
+class RowBar:
+    """A bar of answered rows with tokens and the time that is left: in a notebook, a widget where there are any."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def note(self, progress: JobProgress) -> None:
+        """Take the job's count of what is done."""
+        from tqdm.auto import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=progress.num_requests, unit="row")
+        self._bar.n = progress.num_done
+        tokens = f"{progress.num_prompt_tokens} tokens in, {progress.num_output_tokens} out"
+        self._bar.set_postfix_str(tokens, refresh=False)
+        self._bar.update(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
 
 
 def map_file(
