@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +30,7 @@ def vectors(pending: PendingRequests) -> Iterator[SequenceOutput]:
     """A vector of three numbers for each text, its length first; one text fails, and one gets four numbers."""
     for row in range(len(pending)):
         text = bytes(pending[row].prompt_token_ids.tolist()).decode()
-        values = np.array([len(text), 0.5, -1, *([9] if text == "four" else [])], "<f4")
+        values = np.array([len(text), 0.5, -1, *([9] if text == "four" else [])], np.float32)
         error = RequestError("no", code="invalid_value") if text == "fails" else None
         yield SequenceOutput(
             index=row,
@@ -40,7 +39,7 @@ def vectors(pending: PendingRequests) -> Iterator[SequenceOutput]:
             num_prompt_tokens=len(text),
             num_cached_tokens=0,
             error=error,
-            embedding=base64.b64encode(values.tobytes()).decode(),
+            embedding=values,
         )
 
 
