@@ -257,6 +257,11 @@ def test_several_faults_of_a_line_are_told_at_once(tmp_path: Path) -> None:
     assert "also: method is 'GET'" in outside.message
     assert "also: temperature is 'hot'" in outside.message
     assert "also" not in error_of(batch_line("a", {"prompt": "x", "temperature": "hot"})).message
+    tool = {"type": "function", "function": {"name": "f"}}
+    asks = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": "required"}
+    assert (
+        "also" not in error_of(batch_line("a", asks, url="/v1/chat/completions")).message
+    )  # not that there are no tools
 
 
 def test_a_file_that_asks_for_models_that_are_not_here(tmp_path: Path) -> None:

@@ -251,6 +251,10 @@ def digest_of(line: bytes) -> bytes:
     return hashlib.blake2b(line, digest_size=16).digest()
 
 
+_NEEDING = {"tools": ("tool_choice", "parallel_tool_calls"), "logprobs": ("top_logprobs",)}
+"""Fields that are wrong only because another one is gone."""
+
+
 def _without(value: object, param: str | None) -> object:
     """A line in which one field is not wrong any more; None where that cannot be done."""
     if not isinstance(value, dict) or param is None:
@@ -262,7 +266,8 @@ def _without(value: object, param: str | None) -> object:
     body = value.get("body")
     if not isinstance(body, dict) or param not in body:
         return None
-    return {**value, "body": {name: field for name, field in body.items() if name != param}}
+    gone = {param, *_NEEDING.get(param, ())}
+    return {**value, "body": {name: field for name, field in body.items() if name not in gone}}
 
 
 def _skip_line(content: io.BufferedReader[Any]) -> None:
