@@ -1,7 +1,7 @@
 // Choosing the next token of one sequence from its logits; executors/sampling.py is the specification. In this order:
-// mask; raw log probabilities; allowed tokens, bad words, bias, banned tokens, penalties; greedy, or temperature, min_p,
-// top_k, top_p and one draw by inverse CDF in token order. Depends on the logits, the parameters, the sequence's tokens
-// and its seed, on nothing else.
+// mask; raw log probabilities; allowed tokens, bad words, bias, banned tokens, penalties; greedy, or temperature,
+// min_p, top_k, top_p and one draw by inverse CDF in token order. Depends on the logits, the parameters, the sequence's
+// tokens and its seed, on nothing else.
 #pragma once
 
 #include <array>
