@@ -262,7 +262,8 @@ def _without(value: object, param: str | None) -> object:
     body = value.get("body")
     if not isinstance(body, dict) or param not in body:
         return None
-    return {**value, "body": {name: field for name, field in body.items() if name != param}}
+    wrong = ("tools", "tool_choice") if param == "tools" else (param,)
+    return {**value, "body": {name: field for name, field in body.items() if name not in wrong}}
 
 
 def _skip_line(content: io.BufferedReader[Any]) -> None:
