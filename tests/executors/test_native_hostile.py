@@ -32,7 +32,7 @@ def model(shape={}, limits={}, num_threads=1):
 def params(**changes):
     return _native.SamplingParams(**dict(temperature=1.0, top_p=1.0, min_p=0.0, presence_penalty=0.0,
         frequency_penalty=0.0, repetition_penalty=1.0, top_k=0, num_logprobs=-1, min_tokens=0, num_prompt_tokens=0,
-        seed=1, logit_bias=[], stop_token_ids=[]) | changes)
+        seed=1, logit_bias=[], stop_token_ids=[], allowed_token_ids=[], bad_words=[]) | changes)
 
 def ints(*values):
     return np.array(values, np.int32)
@@ -88,6 +88,8 @@ HOSTILE_CALLS = [
     ("model().admit(0, params(min_p=2.0))", "min_p is 2", "from 0 to 1"),
     ("model().admit(0, params(num_prompt_tokens=-5))", "num_prompt_tokens is -5", "0 or more"),
     ("model().admit(0, params(logit_bias=[(260, 1.0)]))", "token 260", "260"),
+    ("model().admit(0, params(allowed_token_ids=[260]))", "260", "260"),
+    ("model().admit(0, params(bad_words=[[-1]]))", "-1", "260"),
     ("model(num_threads=0)", "num_threads is 0", "from 1"),
     ("model(num_threads=-1)", "num_threads is -1", "from 1"),
     ("model(limits={'max_num_seqs': 0})", "max_num_seqs is 0", "from 1 to 2147483647"),

@@ -249,6 +249,12 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "safe_prompt": (False,),
+    "thinking_token_budget": (),
+    "grammar": ("",),
+    "n_predict": (),
+    "typical_p": (1, 1.0),
+    "mirostat": (0,),
+    "dry_multiplier": (0, 0.0),
 }
 _CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **_NEUTRAL,

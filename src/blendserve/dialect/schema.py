@@ -201,8 +201,12 @@ def _read_model(body: Mapping[str, Any], served: ServedModel) -> str | None:
     model = body.get("model")
     if model is None:
         return None
-    if not isinstance(model, str) or not model:
+    if not isinstance(model, str):
         reject("model", model, "a string", code="invalid_type")
+    if not model:
+        raise RequestError(
+            "model is an empty string; name a model, or leave the field out", code="invalid_value", param="model"
+        )
     if model not in (*served.names, *served.abilities.adapters) and not served.accepts_any_name:
         raise RequestError(
             f"the line asks for model {shown(model)}, but the model here is {served.name}; give --model to choose the "

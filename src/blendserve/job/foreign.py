@@ -102,15 +102,17 @@ class FormatWatch:
         self._head: list[bytes] = []
         self._found: Counter[Format | None] = Counter()
         self._has_ours = False
+        self._opens_array = False
 
     def add(self, line: bytes, value: object) -> None:
         if self._has_ours:
             return
-        if isinstance(value, dict):
+        if not self._head:
+            self._opens_array = line.startswith(b"[") and line.endswith((b"[", b","))
+        found = None
+        if isinstance(value, dict) and not self._opens_array:  # the last entry of an array has no comma behind it
             found = format_of(value)
             self._has_ours = found is None
-        else:
-            found = None
         self._found[found] += 1
         if len(self._head) < _HEAD_LINES:
             self._head.append(line[:_HEAD_BYTES])

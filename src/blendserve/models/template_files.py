@@ -25,7 +25,7 @@ def read_template_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({brief(error)}); convert it to UTF-8") from error
+        raise ConfigError(f"{path} is not UTF-8 text; convert it to UTF-8") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
@@ -46,7 +46,12 @@ def template_sources(directory: Path, config: Mapping[str, Any]) -> TemplateSour
 def sources_of(template: Any, where: str) -> TemplateSources:
     """One template, or several by name. Raises: ConfigError."""
     if isinstance(template, list):
-        template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in template):
+            raise ConfigError(
+                f"the chat template in {where} is {brief(template)}; it must be a text, or a list of templates that "
+                "each have a name"
+            )
+        template = {entry["name"]: entry.get("template") for entry in template}
     if not isinstance(template, Mapping):
         return TemplateSources(_text(template, where))
     if _DEFAULT not in template:

@@ -231,8 +231,11 @@ def answer(path: str, body: bytes, refused_status: int = 400) -> tuple[int, byte
         return refused_status, _error("messages or prompt is missing", refused_status)
     digest = blake2b(body, digest_size=16)
     limit = request.get("max_completion_tokens") or request.get("max_tokens") or _DEFAULT_MAX_TOKENS
-    num_tokens = min(limit, 1 + digest.digest()[0] % _DEFAULT_MAX_TOKENS)
-    choices = [_choice(index, is_chat, digest.digest(), num_tokens) for index in range(request.get("n") or 1)]
+    num_choices = request.get("n") or 1
+    if not _is_whole(limit) or not _is_whole(num_choices):
+        return refused_status, _error("max_tokens and n must be whole numbers", refused_status)
+    num_tokens = min(int(limit), 1 + digest.digest()[0] % _DEFAULT_MAX_TOKENS)
+    choices = [_choice(index, is_chat, digest.digest(), num_tokens) for index in range(int(num_choices))]
     num_prompt = len(json.dumps(prompt)) // 4
     num_output = num_tokens * len(choices)
     return 200, json.dumps(
@@ -249,6 +252,10 @@ def answer(path: str, body: bytes, refused_status: int = 400) -> tuple[int, byte
             },
         }
     ).encode()
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
 def _other_answer(path: str, body: bytes) -> dict[str, Any]:
