@@ -11,9 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from batch_fakes import FakeEngine, stop_after
+from batch_fakes import SERVED, FakeEngine, stop_after
 from table_fakes import PROMPT, TableEngine, TextEngine, run_map, table_of, write_parquet
 
+from blendserve.dialect.extras import Abilities
+from blendserve.dialect.urls import TEXT_URLS
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.job.pending import PendingRequests
 from blendserve.request import SequenceOutput
@@ -116,12 +118,12 @@ def test_a_prompt_may_need_no_column(tmp_path: Path, source: Path) -> None:
 
 
 def test_parameters_come_from_columns_too(tmp_path: Path) -> None:
-    table = pa.table({"text": ["a", "b", "c", "d"], "limit": pa.array([3, None, 5, 0])})
+    table = pa.table({"text": ["a", "b", "c", "d"], "limit": pa.array([3, None, 5, -1])})
     recipe = Recipe(prompt="{{ text }}", params={"temperature": 0}, param_columns={"max_tokens": "limit"})
     run_map(write_parquet(tmp_path / "in.parquet", table), tmp_path / "out.parquet", recipe)
     found = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["output_tokens"] for row in found] == [3, 12, 5, None]
-    assert found[3]["error"].startswith("invalid_value: max_tokens is 0")
+    assert found[3]["error"].startswith("invalid_value: max_tokens is -1")
 
 
 def test_conversations_and_finished_prompts_come_from_columns(tmp_path: Path) -> None:
@@ -169,7 +171,6 @@ def test_examples_stand_before_the_question(tmp_path: Path) -> None:
         (Recipe(prompt="x", params={"tempratur": 1}), {}, "unknown parameter 'tempratur'"),
         (Recipe(prompt="x", answer="text"), {}, "in a column 'text', and the table has one of that name"),
         (Recipe(prompt="x", answer="error"), {}, "in a column 'error'"),
-        (Recipe(embed_column="text"), {}, "this engine does not answer /v1/embeddings"),
         (Recipe(prompt="x"), {"unnest": True}, "--unnest makes a column of each field"),
     ],
 )
@@ -182,6 +183,13 @@ def test_what_fits_no_row_is_an_error_before_any_work(
     assert message in str(caught.value)
     assert engine.fake.num_answers == 0
     assert not (tmp_path / "out.parquet.journal").exists()
+
+
+def test_an_engine_without_embeddings_says_so_before_any_work(tmp_path: Path, source: Path) -> None:
+    engine = TableEngine(served=replace(SERVED, abilities=Abilities(urls=TEXT_URLS)))
+    with pytest.raises(ConfigError, match="this engine does not answer /v1/embeddings"):
+        run_map(source, tmp_path / "out.parquet", Recipe(embed_column="text"), engine)
+    assert engine.fake.num_answers == 0
 
 
 @pytest.mark.parametrize(
