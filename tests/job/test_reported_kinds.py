@@ -173,6 +173,13 @@ def test_a_file_is_read_or_refused_as_a_whole(tmp_path: Path, content: bytes, ou
     assert not list(tmp_path.glob("out*.jsonl"))
 
 
+def test_a_comma_behind_a_line_is_named(tmp_path: Path) -> None:
+    report = run_fake(write_lines(tmp_path / "in.jsonl", [ROWS[0] + b",", ROWS[1]]), tmp_path / "out.jsonl")
+    (row,) = read_rows(tmp_path / "out.errors.jsonl")
+    assert report.num_succeeded == 1
+    assert row["error"]["message"].endswith("; remove the comma at its end")
+
+
 def test_a_model_chosen_after_a_refusal_answers_what_the_file_asks_for(tmp_path: Path) -> None:
     models = ["gpt-9", "gpt-9", "gpt-9-mini"]
     lines = [batch_line(f"{at}", {"prompt": "x", "model": name}) for at, name in enumerate(models)]
@@ -251,7 +258,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {  # a change of a sound
     "experts": (config(architectures=["Qwen3MoeForCausalLM"]), "'Qwen3MoeForCausalLM'] is not supported; known"),
     "a window that is absent": (config(model_type="mistral", architectures=["MistralForCausalLM"]), PROMPT),
     "a config that is a list": (file("config.json", b"[]"), "config.json holds a list, not an object"),
-    "a config that is cut": (file("config.json", b"{"), "config.json"),
+    "a config that is cut": (file("config.json", b"{"), "cannot read"),
     "sampling that is a text": (file("generation_config.json", b'{"temperature": "hot"}'), "it must be a number"),
     "a tokenizer of sentencepiece": (
         file("tokenizer.model", b"\n\x0e", without="tokenizer.json"),
@@ -310,6 +317,7 @@ def test_a_token_beyond_the_embedding_is_an_error_of_the_line_that_uses_it(tmp_p
     rows, report = run_tiny(tmp_path, [batch_line(name, {"prompt": text}) for name, text in prompts.items()], model)
     assert (report.num_succeeded, report.num_failed) == (1, 1)
     assert error_of(rows["plain"]) is None
+    assert "320" in str(error_of(rows["pad"]))
 
 
 @pytest.mark.parametrize(("named", "is_greedy"), [({"top_k": 1}, True), ({"temperature": 0.0}, True), ({}, False)])

@@ -50,8 +50,9 @@ def parse_json(line: bytes) -> object:
             "write the whole character",
         ) from None
     except json.JSONDecodeError as error:
+        remedy = "; remove the comma at its end" if error.doc[error.pos :].strip() == "," else ""
         raise line_error(
-            "invalid_json_line", f"the line is not valid JSON: {error.msg} at column {error.colno}"
+            "invalid_json_line", f"the line is not valid JSON: {error.msg} at column {error.colno}{remedy}"
         ) from None
     except ValueError as error:
         raise line_error("invalid_json_line", f"the line is not valid JSON: {error}") from None
