@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from parallel_cases import pending_of, plan_of_pending
 
 from blendserve.engines.replicas.part import SharedJob
 from blendserve.job.pending import PendingRequests
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In the background of a shell Ctrl-C is ignored, and children would inherit that: tests that send one would wait.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = [] if find_spec("pyarrow") and find_spec("fsspec") else ["tables"]
 """Tests of tables need the extra `data`, which `dev` has."""
