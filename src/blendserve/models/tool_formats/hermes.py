@@ -17,7 +17,7 @@ from blendserve.models.tool_formats.format import (
     skip_spaces,
     to_json,
 )
-from blendserve.models.tool_formats.lark import alternatives, arguments_rule, literal, repeated, start
+from blendserve.models.tool_formats.lark import alternatives, arguments_rule, begun_after, forced_after, literal
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -51,15 +51,11 @@ def _read(text: str, at: int) -> tuple[ToolCall, int]:
 
 
 def forced(wanted: Wanted) -> str:
-    begin = literal(BEGIN, wanted.special_ids)
-    calls = repeated(f'{begin} "\\n" body', f'"\\n" {begin} "\\n" body', wanted)
-    return f"{start(calls, wanted)}\n{_body(wanted)}"
+    return forced_after(BEGIN, _body(wanted), wanted)
 
 
 def begun(wanted: Wanted) -> CallGrammar:
-    begin = literal(BEGIN, wanted.special_ids)
-    calls = repeated("body", f'"\\n"? {begin} "\\n" body', wanted)
-    return CallGrammar(f"start: {calls}\n{_body(wanted)}", BEGIN)
+    return begun_after(BEGIN, _body(wanted), wanted)
 
 
 def _body(wanted: Wanted) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blendserve.models.tool_formats.format import Tool, Wanted
+from blendserve.models.tool_formats.format import CallGrammar, Tool, Wanted
 
 MAX_PARALLEL_CALLS = 32
 """Of a forced answer, so that it ends."""
@@ -58,3 +58,17 @@ def start(rule: str, wanted: Wanted) -> str:
     if not wanted.answer_rule:
         return f"start: {rule}"
     return f"start: {rule} | instead\ninstead: {wanted.answer_rule}"
+
+
+def forced_after(marker: str, body: str, wanted: Wanted) -> str:
+    """A grammar of calls that each begin with `marker` and a line break; `body` are the rules of what follows it."""
+    begin = literal(marker, wanted.special_ids)
+    calls = repeated(f'{begin} "\\n" body', f'"\\n" {begin} "\\n" body', wanted)
+    return f"{start(calls, wanted)}\n{body}"
+
+
+def begun_after(marker: str, body: str, wanted: Wanted) -> CallGrammar:
+    """The same for an answer that is free until its first `marker`."""
+    begin = literal(marker, wanted.special_ids)
+    calls = repeated("body", f'"\\n"? {begin} "\\n" body', wanted)
+    return CallGrammar(f"start: {calls}\n{body}", marker)

@@ -18,7 +18,7 @@ from blendserve.models.tool_formats.format import (
     skip_spaces,
     to_json,
 )
-from blendserve.models.tool_formats.lark import alternatives, json_rule, literal, repeated, schema_of, start
+from blendserve.models.tool_formats.lark import alternatives, begun_after, forced_after, json_rule, literal, schema_of
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 _MAX_COUNTED = 4096
@@ -95,15 +95,11 @@ def _kind(value: Any) -> str:
 
 
 def forced(wanted: Wanted) -> str:
-    begin = literal(BEGIN, wanted.special_ids)
-    calls = repeated(f'{begin} "\\n" body', f'"\\n" {begin} "\\n" body', wanted)
-    return f"{start(calls, wanted)}\n{_body(wanted)}"
+    return forced_after(BEGIN, _body(wanted), wanted)
 
 
 def begun(wanted: Wanted) -> CallGrammar:
-    begin = literal(BEGIN, wanted.special_ids)
-    calls = repeated("body", f'"\\n"? {begin} "\\n" body', wanted)
-    return CallGrammar(f"start: {calls}\n{_body(wanted)}", BEGIN)
+    return begun_after(BEGIN, _body(wanted), wanted)
 
 
 def _body(wanted: Wanted) -> str:
