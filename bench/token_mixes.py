@@ -97,17 +97,15 @@ BALANCED = ("essays", "reports", "library")
 
 
 def parts_of(name: str, scale: float = 1.0, seed: int = 0) -> list[Part]:
-    """The parts of a mix, each with the first `scale` of its requests, or so many of every prefix."""
+    """The parts of a mix, each with the first `scale` of its requests."""
     parts = MIXES[name](np.random.default_rng(seed))
     return parts if scale == 1.0 else [_scaled(part, scale) for part in parts]
 
 
 def _scaled(part: Part, scale: float) -> Part:
-    """Every request whose turn it is when one of 1 / scale is taken: all prefixes stay where there are enough."""
-    count = len(part.prompts)
-    kept = np.unique(np.arange(max(1, round(count * scale))) * count // max(1, round(count * scale))).tolist()
-    prompts, outputs, prefix = ([column[i] for i in kept] for column in (part.prompts, part.outputs, part.prefix))
-    return Part(prompts, outputs, prefix, part.num_prefix_tokens)
+    """The first ones: as many of each prefix as in the whole, and fewer prefixes."""
+    count = max(1, round(len(part.prompts) * scale))
+    return Part(part.prompts[:count], part.outputs[:count], part.prefix[:count], part.num_prefix_tokens)
 
 
 def workload_of(name: str, seed: int = 0, scale: float = 1.0) -> Workload:
