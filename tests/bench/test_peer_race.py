@@ -9,6 +9,7 @@ import common
 import peer_lineup
 import peers
 import pytest
+from peaks import Peak
 from peer_lineup import Entrant, entrant, parse_override
 from peer_process import PeerError, PeerProcess
 
@@ -89,7 +90,9 @@ def test_speedup_is_the_median_of_pairs() -> None:
         return [peers.Result(peer, "w", i, s, s, 100, 10, 0.0) for i, s in enumerate(seconds)]
 
     ours = results("ours", [1.0, 10.0, 1.0])  # the machine was slow for both in the second repeat
-    table = peers._table(peers.Workload("w", 3, 5, 4), ours + results("peer", [2.0, 20.0, 3.0]), SPEC)
+    table = peers._table(
+        peers.Workload("w", 3, 5, 4), ours + results("peer", [2.0, 20.0, 3.0]), SPEC, Peak(1e9, 2e9, "a test")
+    )
     assert "2.00 (2.00..3.00)x" in table
 
 
