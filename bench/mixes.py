@@ -131,7 +131,7 @@ def title(mix: Mix, lines: Sequence[Line], prompts: Sequence[TokenIds]) -> str:
 def run_batch_file(batch_file: Path, options: Sequence[str]) -> dict[str, Any]:
     """`blendserve run` as a process of its own; returns what `--json` prints. All lines must have been answered."""
     command = [sys.executable, "-m", "blendserve", "run", str(batch_file), "-o", f"{batch_file}.out", "--fresh"]
-    command += ["--json", "--model", DEFAULT_MODEL.name, *options]
+    command += ["--json", *([] if "--model" in options else ["--model", DEFAULT_MODEL.name]), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     summary: dict[str, Any] = json.loads(done.stdout)
     assert not summary["errors_by_code"], summary

@@ -41,4 +41,4 @@ def peak_of(here: Machine | None = None) -> Peak:
             rates.append(load_calibration(cache_dir(), dtype).peaks().flop_per_s)
         except ConfigError:
             rates.append(0.0)
-    return Peak(*rates, "the best matrix product of `blendserve calibrate`")
+    return Peak(rates[0], rates[1], "the best matrix product of `blendserve calibrate`")

@@ -9,6 +9,10 @@ import mixes
 import peer_files
 import policies
 import pytest
+import token_mixes
+from peaks import Peak
+
+from blendserve.models.known import SMOLLM2_135M
 
 
 @pytest.fixture
@@ -68,4 +72,16 @@ def test_a_whole_file_is_answered_and_told(questions: Path, tmp_path: Path) -> N
 def test_peers_are_compared_within_a_repeat() -> None:
     times = {"ours-bf16": [2.0, 20.0, 2.0], "peer": [4.0, 40.0, 5.0]}  # the machine was slow in the second repeat
     runs = [peer_files.FileRun(name, i, s, 0.0) for name, own in times.items() for i, s in enumerate(own)]
-    assert "2.00 (2.00..2.50)x" in peer_files.table(runs, 1000)
+    table = peer_files.table(runs, peer_files.FileWork(1000, 3e9), Peak(6e9, 12e9, "a test"))
+    assert "2.00 (2.00..2.50)x" in table
+    assert table.splitlines()[2].split("|")[4].strip() == "25%"
+
+
+def test_shared_prefixes_are_computed_once() -> None:
+    lines = token_mixes.token_lines("pool", 0.05)
+    prompts = mixes.encode(lines)
+    work = peer_files.work_of(lines, prompts, SMOLLM2_135M)
+    each = [peer_files.work_of([line], [prompt], SMOLLM2_135M) for line, prompt in zip(lines, prompts, strict=True)]
+    shared = 7 * 1040 * 2 * SMOLLM2_135M.num_layers * SMOLLM2_135M.num_layer_parameters
+    assert work.num_tokens == sum(one.num_tokens for one in each)
+    assert work.flop == pytest.approx(sum(one.flop for one in each) - shared)
