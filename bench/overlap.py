@@ -35,6 +35,7 @@ from blendserve.costs.this_machine import overlap_cost_of
 from blendserve.host import usable_cores
 from blendserve.models.known import SMOLLM2_135M
 
+PROMPT_TOKENS = 512
 STREAM_BYTES = 256 << 20
 """Far more than the caches hold."""
 SHAPE = replace(SMOLLM2_135M, num_layers=SMOLLM2_135M.num_layers // 5, vocab_size=256)
@@ -60,13 +61,13 @@ def mixes(num_sequences: int) -> list[Mix]:
         Mix("balanced", True, num_sequences // 4),
         Mix("more compute", True, num_sequences),
         Mix("decode alone", True, 0),
-        Mix("prefill alone", False, 512),
+        Mix("prefill alone", False, PROMPT_TOKENS),
     ]
 
 
 def measured_peaks(probe: Probe, num_rounds: int) -> Peaks:
     probe.set_overlap("off", OverlapCost())
-    prompts = [probe.prefill(512) for _ in range(num_rounds)]
+    prompts = [probe.prefill(PROMPT_TOKENS) for _ in range(num_rounds)]
     decodes = [probe.decode() for _ in range(num_rounds)]
     single = [probe.prefill(1) for _ in range(num_rounds)]
     flop_per_s = max(work.matmul_flop_per_s for work in prompts)
@@ -140,7 +141,7 @@ def measure(arguments: argparse.Namespace, cost: OverlapCost) -> None:
             SHAPE,
             num_threads=arguments.threads,
             num_sequences=arguments.sequences,
-            max_tokens=512 + 2 * arguments.sequences,
+            max_tokens=PROMPT_TOKENS + 2 * arguments.sequences,
             context=arguments.context,
             dtype=arguments.dtype,
         )
@@ -190,6 +191,8 @@ def main() -> None:
     parser.add_argument("--starved", action="store_true", help="one thread, alone and beside one that streams memory")
     parser.add_argument("--memory-lanes", type=int, help="threads that may hold attention; 0: all")
     arguments = parser.parse_args()
+    if arguments.context < PROMPT_TOKENS:
+        parser.error(f"--context is {arguments.context}; a prompt of {PROMPT_TOKENS} tokens has to fit into it")
     cost = overlap_cost_of(arguments.threads, arguments.dtype) or OverlapCost()
     given = {name: getattr(arguments, name) for name in ("chunk_bytes", "tile_flop", "iteration_bytes", "memory_lanes")}
     cost = replace(cost, **{name: value for name, value in given.items() if value is not None})
