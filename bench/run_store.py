@@ -99,4 +99,4 @@ class Progress:
     def __str__(self) -> str:
         rest_s = self.num_left * self.next_s
         left = f"{self.num_left} runs left"
-        return f"{left}, about {rest_s / 60:.0f} minutes" if self._seconds else left
+        return f"{left}, about {rest_s / 60:.1f} minutes" if self._seconds else left

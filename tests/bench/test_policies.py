@@ -110,7 +110,7 @@ def test_the_rest_takes_as_long_as_runs_so_far() -> None:
     assert str(progress) == "3 runs left"
     progress.done(60.0)
     progress.done(120.0)
-    assert str(progress) == "1 runs left, about 2 minutes"
+    assert str(progress) == "1 runs left, about 1.5 minutes"
 
 
 def test_speedups_are_over_both_baselines() -> None:
