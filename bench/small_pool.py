@@ -3,7 +3,8 @@
     python bench/small_pool.py [--mixes pool,exam] [--kv-mib 128,256] [--policies dfs,paper,blend] [--details]
 
 Mixes are those of `token_mixes.py`, rates those of `RATES`. Each mix runs on an engine whose steps take compute and
-memory time one after the other (off), and on one that hides half of the shorter one (on).
+memory time one after the other (off), on one that hides half of the shorter one (on), and on one that does so without
+the plan knowing (unplanned).
 
 All figures are simulated.
 """
@@ -25,7 +26,9 @@ from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import SEQUENTIAL, Interference
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.models.known import SMOLLM2_135M
-from blendserve.planner.policies import POLICY_NAMES
+from blendserve.planner.base import Policy
+from blendserve.planner.plan import Plan
+from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.simulator.machine import Machine
 from blendserve.simulator.simulate import simulate
 from blendserve.simulator.workloads.knowledge import SAMPLED
@@ -45,7 +48,8 @@ INT8_RATES = Calibration(
 )
 RATES: dict[Dtype, Calibration] = {"int8": INT8_RATES, "bf16": replace(INT8_RATES, dtype="bf16", gemm_flop_per_s=400e9)}
 """By dtype of weights: what whole steps and attention reached there (docs/benchmarks.md)."""
-INTERFERENCE = {"off": SEQUENTIAL, "on": Interference(0.5, 0.5)}
+INTERFERENCE = {"off": SEQUENTIAL, "on": Interference(0.5, 0.5), "unplanned": Interference(0.5, 0.5)}
+"""Of the engine. Plans know of it but for `unplanned`: a run with overlap on a machine that was never measured."""
 KV_MIB = (128, 256, 512, 1024, 4096)
 MAX_NUM_SEQS = 256
 
@@ -105,6 +109,11 @@ class Figures(NamedTuple):
         return self.compute_s - self.prompts_s - self.recomputed_s
 
 
+def unplanned_policy(name: str, plan: Plan) -> Policy:
+    """A policy that does not know that the engine overlaps."""
+    return make_policy(name, replace(plan, cost=replace(plan.cost, has_overlap=False)))
+
+
 def figures_of(case: Case, seed: int = 0, scale: float = 1.0) -> Figures:
     workload, machine = workload_of(case.mix, seed, scale), machine_of(case.kv_mib, case.overlap, case.dtype)
     result = simulate(
@@ -112,6 +121,7 @@ def figures_of(case: Case, seed: int = 0, scale: float = 1.0) -> Figures:
         machine,
         case.policy,
         lengths=SAMPLED,
+        make=partial(unplanned_policy, case.policy) if case.overlap == "unplanned" else None,
         keeps_steps=True,
         clock=lambda: 0.0,
     )
@@ -200,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixes", default=",".join(MIXES))
     parser.add_argument("--kv-mib", default=",".join(map(str, KV_MIB)))
-    parser.add_argument("--overlap", default="off,on")
+    parser.add_argument("--overlap", default="off,on", help="off, on, unplanned")
     parser.add_argument("--policies", default=",".join(POLICY_NAMES))
     parser.add_argument("--dtype", default="int8", help=f"of weights, comma-separated: {', '.join(RATES)} (int8)")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the requests, for a quick look")

@@ -53,7 +53,7 @@ def test_the_parts_of_a_gain_make_the_gain() -> None:
     assert "-" not in gains(found).splitlines()[-1].split("|")[2], "blend saves time here"
 
 
-@pytest.mark.parametrize(("kv_mib", "overlap"), [(256, "off"), (192, "on")])
+@pytest.mark.parametrize(("kv_mib", "overlap"), [(256, "off"), (192, "on"), (256, "unplanned")])
 def test_the_default_policy_is_the_best_one_in_a_small_pool(kv_mib: int, overlap: str) -> None:
     runs = [figures_of(Case("pool", kv_mib, overlap, policy)) for policy in ("dfs", "paper", "blend")]
     assert behind_best(runs) < -0.02
