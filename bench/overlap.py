@@ -161,7 +161,6 @@ def measure_starved(arguments: argparse.Namespace, cost: OverlapCost) -> None:
     first, *others = sorted(os.sched_getaffinity(0))
     if not others:
         raise SystemExit("--starved needs two cores: one for the engine and one for a process that streams memory")
-    arguments.threads = 1
     os.sched_setaffinity(0, {first})
     print("\n### one thread alone\n")
     measure(arguments, cost)
@@ -193,6 +192,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.context < PROMPT_TOKENS:
         parser.error(f"--context is {arguments.context}; a prompt of {PROMPT_TOKENS} tokens has to fit into it")
+    if arguments.starved:
+        arguments.threads = 1
     cost = overlap_cost_of(arguments.threads, arguments.dtype) or OverlapCost()
     given = {name: getattr(arguments, name) for name in ("chunk_bytes", "tile_flop", "iteration_bytes", "memory_lanes")}
     cost = replace(cost, **{name: value for name, value in given.items() if value is not None})
