@@ -4,8 +4,9 @@
     python bench/overlap.py --starved        one thread, alone and beside a process that streams memory on another core
 
 Decodes with prompts beside them, decodes alone and prompts alone, each off and on in turn; medians with their range.
-Random weights of the default model's shape with a fifth of its layers and without its head, so that filling the KV
-memory takes seconds. `auto` takes what `blendserve calibrate` stored; without that it overlaps nothing.
+Random weights of the default model's shape, or of a 1B Llama's (`--shape llama-1b`), with a fifth of its layers and
+without its head, so that filling the KV memory takes seconds. `auto` takes what `blendserve calibrate` stored; without
+that it overlaps nothing.
 
 `share` is the bound max(flop / peak flop/s, bytes / peak bytes/s) of the work over the median time, at the highest
 rates of one op alone that the same process measured: matrix products of a prompt, decode attention or weights
@@ -38,7 +39,18 @@ from blendserve.models.known import SMOLLM2_135M
 PROMPT_TOKENS = 512
 STREAM_BYTES = 256 << 20
 """Far more than the caches hold."""
-SHAPE = replace(SMOLLM2_135M, num_layers=SMOLLM2_135M.num_layers // 5, vocab_size=256)
+LLAMA_1B = replace(
+    SMOLLM2_135M,
+    name="llama-1b",
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+)
+SHAPES = {
+    spec.name: replace(spec, num_layers=spec.num_layers // 5, vocab_size=256) for spec in (SMOLLM2_135M, LLAMA_1B)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +150,7 @@ def measure(arguments: argparse.Namespace, cost: OverlapCost) -> None:
     """Print the table of all mixes."""
     with closing(
         Probe(
-            SHAPE,
+            SHAPES[arguments.shape],
             num_threads=arguments.threads,
             num_sequences=arguments.sequences,
             max_tokens=PROMPT_TOKENS + 2 * arguments.sequences,
@@ -179,6 +191,7 @@ def measure_starved(arguments: argparse.Namespace, cost: OverlapCost) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=[mode for mode in OVERLAP_MODES if mode != "off"], default="on")
+    parser.add_argument("--shape", choices=SHAPES, default=SMOLLM2_135M.name)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--sequences", type=int, default=96, help="that decode at once (96)")
     parser.add_argument("--context", type=int, default=1024, help="tokens that each of them reads (1024)")

@@ -34,6 +34,8 @@ from blendserve.config import BYTES_PER_WEIGHT, Dtype
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.stored_calibration import matching_calibration
 from blendserve.host import cache_dir, usable_cores
+from blendserve.models.gguf_file import GgufFile
+from blendserve.models.gguf_spec import spec_from_gguf
 from blendserve.models.known import SMOLLM2_135M
 from blendserve.planner.tree import PrefixTree
 
@@ -44,12 +46,17 @@ TEXT = "text-"
 
 
 class Setting(NamedTuple):
-    """What the entrants of a table have in common. `scale`: fraction of the requests."""
+    """What the entrants of a table have in common. `scale`: fraction of the requests; `model`: a file, or the default
+    model where it is empty."""
 
     mix: str
     dtype: Dtype
     kv_memory: str
     scale: float
+    model: str = ""
+
+    def __str__(self) -> str:
+        return " ".join([self.mix, self.dtype, self.kv_memory, *([Path(self.model).name] if self.model else [])])
 
 
 class Cell(NamedTuple):
@@ -89,7 +96,7 @@ def main() -> None:
     store = RunStore(arguments.store)
     entrants = arguments.entrants.split(",")
     settings = [
-        Setting(mix, dtype, kv_memory, arguments.scale)
+        Setting(mix, dtype, kv_memory, arguments.scale, arguments.model)
         for mix in arguments.mixes.split(",")
         for dtype in arguments.dtype.split(",")
         for kv_memory in arguments.kv_memory.split(",")
@@ -103,7 +110,7 @@ def main() -> None:
             _calibrate(dtype)
         run_missing(settings, entrants, store, arguments)
     for setting in settings:
-        print(f"\n### {' '.join(map(str, setting[:3]))}, {setting.scale:g} of the requests\n")
+        print(f"\n### {setting}, {setting.scale:g} of the requests\n")
         outcomes = stored(setting, entrants, store)
         print(table(outcomes) + "\n\n" + gains(outcomes) if outcomes else "nothing is done yet", flush=True)
     print(f"\nmeasured at {', '.join(sorted(store.commits)) or 'no commit'}; kept in {arguments.store}")
@@ -118,6 +125,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="runs of each entrant (1)")
     parser.add_argument("--dtype", default="int8,bf16", help="of weights, comma-separated")
     parser.add_argument("--kv-memory", default="512MiB", help="comma-separated (512MiB)")
+    parser.add_argument("--model", default="", help="GGUF file; the default model if absent")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run that would end later than this")
     parser.add_argument("--show", action="store_true", help="run nothing, print the tables of what is done")
     parser.add_argument("--store", type=Path, default=RESULTS / "policies.jsonl")
@@ -160,7 +168,7 @@ def run_missing(
             store.add(cell.key(), asdict(outcome))
             progress.done(outcome.elapsed_s)
             print(
-                f"{' '.join(map(str, cell.setting[:3]))} {cell.entrant}: {outcome.elapsed_s:.1f} s; {progress}",
+                f"{cell.setting} {cell.entrant}: {outcome.elapsed_s:.1f} s; {progress}",
                 flush=True,
             )
 
@@ -188,16 +196,18 @@ def _run(cell: Cell, batch_file: Path, most_sharing: float) -> Outcome:
     setting = cell.setting
     options = ["--policy", policy, "--overlap", overlap or "on", "--kv-memory", setting.kv_memory]
     watch = common.Watch()
-    summary = mixes.run_batch_file(batch_file, [*options, "--dtype", setting.dtype])
-    return outcome_of(summary, most_sharing, watch.others(), token_seconds(setting.dtype))
+    model = ["--model", setting.model] if setting.model else []
+    summary = mixes.run_batch_file(batch_file, [*options, "--dtype", setting.dtype, *model])
+    return outcome_of(summary, most_sharing, watch.others(), token_seconds(setting))
 
 
-def token_seconds(dtype: Dtype) -> float:
+def token_seconds(setting: Setting) -> float:
     """What a prompt token costs by the stored calibration; 0 where there is none."""
-    calibration = matching_calibration(cache_dir(), usable_cores(), print, dtype)
+    calibration = matching_calibration(cache_dir(), usable_cores(), print, setting.dtype)
     if calibration is None:
         return 0.0
-    return calibration.step_cost(ModelCost.from_spec(SMOLLM2_135M, bytes_per_weight=BYTES_PER_WEIGHT[dtype])).token_s
+    spec = spec_from_gguf(setting.model, GgufFile(Path(setting.model))) if setting.model else SMOLLM2_135M
+    return calibration.step_cost(ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[setting.dtype])).token_s
 
 
 def outcome_of(summary: dict[str, Any], most_sharing: float, others: float, token_s: float) -> Outcome:
