@@ -48,7 +48,9 @@ def main() -> None:
 def _timed(llm: LLM, workload: Workload, repeat: int) -> float:
     prompts = workload.prompts(llm.model.spec.vocab_size, f"{workload} {repeat}")
     started_s = time.perf_counter()
-    llm.generate(prompts, SamplingParams(max_tokens=workload.output_tokens, temperature=0, ignore_eos=True))
+    llm.generate(
+        prompts, SamplingParams(max_tokens=workload.output_tokens, temperature=0, ignore_eos=True), use_tqdm=False
+    )
     return time.perf_counter() - started_s
 
 

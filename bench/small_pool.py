@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from common import print_header, table
 from token_mixes import MIXES, workload_of
 
@@ -32,6 +33,7 @@ from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.simulator.machine import Machine
 from blendserve.simulator.simulate import simulate
 from blendserve.simulator.workloads.knowledge import SAMPLED
+from blendserve.simulator.workloads.workload import Workload
 
 INT8_RATES = Calibration(
     machine="2 cores of AMD EPYC (Zen 4)",
@@ -52,6 +54,7 @@ INTERFERENCE = {"off": SEQUENTIAL, "on": Interference(0.5, 0.5), "unplanned": In
 """Of the engine. Plans know of it but for `unplanned`: a run with overlap on a machine that was never measured."""
 KV_MIB = (128, 256, 512, 1024, 4096)
 MAX_NUM_SEQS = 256
+SHORT_ANSWER_TOKENS = 32
 
 
 def machine_of(kv_mib: int, overlap: str, dtype: Dtype = "int8") -> Machine:
@@ -109,13 +112,22 @@ class Figures(NamedTuple):
         return self.compute_s - self.prompts_s - self.recomputed_s
 
 
+def without_lengths(workload: Workload) -> Workload:
+    """The same where nothing is known of an output but `max_tokens`: 32 for short answers, else 1,024 or more."""
+    outputs = workload.num_output_tokens
+    limits = np.where(outputs > SHORT_ANSWER_TOKENS, np.maximum(1024, outputs), SHORT_ANSWER_TOKENS)
+    return replace(workload, known_output_tokens=np.full(len(workload), -1), max_output_tokens=limits)
+
+
 def unplanned_policy(name: str, plan: Plan) -> Policy:
     """A policy that does not know that the engine overlaps."""
     return make_policy(name, replace(plan, cost=replace(plan.cost, has_overlap=False)))
 
 
-def figures_of(case: Case, seed: int = 0, scale: float = 1.0) -> Figures:
+def figures_of(case: Case, seed: int = 0, scale: float = 1.0, *, are_known: bool = True) -> Figures:
+    """Simulate one run. `are_known`: output lengths are known before; else only samples and what has finished."""
     workload, machine = workload_of(case.mix, seed, scale), machine_of(case.kv_mib, case.overlap, case.dtype)
+    workload = workload if are_known else without_lengths(workload)
     result = simulate(
         workload,
         machine,
@@ -214,6 +226,7 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(POLICY_NAMES))
     parser.add_argument("--dtype", default="int8", help=f"of weights, comma-separated: {', '.join(RATES)} (int8)")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the requests, for a quick look")
+    parser.add_argument("--unknown-lengths", action="store_true", help="nothing but max_tokens is known of outputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="simulations at once (1)")
     parser.add_argument(
@@ -231,7 +244,9 @@ def main() -> None:
         for policy in policies
     ]
     with multiprocessing.Pool(arguments.jobs) as workers:
-        found = workers.map(partial(figures_of, seed=arguments.seed, scale=arguments.scale), cases, chunksize=1)
+        are_known = not arguments.unknown_lengths
+        run = partial(figures_of, seed=arguments.seed, scale=arguments.scale, are_known=are_known)
+        found = workers.map(run, cases, chunksize=1)
     print(summary(found, policies))
     if arguments.details:
         print("\n" + details(found))
