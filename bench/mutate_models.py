@@ -73,7 +73,8 @@ def tried(reader: Reader, seeds: range) -> Ends:
         status = _watched(child, current)
         with os.fdopen(read_end, "rb") as pipe:
             if status == 0:
-                return ends + pickle.load(pipe)
+                found: Ends = pickle.load(pipe)
+                return ends + found
         seed = int.from_bytes(current[:8], "little")
         print(f"seed {seed}: the process ended with {status}", flush=True)
         ends[reader.name, f"the process ended with {status}"] += 1
