@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blendserve.dialect.parameters import reject, shown
+from blendserve.dialect.values import reject, shown
 from blendserve.errors import RequestError
 
 SETTINGS = {

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blendserve.dialect.parameters import shown
 from blendserve.dialect.passthrough import parse_remote_line
 from blendserve.dialect.schema import BatchLine, ServedModel, custom_id_of, parse_line
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError, RequestError
 from blendserve.job.foreign import FRAME, FormatWatch, format_of
 from blendserve.job.input_file import BUFFER_BYTES, DamagedError, HashingFile, open_input, unpacked
