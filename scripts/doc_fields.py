@@ -227,7 +227,7 @@ def neutral_table() -> str:
         places = [where for where, of in (("chat", chat), ("completions", completions)) if name in of]
         rule = chat.get(name) or completions[name]
         values = " or ".join(f"`{json.dumps(value)}`" for value in rule.neutral) or "none"
-        rows.append((f"`{name}`", _where(places), values, rule.why))
+        rows.append((f"`{name}`", _where(places), values, "; ".join(filter(None, (rule.why, rule.instead)))))
     return _table(("parameter", "endpoint", "accepted value besides `null`", "why no other"), rows)
 
 

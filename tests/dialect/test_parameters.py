@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -261,10 +262,9 @@ def test_integral_floats_are_token_ids() -> None:
 
 @pytest.mark.parametrize("name", CHAT_UNSUPPORTED)
 def test_a_refusal_gives_the_reason(name: str) -> None:
-    message = refusal(batch_line("a", {**CHAT, name: "never neutral"})).message
-    assert message.startswith(
-        f"{name} is 'never neutral', which is not supported: {CHAT_UNSUPPORTED[name].why}; remove it"
-    )
+    rule, message = CHAT_UNSUPPORTED[name], refusal(batch_line("a", {**CHAT, name: "never neutral"})).message
+    assert message.startswith(f"{name} is 'never neutral', which is not supported: {rule.why}; ")
+    assert message.endswith(rule.instead or ("remove it" if not rule.neutral else json.dumps(rule.neutral[-1])))
 
 
 def test_beam_search_is_refused_with_the_reason() -> None:

@@ -38,7 +38,11 @@ def read_chat_parameters(body: Mapping[str, Any]) -> SamplingParams:
     if values.pop("logprobs", False):
         values["logprobs"] = num_top or 0
     elif num_top:
-        raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+        raise RequestError(
+            f'top_logprobs is {num_top}, and logprobs is not true: add "logprobs": true, or remove top_logprobs',
+            code="invalid_value",
+            param="top_logprobs",
+        )
     return _build(values, default_max_tokens=None)
 
 
@@ -93,7 +97,11 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
 def check_token_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
     """Raises: RequestError naming the largest of `token_ids` where it is none of the vocabulary."""
     if token_ids and max(token_ids) >= vocab_size:
-        reject(name, max(token_ids), f"made of token ids below {vocab_size}, the size of the vocabulary")
+        raise RequestError(
+            f"{name} names the token {max(token_ids)}; the model has {vocab_size} tokens, 0 to {vocab_size - 1}",
+            code="invalid_value",
+            param=name,
+        )
 
 
 def _read_all(

@@ -135,4 +135,6 @@ def _to_json(body: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
-        raise RequestError("body holds a number too large for JSON", code="invalid_value", param="body") from None
+        raise RequestError(
+            "body holds a number that is too large; write none above 1e308", code="invalid_value", param="body"
+        ) from None

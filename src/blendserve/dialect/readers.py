@@ -13,6 +13,7 @@ from blendserve.dialect.values import (
     read_boolean,
     read_token_ids,
     reject,
+    shown,
 )
 from blendserve.errors import RequestError
 
@@ -101,7 +102,7 @@ def _read_strings(name: str, value: Any, wanted: str, most: int = MAX_STOP_STRIN
     if len(value) > most:
         raise RequestError(f"{name} has {len(value)} strings; at most {most}", code="invalid_value", param=name)
     if "" in value:
-        reject(name, value, "without empty strings")
+        reject(name, value, "a list of strings of which none is empty")
     return tuple(dict.fromkeys(value))
 
 
@@ -113,11 +114,15 @@ def _read_logit_bias(name: str, value: Any) -> dict[int, float]:
     bias: dict[int, float] = {}
     for key, amount in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INT32):
-            reject(name, key, "an object whose keys are token ids")
+            raise _key_error(name, key, 'write token ids, such as "42"')
         if int(key) in bias:
-            reject(name, key, "an object that names each token id once")
+            raise _key_error(name, key, "another key names the same token: give it once")
         bias[int(key)] = _read_bias(f"{name}.{key}", amount)
     return bias
+
+
+def _key_error(name: str, key: str, remedy: str) -> RequestError:
+    return RequestError(f"{name} has the key {shown(key)}; {remedy}", code="invalid_value", param=name)
 
 
 def _read_bias(name: str, value: Any) -> float:

@@ -26,17 +26,20 @@ answer.
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """A parameter of which only `neutral` values, and null, are taken: they leave the answer as it is."""
+    """A parameter of which only `neutral` values, and null, are taken: they leave the answer as it is. `instead`: what
+    does the same here.
+    """
 
     why: str
     neutral: tuple[object, ...] = ()
+    instead: str = ""
 
     def check(self, name: str, value: object, body: Mapping[str, Any]) -> None:
         """Raises: RequestError when the value would change the answer."""
         if _is_one_of(value, (*self.neutral, *_same_as_absent(name, body))):
             return
         choices = " or ".join(json.dumps(other) for other in self.neutral)
-        remedy = "remove it" + (f", or set it to {choices}" if choices else "")
+        remedy = self.instead or "remove it" + (f", or set it to {choices}" if choices else "")
         raise RequestError(
             f"{name} is {shown(value)}, which is not supported: {self.why}; {remedy}",
             code="unsupported_parameter",
@@ -50,7 +53,7 @@ _TEXTS = "responses hold texts, not token ids"
 
 _UNSUPPORTED: Mapping[str, Unsupported] = {
     "stream": Unsupported("a batch file is answered by whole responses", (False,)),
-    "best_of": Unsupported("answers are not ranked; n gives several answers", (1,)),
+    "best_of": Unsupported("answers are not ranked", (1,), "n gives several answers"),
     "use_beam_search": Unsupported(_BEAMS, (False,)),
     "length_penalty": Unsupported(_BEAMS, (1, 1.0)),
     "early_stopping": Unsupported(_BEAMS, (False,)),
@@ -59,10 +62,10 @@ _UNSUPPORTED: Mapping[str, Unsupported] = {
     "return_tokens_as_token_ids": Unsupported(_TEXTS, (False,)),
     "logits_processors": Unsupported("code of a request is never run", ([],)),
     "mm_processor_kwargs": Unsupported("pictures are read with the model's own settings", ({},)),
-    "safe_prompt": Unsupported("only Mistral's service adds a prompt; write a system message", (False,)),
+    "safe_prompt": Unsupported("only Mistral's service adds a prompt", (False,), "write a system message"),
     "thinking_token_budget": Unsupported("max_tokens limits reasoning and answer together"),
-    "grammar": Unsupported('it is llama.cpp\'s name; write "structured_outputs": {"grammar": "..."}', ("",)),
-    "n_predict": Unsupported("it is llama.cpp's name; write max_tokens"),
+    "grammar": Unsupported("it is llama.cpp's name", ("",), 'write "structured_outputs": {"grammar": "..."}'),
+    "n_predict": Unsupported("it is llama.cpp's name", (), "write max_tokens"),
     "typical_p": Unsupported(_SAMPLING, (1, 1.0)),
     "mirostat": Unsupported(_SAMPLING, (0,)),
     "dry_multiplier": Unsupported(_SAMPLING, (0, 0.0)),
@@ -70,19 +73,23 @@ _UNSUPPORTED: Mapping[str, Unsupported] = {
 CHAT_UNSUPPORTED: Mapping[str, Unsupported] = {
     **_UNSUPPORTED,
     "echo": Unsupported("only /v1/completions repeats its prompt", (False,)),
-    "functions": Unsupported("it is OpenAI's old name; write tools", ([],)),
-    "function_call": Unsupported("it is OpenAI's old name; write tool_choice", ("none", "auto")),
+    "functions": Unsupported("it is OpenAI's old name", ([],), "write tools"),
+    "function_call": Unsupported("it is OpenAI's old name", ("none", "auto"), "write tool_choice"),
     "modalities": Unsupported("answers are text", (["text"],)),
     "audio": Unsupported("answers are text"),
     "prediction": Unsupported("only OpenAI's service takes predicted answers"),
-    "verbosity": Unsupported("only OpenAI's models follow it; ask for short answers in a message"),
+    "verbosity": Unsupported("only OpenAI's models follow it", (), "ask for short answers in a message"),
     "web_search_options": Unsupported("nothing is fetched from the web"),
-    "chat_template": Unsupported("a line has the template of the whole job, which --chat-template sets"),
+    "chat_template": Unsupported(
+        "a line has no template of its own", (), "give one for the whole file with --chat-template"
+    ),
 }
 COMPLETION_UNSUPPORTED: Mapping[str, Unsupported] = {
     **_UNSUPPORTED,
     "suffix": Unsupported("an answer follows its prompt and fills no gap", ("",)),
-    "add_special_tokens": Unsupported("a prompt begins as the model was trained; or give token ids", (True,)),
+    "add_special_tokens": Unsupported(
+        "a prompt begins as the model was trained", (True,), "give the prompt as token ids"
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -13,8 +14,11 @@ Reader = Callable[[str, Any], Any]
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it, cut where it is long."""
+    """A value as an error message quotes it, cut where it is long: as it stands in a file of JSON."""
     try:
+        is_json = value is None or isinstance(value, bool | list | dict)
+        text = json.dumps(value, ensure_ascii=False) if is_json else repr(value)
+    except (TypeError, RecursionError):
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
         text = "a very large number"

@@ -139,7 +139,7 @@ class BatchReader:
     def _salvage(self, line: bytes) -> str | None:
         """The custom_id of a line that is no valid JSON."""
         custom_id = custom_id_in(line) if line.startswith(b"{") else None
-        self._formats.add(line, None if custom_id is None else {"custom_id": custom_id})
+        self._formats.add_broken(line, custom_id)
         return custom_id
 
     def _parse(self, line_number: int, content: bytes | BadLine) -> BatchLine | BadLine:
