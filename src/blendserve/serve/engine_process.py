@@ -95,7 +95,7 @@ class EngineWorker:
                 if drawing is not None and drawing[0] == number:
                     threading.Thread(target=self._draw, args=drawing, name="draw", daemon=True).start()
             case Ask() if self._online is not None:
-                self._online.ask(command, int(time.time()))
+                self._online.ask(command)
                 self._rounds.put(None)
             case Forget(id) if self._online is not None:
                 self._online.forget(id)

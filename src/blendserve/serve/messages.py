@@ -75,9 +75,10 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request to answer ahead of all batches."""
+    """One request to answer ahead of all batches. Its answer carries `created`."""
 
     id: str
+    created: int
     url: str
     body: Mapping[str, Any]
     is_streamed: bool
