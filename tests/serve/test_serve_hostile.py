@@ -8,21 +8,18 @@ import io
 import json
 import random
 import socket
-import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra [serve]")
 import httpx2
-import uvicorn
 from serve_cases import client_of, create, error_of, lines, running, settings_for, upload, wait_for, wait_until
-from serve_process import free_port
+from serve_sockets import exchange, listening
 from starlette.testclient import TestClient
 
-from blendserve.engines.http.fake_server import FakeSettings, serving
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.serve import batches as batches_module
 from blendserve.serve import finalize, server
@@ -42,39 +39,13 @@ NO_SERVER = "http://127.0.0.1:9/v1"
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a service under uvicorn, impatient with slow clients."""
-    with serving(FakeSettings()) as backend, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "HEADER_S", 0.4)
         limits = Limits(min_free_bytes=0, stall_s=0.4)
-        data = tmp_path_factory.mktemp("hostile") / "data"
-        service = Service(settings_for(data, backend.base_url, limits=limits))
-        number = free_port()
-        config = uvicorn.Config(
-            make_app(service),
-            port=number,
-            http=server._Patient,
-            log_level="critical",
-            ws="none",
-            timeout_keep_alive=60,
-        )
-        running_server = uvicorn.Server(config)
-        thread = threading.Thread(target=running_server.run, daemon=True)
-        thread.start()
-        wait_until(lambda: running_server.started)
-        yield number
-        running_server.should_exit = True
-        thread.join(10)
-
-
-def exchange(port: int, data: bytes) -> bytes:
-    """Send bytes, and read until the service closes the connection or has answered and stays silent."""
-    with closing(socket.create_connection(("127.0.0.1", port), 5)) as client:
-        client.sendall(data)
-        client.settimeout(3)
-        found = b""
-        with suppress(TimeoutError, ConnectionError):
-            while part := client.recv(65536):
-                found += part
-        return found
+        with listening(
+            Service(settings_for(tmp_path_factory.mktemp("hostile") / "data", NO_SERVER, limits=limits))
+        ) as port:
+            yield port
 
 
 HEAD = b"POST /v1/uploads HTTP/1.1\r\nHost: localhost\r\n"

@@ -61,7 +61,7 @@ def test_answers_are_those_of_a_run_and_prefixes_are_shared_across_batches(
     client: TestClient, model: Path, tmp_path: Path
 ) -> None:
     scheduler = client.app.state.service.scheduler  # type: ignore[attr-defined]
-    before, rounds_before = dict(scheduler.num_tokens), scheduler._num_rounds
+    before, rounds_before = dict(scheduler.tally.num_tokens), scheduler._num_rounds
     scheduler._retry_at = float("inf")  # as after a failure of the engine: all batches wait
     ids = [create(client, upload(client, tiny_lines(5, f"b{n}")))["id"] for n in range(4)]
     for id in ids:
@@ -78,7 +78,7 @@ def test_answers_are_those_of_a_run_and_prefixes_are_shared_across_batches(
         assert ours["custom_id"] == theirs["custom_id"]
         assert ours["response"]["body"]["choices"] == theirs["response"]["body"]["choices"]
         assert ours["response"]["body"]["usage"] == theirs["response"]["body"]["usage"]
-    prompt, cached = (scheduler.num_tokens[kind] - before.get(kind, 0) for kind in ("prompt", "cached"))
+    prompt, cached = (scheduler.tally.num_tokens[kind] - before.get(kind, 0) for kind in ("prompt", "cached"))
     assert scheduler._num_rounds == rounds_before + 1
     assert prompt - cached == merged_run.num_prompt_tokens - merged_run.num_cached_tokens
 
