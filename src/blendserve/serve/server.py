@@ -102,6 +102,11 @@ def check_reachable(service: Service) -> None:
         )
 
 
+def quiet_parser() -> None:
+    """Keep the form parser from writing every broken form of a client to the log."""
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
 class _Server(uvicorn.Server):
     """Says when it listens."""
 
@@ -120,6 +125,7 @@ def serve(settings: ServeSettings, listening: Callable[[], None] = lambda: None)
 
     Raises: ConfigError when it cannot be started.
     """
+    quiet_parser()
     service = Service(settings)
     try:
         check_reachable(service)
