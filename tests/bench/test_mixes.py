@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import mixes
 import peer_files
@@ -11,6 +14,8 @@ import policies
 import pytest
 import token_mixes
 from peaks import Peak
+from peer_process import PeerProcess
+from run_store import RunStore
 
 from blendserve.models.known import SMOLLM2_135M
 
@@ -85,3 +90,27 @@ def test_shared_prefixes_are_computed_once() -> None:
     shared = 7 * 1040 * 2 * SMOLLM2_135M.num_layers * SMOLLM2_135M.num_layer_parameters
     assert work.num_tokens == sum(one.num_tokens for one in each)
     assert work.flop == pytest.approx(sum(one.flop for one in each) - shared)
+
+
+def test_files_are_run_in_turn_and_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = argparse.Namespace(ours="bf16,int8", peers="peer,absent", scale=0.02, repeats=2, threads=2)
+    cells = peer_files.cells_of(["pool"], "model", arguments)
+    assert [cell.entrant for cell in cells[:5]] == ["ours-bf16", "ours-int8", "peer", "absent", "ours-int8"]
+    ran: list[str] = []
+
+    def timed(cell: peer_files.Cell, process: object, lines: list[mixes.Line], *_: object) -> peer_files.FileRun:
+        assert len(lines) == 3 + 1 + 1
+        assert (process is None) == cell.entrant.startswith("ours-")
+        if cell.repeat == 1:
+            raise KeyboardInterrupt
+        ran.append(cell.entrant)
+        return peer_files.FileRun(cell.entrant, cell.repeat, 1.0, 0.0)
+
+    monkeypatch.setattr(peer_files, "_timed", timed)
+    peer = cast(PeerProcess, SimpleNamespace(name="peer"))
+    store = RunStore(tmp_path / "runs.jsonl", code="c", on_machine="m")
+    with pytest.raises(KeyboardInterrupt):
+        peer_files._race(cells, [peer], tmp_path, store, None)
+    assert ran == ["ours-bf16", "ours-int8", "peer"]
+    again = RunStore(tmp_path / "runs.jsonl", code="c", on_machine="m")
+    assert [len(again.runs(cell.key)) for cell in cells] == [1, 1, 1, 0, 0, 0, 0, 0]
