@@ -270,7 +270,8 @@ def gains(outcomes: dict[str, list[Outcome]], base: str = BASE) -> str:
     """Seconds that each entrant saves over the base, and by what: the parts add up.
 
     Overlap is the difference to the same policy without it. Fewer tokens computed again, and more shared, count for
-    what a token costs by the calibration; the rest is fuller steps, and whatever the machine did.
+    what a token costs by the calibration; the rest is fuller steps, and whatever the machine did. Without a run of the
+    policy without overlap nobody knows the first and the last.
     """
     if base not in outcomes:
         return f"no run of {base} to compare with"
@@ -284,7 +285,10 @@ def gains(outcomes: dict[str, list[Outcome]], base: str = BASE) -> str:
         sharing_s = first.token_s * (apart.num_shared_tokens - first.num_shared_tokens)
         all_s = first.elapsed_s - run.elapsed_s
         rest_s = all_s - overlap_s - again_s - sharing_s
-        rows.append([entrant, *(f"{seconds:+.1f}" for seconds in (all_s, overlap_s, again_s, sharing_s, rest_s))])
+        row = [entrant, *(f"{seconds:+.1f}" for seconds in (all_s, overlap_s, again_s, sharing_s, rest_s))]
+        if apart is run and not entrant.endswith("/off"):
+            row[2] = row[-1] = "?"
+        rows.append(row)
     return common.table([f"s saved over {base}", "all", "overlap", "preemption", "sharing", "fuller steps"], rows)
 
 

@@ -130,3 +130,9 @@ def test_what_is_saved_adds_up() -> None:
     rows = policies.gains(found).splitlines()[2:]
     figures = [[float(cell) for cell in row.split("|")[2:-1]] for row in rows]
     assert figures == [[0, 0, 0, 0, 0], [3, 0, 2, 0.5, 0.5], [5, 2, 2, 0.5, 0.5]]
+
+
+def test_what_overlap_saves_is_not_guessed() -> None:
+    found = {"dfs/off": [outcome(10.0, cached=20, computed=120)], "blend/on": [outcome(5.0, cached=30, computed=70)]}
+    row = [cell.strip() for cell in policies.gains(found).splitlines()[-1].split("|")[2:-1]]
+    assert row == ["+5.0", "?", "+2.0", "+0.5", "?"]
