@@ -37,6 +37,7 @@ from blendserve.offline.prompts import (
     Message,
     Prompt,
     are_listed,
+    check_prompts,
     listed_conversations,
     listed_params,
     listed_prompts,
@@ -164,6 +165,7 @@ class LLM:
             raise ConfigError("give prompts: texts, token ids, or a list of those")
         asked = Asked(tokenization=read_tokenization(tokenization_kwargs))
         given: Any = prompts if prompt_token_ids is None else prompt_token_ids
+        check_prompts(given)
         if not are_listed(given):
             return self._read_all(given, sampling_params, asked, use_tqdm)
         return self._answer(listed_prompts(given), sampling_params, asked, use_tqdm)
@@ -231,6 +233,7 @@ class LLM:
         most = self.model.spec.hidden_size
         if dimensions is not None and not 1 <= dimensions <= most:
             raise ConfigError(f"dimensions is {dimensions}; it must be between 1 and {most}, all that the model has")
+        check_prompts(prompts)
         assembler = self._assembler(EmbeddingParams(dimensions))
         read_only = SamplingParams(max_tokens=0)
         outputs = self._answer(listed_prompts(prompts), read_only, Asked(), use_tqdm=False, assembler=assembler)
