@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from blendserve.dialect.logprobs import LOWEST_LOGPROB
+from blendserve.engines.http.events import body_of_events, is_stream
 
 _CHARSET = re.compile(r"charset=\"?([\w.:-]+)", re.IGNORECASE)
 _GZIP = b"\x1f\x8b"
@@ -32,13 +33,16 @@ def text_of(data: bytes, content_type: str, max_bytes: int) -> str:
 
 
 def json_of(text: str) -> Any:
-    """The JSON of a body. Comments of a stream before it, characters behind an object, and control characters within
-    texts do not count; `finite` replaces numbers that are none. Raises: ValueError when it is no JSON, RecursionError
-    when it is nested too deeply.
+    """The JSON of a body. Comments before it, characters behind an object, and control characters within texts do not
+    count; a stream of events is put together; `finite` replaces numbers that are none.
+
+    Raises: ValueError when it is no JSON, RecursionError when it is nested too deeply.
     """
     text = text.lstrip(_BLANKS)
     while text.startswith(":"):  # sent to keep a connection open
         text = text.partition("\n")[2].lstrip(_BLANKS)
+    if is_stream(text):
+        return finite(body_of_events(text))
     value, end = _LENIENT.raw_decode(text)
     if not isinstance(value, dict) and text[end:].strip(_BLANKS):
         raise ValueError(f"more text at character {end}")
