@@ -182,7 +182,7 @@ CASES_BY_KIND: dict[str, tuple[Case, ...]] = {
         Case({"prompt": [99999]}, Malformed("invalid_value", "names the token 99999; the model has 320 tokens")),
         Case(
             {"prompt": [True]},
-            Malformed("invalid_type", "prompt[0] is True; it must be a string or a list of token ids"),
+            Malformed("invalid_type", "prompt[0] is true; it must be a string or a list of token ids"),
         ),
         Case({"prompt": {"prompt_token_ids": [70]}}, Malformed("invalid_type", "it must be a string or a list")),
     ),

@@ -35,9 +35,9 @@ def test_a_bad_calibration_asks_for_a_new_one(text: str) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
 def test_rates_that_cannot_be_are_refused(rate: float) -> None:
-    with pytest.raises(ConfigError, match="positive"):
+    with pytest.raises(ConfigError, match="not above 0; run `blendserve calibrate`"):
         replace(CALIBRATION, kv_bytes_per_s=rate)
-    with pytest.raises(ConfigError, match="positive"):
+    with pytest.raises(ConfigError, match="not above 0; run `blendserve calibrate`"):
         replace(CALIBRATION, gemm_points=((1, rate),))
 
 
@@ -62,7 +62,7 @@ def test_each_pair_of_dtypes_has_a_file_of_its_own(tmp_path: Path) -> None:
     for calibration in stored:
         assert load_calibration(tmp_path, calibration.dtype, calibration.kv_dtype) == calibration
     paths[0].write_text(stored[1].to_json())
-    with pytest.raises(ConfigError, match="made for bf16 with KV in int8, not for bf16 with KV in bf16"):
+    with pytest.raises(ConfigError, match="for --dtype bf16 --kv-dtype int8, not for --dtype bf16 --kv-dtype bf16"):
         load_calibration(tmp_path)
 
 

@@ -25,7 +25,7 @@ from blendserve.errors import ConfigError
 from blendserve.job.disk import open_own, replace_durably, sync_directory, writing_to
 from blendserve.job.ownership import check_journal, check_own
 from blendserve.job.record_log import RecordLog
-from blendserve.job.store import StoredFile
+from blendserve.job.store_layout import StoredFile
 
 FORMAT_VERSION = 5
 _LOCK, _HEADER, _RECORDS, _PROMPTS, _SEAL = "lock", "header.json", "records", "prompts", "complete.json"

@@ -1,24 +1,17 @@
 """The requests of a job on disk: prompts as token ids, one fixed-size record per line, sampling parameters interned.
 
 Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
-own, the rest is the system's page cache. Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE),
-`custom_ids` UTF-8, `sampling` one JSON object per distinct set of parameters, `bodies` what else the engine is told
-(see `BatchLine`), `urls` one endpoint per line of text, numbered from 0.
+own, the rest is the system's page cache.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import struct
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import fields, replace
-from operator import attrgetter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,169 +19,26 @@ from numpy.typing import NDArray
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.endpoint import StoredLine
 from blendserve.dialect.extras import Extras
-from blendserve.dialect.schema import BatchLine
 from blendserve.dialect.values import MAX_INT32
 from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
-from blendserve.job.disk import sync_directory, writing_to
-from blendserve.job.sampling_json import given_fields, sampling_from
+from blendserve.job.sampling_json import sampling_from
+from blendserve.job.store_layout import (
+    EMBEDS,
+    FILES,
+    HAS_KNOWN_LENGTH,
+    HAS_SEED,
+    HAS_STRUCTURE,
+    MAX_INTERNED_BYTES,
+    NO_LIMIT,
+    URL_SHIFT,
+    StoredFile,
+)
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.sorting import FlatPrompts, flatten
-from blendserve.planner.table import known_output_tokens, most_output_tokens
+from blendserve.planner.table import most_output_tokens
 from blendserve.request import EmbeddingParams, Request, SamplingParams, StructuredOutputs, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-LINE = np.dtype(
-    [
-        ("line_number", "<i8"),
-        ("first_prompt", "<i8"),
-        ("id_offset", "<i8"),
-        ("sampling_offset", "<i8"),
-        ("body_offset", "<i8"),
-        ("body_bytes", "<i8"),
-        ("seed", "<i8"),
-        ("id_bytes", "<i4"),
-        ("sampling_bytes", "<i4"),
-        ("max_tokens", "<i4"),
-        ("num_prompts", "<i4"),
-        ("n", "<i4"),
-        ("flags", "<u4"),
-        ("digest", "V16"),
-    ]
-)
-_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI16s").pack
-_FILES: dict[str, np.dtype[Any]] = {
-    "tokens": np.dtype("<i4"),
-    "prompt_ends": np.dtype("<i8"),
-    "lines": LINE,
-    "custom_ids": np.dtype("u1"),
-    "sampling": np.dtype("u1"),
-    "bodies": np.dtype("u1"),
-    "urls": np.dtype("u1"),
-}
-_HAS_SEED, _HAS_KNOWN_LENGTH, _EMBEDS, _HAS_STRUCTURE = 1, 2, 4, 8
-_URL_SHIFT = 8
-"""Flags of a line: the number of its URL stands above this bit."""
-_NO_LIMIT = -1
-_MAX_INTERNED_BYTES = 4 << 20
-"""JSON of the parameter sets remembered at a time, which are about ten times as large: bounds memory, costs only
-repeated entries in the file."""
-
-_OWN_FIELDS = ("seed", "max_tokens", "logit_bias")
-_INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.name not in _OWN_FIELDS), "logit_bias")
-_interned_values = attrgetter(*_INTERNED_FIELDS)
-
-
-class StoredFile(NamedTuple):
-    """What one file of a store holds: its size and its hash. Units: bytes."""
-
-    num_bytes: int
-    sha256: str
-
-
-class _HashedFile(io.FileIO):
-    """A file that hashes what is written to it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Buffer, /) -> int:
-        num_bytes = super().write(data)
-        self.sha256.update(memoryview(data)[:num_bytes])
-        return num_bytes
-
-
-class StoreWriter:
-    """Writes a store into a new directory. Raises: CapacityError when the disk is full."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._sizes = dict.fromkeys(_FILES, 0)
-        self._interned: dict[tuple[Any, ...], tuple[int, int]] = {}
-        self._num_interned_bytes = 0
-        self._number_by_url: dict[str, int] = {}
-        self._num_prompts = 0
-        with ExitStack() as stack, writing_to(directory):
-            directory.mkdir(mode=0o700)
-            self._hashed = {name: stack.enter_context(_HashedFile(directory / name)) for name in _FILES}
-            self._files = {name: io.BufferedWriter(file, 1 << 20) for name, file in self._hashed.items()}
-            self._stack = stack.pop_all()
-
-    def add(self, line: BatchLine, token_ids: Sequence[Sequence[int] | TokenIds]) -> None:
-        """Append one line. `token_ids` holds one list per prompt."""
-        with writing_to(self._directory):
-            first_prompt = self._num_prompts
-            for prompt in token_ids:
-                self._write("tokens", np.asarray(prompt, np.int32).tobytes())
-                self._write("prompt_ends", (self._sizes["tokens"] // 4).to_bytes(8, "little"))
-            self._num_prompts += len(token_ids)
-            custom_id = line.custom_id.encode()
-            id_offset = self._write("custom_ids", custom_id)
-            sampling_offset, sampling_bytes = self._intern(line.sampling)
-            sampling = line.sampling
-            body_offset = self._write("bodies", line.body)
-            record = _PACK_LINE(
-                line.line_number,
-                first_prompt,
-                id_offset,
-                sampling_offset,
-                body_offset,
-                len(line.body),
-                sampling.seed or 0,
-                len(custom_id),
-                sampling_bytes,
-                _NO_LIMIT if sampling.max_tokens is None else sampling.max_tokens,
-                len(token_ids),
-                sampling.n,
-                _flags(line) | self._url_number(line.url) << _URL_SHIFT,
-                line.digest,
-            )
-            self._write("lines", record)
-
-    def finish(self) -> dict[str, StoredFile]:
-        """Make the store survive a power cut and close it. Returns: what every file holds, for `TokenStore`."""
-        with writing_to(self._directory):
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
-            sync_directory(self._directory)
-            sync_directory(self._directory.parent)  # before a header counts on it
-        self._stack.close()
-        return {name: StoredFile(self._sizes[name], file.sha256.hexdigest()) for name, file in self._hashed.items()}
-
-    def abandon(self) -> None:
-        """Close the files whatever state they are in."""
-        for file in self._hashed.values():
-            file.close()
-
-    def _write(self, name: str, data: bytes) -> int:
-        offset = self._sizes[name]
-        self._files[name].write(data)
-        self._sizes[name] = offset + len(data)
-        return offset
-
-    def _url_number(self, url: str) -> int:
-        if url not in self._number_by_url:
-            self._number_by_url[url] = len(self._number_by_url)
-            self._write("urls", url.encode() + b"\n")
-        return self._number_by_url[url]
-
-    def _intern(self, sampling: SamplingParams) -> tuple[int, int]:
-        values = _interned_values(sampling)
-        key = (*values[:-1], tuple(values[-1].items()))
-        place = self._interned.get(key)
-        if place is None:
-            data = json.dumps(dict(zip(_INTERNED_FIELDS, values, strict=True)), default=given_fields).encode()
-            self._num_interned_bytes += len(data)
-            if self._num_interned_bytes > _MAX_INTERNED_BYTES:
-                self._interned.clear()
-                self._num_interned_bytes = len(data)
-            place = self._interned[key] = (self._write("sampling", data), len(data))
-        return place
 
 
 class TokenStore:
@@ -218,7 +68,7 @@ class TokenStore:
     @classmethod
     def open(cls, directory: Path, files: Mapping[str, StoredFile], max_model_len: int = 0) -> TokenStore:
         """Map the files that `StoreWriter` left. Raises: ConfigError when one is not what `files` says."""
-        return cls({name: _mapped(directory / name, dtype, files) for name, dtype in _FILES.items()}, max_model_len)
+        return cls({name: _mapped(directory / name, dtype, files) for name, dtype in FILES.items()}, max_model_len)
 
     @property
     def num_lines(self) -> int:
@@ -238,7 +88,7 @@ class TokenStore:
         return StoredLine(
             line_number=int(record["line_number"]),
             custom_id=self._custom_ids[begin : begin + size].tobytes().decode(),
-            url=self._urls[int(record["flags"]) >> _URL_SHIFT],
+            url=self._urls[int(record["flags"]) >> URL_SHIFT],
             num_prompts=int(record["num_prompts"]),
             n=int(record["n"]),
             first_request=int(self._first_requests[row]),
@@ -280,8 +130,8 @@ class TokenStore:
         line = self._lines[row]
         choice = number - int(self._first_requests[row])
         token_ids = self.prompt_of(number)
-        seed = int(line["seed"]) if line["flags"] & _HAS_SEED else None
-        max_tokens = None if line["max_tokens"] == _NO_LIMIT else int(line["max_tokens"])
+        seed = int(line["seed"]) if line["flags"] & HAS_SEED else None
+        max_tokens = None if line["max_tokens"] == NO_LIMIT else int(line["max_tokens"])
         if seed is None:
             resolved = derived_seed(b"id", self.line(row).custom_id.encode(), choice)
         else:
@@ -294,7 +144,7 @@ class TokenStore:
             max_output_tokens=self._limit(max_tokens, len(token_ids)),
             seed=resolved,
             block_keys=block_keys(token_ids, BLOCK_SIZE),
-            embedding=EmbeddingParams(self._extras(row).dimensions) if line["flags"] & _EMBEDS else None,
+            embedding=EmbeddingParams(self._extras(row).dimensions) if line["flags"] & EMBEDS else None,
         )
 
     def prompt(self, prompt: int) -> TokenIds:
@@ -328,19 +178,19 @@ class TokenStore:
         rows, prompts = self.line_of_request[numbers], self.prompts_of(numbers)
         lengths = np.diff(self._prompt_ends, prepend=0)[prompts]
         max_tokens = self._lines["max_tokens"][rows].astype(np.int64)
-        limits = np.where(max_tokens == _NO_LIMIT, MAX_INT32, max_tokens)
+        limits = np.where(max_tokens == NO_LIMIT, MAX_INT32, max_tokens)
         if self.max_model_len:
             limits = np.minimum(limits, self.max_model_len - lengths)
         flags = self._lines["flags"][rows]
-        known = np.where((flags & _HAS_KNOWN_LENGTH) != 0, limits, -1)
-        if not (flags & _HAS_STRUCTURE).any():
+        known = np.where((flags & HAS_KNOWN_LENGTH) != 0, limits, -1)
+        if not (flags & HAS_STRUCTURE).any():
             return RequestTable(lengths, limits, known)
         structure, bounds = self._structures(rows)
         return RequestTable(lengths, np.minimum(limits, bounds), known, structure)
 
     def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
         """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""
-        structured = np.flatnonzero(self._lines["flags"][rows] & _HAS_STRUCTURE)
+        structured = np.flatnonzero(self._lines["flags"][rows] & HAS_STRUCTURE)
         offsets, first, inverse = np.unique(
             self._lines["sampling_offset"][rows[structured]], return_index=True, return_inverse=True
         )
@@ -365,7 +215,7 @@ class TokenStore:
             data = self._sampling[offset : offset + int(line["sampling_bytes"])].tobytes()
             values = json.loads(data)
             self._num_interned_bytes += len(data)
-            if self._num_interned_bytes > _MAX_INTERNED_BYTES:
+            if self._num_interned_bytes > MAX_INTERNED_BYTES:
                 self._sampling_by_offset.clear()
                 self._num_interned_bytes = len(data)
             sampling = self._sampling_by_offset[offset] = sampling_from(values)
@@ -375,17 +225,6 @@ class TokenStore:
 def hash_of_id(custom_id: bytes) -> bytes:
     """16 bytes that stand for a custom_id."""
     return hashlib.blake2b(custom_id, digest_size=16).digest()
-
-
-def _flags(line: BatchLine) -> int:
-    sampling = line.sampling
-    limit = MAX_INT32 if sampling.max_tokens is None else sampling.max_tokens
-    return (
-        (_HAS_SEED if sampling.seed is not None else 0)
-        | (_EMBEDS if line.embeds else 0)
-        | (_HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
-        | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
-    )
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], files: Mapping[str, StoredFile]) -> NDArray[Any]:

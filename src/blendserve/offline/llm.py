@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.calibration.first_run import expected_work_s
 from blendserve.config import EngineConfig
-from blendserve.costs.stored_calibration import Calibration
-from blendserve.costs.this_machine import built_in_cost, cost_of
 from blendserve.dialect.defaults import checked_defaults
 from blendserve.engine.limits import resolve_limits
-from blendserve.engine.planned import run_planned, run_windowed
 from blendserve.engine.stats import RunStats
-from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.errors import ConfigError, ExecutorError
 from blendserve.host import cache_dir
 from blendserve.models.generation_config import sampling_defaults
@@ -41,6 +37,7 @@ from blendserve.offline.prompts import (
     Message,
     Prompt,
     are_listed,
+    check_prompts,
     listed_conversations,
     listed_params,
     listed_prompts,
@@ -48,13 +45,10 @@ from blendserve.offline.prompts import (
     read_tokenization,
     refuse_lora,
 )
+from blendserve.offline.runner import Runner
 from blendserve.offline.tokenizer import LLMTokenizer
-from blendserve.offline.turns import Turns
-from blendserve.planner.base import RequestTable
-from blendserve.planner.plan import make_plan
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.planner.sorting import flatten
-from blendserve.planner.tree import PrefixTree
 from blendserve.planner.windows import Window
 from blendserve.request import EmbeddingParams, Request, SamplingParams, SequenceOutput
 
@@ -139,13 +133,7 @@ class LLM:
         """Sentences that the user should read, such as why a calibration was not used."""
         if note is not None:
             warnings.warn(note, stacklevel=2)
-        self._measured: Calibration | None = None
-        self._cost = cost_of(
-            self.model.spec, self.config.num_threads, self._note, config.dtype, config.kv_dtype, overlap=overlap
-        )
-        self._executor = open_executor(self.model, self.config, isa=isa)
-        self._engine = open_loop(self.model, self.config, self._executor)
-        self._turns = Turns()
+        self._runner = Runner(self.model, self.config, policy=policy, isa=isa, seed=self.seed, note=self._note)
 
     def generate(
         self,
@@ -177,6 +165,7 @@ class LLM:
             raise ConfigError("give prompts: texts, token ids, or a list of those")
         asked = Asked(tokenization=read_tokenization(tokenization_kwargs))
         given: Any = prompts if prompt_token_ids is None else prompt_token_ids
+        check_prompts(given)
         if not are_listed(given):
             return self._read_all(given, sampling_params, asked, use_tqdm)
         return self._answer(listed_prompts(given), sampling_params, asked, use_tqdm)
@@ -244,6 +233,7 @@ class LLM:
         most = self.model.spec.hidden_size
         if dimensions is not None and not 1 <= dimensions <= most:
             raise ConfigError(f"dimensions is {dimensions}; it must be between 1 and {most}, all that the model has")
+        check_prompts(prompts)
         assembler = self._assembler(EmbeddingParams(dimensions))
         read_only = SamplingParams(max_tokens=0)
         outputs = self._answer(listed_prompts(prompts), read_only, Asked(), use_tqdm=False, assembler=assembler)
@@ -266,7 +256,7 @@ class LLM:
         """
         if window < 1:
             raise ConfigError(f"window is {window}; it must be at least 1 prompt")
-        self._turns.check_open()
+        self._runner.check_open()
         return self._stream(paired(prompts, self._defaulted(sampling_params)), window, Asked())
 
     def get_tokenizer(self) -> LLMTokenizer:
@@ -282,13 +272,13 @@ class LLM:
     @property
     def stats(self) -> RunStats:
         """Counts and times of the latest call."""
-        return self._engine.stats
+        return self._runner.stats
 
     def close(self) -> None:
         """Stop the threads and free the memory, once other threads' calls have ended. A closed LLM refuses prompts;
         closing it again does nothing.
         """
-        self._turns.finish(self._engine.close)
+        self._runner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -298,28 +288,6 @@ class LLM:
 
     def _note(self, text: str) -> None:
         self.notes = (*self.notes, text)
-
-    def _calibrate(self, prefixes: Callable[[], PrefixTree], table: RequestTable) -> None:
-        """Measure the machine if this is its first long call, and plan with the result from now on."""
-        if self._measured is not None:
-            return
-        spec, config = self.model.spec, self.config
-
-        def expected_s() -> float:
-            cost, tree = built_in_cost(spec, config.num_threads, config.dtype, config.kv_dtype), prefixes()
-            return expected_work_s(cost, table, tree.num_prompt_tokens - tree.num_unique_tokens)
-
-        self._measured = calibrate_executor(self._executor, config, expected_s, self._note)
-        if self._measured is not None:
-            self._cost = cost_of(
-                spec,
-                config.num_threads,
-                self._note,
-                config.dtype,
-                config.kv_dtype,
-                self._measured,
-                config.overlap,
-            )
 
     def _assembler(self, embedding: EmbeddingParams | None = None) -> OutputAssembler:
         return OutputAssembler(
@@ -339,7 +307,7 @@ class LLM:
         assembler: OutputAssembler | None = None,
     ) -> list[RequestOutput]:
         """Plan all prompts together, run them, and return their outputs in order."""
-        self._turns.check_open()
+        self._runner.check_open()
         assembler = self._assembler() if assembler is None else assembler
         requests: list[Request] = []
         params = listed_params(self._defaulted(given), len(prompts))
@@ -347,28 +315,19 @@ class LLM:
             requests += assembler.add(text, token_ids, sampling)
         outputs, progress = assembler.take(), ProgressBar(use_tqdm, len(prompts))
         progress.add(outputs)
+
+        def apply(output: SequenceOutput) -> None:
+            assembler.apply(output)
+            whole = assembler.take()
+            progress.add(whole)
+            outputs.extend(whole)
+
         try:
             if requests:
-                outputs += self._run(requests, assembler, progress)
+                self._runner.run(requests, apply)
         finally:
             progress.close()
         return in_order(outputs)
-
-    def _run(
-        self, requests: Sequence[Request], assembler: OutputAssembler, progress: ProgressBar
-    ) -> list[RequestOutput]:
-        outputs: list[RequestOutput] = []
-        tree = PrefixTree.from_flat(flatten(request.prompt_token_ids for request in requests))
-        table = table_of(requests)
-        with self._turns.turn():
-            self._calibrate(lambda: tree, table)
-            plan = make_plan(tree, table, self._cost, seed=self.seed)
-            for output in run_planned(self._engine, requests, plan, self.policy):
-                assembler.apply(output)
-                whole = assembler.take()
-                progress.add(whole)
-                outputs += whole
-        return outputs
 
     def _read_all(self, prompts: Iterable[Any], given: _Params, asked: Asked, use_tqdm: UseTqdm) -> list[RequestOutput]:
         """Answer prompts that are made one by one."""
@@ -387,31 +346,18 @@ class LLM:
     def _stream(
         self, pairs: Iterator[tuple[Prompt | Conversation, SamplingParams]], window: int, asked: Asked
     ) -> Iterator[RequestOutput]:
-        self._turns.check_open()
+        self._runner.check_open()
         assembler = self._assembler()
-        windows = self._windows(pairs, window, assembler, asked)
-        if (first := next(windows, None)) is not None:
-            prompts, table = first.prompts, first.table
-            with self._turns.turn():
-                self._calibrate(lambda: PrefixTree.from_flat(prompts), table)
-            windows = chain([first], windows)
-        outputs = run_windowed(self._engine, assembler, windows, self._cost, self.policy)
-        try:
-            while (output := self._next_of(outputs)) is not None:
+        with closing(self._runner.run_windows(self._windows(pairs, window, assembler, asked), assembler)) as outputs:
+            for output in outputs:
                 assembler.apply(output)
                 yield from assembler.take()
-        finally:
-            self._turns.release(outputs.close)
         if assembler.num_unfinished or next(pairs, None) is not None:
             raise ExecutorError(
                 "another call of this LLM ended this stream before all of its prompts were answered; read a stream to "
                 "its end first, or use another LLM"
             )
         yield from assembler.take()
-
-    def _next_of(self, outputs: Iterator[SequenceOutput]) -> SequenceOutput | None:
-        with self._turns.turn():
-            return next(outputs, None)
 
     def _windows(
         self,

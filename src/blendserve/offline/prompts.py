@@ -7,6 +7,7 @@ from itertools import repeat, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blendserve.dialect.parameters import kept_tokens
 from blendserve.dialect.values import shown
@@ -64,12 +65,30 @@ def listed_prompts(prompts: Any) -> list[Prompt]:
 
 
 def listed_conversations(messages: Any) -> list[Conversation]:
-    """One message, one conversation or a list of them as a list of conversations."""
+    """One message, one conversation or a list of them as a list of conversations. Messages may be objects of pydantic,
+    such as those that OpenAI's client returns. Raises: ConfigError where there is no message.
+    """
+    if isinstance(messages, str | bytes):
+        raise ConfigError(f'messages is {shown(messages)}; write it as [{{"role": "user", "content": "..."}}]')
+    messages = _plain(messages)
     if isinstance(messages, Mapping):
         return [[messages]]
-    if len(messages) and all(isinstance(message, Mapping) for message in messages):
-        return [messages]
-    return list(messages)
+    listed = [_plain(message) for message in messages]
+    if listed and all(isinstance(message, Mapping) for message in listed):
+        return [listed]
+    return [[*map(_plain, one)] if isinstance(one, list | tuple) else one for one in listed]
+
+
+def _plain(message: Any) -> Any:
+    """A message of pydantic as the fields that it has."""
+    dump = getattr(message, "model_dump", None)
+    return dump(exclude_none=True) if callable(dump) else message
+
+
+def check_prompts(prompts: Any) -> None:
+    """Raises: ConfigError where there is neither a prompt nor several."""
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts is {shown(prompts)}; give {_WANTED}, or a list of those")
 
 
 def is_conversation(prompt: Any) -> bool:
@@ -116,6 +135,8 @@ def _read(prompt: Any) -> tuple[str | None, Any]:
     """Text and token ids (None: to be encoded; an error: it is no prompt)."""
     if isinstance(prompt, str):
         return prompt, None
+    if prompt is None:
+        return None, _error(f"is None; it must be {_WANTED}", "invalid_type")
     if not isinstance(prompt, Mapping):
         return None, prompt
     if "role" in prompt:
@@ -144,6 +165,8 @@ def _checked_ids(prompt: Any, vocab_size: int) -> TokenIds | RequestError:
         token_ids = np.asarray(prompt)
     except ValueError:  # lists of different lengths
         token_ids = np.zeros((0, 0))
+    if _are_whole(token_ids):
+        token_ids = token_ids.astype(np.int64)  # columns of tables with gaps hold them as floats
     if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
         return _error(f"is {shown(prompt)}; it must be {_WANTED}", "invalid_type")
     if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
@@ -154,11 +177,18 @@ def _checked_ids(prompt: Any, vocab_size: int) -> TokenIds | RequestError:
     return token_ids.astype(np.int32)
 
 
+def _are_whole(values: NDArray[Any]) -> bool:
+    """Floats that stand for whole numbers?"""
+    if values.dtype.kind != "f" or not values.size:
+        return False
+    return bool((np.abs(values) < 1 << 31).all() and (values == np.floor(values)).all())
+
+
 def listed_params(params: SamplingParams | Iterable[SamplingParams], count: int) -> list[SamplingParams]:
     """One set of parameters per prompt. Raises: ConfigError where their number differs from that of the prompts."""
     if isinstance(params, SamplingParams):
         return [params] * count
-    listed = list(params)
+    listed = [_checked_params(one) for one in _iterated(params)]
     if len(listed) != count:
         raise ConfigError(f"{len(listed)} sampling parameters for {count} prompts; give one for all or one per prompt")
     return listed
@@ -182,8 +212,18 @@ def paired(
         yield from zip(prompts, repeat(params))
         return
     missing = object()
-    for number, (prompt, sampling) in enumerate(zip_longest(prompts, params, fillvalue=missing)):
+    for number, (prompt, sampling) in enumerate(zip_longest(prompts, _iterated(params), fillvalue=missing)):
         if prompt is missing or sampling is missing:
             few, more = ("prompts", "sampling parameters") if prompt is missing else ("sampling parameters", "prompts")
             raise ConfigError(f"there are {number} {few} and more {more}; give one for all prompts, or one per prompt")
-        yield prompt, sampling  # type: ignore[misc]
+        yield prompt, _checked_params(sampling)
+
+
+def _iterated(params: Any) -> Iterable[Any]:
+    return [params] if isinstance(params, str | Mapping) or not isinstance(params, Iterable) else params
+
+
+def _checked_params(params: Any) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(f"sampling_params is {shown(params)}; give a SamplingParams, or one for each prompt")
+    return params

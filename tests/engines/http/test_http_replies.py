@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from email.utils import formatdate
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from blendserve.dialect.urls import CHAT_URL, EMBEDDINGS_URL
+from blendserve.engines.http.bodies import json_of, text_of
 from blendserve.engines.http.client import NoReplyError, Reply
 from blendserve.engines.http.credentials import Credentials
 from blendserve.engines.http.replies import Answer, Failure, Stop, judge, judge_silence, parse_retry_after
@@ -109,6 +111,42 @@ def test_a_mark_of_byte_order_is_no_obstacle() -> None:
     verdict = judge(reply(200, "\ufeff" + json.dumps(GOOD)), WALL_S, CHAT_URL)
     assert isinstance(verdict, Answer)
     assert verdict.problem is None
+
+
+USABLE = {
+    "characters behind it": json.dumps(GOOD) + "\r\n0\r\n",
+    "twice": json.dumps(GOOD) + "\n" + json.dumps(GOOD),
+    "comments before it": f": keep-alive\n\n: keep-alive\n{json.dumps(GOOD)}",
+    "in a list": json.dumps([GOOD]),
+    "a line break within a text": json.dumps({**GOOD, "note": "a@b"}).replace("@", "\n"),
+}
+
+
+@pytest.mark.parametrize("text", USABLE.values(), ids=USABLE)
+def test_what_surrounds_an_answer_does_not_cost_it(text: str) -> None:
+    verdict = judge(reply(200, text), WALL_S, CHAT_URL)
+    assert isinstance(verdict, Answer)
+    assert verdict.problem is None
+    assert verdict.response.body["choices"] == GOOD["choices"]
+
+
+@pytest.mark.parametrize("name", ["utf-16", "utf-8-sig", "utf-32-le", "latin-1", "packed"])
+def test_the_encoding_of_a_body_is_seen_where_nobody_says_it(name: str) -> None:
+    text = json.dumps({"text": "café"}, ensure_ascii=False)
+    data = gzip.compress(text.encode()) if name == "packed" else text.encode(name)
+    kind = "application/json; charset=iso-8859-1" if name == "latin-1" else "application/json"
+    assert json_of(text_of(data, kind, 1 << 20)) == {"text": "café"}
+
+
+def test_a_packed_body_is_unpacked_up_to_the_limit() -> None:
+    assert len(text_of(gzip.compress(b"x" * (1 << 20)), "", 1000)) == 1000
+    assert text_of(b"\x1f\x8bno gzip", "", 1000).endswith("no gzip")
+
+
+def test_an_error_in_a_list_keeps_its_words() -> None:
+    verdict = judge(reply(400, [{"error": {"code": 400, "message": "no such thing"}}]), WALL_S, CHAT_URL)
+    assert isinstance(verdict, Answer)
+    assert verdict.response.body == {"error": {"code": 400, "message": "no such thing"}}
 
 
 def test_numbers_that_json_cannot_hold_do_not_cost_the_answer() -> None:

@@ -7,9 +7,6 @@ says is cleared of secrets before anyone else sees it.
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import re
 import ssl
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -19,8 +16,8 @@ from typing import Any, Self
 
 import httpx2
 
-from blendserve.dialect.logprobs import LOWEST_LOGPROB
 from blendserve.engines.http.address import ServerAddress
+from blendserve.engines.http.bodies import json_of, text_of
 from blendserve.engines.http.credentials import Credentials
 from blendserve.errors import ConfigError
 
@@ -28,7 +25,16 @@ CONNECT_TIMEOUT_S = 30.0
 MAX_RESPONSE_BYTES = 64 << 20
 POOL_CONNECTIONS = 32
 """A pool of the library looks at all its connections for every request: many small pools stay quick."""
-_CHARSET = re.compile(r"charset=\"?([\w.:-]+)", re.IGNORECASE)
+
+
+_REASONS = (
+    (httpx2.ConnectTimeout, f"the server did not answer within {CONNECT_TIMEOUT_S:g} s"),
+    (httpx2.ReadError, "the server closed it before its answer was whole"),
+    (httpx2.WriteError, "the server closed it while the request was sent"),
+    (httpx2.RemoteProtocolError, "the server does not speak HTTP"),
+    (httpx2.ConnectError, "the server refused it"),
+)
+"""Of errors that say nothing themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +47,9 @@ class Reply:
     credentials: Credentials = field(default_factory=Credentials)
 
     def json(self) -> Any:
-        """The text decoded, and cleared of secrets again: JSON may have held them in escapes. Numbers that are none
-        (see `finite`) are replaced. Raises: ValueError when it is no JSON, RecursionError when it is nested too deeply.
-        """
-        value = json.loads(self.text.removeprefix("\ufeff"))
-        try:
-            json.dumps(value, allow_nan=False)
-        except ValueError:
-            value = finite(value)
+        """The text decoded, and cleared of secrets again: JSON may have held them in escapes. Raises: as `json_of`."""
+        value = json_of(self.text)
         return _redacted(value, self.credentials) if self.credentials.has_secret else value
-
-
-def finite(value: Any, *, is_logprob: bool = False) -> Any:
-    """A JSON value without NaN and infinities, which some servers send and no row can hold: null stands for them, and
-    for minus infinity among log probabilities what OpenAI has there.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return LOWEST_LOGPROB if is_logprob and value == -math.inf else None
-    if isinstance(value, list):
-        return [finite(item, is_logprob=is_logprob) for item in value]
-    if isinstance(value, dict):
-        return {name: finite(item, is_logprob=is_logprob or "logprob" in name) for name, item in value.items()}
-    return value
 
 
 class NoReplyError(Exception):
@@ -157,7 +144,8 @@ class HttpClient:
                         f"HTTP {response.status_code} with more than {self._max_response_bytes} bytes",
                         code="invalid_server_response",
                     )
-            text = _decoded(bytes(received), response.headers.get("content-type", ""))
+            content_type = response.headers.get("content-type", "")
+            text = text_of(bytes(received), content_type, self._max_response_bytes)
             clean = {name.lower(): self._credentials.redact(value) for name, value in response.headers.items()}
             return Reply(response.status_code, clean, self._credentials.redact(text), self._credentials)
 
@@ -173,15 +161,6 @@ class HttpClient:
         await self._stack.__aexit__(kind, error, trace)
 
 
-def _decoded(data: bytes, content_type: str) -> str:
-    """The text in the encoding that a response says it has; else in UTF-8, with marks for what is none."""
-    named = _CHARSET.search(content_type)
-    try:
-        return data.decode(named[1] if named else "utf-8")
-    except (LookupError, UnicodeError):
-        return data.decode(errors="replace")
-
-
 def _redacted(value: Any, credentials: Credentials) -> Any:
     """A JSON value without secrets, names included."""
     if isinstance(value, str):
@@ -194,7 +173,9 @@ def _redacted(value: Any, credentials: Credentials) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if str(error):
+        return str(error)
+    return next((words for kind, words in _REASONS if isinstance(error, kind)), type(error).__name__)
 
 
 def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:

@@ -134,12 +134,16 @@ def _judge_success(reply: Reply, url: str) -> Answer | Failure:
     try:
         body = reply.json()
     except (ValueError, RecursionError) as error:
-        return _no_json(reply, error)
+        return _no_json(
+            reply, "JSON that is nested too deeply" if isinstance(error, RecursionError) else "a body that is no JSON"
+        )
+    if url in _RESULTS_BY_URL:
+        body = _unwrapped(body)
     response = ServerResponse(reply.status_code, body, reply.headers.get("x-request-id"))
     if isinstance(body, dict) and _has_results(body, url):
         return _answer(response, body)
     if not isinstance(body, dict):
-        return _no_json(reply, None) if url in _RESULTS_BY_URL else Answer(response)
+        return _no_json(reply, "JSON that is no object") if url in _RESULTS_BY_URL else Answer(response)
     if (code := _error_code(body)) is not None:
         message = f"HTTP {reply.status_code} with an error: {words_of(body)}"
         if _may_pass(body):
@@ -169,12 +173,16 @@ def _answer(response: ServerResponse, body: Mapping[str, Any]) -> Answer:
     )
 
 
-def _no_json(reply: Reply, error: Exception | None) -> Failure:
+def _unwrapped(body: Any) -> Any:
+    """The one object of a list: Google's servers put errors into such lists."""
+    return body[0] if isinstance(body, list) and len(body) == 1 and isinstance(body[0], dict) else body
+
+
+def _no_json(reply: Reply, what: str) -> Failure:
     kind = reply.headers.get("content-type", "").partition(";")[0].strip() or "no type"
-    reason = f" ({error})" if error else ""
     return Failure(
         "invalid_server_response",
-        f"HTTP {reply.status_code} with a body that is not valid JSON{reason}; type: {kind}; body: {_quoted(reply)}",
+        f"HTTP {reply.status_code} with {what}; type: {kind}; body: {_quoted(reply)}",
     )
 
 
@@ -214,7 +222,7 @@ def _is_about_request(body: Mapping[str, Any]) -> bool:
 def _error_response(reply: Reply) -> ServerResponse:
     """The server's own error body, or its words in OpenAI's shape where they are no JSON object."""
     try:
-        body = reply.json()
+        body = _unwrapped(reply.json())
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
