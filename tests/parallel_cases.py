@@ -21,7 +21,8 @@ from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.job.reader import BatchReader
-from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_writer import StoreWriter
 from blendserve.planner.plan import Plan
 from blendserve.request import Request, SequenceOutput
 

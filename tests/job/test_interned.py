@@ -9,7 +9,8 @@ from pathlib import Path
 from batch_fakes import SERVED
 
 from blendserve.dialect.schema import BatchLine
-from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_writer import StoreWriter
 from blendserve.request import SamplingParams
 
 NUM_LINES, NUM_IDS = 120, 1 << 14

@@ -11,7 +11,7 @@ import pytest
 from blendserve.job.journal import JobIdentity, JournalHeader, JournalSeal
 from blendserve.job.record_log import RecordKind
 from blendserve.job.resume import Continue, Decision, Done, Recorded, Refuse, Start, Wanted, decide
-from blendserve.job.store import StoredFile
+from blendserve.job.store_layout import StoredFile
 from blendserve.job.writer import JobPaths
 
 JOB = JobIdentity("00ff" * 16, "tiny abc", {"dtype": "bf16"})

@@ -11,7 +11,8 @@ import pytest
 
 from blendserve.dialect.grammars import WHITESPACE
 from blendserve.dialect.schema import ServedModel, parse_line
-from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_writer import StoreWriter
 from blendserve.planner.strata import Strata, split_by
 from blendserve.planner.structures import BLANK_BYTES, most_tokens
 from blendserve.planner.table import known_output_tokens, request_table

@@ -27,7 +27,9 @@ from blendserve.job.renewal import answers_of_output, answers_of_records, carry_
 from blendserve.job.resume import Continue, Done, Recorded, Refuse, Renew, Start, Wanted, decide
 from blendserve.job.reuse import KeptAnswers, KeyedLines
 from blendserve.job.rows import RowAssembler
-from blendserve.job.store import StoredFile, StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_layout import StoredFile
+from blendserve.job.store_writer import StoreWriter
 from blendserve.job.writer import OwnSizes, Sizes, check_not_taken
 from blendserve.request import SequenceOutput
 

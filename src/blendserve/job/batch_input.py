@@ -21,7 +21,8 @@ from blendserve.job.door import Lines
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests
 from blendserve.job.reader import DEFAULT_LIMITS, BadLine, BatchReader, ReadLimits
-from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_writer import StoreWriter
 from blendserve.models.chat_settings import DEFAULT_CHAT, ChatSettings
 from blendserve.models.spec import ModelSpec
 from blendserve.models.tokenizer import Tokenizer

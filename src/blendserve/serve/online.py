@@ -24,7 +24,8 @@ from blendserve.job.ingest import TokenLists, encode_lines
 from blendserve.job.reader import BadLine
 from blendserve.job.record_log import RecordKind, RecordLog
 from blendserve.job.rows import RowAssembler
-from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_writer import StoreWriter
 from blendserve.request import SequenceOutput, TokenIds
 from blendserve.serve.messages import Ask, Piece, Reply
 

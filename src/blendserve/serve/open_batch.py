@@ -20,7 +20,8 @@ from blendserve.job.journal import JobIdentity, Journal, JournalHeader
 from blendserve.job.reader import BadLine, BatchReader
 from blendserve.job.record_log import RecordKind
 from blendserve.job.rows import RowAssembler
-from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_writer import StoreWriter
 from blendserve.request import SequenceOutput
 from blendserve.serve.messages import BatchSpec
 

@@ -26,7 +26,8 @@ from blendserve.engines.vllm.fake import FakeVllm
 from blendserve.job.ingest import encode_lines
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.job.reader import BatchReader
-from blendserve.job.store import StoreWriter, TokenStore
+from blendserve.job.store import TokenStore
+from blendserve.job.store_writer import StoreWriter
 from blendserve.planner.policies import make_policy
 from blendserve.request import SequenceOutput
 
