@@ -243,7 +243,8 @@ def _answer(
 
     if args.sample is None:
         return run_table(job, engine, args.policy, on_progress=note)
-    return run_sample(job, engine, args.policy, args.sample)
+    name = job.source.name
+    return run_sample(job, engine, args.policy, args.sample, lambda plan: _simulated_s(args, name, plan))
 
 
 def _say(args: argparse.Namespace, found: JobReport | Sample, engine: Engine, makespan_s: float) -> int:
@@ -265,7 +266,7 @@ def _dry_run(args: argparse.Namespace, job: TableJob, engine: Engine) -> int:
     from blendserve.tables.trial import plan_table
 
     found = plan_table(job, engine)
-    time_s = None if found.plan is None or args.engine != "native" else _simulated_s(args, job.source.name, found.plan)
+    time_s = None if found.plan is None else _simulated_s(args, job.source.name, found.plan)
     say(
         json.dumps(plan_json(job.source.name, found, time_s))
         if args.json
@@ -279,6 +280,8 @@ def _simulated_s(args: argparse.Namespace, name: str, plan: Plan) -> float | Non
     from blendserve.simulator.forecast import forecast, planned_workload, sampled
     from blendserve.simulator.target import THIS_MACHINE, find_machine, find_target
 
+    if args.engine != "native" or args.replicas is not None:
+        return None
     target = find_target(args.model, notify=tell)
     try:
         machine = find_machine(THIS_MACHINE, target.spec, kv_dtype=args.kv_dtype, config=planned_config(args))
