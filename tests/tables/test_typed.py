@@ -13,7 +13,7 @@ import pytest
 from table_fakes import TableEngine, TextEngine, run_map, write_parquet
 
 from blendserve.errors import ConfigError
-from blendserve.tables.api import schema_of_model
+from blendserve.tables.question import schema_of_model
 from blendserve.tables.recipe import Recipe
 from blendserve.tables.typed import shape_of
 
