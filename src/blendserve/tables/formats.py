@@ -6,9 +6,11 @@ column that holds whole numbers and fractions becomes one of fractions.
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -242,7 +244,7 @@ class _JsonlWriter:
 
 
 class _CsvWriter:
-    """Null and an empty text look the same in CSV; lists and structures are JSON."""
+    """Null and an empty text look the same in CSV; lists and structures are JSON, bytes base64."""
 
     def __init__(self, file: IO[bytes], schema: Any) -> None:
         self._text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
@@ -258,10 +260,28 @@ class _CsvWriter:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """JSON has no NaN and no infinity: null stands for them. Bytes are base64, other values their text."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_json_value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=_json_value)
+
+
+def _json_value(value: Any) -> str:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return _json_value(value)
     return _json(value) if isinstance(value, dict | list | bool) else value
 
 
