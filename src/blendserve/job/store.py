@@ -47,45 +47,38 @@ _CHUNK_TOKENS = 1 << 20
 
 
 class TokenStore:
-    """A finished store, read from its files or from shared memory. Requests are numbered by line, then prompt, then
-    choice.
-
-    `arrays`: the content of every file. `max_model_len=0` means that no context limit is known.
+    """A finished store, read from its files, or from arrays in (shared) memory. Requests are numbered by line, then
+    prompt, then choice. `max_model_len=0` means that no context limit is known.
     """
 
-    def __init__(
-        self, arrays: Mapping[str, NDArray[Any]], max_model_len: int = 0, files: StoreFiles | None = None
-    ) -> None:
-        self.arrays = arrays
+    def __init__(self, arrays: Mapping[str, NDArray[Any]] | StoreFiles, max_model_len: int = 0) -> None:
         self.max_model_len = max_model_len
-        self._files = files
-        self._tokens = arrays["tokens"]
-        self._prompt_ends = arrays["prompt_ends"]
-        self._lines = arrays["lines"]
-        self._urls = arrays["urls"].tobytes().decode().splitlines()
+        self._source = arrays
+        self._urls = self.arrays["urls"].tobytes().decode().splitlines()
+        self.num_lines = len(self._lines)
         self._sampling_by_offset: dict[int, SamplingParams] = {}
         self._num_interned_bytes = 0
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
         self._first_requests = np.zeros(len(num_choices) + 1, np.int64)
         np.cumsum(num_choices, out=self._first_requests[1:])
-        self.line_of_request = np.repeat(np.arange(len(self._lines), dtype=np.int32), num_choices)
+        self.line_of_request = np.repeat(np.arange(self.num_lines, dtype=np.int32), num_choices)
         """Shape: int32[num_requests], the row of every request's line."""
         self.release()
 
     @classmethod
     def open(cls, directory: Path, files: Mapping[str, StoredFile], max_model_len: int = 0) -> TokenStore:
         """Open the files that `StoreWriter` left. Raises: ConfigError when one is not what `files` says."""
-        opened = StoreFiles(directory, files)
-        return cls(opened.arrays, max_model_len, opened)
+        return cls(StoreFiles(directory, files), max_model_len)
+
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """The content of every file."""
+        return self._source.arrays if isinstance(self._source, StoreFiles) else self._source
 
     def release(self) -> None:
         """Give back the memory of what was read of the files."""
-        if self._files is not None:
-            self._files.release()
-
-    @property
-    def num_lines(self) -> int:
-        return len(self._lines)
+        if isinstance(self._source, StoreFiles):
+            self._source.release()
 
     def sampling(self, row: int) -> SamplingParams:
         """The parameters of a line, but for `seed` and `max_tokens`."""
@@ -135,7 +128,7 @@ class TokenStore:
     def row_of(self, line_number: int) -> int | None:
         """The row of a line, None where that line is not in the store."""
         row = int(np.searchsorted(self._lines["line_number"], line_number))
-        return row if row < len(self._lines) and self._lines["line_number"][row] == line_number else None
+        return row if row < self.num_lines and self._lines["line_number"][row] == line_number else None
 
     def request(self, number: int, index: int) -> Request:
         """Build request `number` of the store as row `index` of a run."""
@@ -207,6 +200,18 @@ class TokenStore:
         structure, bounds = structured
         return RequestTable(lengths, np.minimum(limits, bounds), known, structure)
 
+    @property
+    def _lines(self) -> NDArray[Any]:
+        return self.arrays["lines"]
+
+    @property
+    def _tokens(self) -> NDArray[Any]:
+        return self.arrays["tokens"]
+
+    @property
+    def _prompt_ends(self) -> NDArray[Any]:
+        return self.arrays["prompt_ends"]
+
     def _begins(self, prompts: Int64s) -> Int64s:
         return np.where(prompts > 0, self._prompt_ends[np.maximum(prompts - 1, 0)], 0)
 
@@ -256,9 +261,9 @@ class TokenStore:
 
     def _read(self, name: str, begin: int, num_bytes: int) -> bytes:
         """Bytes of a file, without a map where there are files."""
-        if self._files is not None:
-            return self._files.read(name, begin, num_bytes)
-        array = self.arrays[name]
+        if isinstance(self._source, StoreFiles):
+            return self._source.read(name, begin, num_bytes)
+        array = self._source[name]
         first, last = begin // array.itemsize, (begin + num_bytes) // array.itemsize
         return array[first:last].tobytes()
 
