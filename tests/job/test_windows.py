@@ -107,7 +107,8 @@ def test_answers_are_those_of_one_plan(tmp_path: Path, job_input: Path) -> None:
         sizes.append(len(pending))
         return engine(pending)
 
-    run_fake(job_input, tmp_path / "out.jsonl", generate, max_planned=20, on_progress=progress.append)
+    report = run_fake(job_input, tmp_path / "out.jsonl", generate, max_planned=20, on_progress=progress.append)
+    assert f"planned in {len(sizes)} parts, one after the other" in report.notes[-1]
     assert len(sizes) > 5
     assert max(sizes) <= 25
     assert sum(sizes) == NUM_JOB_REQUESTS

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from blendserve.dialect.endpoint import Codec
 from blendserve.job.attempt import Attempt
@@ -118,7 +119,15 @@ class _Joint:
         finally:
             for attempt in attempts:
                 attempt.sync()
-        return [attempt.finish() for attempt in attempts]
+        reports = [attempt.finish() for attempt in attempts]
+        num_windows = self._progress.num_windows
+        if num_windows == 1:
+            return reports
+        note = (
+            f"The requests were planned in {num_windows} parts, one after the other; times and other figures of the "
+            "engine are those of the last part."
+        )
+        return [replace(report, notes=(*report.notes, note)) for report in reports]
 
     def _generate(self, generate: Generate) -> None:
         waiting = [(attempt, pending) for attempt in self._attempts if (pending := attempt.pending()) is not None]
