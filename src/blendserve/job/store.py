@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.endpoint import StoredLine
 from blendserve.dialect.extras import Extras
-from blendserve.dialect.parameters import MAX_INT32
+from blendserve.dialect.values import MAX_INT32
 from blendserve.engine.keys import block_keys
 from blendserve.job.sampling_json import sampling_from
 from blendserve.job.store_files import StoreFiles

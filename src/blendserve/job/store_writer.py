@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blendserve.dialect.parameters import MAX_INT32
 from blendserve.dialect.schema import BatchLine
+from blendserve.dialect.values import MAX_INT32
 from blendserve.job.disk import sync_directory, writing_to
 from blendserve.job.sampling_json import given_fields
 from blendserve.job.store_layout import (
