@@ -125,7 +125,7 @@ def test_a_better_order_of_columns_is_told(tmp_path: Path, prompt: str, advice: 
     assert ("  columns  " in text) == bool(advice)
 
 
-STEP_S, TOKEN_S, NUM_SEQS = 0.05, 0.001, 32
+STEP_S, TOKEN_S, NUM_SEQS = 50.0, 1.0, 32
 """A machine whose steps take long however few rows they hold, as those of all machines that read weights."""
 
 
@@ -167,3 +167,14 @@ def test_few_rows_tell_the_time_of_all(tmp_path: Path, num_rows: int) -> None:
     assert not crude.is_simulated
     assert crude.time_s > 1.5 * whole.times.run_s
     assert "at most, and mostly much less" in sample_text(crude)
+
+
+def test_the_slow_start_of_a_short_sample_is_not_taken_for_its_speed(tmp_path: Path, source: Path) -> None:
+    class SlowStart(PlanningEngine):
+        times = EngineTimes(run_s=2.0)
+
+    found = run_sample(
+        job_on(source, tmp_path / "out.parquet"), SlowStart(), "blend", 2, lambda plan: 0.01 * plan.num_requests
+    )
+    assert isinstance(found, Sample)
+    assert found.num_left * 0.01 < found.time_s < 1.5 * found.num_left * 0.01

@@ -108,6 +108,8 @@ class _SampleAnswered(BlendServeError):
     """Ends a job behind its sample."""
 
 
+_TRUSTED_S = 5.0
+
 Simulate = Callable[[Plan], float | None]
 """The time of a planned run on the engine's machine. Units: seconds; None where nothing is known of the machine."""
 
@@ -189,11 +191,14 @@ class _Taken:
         return np.where(known >= 0, known, guessed).astype(np.int64)
 
     def _simulated_s(self, plan: Plan, outputs: Int64s, run_s: float, simulate: Simulate) -> float | None:
-        """The simulated time of all requests, times what the sample took over its own simulated time."""
+        """The simulated time of all requests, times what the sample took over its own simulated time. Of a short
+        sample, the slow start weighs most: so the simulation counts as `_TRUSTED_S` seconds that came true."""
         answered = [self._num_output_tokens.get(at, 1) for at in range(len(self._picked))]
         of_sample = simulate(_with_lengths(plan, np.maximum(answered, 1), self._picked))
         of_all = simulate(_with_lengths(plan, outputs)) if of_sample else None
-        return None if of_all is None or not of_sample else of_all * run_s / of_sample
+        if of_all is None or not of_sample:
+            return None
+        return of_all * (run_s + _TRUSTED_S) / (of_sample + _TRUSTED_S)
 
     def _note(self, part: PendingRequests, output: SequenceOutput) -> None:
         """Keep the row that the job will have for this answer."""
