@@ -1,7 +1,7 @@
 """Memory and time of a job on a very large table: `python bench/table_memory.py`, 1,000,000 rows by default.
 
 Rows are short, so that what is kept per row shows. The engine answers in no time, so that all that is left is ours:
-reading parquet, rendering, tokenizing, the store, the plan of all requests, the journal, and writing parquet. Each size
+reading parquet, rendering, tokenizing, the store, the plans of all parts, the journal, and writing parquet. Each size
 is a process of its own, whose peak of resident memory counts; mapped files are part of it while their pages are in
 memory.
 `--without-plan` leaves the plan out, which is the same for tables and for batch files.

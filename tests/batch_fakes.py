@@ -167,9 +167,9 @@ def run_fake(
 ) -> JobReport:
     """`run_job` on the fakes, at a fixed time."""
     clock = fields.pop("clock", lambda: 1_700_000_000.0)
-    on_progress = fields.pop("on_progress", None)
+    options = {name: fields.pop(name) for name in ("on_progress", "max_planned") if name in fields}
     job = BatchJob(input_path, output_path, fields.pop("served", SERVED), "tiny@1", **fields)
-    return run_job(job, codec or FakeCodec(), engine or FakeEngine(), on_progress=on_progress, clock=clock)
+    return run_job(job, codec or FakeCodec(), engine or FakeEngine(), clock=clock, **options)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -77,3 +77,18 @@ def test_rates_are_counted_from_the_first_snapshot(monkeypatch: pytest.MonkeyPat
     shown[0] = shown[2]
     progress._show()
     assert "5/10 requests, 50 tok/s, ETA 4s, 2 running, KV 50%" in written.getvalue().splitlines()[-1]
+
+
+def test_windows_are_counted_together() -> None:
+    """The engine knows one window of three; the job knows all of them."""
+    progress = JobProgress(
+        num_requests=130,
+        num_done=60,
+        num_prompt_tokens=400,
+        num_output_tokens=100,
+        num_windows=3,
+        num_earlier=30,
+    )
+    shown = snapshot_of(progress, EngineStatus(3, 40.0, num_tokens=39, kv_use=0.5, prefix_hit_rate=0.1))
+    assert shown.num_tokens == 500
+    assert shown.num_expected_tokens == pytest.approx(500 * 70 / 30)

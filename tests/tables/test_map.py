@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -238,11 +239,16 @@ def test_what_is_no_table_says_so(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.parquet", b"no parquet", "cannot read .*a.parquet as parquet"),
         ("a.arrow", b"no arrow", "cannot read .*a.arrow as arrow"),
-        ("a.jsonl", b"[1]\n", "a line is no JSON object"),
-        ("b.jsonl", b'{"a": 1}\n{"a": "x"}\n', "cannot read .*b.jsonl as jsonl"),
+        ("a.jsonl", b"{}\n\n[1]\n", "line 3 is no JSON object"),
+        (
+            "b.jsonl",
+            b'{"a": 1}\n{"a": "x"}\n',
+            "cannot read .*b.jsonl as jsonl: the values of a have no type in common",
+        ),
+        ("c.jsonl", b'{"a": 1}\n{bad\n', "line 2 is no JSON"),
         ("a.csv", b"a,b\n1,2\n3\n", "a row has 1 values, and the first line names 2 columns"),
         ("b.csv", b"a,a\n1,2\n", "a column name stands twice"),
-        ("c.csv", b"a,b\n1,\xff\n", "cannot read .*c.csv as csv"),
+        ("c.csv", b"a,b\n1,\xff\n", "cannot read .*c.csv: byte 0xff is not UTF-8 text; save the file as UTF-8"),
         ("a.xlsx", b"", "the format of a.xlsx is not known by its name"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -355,3 +361,35 @@ def test_rows_are_named_by_their_file_and_place_or_by_a_column(tmp_path: Path) -
     run_map(write_parquet(tmp_path / "c.parquet", shuffled), tmp_path / "shuffled.jsonl", by_id)
     straight, other = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("straight", "shuffled"))
     assert sorted(straight) == sorted(other)
+
+
+def test_values_that_json_does_not_know(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["a", "b"],
+            "number": [float("nan"), 0.5],
+            "inner": [{"x": float("inf")}, None],
+            "data": [b"\x00\xff", None],
+            "price": pa.array([Decimal("1.10"), None], pa.decimal128(9, 2)),
+        }
+    )
+    source = write_parquet(tmp_path / "in.parquet", table)
+    run_map(source, tmp_path / "out.jsonl")
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == [None, 0.5]
+    assert (rows[0]["inner"], rows[0]["data"], rows[0]["price"]) == ({"x": None}, "AP8=", "1.10")
+    run_map(source, tmp_path / "out.csv")
+    first = (tmp_path / "out.csv").read_text().splitlines()[1]
+    assert first.startswith('a,nan,"{""x"": null}",AP8=,1.10,')
+
+
+def test_parts_of_other_types_are_named(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name, values in (("a", [1]), ("b", pa.array([2], pa.int8())), ("c", ["x"])):
+        write_parquet(parts / f"{name}.parquet", pa.table({"text": ["t"], "v": values}))
+    with pytest.raises(ConfigError, match=r"c\.parquet and .*a\.parquet are not parts of one table: .*v has"):
+        run_map(parts, tmp_path / "out.parquet")
+    (parts / "c.parquet").unlink()
+    run_map(parts, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["v"].to_pylist() == [1, 2]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from batch_fakes import batch_line, read_rows, write_lines
 from table_fakes import table_of, write_parquet
 from tiny_files import tiny_directory
 
@@ -115,3 +116,22 @@ def test_other_commands_do_not_load_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_texts_become_vectors_on_the_native_engine(tiny: Path, tmp_path: Path) -> None:
+    """Those that `run` gives for the same texts, as a column of lists of fixed size."""
+    texts = ["gold", "lead and tin", "gold"]
+    source = write_parquet(tmp_path / "in.parquet", pa.table({"text": [*texts, None]}))
+    limits = ["--model", str(tiny), "--kv-memory", "4MiB", "--max-num-seqs", "8", "--threads", "1", "--quiet"]
+    arguments = ["map", str(source), "-o", str(tmp_path / "out.parquet"), "--embed", "text", "--column", "vector"]
+    assert main([*arguments, *limits]) == 3, "a null has no vector"
+    found = pq.read_table(tmp_path / "out.parquet")
+    lines = [batch_line(f"r{row}", {"input": text, "encoding_format": "float"}) for row, text in enumerate(texts)]
+    write_lines(tmp_path / "in.jsonl", lines)
+    batch = ["run", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--ordered", *limits]
+    assert main(batch) == 0
+    vectors = [row["response"]["body"]["data"][0]["embedding"] for row in read_rows(tmp_path / "out.jsonl")]
+    assert found.schema.field("vector").type == pa.list_(pa.float32(), len(vectors[0]))
+    assert found["vector"].to_pylist() == [*(pytest.approx(vector) for vector in vectors), None]
+    assert [error is None for error in found["error"].to_pylist()] == [True, True, True, False]
+    assert all(tokens > 0 for tokens in found["prompt_tokens"].to_pylist()[:3])

@@ -12,7 +12,9 @@ import pytest
 from batch_fakes import batch_line
 from tiny_files import tiny_directory
 
+from blendserve import JobReport, NativeSettings, run_batch
 from blendserve.cli import main
+from blendserve.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,21 @@ def test_mistakes_are_told(
     assert not memory.store
     assert main(["run", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_python_takes_urls_too(tiny: Path, tmp_path: Path, memory: Any) -> None:
+    memory.pipe("/in/in.jsonl", lines(4, num_bad=1))
+    settings = NativeSettings(str(tiny), kv_memory_bytes=4 << 20, max_num_seqs=8, num_threads=1)
+
+    def answer() -> JobReport:
+        return run_batch("memory://in/in.jsonl", "memory://out/out.jsonl", engine=settings, journal=tmp_path / "kept")
+
+    report = answer()
+    assert (report.output_path, report.errors_path) == ("memory://out/out.jsonl", "memory://out/out.errors.jsonl")
+    assert (report.num_succeeded, report.num_failed) == (4, 1)
+    assert len(memory.cat("/out/out.jsonl").splitlines()) == 4
+    assert answer().was_complete
+    with pytest.raises(ConfigError, match="say with -o where the answers go"):
+        run_batch("memory://in/in.jsonl", engine=settings, journal=tmp_path / "kept")
+    with pytest.raises(ConfigError, match="name a directory for it with --journal DIR"):
+        run_batch("memory://in/in.jsonl", tmp_path / "out.jsonl", engine=settings)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,21 +15,25 @@ from batch_fakes import FakeEngine
 from table_fakes import PROMPT, TableEngine, run_map, table_of, write_parquet
 
 from blendserve.costs.model_cost import CostModel
+from blendserve.engines.base import EngineTimes
 from blendserve.job.job import JobReport
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.planner.plan import Plan
 from blendserve.report.table_text import plan_json, plan_text, sample_json, sample_text
+from blendserve.request import SequenceOutput
 from blendserve.tables.layout import Layout
 from blendserve.tables.mapping import TableJob, open_table
 from blendserve.tables.recipe import Recipe
 from blendserve.tables.trial import Sample, plan_table, run_sample
+
+COST = CostModel(token_s=1e-3, kv_token_s=1e-6)
 
 
 class PlanningEngine(TableEngine):
     """Plans with some cost, and keeps what it was asked."""
 
     def plan(self, pending: PendingRequests) -> Plan:
-        return plan_pending(pending, pending.table(), CostModel(token_s=1e-3, kv_token_s=1e-6))
+        return plan_pending(pending, pending.table(), COST)
 
 
 def job_on(source: Path, output: Path, recipe: Recipe = PROMPT) -> TableJob:
@@ -116,3 +123,58 @@ def test_a_better_order_of_columns_is_told(tmp_path: Path, prompt: str, advice: 
     text = plan_text("x", found, None, "blend")
     assert advice in text
     assert ("  columns  " in text) == bool(advice)
+
+
+STEP_S, TOKEN_S, NUM_SEQS = 50.0, 1.0, 32
+"""A machine whose steps take long however few rows they hold, as those of all machines that read weights."""
+
+
+def machine_s(plan: Plan, factor: float = 1.0) -> float:
+    """The time of a planned run on it."""
+    outputs = plan.table.known_output_tokens
+    num_steps = max(int(outputs.max()), -(-int(outputs.sum()) // NUM_SEQS))
+    return factor * (num_steps * STEP_S + plan.tree.num_unique_tokens * TOKEN_S)
+
+
+class TimedEngine(PlanningEngine):
+    """Takes the time of that machine for every run, and very long to load."""
+
+    times = EngineTimes()
+
+    def generate(self, pending: PendingRequests, policy: str) -> Iterator[SequenceOutput]:
+        lengths = np.zeros(len(pending), np.int64)
+        for output in super().generate(pending, policy):
+            lengths[output.index] = output.num_output_tokens
+            yield output
+        table = replace(pending.table(), known_output_tokens=lengths)
+        self.times = EngineTimes(load_s=100.0, run_s=machine_s(plan_pending(pending, table, COST)))
+
+
+@pytest.mark.parametrize("num_rows", [2, 5, 20])
+def test_few_rows_tell_the_time_of_all(tmp_path: Path, num_rows: int) -> None:
+    """The simulation is 20% too fast, and the sample corrects it. Without one, the time is far too long."""
+    source = write_parquet(tmp_path / "in.parquet", pa.table({"text": [f"word {row:03}" for row in range(1000)]}))
+    job = job_on(source, tmp_path / "out.parquet")
+    found = run_sample(job, TimedEngine(), "blend", num_rows, lambda plan: machine_s(plan, 0.8))
+    assert isinstance(found, Sample)
+    assert found.is_simulated
+    assert "simulated on this machine and corrected by the sample" in sample_text(found)
+    whole = TimedEngine()
+    run_map(source, tmp_path / "whole.parquet", engine=whole)
+    assert found.time_s == pytest.approx(whole.times.run_s, rel=0.1)
+    crude = run_sample(job_on(source, tmp_path / "other.parquet"), TimedEngine(), "blend", num_rows)
+    assert isinstance(crude, Sample)
+    assert not crude.is_simulated
+    assert crude.time_s > 1.5 * whole.times.run_s
+    assert "at most, and mostly much less" in sample_text(crude)
+
+
+def test_the_slow_start_of_a_short_sample_is_not_taken_for_its_speed(tmp_path: Path, source: Path) -> None:
+    class SlowStart(PlanningEngine):
+        times = EngineTimes(run_s=2.0)
+
+    found = run_sample(
+        job_on(source, tmp_path / "out.parquet"), SlowStart(), "blend", 2, lambda plan: 0.01 * plan.num_requests
+    )
+    assert isinstance(found, Sample)
+    assert found.num_left * 0.01 < found.time_s < 1.5 * found.num_left * 0.01

@@ -252,7 +252,7 @@ def add_watching(parser: argparse._ActionsContainer) -> None:
         type=positive_integer,
         metavar="REQUESTS",
         help="plan this many requests at a time, while others run; for files whose plan would take too long or too "
-        "much memory (default: plan the whole file before it runs)",
+        "much memory (default: plan all requests before they run, or parts of 500000 of them)",
     )
     parser.add_argument(
         "--report",

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +244,9 @@ def _answer(
 
     if args.sample is None:
         return run_table(job, engine, args.policy, on_progress=note)
-    return run_sample(job, engine, args.policy, args.sample)
+    name = job.source.name
+    simulate = partial(_simulated_s, args, name, notify=lambda _: None)
+    return run_sample(job, engine, args.policy, args.sample, simulate)
 
 
 def _say(args: argparse.Namespace, found: JobReport | Sample, engine: Engine, makespan_s: float) -> int:
@@ -265,7 +268,7 @@ def _dry_run(args: argparse.Namespace, job: TableJob, engine: Engine) -> int:
     from blendserve.tables.trial import plan_table
 
     found = plan_table(job, engine)
-    time_s = None if found.plan is None or args.engine != "native" else _simulated_s(args, job.source.name, found.plan)
+    time_s = None if found.plan is None else _simulated_s(args, job.source.name, found.plan)
     say(
         json.dumps(plan_json(job.source.name, found, time_s))
         if args.json
@@ -274,18 +277,20 @@ def _dry_run(args: argparse.Namespace, job: TableJob, engine: Engine) -> int:
     return 0
 
 
-def _simulated_s(args: argparse.Namespace, name: str, plan: Plan) -> float | None:
+def _simulated_s(args: argparse.Namespace, name: str, plan: Plan, notify: Callable[[str], None] = tell) -> float | None:
     """The time of the native engine on this machine; None where that is not calibrated."""
     from blendserve.simulator.forecast import forecast, planned_workload, sampled
     from blendserve.simulator.target import THIS_MACHINE, find_machine, find_target
 
-    target = find_target(args.model, notify=tell)
+    if args.engine != "native" or args.replicas is not None:
+        return None
+    target = find_target(args.model, notify=notify)
     try:
         machine = find_machine(THIS_MACHINE, target.spec, kv_dtype=args.kv_dtype, config=planned_config(args))
     except ConfigError:
         return None
     forecasts = forecast(
-        planned_workload(name, plan), {"overlapped": machine}, (args.policy,), sampled(MAX_SIMULATED), notify=tell
+        planned_workload(name, plan), {"overlapped": machine}, (args.policy,), sampled(MAX_SIMULATED), notify=notify
     )
     return forecasts.runs[0].time_s
 

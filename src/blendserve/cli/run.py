@@ -149,20 +149,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _stage(args: argparse.Namespace) -> StagedJob | None:
     """The files of a job of URLs; None where all are files of this machine. Raises: ConfigError."""
-    from blendserve.tables.extra import is_url, require_data
-
-    urls = [text for text in (*args.inputs, args.output, args.errors) if text is not None and is_url(text)]
-    if not urls:
-        if args.journal is not None:
-            raise ConfigError(f"--journal is for URLs: the journal of {args.inputs[0]} stands beside its output")
-        return None
-    if len(args.inputs) > 1:
-        raise ConfigError(f"{urls[0]} is a URL, and these are {len(args.inputs)} inputs: run them one by one")
-    require_data("URLs")
-    from blendserve.tables.staging import stage
+    from blendserve.offline.urls import staged_job
 
     output = None if args.output == STANDARD_OUTPUT else args.output
-    return stage(args.inputs[0], output, args.errors, args.journal, is_fresh=args.fresh)
+    return staged_job(args.inputs, output, args.errors, args.journal, is_fresh=args.fresh)
 
 
 def _find_files(args: argparse.Namespace) -> list[JobFiles]:

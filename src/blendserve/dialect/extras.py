@@ -80,8 +80,10 @@ class Extras:
 
     def to_bytes(self) -> bytes:
         """JSON of what differs from the default; empty where nothing does."""
+        if self == NO_EXTRAS:
+            return b""
         values = {name: value for name, value in asdict(self).items() if value != getattr(NO_EXTRAS, name)}
-        return json.dumps(values, ensure_ascii=False).encode() if values else b""
+        return json.dumps(values, ensure_ascii=False).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Extras:

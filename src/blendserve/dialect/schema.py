@@ -93,7 +93,8 @@ def parse_line(value: object, line_number: int, served: ServedModel) -> BatchLin
     structure = read.sampling.structured_outputs
     if structure is not None and served.abilities.checks_grammars:
         check_grammar(structure)
-    extras = replace(read.extras, adapter=_adapter_of(model, served.abilities))
+    adapter = _adapter_of(model, served.abilities)
+    extras = read.extras if adapter is None else replace(read.extras, adapter=adapter)
     line = BatchLine(
         line_number, custom_id, url, model, read.prompts, read.sampling, extras.to_bytes(), b"", ENDPOINTS[url].embeds
     )

@@ -61,7 +61,7 @@ class NativeSettings:
     - `kv_dtype`: of the KV cache: "bf16" (default), or "int8", which holds nearly twice as many tokens in the same
       memory, is read faster, and gives other answers.
     - `isa`: instruction set of the kernels: "auto", the best one of this machine (default), or one of `ISA_NAMES`.
-    - `window`: plan so many requests at a time. None: the whole file before it runs.
+    - `window`: plan so many requests at a time. None: all before they run, or parts of 500000.
     - `memory_share`: the part of the machine's memory that this engine may take, from 0 to 1 (default: 1).
     - `generation_config`: where sampling parameters of lines that give none come from: "auto", the model's
       generation_config.json (default); "vllm", nowhere; or a directory with a generation_config.json.

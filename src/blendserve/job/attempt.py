@@ -304,6 +304,7 @@ class Attempt:
         opened = _Open(header, log, store, rows, 0)
         self._open = opened  # from here on the log is closed with the rest
         num_cut = log.recover(rows.replay)
+        store.release()
         if log.num_bytes < header.num_ingest_bytes:
             raise ConfigError(f"{self._journal.directory} is damaged; discard the journal with --fresh")
         if num_cut:

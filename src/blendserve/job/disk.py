@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,10 +57,15 @@ def create_new(path: Path, mode: int = 0o600) -> int:
 
 def replace_durably(path: Path, data: bytes) -> None:
     """Give `path` new content that survives a power cut as a whole or not at all."""
+    replace_durably_by_pieces(path, (data,))
+
+
+def replace_durably_by_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """The same of content that is made piece by piece."""
     temporary = path.with_name(path.name + ".partial")
     with writing_to(path):
         with open(create_new(temporary), "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

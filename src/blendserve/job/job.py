@@ -65,7 +65,8 @@ class JobProgress:
     """Where a job stands.
 
     `num_requests` and `num_done` count answers to valid lines (a line with `n` of 3 counts 3), those of earlier runs
-    included. Tokens are those of this run.
+    included; `num_earlier` are those alone. Tokens are those of this run. `num_windows`: the requests are planned in so
+    many parts, one after the other.
     """
 
     num_requests: int
@@ -73,6 +74,18 @@ class JobProgress:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    num_windows: int = 1
+    num_earlier: int = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Requests that this run has to answer."""
+        return self.num_requests - self.num_earlier
+
+    @property
+    def num_done_now(self) -> int:
+        """Requests that this run has answered."""
+        return self.num_done - self.num_earlier
 
 
 @dataclass(frozen=True, slots=True)

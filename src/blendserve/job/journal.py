@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from blendserve.errors import ConfigError
-from blendserve.job.disk import open_own, replace_durably, sync_directory, writing_to
+from blendserve.job.disk import open_own, replace_durably, replace_durably_by_pieces, sync_directory, writing_to
 from blendserve.job.ownership import check_journal, check_own
 from blendserve.job.record_log import RecordLog
 from blendserve.job.store_layout import StoredFile
@@ -163,10 +163,10 @@ class Journal:
         """What a finished job left, else None. A header of a later generation has put an end to it."""
         return read_seal(self.directory)
 
-    def write_seal(self, seal: JournalSeal, lines: bytes = b"", *, keeps_records: bool = False) -> None:
+    def write_seal(self, seal: JournalSeal, lines: Iterable[bytes] = (), *, keeps_records: bool = False) -> None:
         """Mark the job finished; records and prompts are dropped unless some lines may be tried again: the output files
         hold all that counts. `lines` are those of `TokenStore.line_hashes`. `keeps_records`: the records alone stay."""
-        replace_durably(self.directory / _LINES, lines)
+        replace_durably_by_pieces(self.directory / _LINES, lines)
         replace_durably(self.directory / _SEAL, _to_json(seal))
         records, prompts = self._names_of(seal.generation)
         kept = (_HEADER, records, prompts) if seal.num_retriable else (records,) if keeps_records else ()

@@ -39,7 +39,9 @@ class PendingRequests:
 
     def prefix_tree(self) -> PrefixTree:
         """All prompts as a tree, for a plan."""
-        return PrefixTree.from_flat(self.flat_prompts())
+        tree = PrefixTree.from_flat(self.flat_prompts())
+        self.store.release()
+        return tree
 
 
 def plan_pending(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from blendserve.dialect.endpoint import Codec
 from blendserve.job.attempt import Attempt
@@ -18,7 +19,9 @@ from blendserve.job.interrupts import Heard, JobInterrupted, left_of, terminable
 from blendserve.job.job import BatchJob, JobProgress, JobReport
 from blendserve.job.joined import join_pending
 from blendserve.job.pending import PendingRequests
+from blendserve.job.windows import MAX_PLANNED_REQUESTS, windows_of
 from blendserve.job.writer import check_jobs_apart
+from blendserve.planner.base import Int64s
 from blendserve.request import SequenceOutput
 
 Generate = Callable[[PendingRequests], Iterator[SequenceOutput]]
@@ -40,16 +43,18 @@ def run_job(
     on_progress: OnProgress | None = None,
     on_answer: Callable[[bytes], None] | None = None,
     clock: Callable[[], float] = time.time,
+    max_planned: int | None = MAX_PLANNED_REQUESTS,
 ) -> JobReport:
     """Run a batch job to its end, or to the end of one that was interrupted. `door`: where lines come from and rows go;
-    None: the files that the job names.
+    None: the files that the job names. `max_planned`: `generate` is called for so many requests at a time; None: for
+    all at once.
 
     `on_answer` is told every row of the output as it is recorded, those of earlier runs first.
     Raises: ConfigError before any work when a path, the input or the journal does not allow it; CapacityError when the
     disk is full; ExecutorError when the engine fails; JobInterrupted. Whatever is raised later, finished work is kept.
     """
     with Attempt(job, codec, door or _file_of(job), clock, on_answer) as attempt:
-        (report,) = _Joint([attempt], on_progress or _ignore).run(generate)
+        (report,) = _Joint([attempt], on_progress or _ignore, max_planned).run(generate)
     return report
 
 
@@ -82,9 +87,15 @@ def _file_of(job: BatchJob) -> BatchFile:
 class _Joint:
     """Several attempts that share one run of the engine."""
 
-    def __init__(self, attempts: Sequence[Attempt], on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        attempts: Sequence[Attempt],
+        on_progress: OnProgress,
+        max_planned: int | None = MAX_PLANNED_REQUESTS,
+    ) -> None:
         self._attempts = attempts
         self._on_progress = on_progress
+        self._max_planned = max_planned
         self._progress = JobProgress(0, 0)
 
     def run(self, generate: Generate) -> list[JobReport]:
@@ -100,7 +111,7 @@ class _Joint:
     def _run(self, generate: Generate) -> list[JobReport]:
         attempts = self._attempts
         self._progress.num_requests = sum(attempt.num_requests for attempt in attempts)
-        self._progress.num_done = sum(attempt.num_done for attempt in attempts)
+        self._progress.num_done = self._progress.num_earlier = sum(attempt.num_done for attempt in attempts)
         if any(attempt.report is None for attempt in attempts):
             self._on_progress(self._progress)
         try:
@@ -108,19 +119,26 @@ class _Joint:
         finally:
             for attempt in attempts:
                 attempt.sync()
-        return [attempt.finish() for attempt in attempts]
+        reports = [attempt.finish() for attempt in attempts]
+        num_windows = self._progress.num_windows
+        if num_windows == 1:
+            return reports
+        note = (
+            f"The requests were planned in {num_windows} parts, one after the other; times and other figures of the "
+            "engine are those of the last part."
+        )
+        return [replace(report, notes=(*report.notes, note)) for report in reports]
 
     def _generate(self, generate: Generate) -> None:
         waiting = [(attempt, pending) for attempt in self._attempts if (pending := attempt.pending()) is not None]
         if not waiting:
             return
         joined = join_pending([pending for _, pending in waiting])
-        outputs = generate(joined.pending)
 
-        def apply(output: SequenceOutput) -> None:
+        def apply(row: int, output: SequenceOutput) -> None:
             if output.finish_reason == "cancelled":
                 return
-            job, number = joined.place_of(output.index)
+            job, number = joined.place_of(row)
             attempt = waiting[job][0]
             attempt.apply(number, output)
             self._count(output)
@@ -128,16 +146,13 @@ class _Joint:
             if len(waiting) > 1 and attempt.is_whole:
                 attempt.finish()
 
-        try:
-            for output in outputs:
-                apply(output)
-        except KeyboardInterrupt as interrupt:
-            for output in left_of(outputs, interrupt):
-                apply(output)
-            raise
-        finally:
-            if isinstance(outputs, Generator):
-                outputs.close()  # the engine gives its memory back now, not at the next collection
+        pending = joined.pending
+        windows = windows_of(pending, self._max_planned or len(pending))
+        self._progress.num_windows = len(windows)
+        while windows:
+            rows = windows.pop(0)
+            part = pending if len(rows) == len(pending) else PendingRequests(pending.store, pending.numbers[rows])
+            _run_window(generate(part), rows, apply)
 
     def _count(self, output: SequenceOutput) -> None:
         self._progress.num_done += 1
@@ -154,3 +169,17 @@ class _Joint:
             f"interrupted: {progress.num_done} of {progress.num_requests} requests are finished and kept {where}; run "
             "the same command again to go on"
         )
+
+
+def _run_window(outputs: Iterator[SequenceOutput], rows: Int64s, apply: Callable[[int, SequenceOutput], None]) -> None:
+    """Apply all outputs; after a Ctrl-C those that have ended by then. `rows` are what their indices stand for."""
+    try:
+        for output in outputs:
+            apply(int(rows[output.index]), output)
+    except KeyboardInterrupt as interrupt:
+        for output in left_of(outputs, interrupt):
+            apply(int(rows[output.index]), output)
+        raise
+    finally:
+        if isinstance(outputs, Generator):
+            outputs.close()  # the engine gives its memory back now, not at the next collection

@@ -1,14 +1,14 @@
-"""The requests of a job on disk: prompts as token ids, one fixed-size record per line, sampling parameters interned.
+"""The requests of a job: prompts as token ids, one record per line, sampling parameters interned.
 
-Written once by ingestion, then read through memory maps: a million requests cost a few bytes each of memory of our
-own, the rest is the system's page cache.
+Written once by ingestion (`store_writer`), then read: plans read many lines at a time through memory maps, whose pages
+are given back at once; lookups of one line read the file. A request takes about 12 bytes of memory here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,143 +21,150 @@ from blendserve.dialect.endpoint import StoredLine
 from blendserve.dialect.extras import Extras
 from blendserve.dialect.values import MAX_INT32
 from blendserve.engine.keys import block_keys
-from blendserve.errors import ConfigError
 from blendserve.job.sampling_json import sampling_from
+from blendserve.job.store_files import StoreFiles
 from blendserve.job.store_layout import (
     EMBEDS,
-    FILES,
     HAS_KNOWN_LENGTH,
     HAS_SEED,
     HAS_STRUCTURE,
+    LINE_STRUCT,
     MAX_INTERNED_BYTES,
     NO_LIMIT,
     URL_SHIFT,
+    LineRecord,
     StoredFile,
 )
 from blendserve.planner.base import Int64s, RequestTable
-from blendserve.planner.sorting import FlatPrompts, flatten
+from blendserve.planner.sorting import FlatPrompts
 from blendserve.planner.table import most_output_tokens
 from blendserve.request import EmbeddingParams, Request, SamplingParams, StructuredOutputs, TokenIds
 from blendserve.seeds import choice_seed, derived_seed
 
+_CHUNK_LINES = 1 << 14
+"""Lines that are looked at together where all are: bounds memory."""
+_CHUNK_TOKENS = 1 << 20
+
 
 class TokenStore:
-    """A finished store, read through memory maps or from shared memory. Requests are numbered by line, then prompt,
-    then choice.
-
-    `arrays`: the content of every file. `max_model_len=0` means that no context limit is known.
+    """A finished store, read from its files, or from arrays in (shared) memory. Requests are numbered by line, then
+    prompt, then choice. `max_model_len=0` means that no context limit is known.
     """
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], max_model_len: int = 0) -> None:
-        self.arrays = arrays
+    def __init__(self, arrays: Mapping[str, NDArray[Any]] | StoreFiles, max_model_len: int = 0) -> None:
         self.max_model_len = max_model_len
-        self._tokens = arrays["tokens"]
-        self._prompt_ends = arrays["prompt_ends"]
-        self._lines = arrays["lines"]
-        self._custom_ids = arrays["custom_ids"]
-        self._sampling = arrays["sampling"]
-        self._bodies = arrays["bodies"]
-        self._urls = arrays["urls"].tobytes().decode().splitlines()
+        self._source = arrays
+        self._urls = self.arrays["urls"].tobytes().decode().splitlines()
+        self.num_lines = len(self._lines)
         self._sampling_by_offset: dict[int, SamplingParams] = {}
         self._num_interned_bytes = 0
         num_choices = self._lines["num_prompts"].astype(np.int64) * self._lines["n"]
-        self._first_requests = np.concatenate(([0], np.cumsum(num_choices)))
-        self.line_of_request = np.repeat(np.arange(len(self._lines), dtype=np.int32), num_choices)
+        self._first_requests = np.zeros(len(num_choices) + 1, np.int64)
+        np.cumsum(num_choices, out=self._first_requests[1:])
+        self.line_of_request = np.repeat(np.arange(self.num_lines, dtype=np.int32), num_choices)
         """Shape: int32[num_requests], the row of every request's line."""
+        self.release()
 
     @classmethod
     def open(cls, directory: Path, files: Mapping[str, StoredFile], max_model_len: int = 0) -> TokenStore:
-        """Map the files that `StoreWriter` left. Raises: ConfigError when one is not what `files` says."""
-        return cls({name: _mapped(directory / name, dtype, files) for name, dtype in FILES.items()}, max_model_len)
+        """Open the files that `StoreWriter` left. Raises: ConfigError when one is not what `files` says."""
+        return cls(StoreFiles(directory, files), max_model_len)
 
     @property
-    def num_lines(self) -> int:
-        return len(self._lines)
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """The content of every file."""
+        return self._source.arrays if isinstance(self._source, StoreFiles) else self._source
+
+    def release(self) -> None:
+        """Give back the memory of what was read of the files."""
+        if isinstance(self._source, StoreFiles):
+            self._source.release()
 
     def sampling(self, row: int) -> SamplingParams:
         """The parameters of a line, but for `seed` and `max_tokens`."""
-        return self._sampling_of(self._lines[row])
+        record = self._record(row)
+        return self._interned(record.sampling_offset, record.sampling_bytes)
 
     @property
     def num_requests(self) -> int:
         return len(self.line_of_request)
 
     def line(self, row: int) -> StoredLine:
-        record = self._lines[row]
-        begin, size = int(record["id_offset"]), int(record["id_bytes"])
+        record = self._record(row)
         return StoredLine(
-            line_number=int(record["line_number"]),
-            custom_id=self._custom_ids[begin : begin + size].tobytes().decode(),
-            url=self._urls[int(record["flags"]) >> URL_SHIFT],
-            num_prompts=int(record["num_prompts"]),
-            n=int(record["n"]),
+            line_number=record.line_number,
+            custom_id=self._custom_id(record).decode(),
+            url=self._urls[record.flags >> URL_SHIFT],
+            num_prompts=record.num_prompts,
+            n=record.n,
             first_request=int(self._first_requests[row]),
         )
 
     def body(self, row: int) -> bytes:
         """What a remote server is sent for a line, or the `Extras` of one that is answered here."""
-        record = self._lines[row]
-        begin = int(record["body_offset"])
-        return self._bodies[begin : begin + int(record["body_bytes"])].tobytes()
-
-    def _extras(self, row: int) -> Extras:
-        return Extras.from_bytes(self.body(row))
+        record = self._record(row)
+        return self._read("bodies", record.body_offset, record.body_bytes)
 
     def digest(self, row: int) -> bytes:
         """The hash of a line as the file has it."""
-        return bytes(self._lines["digest"][row])
+        return self._record(row).digest
 
     def row_by_digest(self) -> dict[bytes, int]:
         """The row of every line by its digest."""
         return {bytes(digest): row for row, digest in enumerate(self._lines["digest"])}
 
-    def line_hashes(self) -> bytes:
-        """For every line the hash of its custom_id and its digest, 16 bytes each."""
-        ids, lines = self._custom_ids.tobytes(), self._lines
-        places = zip(lines["id_offset"].tolist(), lines["id_bytes"].tolist(), lines["digest"], strict=True)
-        return b"".join(
-            part for begin, size, digest in places for part in (hash_of_id(ids[begin : begin + size]), bytes(digest))
-        )
+    def line_hashes(self) -> Iterator[bytes]:
+        """For every line the hash of its custom_id and its digest, 16 bytes each; many lines at a time."""
+        for begin in range(0, self.num_lines, _CHUNK_LINES):
+            lines = self._lines[begin : begin + _CHUNK_LINES]
+            first, last = int(lines["id_offset"][0]), int(lines["id_offset"][-1]) + int(lines["id_bytes"][-1])
+            ids = self._read("custom_ids", first, last - first)
+            places = zip(
+                (lines["id_offset"] - first).tolist(), lines["id_bytes"].tolist(), lines["digest"], strict=True
+            )
+            yield b"".join(hash_of_id(ids[at : at + size]) + bytes(digest) for at, size, digest in places)
+            self.release()
 
     def row_of(self, line_number: int) -> int | None:
         """The row of a line, None where that line is not in the store."""
         row = int(np.searchsorted(self._lines["line_number"], line_number))
-        return row if row < len(self._lines) and self._lines["line_number"][row] == line_number else None
+        return row if row < self.num_lines and self._lines["line_number"][row] == line_number else None
 
     def request(self, number: int, index: int) -> Request:
         """Build request `number` of the store as row `index` of a run."""
         row = int(self.line_of_request[number])
-        line = self._lines[row]
+        record = self._record(row)
         choice = number - int(self._first_requests[row])
-        token_ids = self.prompt_of(number)
-        seed = int(line["seed"]) if line["flags"] & HAS_SEED else None
-        max_tokens = None if line["max_tokens"] == NO_LIMIT else int(line["max_tokens"])
+        token_ids = self.prompt(record.first_prompt + choice // record.n)
+        seed = record.seed if record.flags & HAS_SEED else None
+        max_tokens = None if record.max_tokens == NO_LIMIT else record.max_tokens
         if seed is None:
-            resolved = derived_seed(b"id", self.line(row).custom_id.encode(), choice)
+            resolved = derived_seed(b"id", self._custom_id(record), choice)
         else:
-            resolved = choice_seed(seed, choice % int(line["n"]))
+            resolved = choice_seed(seed, choice % record.n)
+        sampling = self._interned(record.sampling_offset, record.sampling_bytes)
         return Request(
             index=index,
             prompt_token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
-            sampling=replace(self._sampling_of(line), seed=seed, max_tokens=max_tokens),
+            sampling=replace(sampling, seed=seed, max_tokens=max_tokens),
             max_output_tokens=self._limit(max_tokens, len(token_ids)),
             seed=resolved,
             block_keys=block_keys(token_ids, BLOCK_SIZE),
-            embedding=EmbeddingParams(self._extras(row).dimensions) if line["flags"] & EMBEDS else None,
+            embedding=EmbeddingParams(self._extras(record).dimensions) if record.flags & EMBEDS else None,
         )
 
     def prompt(self, prompt: int) -> TokenIds:
-        """Tokens of one prompt, a view of the map."""
-        begin = int(self._prompt_ends[prompt - 1]) if prompt else 0
-        return self._tokens[begin : int(self._prompt_ends[prompt])]
+        """Tokens of one prompt."""
+        ends = np.frombuffer(self._read("prompt_ends", 8 * max(prompt - 1, 0), 16), np.int64)
+        begin, end = (0, int(ends[0])) if prompt == 0 else (int(ends[0]), int(ends[1]))
+        return np.frombuffer(self._read("tokens", 4 * begin, 4 * (end - begin)), np.int32)
 
     def prompt_of(self, number: int) -> TokenIds:
         """Tokens of the prompt of request `number`."""
         row = int(self.line_of_request[number])
-        line = self._lines[row]
-        choice = number - int(self._first_requests[row])
-        return self.prompt(int(line["first_prompt"]) + choice // int(line["n"]))
+        record = self._record(row)
+        return self.prompt(record.first_prompt + (number - int(self._first_requests[row])) // record.n)
 
     def prompts_of(self, numbers: Int64s) -> Int64s:
         """The prompt of every request of `numbers`. Shapes: both int64[num_requests]."""
@@ -167,26 +174,61 @@ class TokenStore:
         return np.asarray(lines["first_prompt"][rows] + within, np.int64)
 
     def flat_prompts(self, numbers: Int64s) -> FlatPrompts:
-        """All prompts of `numbers` end to end; a view of the map where they are just the prompts of the store."""
+        """All prompts of `numbers` end to end; a view of the map where they stand so in the store."""
         prompts = self.prompts_of(numbers)
-        if len(prompts) == len(self._prompt_ends) and bool((np.diff(prompts) == 1).all()):
-            return FlatPrompts(self._tokens, np.concatenate(([0], self._prompt_ends)))
-        return flatten(self.prompt(int(prompt)) for prompt in prompts)
+        if len(prompts) and bool((np.diff(prompts) == 1).all()):
+            first, last = int(prompts[0]), int(prompts[-1])
+            begin = int(self._prompt_ends[first - 1]) if first else 0
+            ends = self._prompt_ends[first : last + 1]
+            return FlatPrompts(self._tokens[begin : int(ends[-1])], np.concatenate(([0], ends - begin)))
+        return self._gathered(prompts)
 
     def table(self, numbers: Int64s) -> RequestTable:
         """What a policy may know of the requests of `numbers` before they run."""
         rows, prompts = self.line_of_request[numbers], self.prompts_of(numbers)
-        lengths = np.diff(self._prompt_ends, prepend=0)[prompts]
+        lengths = self._prompt_ends[prompts] - self._begins(prompts)
         max_tokens = self._lines["max_tokens"][rows].astype(np.int64)
         limits = np.where(max_tokens == NO_LIMIT, MAX_INT32, max_tokens)
         if self.max_model_len:
             limits = np.minimum(limits, self.max_model_len - lengths)
         flags = self._lines["flags"][rows]
         known = np.where((flags & HAS_KNOWN_LENGTH) != 0, limits, -1)
-        if not (flags & HAS_STRUCTURE).any():
+        structured = self._structures(rows) if (flags & HAS_STRUCTURE).any() else None
+        self.release()
+        if structured is None:
             return RequestTable(lengths, limits, known)
-        structure, bounds = self._structures(rows)
+        structure, bounds = structured
         return RequestTable(lengths, np.minimum(limits, bounds), known, structure)
+
+    @property
+    def _lines(self) -> NDArray[Any]:
+        return self.arrays["lines"]
+
+    @property
+    def _tokens(self) -> NDArray[Any]:
+        return self.arrays["tokens"]
+
+    @property
+    def _prompt_ends(self) -> NDArray[Any]:
+        return self.arrays["prompt_ends"]
+
+    def _begins(self, prompts: Int64s) -> Int64s:
+        return np.where(prompts > 0, self._prompt_ends[np.maximum(prompts - 1, 0)], 0)
+
+    def _gathered(self, prompts: Int64s) -> FlatPrompts:
+        begins = self._begins(prompts)
+        offsets = np.zeros(len(prompts) + 1, np.int64)
+        np.cumsum(self._prompt_ends[prompts] - begins, out=offsets[1:])
+        token_ids = np.empty(int(offsets[-1]), np.int32)
+        first = 0
+        while first < len(prompts):
+            last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _CHUNK_TOKENS, side="right")) - 1)
+            moved = np.repeat(begins[first:last] - offsets[first:last], np.diff(offsets[first : last + 1]))
+            to = slice(int(offsets[first]), int(offsets[last]))
+            token_ids[to] = self._tokens[moved + np.arange(to.start, to.stop)]
+            first = last
+        self.release()
+        return FlatPrompts(token_ids, offsets)
 
     def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
         """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""
@@ -198,7 +240,7 @@ class TokenStore:
         numbers, bounds = np.zeros(len(rows), np.int64), np.full(len(rows), MAX_INT32, np.int64)
         of_offset = np.zeros((2, len(offsets)), np.int64)
         for at, row in enumerate(rows[structured[first]].tolist()):
-            sampling = self._sampling_of(self._lines[row])
+            sampling = self.sampling(row)
             number = number_by_structure.setdefault(sampling.structured_outputs, len(number_by_structure) + 1)
             of_offset[:, at] = number, most_output_tokens(sampling, MAX_INT32)
         numbers[structured], bounds[structured] = of_offset[:, inverse.ravel()]
@@ -208,16 +250,31 @@ class TokenStore:
         limit = MAX_INT32 if max_tokens is None else max_tokens
         return min(limit, self.max_model_len - num_prompt_tokens) if self.max_model_len else limit
 
-    def _sampling_of(self, line: np.void) -> SamplingParams:
-        offset = int(line["sampling_offset"])
+    def _extras(self, record: LineRecord) -> Extras:
+        return Extras.from_bytes(self._read("bodies", record.body_offset, record.body_bytes))
+
+    def _custom_id(self, record: LineRecord) -> bytes:
+        return self._read("custom_ids", record.id_offset, record.id_bytes)
+
+    def _record(self, row: int) -> LineRecord:
+        return LineRecord._make(LINE_STRUCT.unpack(self._read("lines", row * LINE_STRUCT.size, LINE_STRUCT.size)))
+
+    def _read(self, name: str, begin: int, num_bytes: int) -> bytes:
+        """Bytes of a file, without a map where there are files."""
+        if isinstance(self._source, StoreFiles):
+            return self._source.read(name, begin, num_bytes)
+        array = self._source[name]
+        first, last = begin // array.itemsize, (begin + num_bytes) // array.itemsize
+        return array[first:last].tobytes()
+
+    def _interned(self, offset: int, num_bytes: int) -> SamplingParams:
         sampling = self._sampling_by_offset.get(offset)
         if sampling is None:
-            data = self._sampling[offset : offset + int(line["sampling_bytes"])].tobytes()
-            values = json.loads(data)
-            self._num_interned_bytes += len(data)
+            self._num_interned_bytes += num_bytes
             if self._num_interned_bytes > MAX_INTERNED_BYTES:
                 self._sampling_by_offset.clear()
-                self._num_interned_bytes = len(data)
+                self._num_interned_bytes = num_bytes
+            values = json.loads(self._read("sampling", offset, num_bytes))
             sampling = self._sampling_by_offset[offset] = sampling_from(values)
         return sampling
 
@@ -225,18 +282,3 @@ class TokenStore:
 def hash_of_id(custom_id: bytes) -> bytes:
     """16 bytes that stand for a custom_id."""
     return hashlib.blake2b(custom_id, digest_size=16).digest()
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], files: Mapping[str, StoredFile]) -> NDArray[Any]:
-    """A file as an array. Its hash takes one read of the map, which planning would do soon after anyway."""
-    expected = files.get(path.name)
-    if expected is None or not path.is_file() or path.stat().st_size != expected.num_bytes:
-        raise _damaged(path)
-    content = np.memmap(path, np.uint8, mode="r") if expected.num_bytes else np.zeros(0, np.uint8)
-    if hashlib.sha256(content.data).hexdigest() != expected.sha256:
-        raise _damaged(path)
-    return np.asarray(content).view(dtype)
-
-
-def _damaged(path: Path) -> ConfigError:
-    return ConfigError(f"{path} is damaged; discard the journal with --fresh")

@@ -1,4 +1,4 @@
-"""What a job's stored requests look like on disk. `store_writer` writes it, `store` reads it.
+"""How the requests of a job lie on the disk: the files of a store, and the record of a line.
 
 Files (little endian): `tokens` int32, `prompt_ends` int64, `lines` (LINE), `custom_ids` UTF-8, `sampling` one JSON
 object per distinct set of parameters, `bodies` what else the engine is told (see `BatchLine`), `urls` one endpoint per
@@ -7,9 +7,30 @@ line of text, numbered from 0.
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class LineRecord(NamedTuple):
+    """What is stored of one line, in the order of `LINE`."""
+
+    line_number: int
+    first_prompt: int
+    id_offset: int
+    sampling_offset: int
+    body_offset: int
+    body_bytes: int
+    seed: int
+    id_bytes: int
+    sampling_bytes: int
+    max_tokens: int
+    num_prompts: int
+    n: int
+    flags: int
+    digest: bytes
+
 
 LINE = np.dtype(
     [
@@ -29,6 +50,7 @@ LINE = np.dtype(
         ("digest", "V16"),
     ]
 )
+LINE_STRUCT = struct.Struct("<qqqqqqqiiiiiI16s")
 FILES: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<i4"),
     "prompt_ends": np.dtype("<i8"),

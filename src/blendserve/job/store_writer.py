@@ -1,4 +1,4 @@
-"""Requests on their way to disk, line by line, as `store_layout` has them."""
+"""Ingestion writes the requests of a job into a store: prompts as token ids, sampling parameters interned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
@@ -26,6 +25,7 @@ from blendserve.job.store_layout import (
     HAS_KNOWN_LENGTH,
     HAS_SEED,
     HAS_STRUCTURE,
+    LINE_STRUCT,
     MAX_INTERNED_BYTES,
     NO_LIMIT,
     URL_SHIFT,
@@ -37,7 +37,6 @@ from blendserve.request import SamplingParams, TokenIds
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_PACK_LINE = struct.Struct("<qqqqqqqiiiiiI16s").pack
 _OWN_FIELDS = ("seed", "max_tokens", "logit_bias")
 _INTERNED_FIELDS = (*(field.name for field in fields(SamplingParams) if field.name not in _OWN_FIELDS), "logit_bias")
 _interned_values = attrgetter(*_INTERNED_FIELDS)
@@ -85,7 +84,7 @@ class StoreWriter:
             sampling_offset, sampling_bytes = self._intern(line.sampling)
             sampling = line.sampling
             body_offset = self._write("bodies", line.body)
-            record = _PACK_LINE(
+            record = LINE_STRUCT.pack(
                 line.line_number,
                 first_prompt,
                 id_offset,

@@ -22,6 +22,7 @@ from blendserve.job.job import BatchJob, JobProgress, JobReport
 from blendserve.job.places import JobFiles, RunOptions, choose_outputs, find_inputs
 from blendserve.job.reader import DEFAULT_LIMITS, ReadLimits
 from blendserve.job.run import run_jobs
+from blendserve.offline.urls import staged_job
 from blendserve.planner.policies import POLICY_NAMES
 
 DEFAULT_POLICY = "blend"
@@ -40,6 +41,7 @@ def run_batch(
     retry_failed: bool = False,
     reuse: bool = False,
     limits: ReadLimits = DEFAULT_LIMITS,
+    journal: str | os.PathLike[str] | None = None,
     on_progress: Callable[[JobProgress], None] | None = None,
     on_answer: Callable[[bytes], None] | None = None,
 ) -> JobReport:
@@ -59,6 +61,8 @@ def run_batch(
     - `reuse`: where the input has changed since the job began, keep the answers to lines that have not, and run the
       others (default: refuse).
     - `limits`: how much the file and each of its lines may ask for (default: that of `ReadLimits`).
+    - `journal`: where `input`, `output` or `errors` are URLs, such as "s3://bucket/in.jsonl": a directory of this
+      machine for their copies and the journal. None: all are files of this machine.
     - `on_progress`: called at the beginning and after every answer, always with the same object, which is updated.
     - `on_answer`: called with every row of the output, as bytes, when it is recorded; those of earlier runs come first.
 
@@ -67,14 +71,23 @@ def run_batch(
     CapacityError when the disk is full; ExecutorError when the engine fails; JobInterrupted on Ctrl-C, SIGTERM, SIGHUP
     or SIGUSR1. Whatever is raised, finished answers are kept.
     """
-    source = Path(input)
-    (target,) = choose_outputs([source], None if output is None else Path(output))
-    job = JobFiles(source, target, None if errors is None else Path(errors))
+    named_output, named_errors = (None if path is None else os.fspath(path) for path in (output, errors))
+    kept = None if journal is None else Path(journal)
+    staged = staged_job([os.fspath(input)], named_output, named_errors, kept, is_fresh=fresh)
+    job = _files_of(input, output, errors) if staged is None else staged.files
     options = RunOptions(ordered, fresh, retry_failed, reuse, limits)
     (report,) = run_files(
         [job], engine=engine, policy=policy, options=options, on_progress=on_progress, on_answer=on_answer
     )
-    return report
+    return report if staged is None else staged.publish(report)
+
+
+def _files_of(
+    input: str | os.PathLike[str], output: str | os.PathLike[str] | None, errors: str | os.PathLike[str] | None
+) -> JobFiles:
+    source = Path(input)
+    (target,) = choose_outputs([source], None if output is None else Path(output))
+    return JobFiles(source, target, None if errors is None else Path(errors))
 
 
 def run_batches(

@@ -39,15 +39,18 @@ class RunDisplay:
 def snapshot_of(progress: JobProgress, status: EngineStatus) -> Snapshot:
     """Both together; where the engine does not know its tokens and hits, the job's count of them."""
     num_tokens, hit_rate = status.num_tokens, status.prefix_hit_rate
-    if num_tokens is None:
+    num_expected = status.num_expected_tokens
+    if num_tokens is None or progress.num_windows > 1:
         num_tokens = progress.num_prompt_tokens + progress.num_output_tokens
+    if progress.num_windows > 1:  # the engine knows one of them; the others will be like what is done
+        num_expected = num_tokens * progress.num_pending / max(1, progress.num_done_now)
     if hit_rate is None:
         hit_rate = progress.num_cached_tokens / max(1, progress.num_prompt_tokens)
     return Snapshot(
         num_done=progress.num_done,
         num_requests=progress.num_requests,
         num_tokens=num_tokens,
-        num_expected_tokens=max(0.0, status.num_expected_tokens - num_tokens),
+        num_expected_tokens=max(0.0, num_expected - num_tokens),
         num_running=status.num_running,
         kv_use=status.kv_use,
         prefix_hit_rate=hit_rate,

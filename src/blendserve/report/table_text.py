@@ -64,10 +64,16 @@ def sample_text(sample: Sample) -> str:
             f"{format_count(sample.num_left)} that are left, about:",
             f"  prompts  {format_count(sample.prompt_tokens)} tokens, {format_share(share)} of them shared as planned",
             f"  outputs  {format_count(round(sample.output_tokens))} tokens",
-            f"  time     {format_duration(sample.time_s)} or less, as more rows run better side by side",
+            f"  time     {format_duration(sample.time_s)}{_how_sure(sample)}",
             "The same command without --sample answers the others; these rows are kept.",
         ]
     )
+
+
+def _how_sure(sample: Sample) -> str:
+    if sample.is_simulated:
+        return ", simulated on this machine and corrected by the sample"
+    return " at most, and mostly much less: more rows run better side by side"
 
 
 def sample_json(sample: Sample) -> dict[str, Any]:
@@ -84,6 +90,7 @@ def sample_json(sample: Sample) -> dict[str, Any]:
         "output_tokens": sample.output_tokens,
         "time_s": sample.time_s,
         "sample_s": sample.sample_s,
+        "is_simulated": sample.is_simulated,
     }
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Unpack
 
 from blendserve.engines.base import Engine
 from blendserve.engines.opening import open_engine
@@ -16,36 +16,23 @@ from blendserve.errors import ConfigError
 from blendserve.job.job import JobProgress, JobReport
 from blendserve.planner.policies import POLICY_NAMES
 from blendserve.tables.extra import require_data
+from blendserve.tables.question import Question, asking, complete, recipe_of
+from blendserve.tables.row_bar import RowBar
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from blendserve.tables.mapping import TableJob
-    from blendserve.tables.recipe import Recipe
 
 DEFAULT_POLICY = "blend"
 _NATIVE = NativeSettings()
 OnProgress = Callable[[JobProgress], None]
 
 
+@asking
 def map(
     table: Any,
     *,
-    prompt: str | None = None,
-    system: str | None = None,
-    messages: str | None = None,
-    prompt_column: str | None = None,
-    embed: str | None = None,
-    schema: Any = None,
-    unnest: bool = False,
-    examples: Iterable[Mapping[str, Any]] = (),
-    params: Mapping[str, Any] | None = None,
-    param_columns: Mapping[str, str] | None = None,
-    id: str | None = None,
-    fields: Iterable[str] = (),
-    reorder_fields: bool = False,
-    column: str = "answer",
-    prefix: str = "",
     engine: EngineSettings | Engine = _NATIVE,
     policy: str = DEFAULT_POLICY,
     journal: str | os.PathLike[str] | None = None,
@@ -53,6 +40,7 @@ def map(
     retry_failed: bool = False,
     progress: bool = False,
     on_progress: OnProgress | None = None,
+    **question: Unpack[Question],
 ) -> pa.Table:
     """Answer every row of a table: the same table comes back, with columns for the answers.
 
@@ -80,26 +68,19 @@ def map(
     require_data()
     import pyarrow as pa
 
-    from blendserve.tables.mapping import TableJob
     from blendserve.tables.source import MemoryTable
 
-    recipe = make_recipe(
-        prompt, system, messages, prompt_column, embed, schema, examples, params, param_columns, id, fields, column
-    )
+    asked = complete(question)
     with ExitStack() as stack:
         kept = Path(journal) if journal is not None else Path(stack.enter_context(TemporaryDirectory()))
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-        job = TableJob(
+        job = _table_job(
+            asked,
             source=MemoryTable(table),
             output=str(kept / "result.arrow"),
-            recipe=recipe,
-            layout=_layout(str(kept / "result.arrow")),
             journal=kept / "journal",
-            unnest=unnest,
-            prefix=prefix,
             is_fresh=fresh,
             retries_failed=retry_failed,
-            reorders_fields=reorder_fields,
         )
         note = stack.enter_context(RowBar()).note if progress and on_progress is None else on_progress
         run_job_of_table(job, engine, policy, note)
@@ -107,51 +88,11 @@ def map(
             return pa.ipc.open_file(file).read_all()
 
 
-class RowBar:
-    """A bar of answered rows with tokens and the time that is left: in a notebook, a widget where there are any."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def note(self, progress: JobProgress) -> None:
-        """Take the job's count of what is done."""
-        from tqdm.auto import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(total=progress.num_requests, unit="row")
-        self._bar.n = progress.num_done
-        tokens = f"{progress.num_prompt_tokens} tokens in, {progress.num_output_tokens} out"
-        self._bar.set_postfix_str(tokens, refresh=False)
-        self._bar.update(0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
-
-
+@asking
 def map_file(
     input: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
-    prompt: str | None = None,
-    system: str | None = None,
-    messages: str | None = None,
-    prompt_column: str | None = None,
-    embed: str | None = None,
-    schema: Any = None,
-    unnest: bool = False,
-    examples: Iterable[Mapping[str, Any]] = (),
-    params: Mapping[str, Any] | None = None,
-    param_columns: Mapping[str, str] | None = None,
-    id: str | None = None,
-    fields: Iterable[str] = (),
-    reorder_fields: bool = False,
-    column: str = "answer",
-    prefix: str = "",
     rows_per_file: int | None = None,
     engine: EngineSettings | Engine = _NATIVE,
     policy: str = DEFAULT_POLICY,
@@ -159,6 +100,7 @@ def map_file(
     fresh: bool = False,
     retry_failed: bool = False,
     on_progress: OnProgress | None = None,
+    **question: Unpack[Question],
 ) -> JobReport:
     """Answer every row of a table in files, and write the table with the answers to `output`.
 
@@ -173,68 +115,34 @@ def map_file(
     as in `map`. The same call goes on where an earlier one stopped. Raises: as `run_batch` does.
     """
     require_data()
-    from blendserve.tables.mapping import TableJob, open_table
+    from blendserve.tables.mapping import open_table
 
     listed = [input] if isinstance(input, str | os.PathLike) else list(input)
-    job = TableJob(
+    job = _table_job(
+        complete(question),
+        rows_per_file,
         source=open_table(listed),
         output=os.fspath(output),
-        recipe=make_recipe(
-            prompt, system, messages, prompt_column, embed, schema, examples, params, param_columns, id, fields, column
-        ),
-        layout=_layout(os.fspath(output), rows_per_file),
         journal=None if journal is None else Path(journal),
-        unnest=unnest,
-        prefix=prefix,
         is_fresh=fresh,
         retries_failed=retry_failed,
-        reorders_fields=reorder_fields,
         inputs=[os.fspath(one) for one in listed],
     )
     return run_job_of_table(job, engine, policy, on_progress)
 
 
-def make_recipe(
-    prompt: str | None,
-    system: str | None,
-    messages: str | None,
-    prompt_column: str | None,
-    embed: str | None,
-    schema: Any,
-    examples: Iterable[Mapping[str, Any]],
-    params: Mapping[str, Any] | None,
-    param_columns: Mapping[str, str] | None,
-    id: str | None,
-    fields: Iterable[str],
-    column: str,
-) -> Recipe:
-    """What these parameters of `map` ask. Raises: ConfigError."""
-    from blendserve.tables.recipe import Recipe
+def _table_job(asked: Question, rows_per_file: int | None = None, **fields: Any) -> TableJob:
+    from blendserve.tables.layout import Layout
+    from blendserve.tables.mapping import TableJob
 
-    return Recipe(
-        prompt=prompt,
-        system=system,
-        messages_column=messages,
-        prompt_column=prompt_column,
-        embed_column=embed,
-        examples=tuple(examples),
-        params=dict(params or {}),
-        param_columns=dict(param_columns or {}),
-        schema=schema_of_model(schema),
-        id_column=id,
-        fields=tuple(fields),
-        answer=column,
+    return TableJob(
+        recipe=recipe_of(asked),
+        layout=Layout.of(fields["output"], rows_per_file=rows_per_file),
+        unnest=asked["unnest"],
+        prefix=asked["prefix"],
+        reorders_fields=asked["reorder_fields"],
+        **fields,
     )
-
-
-def schema_of_model(schema: Any) -> Mapping[str, Any] | None:
-    """A JSON schema, or that of a Pydantic model. Raises: ConfigError for anything else."""
-    if schema is None or isinstance(schema, Mapping):
-        return schema
-    if callable(make := getattr(schema, "model_json_schema", None)):
-        found: Mapping[str, Any] = make()
-        return found
-    raise ConfigError(f"schema is a {type(schema).__name__}; it must be a JSON schema (a dict) or a Pydantic model")
 
 
 def run_job_of_table(
@@ -252,9 +160,3 @@ def run_job_of_table(
         return run_table(job, engine, policy, on_progress=on_progress)
     with closing(open_engine(engine)) as opened:
         return run_table(job, opened, policy, on_progress=on_progress)
-
-
-def _layout(output: str, rows_per_file: int | None = None) -> Any:
-    from blendserve.tables.layout import Layout
-
-    return Layout.of(output, rows_per_file=rows_per_file)

@@ -6,9 +6,11 @@ column that holds whole numbers and fractions becomes one of fractions.
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -72,6 +74,10 @@ def _understood(place: Place) -> Iterator[None]:
     """Raises: ConfigError for what is no file of its format."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"cannot read {place.url}: byte {error.object[error.start]:#x} is not UTF-8 text; save the file as UTF-8"
+        ) from error
     except (pa.ArrowException, ValueError, csv.Error, KeyError, OSError) as error:
         raise ConfigError(f"cannot read {place.url} as {format_of(place.name)}: {error}") from error
 
@@ -152,26 +158,43 @@ def _csv_batches(file: IO[bytes], wanted: Any) -> Iterator[Any]:
 
 
 def _json_rows(file: IO[bytes]) -> Iterator[list[Any]]:
+    first = 1
     while lines := list(islice(file, READ_ROWS)):
-        rows = [json.loads(line) for line in lines if line.strip()]
-        for row in rows:
-            if not isinstance(row, dict):
-                raise csv.Error(f"a line is no JSON object: {str(row)[:60]}")
-        yield rows
+        yield [_json_row(line, first + at) for at, line in enumerate(lines) if line.strip()]
+        first += len(lines)
+
+
+def _json_row(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no JSON object: {str(row)[:60]}")
+    return row
+
+
+def _json_column(rows: Sequence[Mapping[str, Any]], name: str, kind: Any = None) -> Any:
+    try:
+        return pa.array([row.get(name) for row in rows], kind)
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(
+            f"the values of {name} have no type in common ({error}); write all of them in one way, as text for example"
+        ) from error
 
 
 def _jsonl_schema(file: IO[bytes]) -> Any:
     found = pa.schema([])
     for rows in _json_rows(file):
         names = dict.fromkeys(name for row in rows for name in row)
-        chunk = pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
+        chunk = pa.schema([(name, _json_column(rows, name).type) for name in names])
         found = pa.unify_schemas([found, chunk], promote_options="permissive")
     return found
 
 
 def _jsonl_batches(file: IO[bytes], wanted: Any) -> Iterator[Any]:
     for rows in _json_rows(file):
-        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in wanted]
+        columns = [_json_column(rows, field.name, field.type) for field in wanted]
         yield pa.RecordBatch.from_arrays(columns, schema=wanted) if columns else rows_without_columns(len(rows))
 
 
@@ -242,7 +265,7 @@ class _JsonlWriter:
 
 
 class _CsvWriter:
-    """Null and an empty text look the same in CSV; lists and structures are JSON."""
+    """Null and an empty text look the same in CSV; lists and structures are JSON, bytes base64."""
 
     def __init__(self, file: IO[bytes], schema: Any) -> None:
         self._text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
@@ -258,10 +281,28 @@ class _CsvWriter:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """JSON has no NaN and no infinity: null stands for them. Bytes are base64, other values their text."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_json_value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=_json_value)
+
+
+def _json_value(value: Any) -> str:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return _json_value(value)
     return _json(value) if isinstance(value, dict | list | bool) else value
 
 

@@ -15,6 +15,7 @@ from blendserve.engines.base import Engine
 from blendserve.errors import ConfigError, RequestError
 from blendserve.job.job import BatchJob, JobProgress, JobReport
 from blendserve.job.run import Generate, run_job
+from blendserve.job.windows import MAX_PLANNED_REQUESTS
 from blendserve.tables.answers import AnswerColumns
 from blendserve.tables.door import TableDoor
 from blendserve.tables.layout import Layout
@@ -76,7 +77,7 @@ def run_table(
 ) -> JobReport:
     """Answer every row, and write the table with the answers. The same call goes on where an earlier one stopped.
 
-    `generate`: answers in place of the engine.
+    `generate`: answers in place of the engine; it is given all rows at once, however many.
 
     Raises: as `run_batch` does; what does not fit the table is a ConfigError before any work.
     """
@@ -104,6 +105,7 @@ def run_table(
             generate or (lambda pending: engine.generate(pending, policy)),
             door=door,
             on_progress=on_progress,
+            max_planned=MAX_PLANNED_REQUESTS if generate is None else None,
         )
     except ConfigError as error:
         raise ConfigError(str(error).replace(str(target.paths.output), target.shown)) from error

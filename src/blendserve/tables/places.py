@@ -15,6 +15,7 @@ from fsspec.core import url_to_fs
 from blendserve.errors import BlendServeError, ConfigError
 
 _GLOB_SIGNS = "*?["
+_WEB_FIELDS = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
 
 
 @contextmanager
@@ -57,9 +58,17 @@ class Place:
         with using(self.url, "read"):
             if not self.is_local:
                 self.fs.invalidate_cache()
-                return str(self.fs.ukey(self.path))
+                return f"{self.fs.ukey(self.path)}{self._web_version()}"
             found = Path(self.path).stat()
             return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
+
+    def _web_version(self) -> str:
+        """What a web server says of a file; fsspec's own key of it is the URL alone. Empty for other file systems."""
+        protocols = [self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol
+        if not {"http", "https"} & {*protocols}:
+            return ""
+        info = self.fs.info(self.path)
+        return "".join(f" {name} {info[name]}" for name in _WEB_FIELDS if info.get(name) is not None)
 
     def digest(self) -> str:
         """The hash of a local file's bytes; of a remote one, its version: reading it again may cost money."""

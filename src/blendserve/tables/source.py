@@ -121,7 +121,7 @@ def _to_arrow(table: Any) -> Any:
 
 def _common_schema(places: Sequence[Place]) -> Any:
     first: Any = None
-    schemas = []
+    merged: Any = pa.schema([])
     for place in places:
         schema = schema_of(place)
         _check_unique(schema, place.url)
@@ -132,11 +132,12 @@ def _common_schema(places: Sequence[Place]) -> Any:
                 f"{place.url} and {places[0].url} are not parts of one table: only one of them has the column "
                 f"{', '.join(differing)}; give files with the same columns"
             )
-        schemas.append(schema.remove_metadata())
-    try:
-        merged = pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise ConfigError(f"the files are not parts of one table: {error}") from error
+        try:
+            merged = pa.unify_schemas([merged, schema.remove_metadata()], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ConfigError(
+                f"{place.url} and {places[0].url} are not parts of one table: {error}; give files with the same types"
+            ) from error
     return merged.with_metadata(first.metadata)
 
 

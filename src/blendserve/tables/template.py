@@ -133,5 +133,5 @@ def _check_known(used: set[str], names: Sequence[str], what: str, fields: str) -
     if unknown:
         raise ConfigError(
             f"{what} uses {', '.join(map(shown, unknown))}, and the table has no such column; it has "
-            f"{', '.join(names)} ({fields} lists them all)"
+            f"{', '.join(names) or 'no columns'} ({fields} lists them all)"
         )

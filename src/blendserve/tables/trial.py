@@ -5,7 +5,7 @@ A sample is a part of the job itself: its answers are in the journal, and the wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -19,8 +19,8 @@ from blendserve.errors import BlendServeError
 from blendserve.job.batch_input import read_lines
 from blendserve.job.job import JobReport
 from blendserve.job.pending import PendingRequests
-from blendserve.planner.base import Int64s
-from blendserve.planner.plan import Plan
+from blendserve.planner.base import Int64s, RequestTable
+from blendserve.planner.plan import Plan, make_plan
 from blendserve.request import SequenceOutput
 from blendserve.tables.answers import Answer
 from blendserve.tables.door import RowLines
@@ -88,8 +88,10 @@ class SampledRow:
 class Sample:
     """Answered rows, and what follows for all that are left with them. Units: seconds, tokens.
 
-    `num_left` counts the requests that the job had to answer, the sample included. `time_s` is the time of the sample
-    times the work of all over its own, so it is rather too long: more requests run better side by side.
+    `num_left` counts the requests that the job had to answer, the sample included. `sample_s` is the time of the run
+    alone, without that of loading and planning. `time_s` is that of all. `is_simulated`: it comes from simulations of
+    both, corrected by what the sample took. Otherwise it is the time of the sample times the work of all over its own:
+    too long, as a few rows leave an engine half empty.
     """
 
     rows: tuple[SampledRow, ...]
@@ -99,13 +101,22 @@ class Sample:
     output_tokens: float
     time_s: float
     sample_s: float
+    is_simulated: bool = False
 
 
 class _SampleAnswered(BlendServeError):
     """Ends a job behind its sample."""
 
 
-def run_sample(job: TableJob, engine: Engine, policy: str, num_rows: int) -> Sample | JobReport:
+_TRUSTED_S = 5.0
+
+Simulate = Callable[[Plan], float | None]
+"""The time of a planned run on the engine's machine. Units: seconds; None where nothing is known of the machine."""
+
+
+def run_sample(
+    job: TableJob, engine: Engine, policy: str, num_rows: int, simulate: Simulate = lambda _: None
+) -> Sample | JobReport:
     """Answer rows that are drawn evenly over the plan. Returns: the report where nothing is left to answer.
 
     Raises: as `run_table`.
@@ -117,7 +128,7 @@ def run_sample(job: TableJob, engine: Engine, policy: str, num_rows: int) -> Sam
     except _SampleAnswered:
         rows = [SampledRow(number, name, columns.read(body)) for number, name, body in sorted(taken.rows)]
         _fill_columns(job.source, job.requests().columns, rows)
-        return taken.sample(tuple(rows))
+        return taken.sample(tuple(rows), simulate)
 
 
 def _fill_columns(source: TableSource, columns: Sequence[str], rows: Sequence[SampledRow]) -> None:
@@ -141,7 +152,7 @@ class _Taken:
         self._engine, self._policy, self._num_rows = engine, policy, num_rows
         self._plan: Plan | None = None
         self._picked: Int64s = np.zeros(0, np.int64)
-        self._num_output_tokens = 0
+        self._num_output_tokens: dict[int, int] = {}
 
     def generate(self, pending: PendingRequests) -> Iterator[SequenceOutput]:
         plan = self._plan = self._engine.plan(pending)
@@ -154,27 +165,47 @@ class _Taken:
             yield replace(output, index=int(self._picked[output.index]))
         self._end()
 
-    def sample(self, rows: tuple[SampledRow, ...]) -> Sample:
+    def sample(self, rows: tuple[SampledRow, ...], simulate: Simulate) -> Sample:
         assert self._plan is not None, "a sample was planned"
         plan, run_s = self._plan, self._engine.times.run_s
+        outputs = self._outputs(plan)
+        time_s = self._simulated_s(plan, outputs, run_s, simulate)
         work = plan.schedule.compute_s + plan.schedule.memory_s
-        share = float(work[self._picked].sum()) / float(work.sum())
         return Sample(
             rows=rows,
             num_left=plan.num_requests,
             prompt_tokens=plan.tree.num_prompt_tokens,
             shared_tokens=round(plan.planned_sharing * plan.tree.num_prompt_tokens),
-            output_tokens=self._num_output_tokens / len(self._picked) * plan.num_requests,
-            time_s=run_s / share,
+            output_tokens=float(outputs.sum()),
+            time_s=run_s * float(work.sum()) / float(work[self._picked].sum()) if time_s is None else time_s,
             sample_s=run_s,
+            is_simulated=time_s is not None,
         )
+
+    def _outputs(self, plan: Plan) -> Int64s:
+        """Output tokens of all requests: as planned, but longer or shorter by as much as those of the sample were."""
+        expected = plan.expected_output_tokens
+        ratio = sum(self._num_output_tokens.values()) / max(1e-9, float(expected[self._picked].sum()))
+        known, longest = plan.table.known_output_tokens, np.maximum(plan.table.max_output_tokens, 1)
+        guessed = np.clip(np.rint(expected * ratio), 1, longest)
+        return np.where(known >= 0, known, guessed).astype(np.int64)
+
+    def _simulated_s(self, plan: Plan, outputs: Int64s, run_s: float, simulate: Simulate) -> float | None:
+        """The simulated time of all requests, times what the sample took over its own simulated time. Of a short
+        sample, the slow start weighs most: so the simulation counts as `_TRUSTED_S` seconds that came true."""
+        answered = [self._num_output_tokens.get(at, 1) for at in range(len(self._picked))]
+        of_sample = simulate(_with_lengths(plan, np.maximum(answered, 1), self._picked))
+        of_all = simulate(_with_lengths(plan, outputs)) if of_sample else None
+        if of_all is None or not of_sample:
+            return None
+        return of_all * (run_s + _TRUSTED_S) / (of_sample + _TRUSTED_S)
 
     def _note(self, part: PendingRequests, output: SequenceOutput) -> None:
         """Keep the row that the job will have for this answer."""
         store, number = part.store, int(part.numbers[output.index])
         row = int(store.line_of_request[number])
         line = store.line(row)
-        self._num_output_tokens += output.num_output_tokens
+        self._num_output_tokens[output.index] = output.num_output_tokens
         if output.response is not None:
             body = served_row(line, output.response)
         elif output.error is not None:
@@ -187,3 +218,11 @@ class _Taken:
 
     def _end(self) -> NoReturn:
         raise _SampleAnswered("the sample is answered")
+
+
+def _with_lengths(plan: Plan, outputs: Int64s, rows: Int64s | None = None) -> Plan:
+    """The plan of all requests, or of some (ascending), whose answers have these lengths."""
+    table, tree = plan.table, plan.prompt_tree
+    at = np.arange(len(table)) if rows is None else rows
+    known = RequestTable(table.num_prompt_tokens[at], table.max_output_tokens[at], outputs)
+    return make_plan(tree if rows is None else tree.restrict(rows), known, plan.cost)
