@@ -38,8 +38,12 @@ class Service:
         self.clock = clock or steady_clock()
         self._lock = _lock(settings)
         self.keys = KeyFile(settings.data)
-        self.store = SqliteStore(settings.data / "service.db")
-        self.blobs = DirectoryBlobs(settings.data)
+        try:
+            self.store = SqliteStore(settings.data / "service.db")
+            self.blobs = DirectoryBlobs(settings.data)
+        except ConfigError:
+            os.close(self._lock)
+            raise
         self.library = Library(self.store, self.blobs, settings.limits, self.clock)
         self.listeners: list[Callable[[BatchRecord], None]] = []
         self.watchers: set[asyncio.Event] = set()
@@ -116,8 +120,14 @@ def _lock(settings: ServeSettings) -> int:
         raise ConfigError(
             f"{data} is in use by another service (process {holder}); stop it, or give --data another directory"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(lock)
+        raise ConfigError(
+            f"cannot write in {data}: {error.strerror}; free some space, or give --data another directory"
+        ) from error
     return lock
 
 
