@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from blendserve.job.record_log import ERROR_KINDS
+from blendserve.job.record_log import ERROR_KINDS, OUTPUT_KINDS
 from blendserve.report.format import format_bytes, format_count, format_duration, format_share
 from blendserve.serve.admission import ACTIVE
 from blendserve.serve.failures import ApiError
-from blendserve.serve.finalize import OUTPUT_KINDS, partial_rows
+from blendserve.serve.finalize import partial_rows
 from blendserve.serve.guard import COOKIE, Sessions, cookie_of
 from blendserve.serve.http import announced_bytes, body_of, caller_of, service_of
 from blendserve.serve.pairs import PAGE_LINES, count_codes, read_pairs

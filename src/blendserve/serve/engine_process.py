@@ -287,7 +287,7 @@ def main(descriptor: int) -> int:
     try:
         engine = open_engine(model.engine, notify=lambda text: print(text, file=sys.stderr, flush=True))
     except (BlendServeError, MemoryError) as error:
-        connection.send(OpeningFailed(model.name, str(error) or "out of memory"))
+        connection.send(OpeningFailed(model.name, str(error) or "out of memory", isinstance(error, ConfigError)))
         return 1
     worker = EngineWorker(connection, engine, served_as(engine, model.name, model.aliases))
     worker.send(Opened(model.name, engine.identity, can_ask=isinstance(engine, FrontedEngine)))

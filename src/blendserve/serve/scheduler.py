@@ -79,6 +79,7 @@ class Scheduler:
         self.num_restarts = 0
         self.host = EngineHost(settings.data / "engine.lock", self._hear)
         self.on_report: Callable[[Report | Died], None] = lambda _: None
+        self.on_hopeless: Callable[[str], None] = lambda _: None
         self._store = store
         self._blobs = blobs
         self._batches = batches
@@ -90,6 +91,7 @@ class Scheduler:
         self._num_rounds = 0
         self._releasing: dict[str, asyncio.Future[None]] = {}
         self._failures = Counter[str]()
+        self._has_opened = False
         self._num_misses = 0
         self._retry_at = 0.0
         self._is_swapping = False
@@ -283,9 +285,12 @@ class Scheduler:
         match report:
             case Opened():
                 self.is_ready, self.can_ask, self.trouble = True, report.can_ask, None
+                self._has_opened = True
                 self._wake.set()
             case OpeningFailed():
                 self.trouble = report.message
+                if report.is_final and not self._has_opened:
+                    self.on_hopeless(f"cannot open the model {report.model}: {report.message}")
                 _log.warning("the model %s cannot be opened, and is tried again: %s", report.model, report.message)
             case Progress():
                 self._note(report)

@@ -47,6 +47,7 @@ class Service:
         self.library = Library(self.store, self.blobs, settings.limits, self.clock)
         self.listeners: list[Callable[[BatchRecord], None]] = []
         self.watchers: set[asyncio.Event] = set()
+        self.on_hopeless: Callable[[str], None] = lambda _: None
         self.started_at = int(self.clock())
         self.num_ended = 0
 
@@ -59,6 +60,7 @@ class Service:
         self.poll_bodies = PollBodies(self.scheduler)
         self.asking = Asking(self.scheduler)
         self.scheduler.on_report = self.asking.hear
+        self.scheduler.on_hopeless = self.on_hopeless
         await asyncio.to_thread(_wait_for_old_engine, self.settings)
         self.blobs.sweep(self.library.known_blobs())
         works = [self.scheduler.run(), self._sweep()]
