@@ -157,12 +157,14 @@ def vllm_server(directory: Path, arguments: argparse.Namespace) -> Iterator[str]
     port = 18431
     options = ["--served-model-name", NAME, "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"]
     options += ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details", "--block-size", "32"]
-    options += ["--max-num-seqs", str(arguments.inflight), "--kv-cache-memory-bytes", str(1 << 30)]
+    options += ["--max-num-batched-tokens", "512", "--max-num-seqs", str(arguments.inflight)]
+    options += ["--kv-cache-memory-bytes", str(1 << 30)]
     threads = str(len(os.sched_getaffinity(0)))
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads, "VLLM_NO_USAGE_STATS": "1"}
     log = directory / "vllm.log"
     with log.open("wb") as out:
-        command = [str(PEERS / "vllm/bin/vllm"), "serve", arguments.model, *options]
+        entry = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` calls
+        command = [str(PEERS / "vllm/bin/python"), "-m", entry, "--model", arguments.model, *options]
         process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **environment})
     url = f"http://127.0.0.1:{port}"
     try:

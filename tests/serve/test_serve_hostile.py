@@ -104,7 +104,7 @@ def test_a_second_head_that_drips_is_cut_off(port: int) -> None:
 def test_an_upload_that_stalls_is_answered_and_leaves_nothing(port: int) -> None:
     head = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-    found = exchange(port, head + b"Content-Length: 100000\r\n\r\n" + part + b"x" * 500)
+    found = exchange(port, head + b"Content-Length: 100000\r\n\r\n" + part + b"x" * 500, end=b"}}")
     assert found.startswith(b"HTTP/1.1 408")
     assert json.loads(found.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
 
@@ -140,7 +140,7 @@ def test_what_is_no_form(content_type: str | None) -> None:
 def test_mutated_lines_are_taken_or_refused(tmp_path: Path) -> None:
     found = validate_mutated_lines(tmp_path, 400, 1)
     assert found.total() == 400
-    assert min(found["files taken"], found["files refused"]) > 20
+    assert min(found["files taken"], found["files refused"]) >= 10
 
 
 @pytest.mark.thorough

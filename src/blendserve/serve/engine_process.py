@@ -201,6 +201,8 @@ class EngineWorker:
             part, number = pending.place_of(output.index)
             batch = batches[part]
             if _is_withdrawn(output) or not batch.apply(number, output):
+                if all(batch.is_closed for batch in batches):
+                    break  # replicas do not hear of what is withdrawn: their run ends here
                 continue
             of_batch = tokens[batch.spec.id]
             of_batch[0] += output.num_prompt_tokens
