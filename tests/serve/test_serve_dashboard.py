@@ -115,6 +115,15 @@ def test_a_key_opens_a_session_of_its_own(tmp_path: Path) -> None:
         assert "Log in" in page_of(client, "/files")
 
 
+def test_lines_without_a_name_are_all_shown(client: TestClient) -> None:
+    batch = create(client, upload(client, b"{nope\n" * 3), metadata={"project": "long " * 90})
+    wait_for(client, batch["id"], "failed")
+    shown = page_of(client, f"/batch/{batch['id']}")
+    assert re.findall(r"<h3>(Line \d)</h3>", shown) == ["Line 1", "Line 2", "Line 3"]
+    assert shown.count("No answer.") == 3
+    assert "<dt>project</dt><dd>long long" in shown
+
+
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[Page]:
     """A page of a browser on a slow service."""

@@ -83,6 +83,7 @@ async def show_batch(request: Request) -> Response:
         f"Batch {batch.id}",
         url=f"/batch/{batch.id}?from={first}",
         row=_batch_row(service, batch, service.scheduler.forecast.ends()),
+        metadata=batch.metadata or {},
         is_ended=batch.is_ended,
         can_cancel=can_cancel(batch.status),
         tiles=_batch_tiles(service, batch),
@@ -293,7 +294,6 @@ def _batch_tiles(service: Service, batch: BatchRecord) -> list[tuple[str, str, s
     end = service.scheduler.forecast.ends().get(batch.id)
     if end is not None:
         tiles.append(("expected end", f"in {format_duration(max(1e-3, end - now))}", "by the forecast"))
-    tiles += [(name[:40], text[:60], "metadata") for name, text in (batch.metadata or {}).items()]
     return tiles
 
 
@@ -313,7 +313,8 @@ def _read_rows(service: Service, batch: BatchRecord, first: int) -> tuple[list[A
     codes = count_codes(_rows_of(service, batch, is_output=False))
     rows = (row for is_output in (True, False) for row in _rows_of(service, batch, is_output=is_output))
     try:
-        pairs = read_pairs(service.blobs.path(batch.input_file_id), rows, first)
+        missing = "No answer." if batch.is_ended else "No answer yet."
+        pairs = read_pairs(service.blobs.path(batch.input_file_id), rows, first, missing)
     except FileNotFoundError:
         return [], codes, "The input file was deleted."
     return pairs, codes, "There are no more lines."
