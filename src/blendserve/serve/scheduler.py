@@ -207,7 +207,7 @@ class Scheduler:
         return self.host.model.name if self.host.model else None
 
     def _yield_if_needed(self, now: float) -> None:
-        """End a round early for a key that has no share in it, or for a model that must not wait."""
+        """End a round early for a key that has no share in it, or for a batch or a model that would else be late."""
         running = self._running
         assert running is not None
         if running.is_yielding or now - max(running.started_at + _MIN_ROUND_S - _CHECK_S, self._checked_at) < _CHECK_S:
@@ -220,7 +220,9 @@ class Scheduler:
         if chosen is None:
             return
         owners = {batch.owner for batch in waiting if batch.id in chosen.max_requests}
-        if chosen.model != self._loaded or not owners <= running.owners:
+        in_round = {batch.id for batch in waiting} & set(running.batch_ids)
+        goes_first = chosen.max_requests.keys() - in_round and in_round - chosen.max_requests.keys()
+        if chosen.model != self._loaded or not owners <= running.owners or goes_first:
             running.is_yielding = True
             self.host.send(Yield(running.round.number))
 
