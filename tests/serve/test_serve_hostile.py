@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import socket
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -237,6 +238,17 @@ def test_ten_thousand_batches_are_listed_in_full(tmp_path: Path) -> None:
                 break
             after = f"&after={page['last_id']}"
         assert found == [batch.id for batch in reversed(made)]
+
+
+def test_a_database_that_breaks_while_it_is_used_ends_the_service(tmp_path: Path) -> None:
+    service = Service(settings_for(tmp_path / "data", NO_SERVER))
+    reasons: list[str] = []
+    service.on_hopeless = reasons.append
+    with TestClient(make_app(service), base_url="http://localhost"):
+        service.store._database.close()
+        wait_until(lambda: bool(reasons))
+        service.store._database = sqlite3.connect(":memory:", check_same_thread=False)
+    assert "the service cannot go on: " in reasons[0]
 
 
 def test_a_client_is_never_shown_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,8 @@ class Service:
             works.append(webhooks.run())
         self.batches.recover()
         self._tasks = [asyncio.create_task(work) for work in works]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
         """Stop in good order. Batches that run are resumed by the next service."""
@@ -79,6 +81,11 @@ class Service:
         await self.scheduler.host.close()
         await self.batches.close()
         self.close()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What works in the background never ends by itself; without it batches would wait for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.on_hopeless(f"the service cannot go on: {error}; start it again")
 
     def close(self) -> None:
         """Give the directory free."""
