@@ -8,7 +8,7 @@
 Times are of the answers alone, without start and loading. `scripts/setup-peers vllm` makes vLLM's environment.
 
     python bench/serve_queue.py
-    python bench/serve_queue.py --batches 10 --lines 12 --ways queued,one-by-one,merged
+    python bench/serve_queue.py --batches 10 --lines 16 --ways queued,one-by-one,merged
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("--lines", type=int, default=8, help="lines of each batch")
+    parser.add_argument("--lines", type=int, default=16, help="lines of each batch")
     parser.add_argument("--shared-words", type=int, default=400, help="length of the system prompt")
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens of each answer")
     parser.add_argument("--ways", default=",".join(WAYS), help="of " + ", ".join(WAYS))
