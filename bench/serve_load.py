@@ -137,14 +137,14 @@ def store_batches(data: Path, source: Path, count: int) -> tuple[str, list[str]]
     measured = store_file(store, data, source.read_bytes())
     waiting = store_file(store, data, some_lines(1, WAITING))
     now = int(time.time())
-    first = _in_progress(measured, NAME, now + 1)
-    others = [_in_progress(waiting, WAITING, now + 7 * 86400) for _ in range(count)]
+    first = in_progress(measured, NAME, now + 1)
+    others = [in_progress(waiting, WAITING, now + 7 * 86400) for _ in range(count)]
     store.put(first, *others)
     store.close()
     return first.id, [batch.id for batch in others]
 
 
-def _in_progress(file: FileRecord, model: str, expires_at: int) -> BatchRecord:
+def in_progress(file: FileRecord, model: str, expires_at: int) -> BatchRecord:
     ids = new_id("batch"), new_id("file"), new_id("file")
     now = int(time.time())
     batch = BatchRecord(ids[0], "", now, file.id, CHAT, "7d", expires_at + 86400, ids[1], ids[2], model=model)

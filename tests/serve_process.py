@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -25,10 +26,15 @@ def free_port() -> int:
 
 
 class ServiceProcess:
-    """`blendserve serve` on a data directory; its engine asks the server at `base_url`."""
+    """`blendserve serve` on a data directory; its engine asks the server at `base_url`. It speaks TLS where options say
+    so, which `trusted` can verify.
+    """
 
-    def __init__(self, data: Path, base_url: str, *options: str, port: int | None = None) -> None:
+    def __init__(
+        self, data: Path, base_url: str, *options: str, port: int | None = None, trusted: ssl.SSLContext | None = None
+    ) -> None:
         self.port = port or free_port()
+        self._trusted = trusted
         self.log = data.parent / f"{data.name}.log"
         self._command = [
             *(sys.executable, "-m", "blendserve", "serve", "--data", str(data), "--port", str(self.port)),
@@ -39,7 +45,7 @@ class ServiceProcess:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._trusted else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -53,7 +59,7 @@ class ServiceProcess:
         deadline = time.monotonic() + MAX_START_S
         while True:
             with suppress(httpx2.TransportError):
-                httpx2.get(f"{self.url}/health/live")
+                httpx2.get(f"{self.url}/health/live", verify=self._trusted or True)
                 return
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -85,8 +91,10 @@ class ServiceProcess:
 
 
 @contextmanager
-def service_process(data: Path, base_url: str, *options: str) -> Iterator[ServiceProcess]:
-    service = ServiceProcess(data, base_url, *options)
+def service_process(
+    data: Path, base_url: str, *options: str, trusted: ssl.SSLContext | None = None
+) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(data, base_url, *options, trusted=trusted)
     try:
         yield service
     finally:

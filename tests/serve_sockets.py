@@ -32,8 +32,8 @@ def listening(service: Service) -> Iterator[int]:
     thread.join(10)
 
 
-def exchange(port: int, data: bytes, silence_s: float = 3.0) -> bytes:
-    """Send bytes, and read until the service closes the connection or stays silent."""
+def exchange(port: int, data: bytes, silence_s: float = 3.0, end: bytes | None = None) -> bytes:
+    """Send bytes, and read until the service closes the connection, stays silent, or has sent what ends with `end`."""
     with closing(socket.create_connection(("127.0.0.1", port), 5)) as client:
         client.sendall(data)
         client.settimeout(silence_s)
@@ -41,4 +41,6 @@ def exchange(port: int, data: bytes, silence_s: float = 3.0) -> bytes:
         with suppress(TimeoutError, ConnectionError):
             while part := client.recv(65536):
                 found += part
+                if end is not None and found.endswith(end):
+                    break
         return found

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from serve_process import free_port
 from tiny_files import tiny_directory
 
 from blendserve import HttpSettings, NativeSettings, VllmSettings
@@ -52,7 +53,9 @@ def test_every_engine_can_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model", "a=x", "--model", "a=y"), "two models are called a"),
+        (("--model", "a=b/x", "--model", "a=b/y"), "two models are called a"),
+        (("--model", "no-such-model"), "no model 'no-such-model'"),
+        (("--model", "a=b/x", "--model", "c=./none"), "no model './none'"),
         (("--model", "=x"), "is not understood"),
         (("--engine", "http"), "needs the server's address"),
         (("--engine", "http", "--base-url", "http://localhost:1/v1", "--dtype", "int8"), "--dtype is an option of"),
@@ -67,6 +70,16 @@ def test_what_cannot_be_served(
     pytest.importorskip("uvicorn", reason="needs the extra [serve]")
     assert main(["serve", "--data", str(tmp_path / "data"), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_opened_ends_the_service_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("uvicorn", reason="needs the extra [serve]")
+    path = tiny_directory(tmp_path / "tiny")
+    (path / "config.json").write_text("{}")
+    assert main(["serve", "--data", str(tmp_path / "data"), "--port", str(free_port()), "--model", str(path)]) == 1
+    assert "cannot open the model tiny: " in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(

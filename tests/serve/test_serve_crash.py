@@ -12,10 +12,12 @@ import httpx2
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra [serve]")
-from serve_cases import CHAT, line, wait_until
-from serve_process import ServiceProcess, service_process
+from serve_cases import CHAT, line, settings_for, wait_until
+from serve_process import service_process
 
 from blendserve.engines.http.fake_server import FakeSettings, serving
+from blendserve.errors import ConfigError
+from blendserve.serve.service import Service
 
 VICTIMS: tuple[dict[str, bool], ...] = ({"engine": False}, {"service": False}, {})
 """What a kill spares."""
@@ -83,7 +85,7 @@ def check_files(files: list[bytes], num_lines: int) -> None:
 
 
 def test_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    run_killed(tmp_path, num_kills=3, num_batches=3, num_lines=60, latency_s=0.05, seed=3)
+    run_killed(tmp_path, num_kills=3, num_batches=3, num_lines=30, latency_s=0.03, seed=3)
 
 
 @pytest.mark.thorough
@@ -96,7 +98,7 @@ def test_an_engine_that_dies_takes_nothing_along(tmp_path: Path) -> None:
         serving(FakeSettings(latency_s=0.05)) as server,
         service_process(tmp_path / "data", server.base_url) as service,
     ):
-        (id,) = submit(service.url, 1, 400)
+        (id,) = submit(service.url, 1, 120)
         wait_until(lambda: bool(httpx2.get(f"{service.url}/v1/batches/{id}/output").content))
         service.kill(service=False)
         assert httpx2.get(f"{service.url}/health/live").status_code == 200
@@ -106,8 +108,9 @@ def test_an_engine_that_dies_takes_nothing_along(tmp_path: Path) -> None:
 
 
 def test_two_services_never_share_a_directory(tmp_path: Path) -> None:
-    with (
-        service_process(tmp_path / "data", "http://127.0.0.1:9/v1"),
-        pytest.raises(AssertionError, match="is in use by another service"),
-    ):
-        ServiceProcess(tmp_path / "data", "http://127.0.0.1:9/v1")
+    settings = settings_for(tmp_path / "data", "http://127.0.0.1:9/v1")
+    first = Service(settings)
+    with pytest.raises(ConfigError, match="is in use by another service"):
+        Service(settings)
+    first.close()
+    Service(settings).close()

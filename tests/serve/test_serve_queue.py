@@ -51,6 +51,22 @@ def test_a_key_that_comes_later_gets_its_share_while_another_ones_batch_runs(
         assert client.get(f"/v1/batches/{large['id']}", headers=alice).json()["status"] == "in_progress"
 
 
+def test_a_batch_that_would_be_late_goes_ahead_of_one_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_MIN_ROUND_S", 0.0)
+    monkeypatch.setattr(scheduler, "_CHECK_S", 0.1)
+    with serving(FakeSettings(latency_s=0.3)) as server:
+        engine = HttpSettings(base_url=server.base_url, model="m", max_inflight=4)
+        settings = settings_for(tmp_path / "data", "", models=(ModelChoice("m", engine),))
+        with client_of(settings) as client:
+            large = create(client, upload(client, lines(5000)))
+            wait_until(lambda: scheduler_of(client).tally.rates.get("m", 0.0) > 0)
+            urgent = create(client, upload(client, lines(5, "urgent")), window="1m")
+            assert wait_for(client, urgent["id"])["request_counts"]["completed"] == 5
+            assert client.get(f"/v1/batches/{large['id']}").json()["status"] == "in_progress"
+
+
 def test_a_batch_in_danger_is_flagged(tmp_path: Path) -> None:
     with running(tmp_path / "data", latency_s=2.0) as client:
         scheduler_of(client).tally.rates["m"] = 0.01

@@ -166,6 +166,7 @@ def _models(args: argparse.Namespace) -> list[ModelChoice]:
     found = []
     for text in args.model or [None]:
         name, model = _named(text)
+        _check_model(args.engine, model)
         of_model = copy.copy(args)
         of_model.model = model
         check_options(of_model)
@@ -174,6 +175,14 @@ def _models(args: argparse.Namespace) -> list[ModelChoice]:
         aliases = () if model is None or model == shown else (model,)
         found.append(ModelChoice(shown, engine_settings(of_model), aliases, accepts_any))
     return found
+
+
+def _check_model(engine: str, model: str | None) -> None:
+    """Raises: ConfigError for a model that cannot be there, though another one may be loaded first."""
+    if engine == "native" and model is not None:
+        from blendserve.models.hub import check_name
+
+        check_name(model)
 
 
 def _named(text: str | None) -> tuple[str | None, str | None]:

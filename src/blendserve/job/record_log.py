@@ -42,7 +42,9 @@ class RecordKind(IntEnum):
 
 ERROR_KINDS = frozenset((RecordKind.ERROR_ROW, RecordKind.CAPACITY_ROW, RecordKind.PASSING_ROW))
 """Rows of the error file."""
-ROW_KINDS = ERROR_KINDS | {RecordKind.OUTPUT_ROW}
+OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
+"""Rows of the output file."""
+ROW_KINDS = OUTPUT_KINDS | ERROR_KINDS
 """Rows of either file."""
 
 

@@ -18,9 +18,7 @@ import numpy as np
 
 from blendserve.errors import ConfigError
 from blendserve.job.disk import create_new, sync_directory, writing_to
-from blendserve.job.record_log import ERROR_KINDS, RecordKind, RecordLog
-
-_OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
+from blendserve.job.record_log import ERROR_KINDS, OUTPUT_KINDS, RecordKind, RecordLog
 
 Sizes = Mapping[str, int]
 """Bytes of files by `JobPaths.name_of`."""
@@ -170,9 +168,9 @@ def write_partials(log: RecordLog, paths: JobPaths, *, is_ordered: bool) -> dict
     is full.
     """
     sizes: dict[str, int] = {}
-    for kinds, path in ((ERROR_KINDS, paths.errors), (_OUTPUT_KINDS, paths.output)):
+    for kinds, path in ((ERROR_KINDS, paths.errors), (OUTPUT_KINDS, paths.output)):
         size = _write_rows(_rows(log, kinds, is_ordered=is_ordered), path, paths)
-        if size or kinds is _OUTPUT_KINDS:
+        if size or kinds is OUTPUT_KINDS:
             sizes[paths.name_of(path)] = size
         else:
             paths.partial_of(path).unlink()

@@ -109,10 +109,23 @@ def resolve(
         return _local(path)
     if (packaged := _find_packaged(name)) is not None:
         return _packaged(packaged, cache, notify)
+    _check_hub_id(name)
+    return _from_hub(name, notify, hub_patterns)
+
+
+def check_name(name: str) -> None:
+    """Look whether a name can be a model's, without fetching anything. Raises: ConfigError."""
+    path = Path(name).expanduser()
+    if path.exists():
+        _local(path)
+    elif _find_packaged(name) is None:
+        _check_hub_id(name)
+
+
+def _check_hub_id(name: str) -> None:
     if name.startswith(("/", ".", "~")) or "/" not in name:
         known = ", ".join(model.name for model in PACKAGED_MODELS)
         raise ConfigError(f"no model {name!r}: no such path, and not one of {known}; a hub id is written owner/name")
-    return _from_hub(name, notify, hub_patterns)
 
 
 def find_local(name: str, cache: Path) -> ModelFiles | None:

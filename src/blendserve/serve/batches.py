@@ -6,47 +6,44 @@ A restarted service finds every batch in some state and goes on from there: see 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from blendserve.errors import BlendServeError, CapacityError
-from blendserve.serve.asked import read_asked
+from blendserve.serve.admission import ACTIVE, Admission, hash_of, reply_of
 from blendserve.serve.blobs import Blobs
 from blendserve.serve.caller import Caller
 from blendserve.serve.clock import Clock
-from blendserve.serve.failures import ApiError, invalid, not_found
+from blendserve.serve.failures import invalid, not_found
 from blendserve.serve.finalize import WrittenFile, WrittenFiles, write_files
+from blendserve.serve.forecast import Forecast
 from blendserve.serve.library import Library
 from blendserve.serve.records import (
-    INPUT_PURPOSE,
     OUTPUT_PURPOSE,
     BatchRecord,
     FileRecord,
-    ReplyRecord,
     new_id,
 )
-from blendserve.serve.settings import DAY_S, ServeSettings
+from blendserve.serve.settings import ServeSettings
 from blendserve.serve.states import Ending, can_cancel, resumption_of
 from blendserve.serve.store import Store
 from blendserve.serve.validation import Validated, validate_file
 
-ACTIVE = ("validating", "in_progress", "cancelling", "finalizing")
-SAME_REQUEST_S = 60
 _RETRY_S = 10.0
 
 
 class Runner(Protocol):
-    """Who runs batches: told of new ones, asked for their journals back, and for when a batch would end."""
+    """Who runs batches: told of new ones, asked for their journals back, and for when batches will end."""
+
+    forecast: Forecast
 
     def wake(self) -> None: ...
     async def release(self, batch_id: str) -> None: ...
     def counts(self, batch_id: str) -> tuple[int, int] | None: ...
-    def forecast_s(self, caller: Caller, model: str | None, num_lines: int, deadline: float) -> float | None: ...
 
 
 class Batches:
@@ -67,6 +64,7 @@ class Batches:
         self._settings = settings
         self._clock = clock
         self._tell = tell
+        self._admission = Admission(store, library, settings, clock)
         self._runner: Runner | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Semaphore(1)
@@ -112,19 +110,15 @@ class Batches:
 
     def create(self, caller: Caller, body: Mapping[str, Any], idempotency_key: str | None = None) -> BatchRecord:
         """Make a batch, or find the one that the same request made. Raises: ApiError."""
-        wanted = self._read(caller, body)
-        request_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        earlier = self._replied(caller, idempotency_key, request_hash) or self._same(wanted)
+        wanted = self._admission.read(caller, body)
+        request_hash = hash_of(body)
+        earlier = self._admission.earlier(caller, wanted, idempotency_key, request_hash)
         if earlier is not None:
             return earlier
-        self._check_queue(caller, wanted)
-        batch = self._numbered(wanted)
-        records: list[BatchRecord | ReplyRecord] = [batch]
-        if idempotency_key is not None:
-            now = batch.created_at
-            id = _reply_id(caller, idempotency_key)
-            records.append(ReplyRecord(id, caller.owner, now, now + DAY_S, request_hash, batch.id))
-        self._store.put(*records)
+        self._admission.check_queue(caller, wanted, self.runner.forecast.newcomer_s)
+        batch = replace(wanted, id=new_id("batch"), output_id=new_id("file"), errors_id=new_id("file"))
+        reply = () if idempotency_key is None else (reply_of(caller, idempotency_key, request_hash, batch),)
+        self._store.put(batch, *reply)
         self._tell(batch)
         self._spawn(self._validate(batch))
         return batch
@@ -193,71 +187,6 @@ class Batches:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # Creation
-
-    def _read(self, caller: Caller, body: Mapping[str, Any]) -> BatchRecord:
-        """A batch without a name, as the body asks for it. Raises: ApiError."""
-        asked = read_asked(body)
-        file = self._library.file(caller, asked.input_file_id)
-        if file.purpose != INPUT_PURPOSE:
-            raise invalid(f"File {file.id} has the purpose {file.purpose!r}; it must be 'batch'.", "input_file_id")
-        now = self._now()
-        return BatchRecord(
-            id="",
-            owner=caller.owner,
-            created_at=now,
-            input_file_id=file.id,
-            endpoint=asked.endpoint,
-            completion_window=asked.completion_window,
-            expires_at=now + asked.window_s,
-            output_id="",
-            errors_id="",
-            metadata=asked.metadata,
-            files_lifetime_s=asked.files_lifetime_s,
-        )
-
-    def _numbered(self, batch: BatchRecord) -> BatchRecord:
-        return replace(batch, id=new_id("batch"), output_id=new_id("file"), errors_id=new_id("file"))
-
-    def _replied(self, caller: Caller, idempotency_key: str | None, request_hash: str) -> BatchRecord | None:
-        if idempotency_key is None:
-            return None
-        reply = self._store.get(ReplyRecord, _reply_id(caller, idempotency_key))
-        if reply is None or reply.expires_at <= self._clock():
-            return None
-        if reply.request_hash != request_hash:
-            raise ApiError(
-                400, "This Idempotency-Key was used for another request; use a new one.", code="idempotency_error"
-            )
-        return self._store.get(BatchRecord, reply.object_id)
-
-    def _same(self, wanted: BatchRecord) -> BatchRecord | None:
-        """The batch that the same request made within a minute: a client that heard no answer asks again."""
-        for batch in self._store.page(BatchRecord, owner=wanted.owner, limit=100):
-            if wanted.created_at - batch.created_at > SAME_REQUEST_S:
-                return None
-            if _asked_for(batch) == _asked_for(wanted) and batch.status not in ("failed", "cancelling", "cancelled"):
-                return batch
-        return None
-
-    def _check_queue(self, caller: Caller, wanted: BatchRecord) -> None:
-        """Raises: ApiError where the key has too much in the queue, or the window cannot be met."""
-        active = [batch for label in ACTIVE for batch in self._store.page(BatchRecord, owner=caller.owner, label=label)]
-        file = self._library.file(caller, wanted.input_file_id)
-        limit, key = self._settings.limits.max_window_batches, caller.key
-        if len(active) >= limit:
-            raise _too_much(f"{limit} batches of this key have not ended, which is the limit")
-        if key is not None and key.max_queued_lines is not None:
-            queued = sum(batch.num_lines or 0 for batch in active)
-            if queued + file.num_lines > key.max_queued_lines:
-                raise _too_much(f"this key may queue {key.max_queued_lines} requests, and {queued} are queued")
-        if self._settings.refuses_late:
-            model = self._settings.models[0].name if len(self._settings.models) == 1 else None
-            end_s = self.runner.forecast_s(caller, model, file.num_lines, wanted.expires_at)
-            if end_s is not None and self._clock() + end_s > wanted.expires_at:
-                window = wanted.completion_window
-                raise _too_much(f"it would take about {end_s / 60:.0f} minutes, which is more than its window {window}")
-
     # Progress
 
     async def _validate(self, batch: BatchRecord) -> None:
@@ -272,45 +201,60 @@ class Batches:
             except OSError as error:
                 message = f"The input file cannot be read: {error.strerror}."
                 found = Validated(0, None, ({"code": "file_error", "message": message},))
-        if self._is_closed:
-            return
-        now_batch = self._store.get(BatchRecord, batch.id)
-        if now_batch is None or now_batch.status != "validating":
+        if not self._is_closed:
+            await self._once_stored(lambda: self._validated(batch.id, found))
+
+    def _validated(self, id: str, found: Validated) -> None:
+        batch = self._store.get(BatchRecord, id)
+        if batch is None or batch.status != "validating":
             return
         if found.errors:
-            self._move(now_batch.moved("failed", self._now(), errors=found.errors, ending="failed"))
+            self._move(batch.moved("failed", self._now(), errors=found.errors, ending="failed"))
         else:
             changes = {"num_lines": found.num_lines, "model": found.model}
-            self._move(now_batch.moved("in_progress", self._now(), **changes))
+            self._move(batch.moved("in_progress", self._now(), **changes))
             self.runner.wake()
 
+    async def _once_stored(self, change: Callable[[], object]) -> None:
+        """Try a change of state until the disk has room for it."""
+        while True:
+            try:
+                change()
+                return
+            except CapacityError:
+                await asyncio.sleep(_RETRY_S)
+
     async def _let_go_and_finalize(self, id: str) -> None:
+        def begin() -> None:
+            batch = self._store.get(BatchRecord, id)
+            if batch is not None and batch.status == "cancelling":
+                self._move(batch.moved("finalizing", self._now()))
+
         await self.runner.release(id)
-        batch = self._store.get(BatchRecord, id)
-        if batch is not None and batch.status == "cancelling":
-            self._move(batch.moved("finalizing", self._now()))
+        await self._once_stored(begin)
         await self._finalize(id)
 
     async def _finalize(self, id: str) -> None:
         """Write the files, as often as it takes: a full disk may have room later."""
+        failed = None
         async with self._writing:
             while True:
                 batch = self._store.get(BatchRecord, id)
                 if batch is None or batch.status != "finalizing":
                     return
                 try:
-                    written = await asyncio.to_thread(self._write, batch)
+                    self._end(batch, await asyncio.to_thread(self._write, batch))
+                    break
                 except CapacityError:
                     await asyncio.sleep(_RETRY_S)
-                    continue
                 except (BlendServeError, OSError) as error:
                     message = f"The files of the batch could not be written: {error}."
-                    self._move(
-                        batch.moved("failed", self._now(), errors=({"code": "server_error", "message": message},))
-                    )
-                    return
-                self._end(batch, written)
-                break
+                    errors = ({"code": "server_error", "message": message},)
+                    failed = batch.moved("failed", self._now(), errors=errors)
+                    break
+        if failed is not None:
+            await self._once_stored(partial(self._move, failed))
+            return
         await asyncio.to_thread(shutil.rmtree, self.directory(id), True)
 
     def _write(self, batch: BatchRecord) -> WrittenFiles:
@@ -374,21 +318,3 @@ class Batches:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _asked_for(batch: BatchRecord) -> tuple[Any, ...]:
-    metadata = None if batch.metadata is None else dict(batch.metadata)
-    return batch.input_file_id, batch.endpoint, batch.completion_window, metadata, batch.files_lifetime_s
-
-
-def _reply_id(caller: Caller, idempotency_key: str) -> str:
-    return hashlib.sha256(f"{caller.owner}\n{idempotency_key}".encode()).hexdigest()
-
-
-def _too_much(reason: str) -> ApiError:
-    return ApiError(
-        429,
-        f"The batch is refused: {reason}. Try again later.",
-        code="rate_limit_exceeded",
-        headers={"Retry-After": "60"},
-    )

@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from blendserve.job.record_log import ERROR_KINDS
+from blendserve.job.record_log import ERROR_KINDS, OUTPUT_KINDS
 from blendserve.report.format import format_bytes, format_count, format_duration, format_share
-from blendserve.serve.batches import ACTIVE
+from blendserve.serve.admission import ACTIVE
 from blendserve.serve.failures import ApiError
-from blendserve.serve.finalize import OUTPUT_KINDS, partial_rows
+from blendserve.serve.finalize import partial_rows
 from blendserve.serve.guard import COOKIE, Sessions, cookie_of
 from blendserve.serve.http import announced_bytes, body_of, caller_of, service_of
 from blendserve.serve.pairs import PAGE_LINES, count_codes, read_pairs
@@ -56,7 +56,7 @@ async def show_batches(request: Request) -> Response:
     service, caller = service_of(request), caller_of(request)
     after = request.query_params.get("after")
     found = service.batches.page(caller, after=after, limit=PAGE_ROWS + 1)
-    ends = service.scheduler.ends()
+    ends = service.scheduler.forecast.ends()
     return _page(
         "batches.html",
         "/",
@@ -82,7 +82,8 @@ async def show_batch(request: Request) -> Response:
         "",
         f"Batch {batch.id}",
         url=f"/batch/{batch.id}?from={first}",
-        row=_batch_row(service, batch, service.scheduler.ends()),
+        row=_batch_row(service, batch, service.scheduler.forecast.ends()),
+        metadata=batch.metadata or {},
         is_ended=batch.is_ended,
         can_cancel=can_cancel(batch.status),
         tiles=_batch_tiles(service, batch),
@@ -290,10 +291,9 @@ def _batch_tiles(service: Service, batch: BatchRecord) -> list[tuple[str, str, s
             tiles.append((label, format_count(batch.usage[name]), "of all answers"))
     if batch.id in service.scheduler.running_ids:
         tiles.append(("speed", f"{format_count(round(service.scheduler.tally.token_rate))}/s", "tokens of its round"))
-    end = service.scheduler.ends().get(batch.id)
+    end = service.scheduler.forecast.ends().get(batch.id)
     if end is not None:
         tiles.append(("expected end", f"in {format_duration(max(1e-3, end - now))}", "by the forecast"))
-    tiles += [(name[:40], text[:60], "metadata") for name, text in (batch.metadata or {}).items()]
     return tiles
 
 
@@ -313,7 +313,8 @@ def _read_rows(service: Service, batch: BatchRecord, first: int) -> tuple[list[A
     codes = count_codes(_rows_of(service, batch, is_output=False))
     rows = (row for is_output in (True, False) for row in _rows_of(service, batch, is_output=is_output))
     try:
-        pairs = read_pairs(service.blobs.path(batch.input_file_id), rows, first)
+        missing = "No answer." if batch.is_ended else "No answer yet."
+        pairs = read_pairs(service.blobs.path(batch.input_file_id), rows, first, missing)
     except FileNotFoundError:
         return [], codes, "The input file was deleted."
     return pairs, codes, "There are no more lines."

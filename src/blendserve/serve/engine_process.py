@@ -201,6 +201,8 @@ class EngineWorker:
             part, number = pending.place_of(output.index)
             batch = batches[part]
             if _is_withdrawn(output) or not batch.apply(number, output):
+                if all(batch.is_closed for batch in batches):
+                    break  # replicas do not hear of what is withdrawn: their run ends here
                 continue
             of_batch = tokens[batch.spec.id]
             of_batch[0] += output.num_prompt_tokens
@@ -287,7 +289,7 @@ def main(descriptor: int) -> int:
     try:
         engine = open_engine(model.engine, notify=lambda text: print(text, file=sys.stderr, flush=True))
     except (BlendServeError, MemoryError) as error:
-        connection.send(OpeningFailed(model.name, str(error) or "out of memory"))
+        connection.send(OpeningFailed(model.name, str(error) or "out of memory", isinstance(error, ConfigError)))
         return 1
     worker = EngineWorker(connection, engine, served_as(engine, model.name, model.aliases))
     worker.send(Opened(model.name, engine.identity, can_ask=isinstance(engine, FrontedEngine)))

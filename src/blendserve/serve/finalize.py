@@ -19,10 +19,9 @@ from blendserve.dialect.rows import error_row
 from blendserve.errors import RequestError
 from blendserve.job.journal import Journal
 from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES
-from blendserve.job.record_log import ERROR_KINDS, Record, RecordKind, RecordLog
+from blendserve.job.record_log import ERROR_KINDS, OUTPUT_KINDS, ROW_KINDS, Record, RecordKind, RecordLog
 from blendserve.serve.blobs import Blobs, BlobWriter
 
-OUTPUT_KINDS = frozenset((RecordKind.OUTPUT_ROW,))
 _REASONS = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "This request was not executed because the batch was cancelled."),
@@ -91,7 +90,7 @@ class _Found:
         line_numbers, offsets, kinds = array("q"), array("q"), array("b")
 
         def visit(record: Record) -> None:
-            if record.kind in OUTPUT_KINDS | ERROR_KINDS:
+            if record.kind in ROW_KINDS:
                 line_numbers.append(record.line_number)
                 offsets.append(record.offset)
                 kinds.append(record.kind)

@@ -107,10 +107,11 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class OpeningFailed:
-    """The model cannot be opened."""
+    """The model cannot be opened. `is_final`: it never can, as it is given."""
 
     model: str
     message: str
+    is_final: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,13 +30,16 @@ class Pair:
     row: str
 
 
-def read_pairs(input_path: Path, rows: Iterable[bytes], first: int) -> list[Pair]:
-    """The lines from the one numbered `first` (of those that are not blank, counted from 0), with their rows."""
+def read_pairs(input_path: Path, rows: Iterable[bytes], first: int, missing: str) -> list[Pair]:
+    """The lines from the one numbered `first` (of those that are not blank, counted from 0), with their rows. `missing`
+    is shown in place of an answer that is not there.
+    """
     with input_path.open("rb") as file:
         lines = islice(
             ((number, line) for number, line in enumerate(file, 1) if line.strip()), first, first + PAGE_LINES
         )
-        wanted = {_custom_id(line): (number, line) for number, line in lines}
+        shown = [(number, _custom_id(line), line) for number, line in lines]
+    wanted = {custom_id for _, custom_id, _ in shown}
     found: dict[str, bytes] = {}
     for row in islice(rows, MAX_SCANNED_ROWS):
         if len(found) == len(wanted):
@@ -44,7 +47,7 @@ def read_pairs(input_path: Path, rows: Iterable[bytes], first: int) -> list[Pair
         custom_id = _custom_id(row)
         if custom_id in wanted:
             found[custom_id] = row
-    return [_pair(number, custom_id, line, found.get(custom_id, b"")) for custom_id, (number, line) in wanted.items()]
+    return [_pair(number, custom_id, line, found.get(custom_id, b""), missing) for number, custom_id, line in shown]
 
 
 def count_codes(rows: Iterator[bytes]) -> list[tuple[str, int]]:
@@ -52,7 +55,7 @@ def count_codes(rows: Iterator[bytes]) -> list[tuple[str, int]]:
     return Counter(error_code_of(row) for row in islice(rows, MAX_SCANNED_ROWS)).most_common(20)
 
 
-def _pair(number: int, custom_id: str, line: bytes, row: bytes) -> Pair:
+def _pair(number: int, custom_id: str, line: bytes, row: bytes, missing: str) -> Pair:
     request, answer = _json(line), _json(row) if row else None
     body = request.get("body") if isinstance(request, dict) else None
     return Pair(
@@ -60,7 +63,7 @@ def _pair(number: int, custom_id: str, line: bytes, row: bytes) -> Pair:
         custom_id=custom_id,
         question=_cut(_question(body if isinstance(body, dict) else {})),
         request=_cut(json.dumps(request, indent=2, ensure_ascii=False)),
-        answer=_cut(_answer(answer)) if isinstance(answer, dict) else "No answer yet.",
+        answer=_cut(_answer(answer)) if isinstance(answer, dict) else missing,
         row=_cut(json.dumps(answer, indent=2, ensure_ascii=False)) if answer else "",
     )
 

@@ -46,7 +46,7 @@ def outlook(scheduler: Scheduler, batch: BatchRecord) -> dict[str, Any] | None:
     """What OpenAI's object does not say of a batch that has not ended: its rows so far, and when it will end."""
     if batch.is_ended:
         return None
-    end = scheduler.ends().get(batch.id)
+    end = scheduler.forecast.ends().get(batch.id)
     return {
         "output_so_far": f"/v1/batches/{batch.id}/output",
         "errors_so_far": f"/v1/batches/{batch.id}/errors",

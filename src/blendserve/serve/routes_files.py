@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from blendserve.job.record_log import ERROR_KINDS
+from blendserve.job.record_log import ERROR_KINDS, OUTPUT_KINDS
 from blendserve.serve.failures import invalid, not_found
-from blendserve.serve.finalize import OUTPUT_KINDS, partial_rows
+from blendserve.serve.finalize import partial_rows
 from blendserve.serve.http import announced_bytes, body_of, caller_of, json_of, limit_of, page_of, service_of
 from blendserve.serve.records import BatchRecord, FileRecord
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from blendserve.serve.batches import ACTIVE
+from blendserve.serve.admission import ACTIVE
 from blendserve.serve.failures import ApiError
 from blendserve.serve.http import service_of
 from blendserve.serve.records import BatchRecord

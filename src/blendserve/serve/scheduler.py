@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from blendserve.engines.settings import HttpSettings
+from blendserve.errors import CapacityError
 from blendserve.job.reader import ReadLimits
 from blendserve.serve.batches import Batches
 from blendserve.serve.blobs import Blobs
-from blendserve.serve.caller import Caller
 from blendserve.serve.clock import Clock
 from blendserve.serve.engine_host import Died, EngineHost
+from blendserve.serve.forecast import Forecast
 from blendserve.serve.messages import (
     BatchBroken,
     BatchDone,
@@ -37,7 +37,7 @@ from blendserve.serve.messages import (
     Share,
     Yield,
 )
-from blendserve.serve.queue import Round, Waiting, choose_round, finish_times
+from blendserve.serve.queue import Round, Waiting, choose_round
 from blendserve.serve.records import BatchRecord, FileRecord
 from blendserve.serve.running import RunningRound
 from blendserve.serve.settings import ModelChoice, ServeSettings
@@ -53,9 +53,6 @@ _MIN_ROUND_S = 10.0
 _RELEASE_S = 10.0
 _MAX_BACKOFF_S = 60.0
 _TICK_S = 0.5
-_FORECAST_S = 1.0
-_FORECAST_SHARE = 0.002
-"""At most this share of a core goes to forecasts."""
 _CHECK_S = 5.0
 """How often a running round is held against what waits."""
 
@@ -78,9 +75,11 @@ class Scheduler:
         self.can_ask = False
         self.trouble: str | None = None
         self.tally = Tally()
+        self.forecast = Forecast(self.waiting, self.tally.rates, clock)
         self.num_restarts = 0
         self.host = EngineHost(settings.data / "engine.lock", self._hear)
         self.on_report: Callable[[Report | Died], None] = lambda _: None
+        self.on_hopeless: Callable[[str], None] = lambda _: None
         self._store = store
         self._blobs = blobs
         self._batches = batches
@@ -92,11 +91,10 @@ class Scheduler:
         self._num_rounds = 0
         self._releasing: dict[str, asyncio.Future[None]] = {}
         self._failures = Counter[str]()
+        self._has_opened = False
         self._num_misses = 0
         self._retry_at = 0.0
         self._is_swapping = False
-        self._forecast: Mapping[str, float] = {}
-        self._forecast_until_s = 0.0
         self._checked_at = 0.0
         self._picture: Picture | None = None
         self._wanted = settings.models[0]
@@ -112,7 +110,8 @@ class Scheduler:
         """Work until cancelled."""
         self._start_engine(self._wanted)
         while True:
-            self._tick()
+            with self._waiting_for_space():
+                self._tick()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _TICK_S)
             self._wake.clear()
@@ -163,25 +162,6 @@ class Scheduler:
         found = self._store.page(BatchRecord, label="in_progress", is_newest_first=False)
         return [self._waiting(batch) for batch in found]
 
-    def ends(self) -> Mapping[str, float]:
-        """When each batch would end, as far as the forecast knows. Unix times by batch. It is a second old at most,
-        or older where so many batches wait that making it takes time from the engine.
-        """
-        now_s = time.monotonic()
-        if now_s >= self._forecast_until_s:
-            self._forecast = finish_times(self.waiting(), self.tally.rates, self._clock())
-            took_s = time.monotonic() - now_s
-            self._forecast_until_s = now_s + max(_FORECAST_S, took_s / _FORECAST_SHARE)
-        return self._forecast
-
-    def forecast_s(self, caller: Caller, model: str | None, num_lines: int, deadline: float) -> float | None:
-        """Seconds until a batch that came now would end; None where nothing is known."""
-        if model is None or model not in self.tally.rates:
-            return None
-        now = self._clock()
-        newcomer = Waiting("new", caller.owner, model, num_lines, deadline, now)
-        return finish_times([*self.waiting(), newcomer], self.tally.rates, now)["new"] - now
-
     # Decisions
 
     def _tick(self) -> None:
@@ -209,10 +189,9 @@ class Scheduler:
         shares = tuple(share for id, most in chosen.max_requests.items() if (share := self._share(id, most)))
         done = {share.batch.id: self._num_done(share.batch.id) for share in shares}
         owners = frozenset(batch.owner for batch in waiting if batch.id in chosen.max_requests)
-        command = RunRound(self._num_rounds, shares, self._settings.policy)
-        self._running = RunningRound(command, now, owners, done)
+        self._running = RunningRound(RunRound(self._num_rounds, shares, self._settings.policy), now, owners, done)
         self.tally.begin_round()
-        self.host.send(command)
+        self.host.send(self._running.round)
 
     def _choose(self, waiting: list[Waiting], now: float) -> Round | None:
         suspects = [batch for batch in waiting if self._failures[batch.id] >= _ALONE_AFTER]
@@ -228,7 +207,7 @@ class Scheduler:
         return self.host.model.name if self.host.model else None
 
     def _yield_if_needed(self, now: float) -> None:
-        """End a round early for a key that has no share in it, or for a model that must not wait."""
+        """End a round early for a key that has no share in it, or for a batch or a model that would else be late."""
         running = self._running
         assert running is not None
         if running.is_yielding or now - max(running.started_at + _MIN_ROUND_S - _CHECK_S, self._checked_at) < _CHECK_S:
@@ -241,7 +220,9 @@ class Scheduler:
         if chosen is None:
             return
         owners = {batch.owner for batch in waiting if batch.id in chosen.max_requests}
-        if chosen.model != self._loaded or not owners <= running.owners:
+        in_round = {batch.id for batch in waiting} & set(running.batch_ids)
+        goes_first = chosen.max_requests.keys() - in_round and in_round - chosen.max_requests.keys()
+        if chosen.model != self._loaded or not owners <= running.owners or goes_first:
             running.is_yielding = True
             self.host.send(Yield(running.round.number))
 
@@ -287,14 +268,31 @@ class Scheduler:
             self.host.kill()  # nothing runs; what it knows is in journals
 
     def _hear(self, number: int, report: Report | Died) -> None:
-        if number != self.host.number:
-            return
+        if number == self.host.number:
+            with self._waiting_for_space():
+                self._act_on(report)
+            self.on_report(report)
+            self._changed()
+
+    @contextmanager
+    def _waiting_for_space(self) -> Iterator[None]:
+        """Let what a full disk keeps from being stored happen again later: its batch stays as it was."""
+        try:
+            yield
+        except CapacityError as error:
+            self.trouble = str(error)
+            self._back_off(made_progress=False)
+
+    def _act_on(self, report: Report | Died) -> None:
         match report:
             case Opened():
                 self.is_ready, self.can_ask, self.trouble = True, report.can_ask, None
+                self._has_opened = True
                 self._wake.set()
             case OpeningFailed():
                 self.trouble = report.message
+                if report.is_final and not self._has_opened:
+                    self.on_hopeless(f"cannot open the model {report.model}: {report.message}")
                 _log.warning("the model %s cannot be opened, and is tried again: %s", report.model, report.message)
             case Progress():
                 self._note(report)
@@ -307,7 +305,7 @@ class Scheduler:
             case Released(batch_id):
                 self._freed(batch_id)
             case RoundEnded():
-                is_excused = report.is_for_space or self._is_remote
+                is_excused = report.is_for_space or _is_remote(self.host.model)
                 self._end_round(report.error, is_excused=is_excused, run_s=report.run_s)
             case EngineState():
                 self.engine_state = report
@@ -315,8 +313,6 @@ class Scheduler:
                 self._picture = report
             case Died():
                 self._bury(report)
-        self.on_report(report)
-        self._changed()
 
     def _note(self, progress: Progress) -> None:
         id, running = progress.batch_id, self._running
@@ -339,11 +335,6 @@ class Scheduler:
     def _is_over(self, batch_id: str) -> bool:
         batch = self._store.get(BatchRecord, batch_id)
         return batch is None or batch.status != "in_progress"
-
-    @property
-    def _is_remote(self) -> bool:
-        """Does a server answer that may be down for a while, through no fault of a batch?"""
-        return self.host.model is not None and isinstance(self.host.model.engine, HttpSettings)
 
     def _end_round(self, error: str | None, *, is_excused: bool = False, run_s: float = 0.0) -> None:
         running, self._running = self._running, None
@@ -391,3 +382,8 @@ class Scheduler:
         for id in list(self._releasing):
             self._freed(id)
         self._wake.set()
+
+
+def _is_remote(model: ModelChoice | None) -> bool:
+    """Does a server answer that may be down for a while, through no fault of a batch?"""
+    return model is not None and isinstance(model.engine, HttpSettings)

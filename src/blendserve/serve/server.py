@@ -108,11 +108,15 @@ def quiet_parser() -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Says when it listens, and ends when its service can never work."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
         super().__init__(config)
         self._listening = listening
+        self.reason: str | None = None
+
+    def give_up(self, reason: str) -> None:
+        self.reason, self.should_exit = reason, True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -150,11 +154,15 @@ def serve(settings: ServeSettings, listening: Callable[[], None] = lambda: None)
     except BaseException:
         service.close()
         raise
+    server = _Server(config, listening)
+    service.on_hopeless = server.give_up
     try:
         with suppress(KeyboardInterrupt):
-            _Server(config, listening).run()
+            server.run()
     except SystemExit as end:  # uvicorn's word for an address that is taken
         raise ConfigError(
             f"cannot listen on {settings.host}:{settings.port}; stop what does, or give another --port"
         ) from end
+    if server.reason is not None:
+        raise ConfigError(server.reason)
     return 0

@@ -38,11 +38,16 @@ class Service:
         self.clock = clock or steady_clock()
         self._lock = _lock(settings)
         self.keys = KeyFile(settings.data)
-        self.store = SqliteStore(settings.data / "service.db")
-        self.blobs = DirectoryBlobs(settings.data)
+        try:
+            self.store = SqliteStore(settings.data / "service.db")
+            self.blobs = DirectoryBlobs(settings.data)
+        except ConfigError:
+            os.close(self._lock)
+            raise
         self.library = Library(self.store, self.blobs, settings.limits, self.clock)
         self.listeners: list[Callable[[BatchRecord], None]] = []
         self.watchers: set[asyncio.Event] = set()
+        self.on_hopeless: Callable[[str], None] = lambda _: None
         self.started_at = int(self.clock())
         self.num_ended = 0
 
@@ -55,6 +60,7 @@ class Service:
         self.poll_bodies = PollBodies(self.scheduler)
         self.asking = Asking(self.scheduler)
         self.scheduler.on_report = self.asking.hear
+        self.scheduler.on_hopeless = self.on_hopeless
         await asyncio.to_thread(_wait_for_old_engine, self.settings)
         self.blobs.sweep(self.library.known_blobs())
         works = [self.scheduler.run(), self._sweep()]
@@ -64,6 +70,8 @@ class Service:
             works.append(webhooks.run())
         self.batches.recover()
         self._tasks = [asyncio.create_task(work) for work in works]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
         """Stop in good order. Batches that run are resumed by the next service."""
@@ -73,6 +81,11 @@ class Service:
         await self.scheduler.host.close()
         await self.batches.close()
         self.close()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What works in the background never ends by itself; without it batches would wait for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.on_hopeless(f"the service cannot go on: {error}; start it again")
 
     def close(self) -> None:
         """Give the directory free."""
@@ -116,8 +129,14 @@ def _lock(settings: ServeSettings) -> int:
         raise ConfigError(
             f"{data} is in use by another service (process {holder}); stop it, or give --data another directory"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(lock)
+        raise ConfigError(
+            f"cannot write in {data}: {error.strerror}; free some space, or give --data another directory"
+        ) from error
     return lock
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from blendserve.errors import ConfigError
+from blendserve.errors import CapacityError, ConfigError
 from blendserve.serve.records import (
     BatchRecord,
     DeliveryRecord,
@@ -28,6 +28,8 @@ from blendserve.serve.records import (
 R = TypeVar("R", FileRecord, UploadRecord, BatchRecord, ReplyRecord, DeliveryRecord)
 
 FORMAT_VERSION = 1
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+"""A log that cannot grow is told as either."""
 _MAX_CACHED = 20_000
 """Records of one kind that stay in memory as they are stored, so that polls read no disk and parse nothing."""
 _TABLES: dict[type[Record], str] = {
@@ -79,6 +81,8 @@ class SqliteStore:
             self._open()
         except sqlite3.DatabaseError as error:
             raise self._refusal(error) from error
+        except CapacityError as error:
+            raise ConfigError(f"cannot open {path}: {error}") from error
 
     def get(self, kind: type[R], id: str) -> R | None:
         known = self._cached[kind].get(id)
@@ -197,15 +201,19 @@ class SqliteStore:
     def _transaction(
         self, *, kept: Sequence[Record] = (), dropped: Sequence[Record] = ()
     ) -> Iterator[sqlite3.Connection]:
-        """All or nothing; what is known of the records follows once it stands on the disk."""
+        """All or nothing; what is known of the records follows once it stands on the disk. Raises: CapacityError."""
         with self._lock:
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
                 self._database.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 if self._database.in_transaction:  # a full disk may have ended it
                     self._database.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _FULL:
+                    raise CapacityError(
+                        "the disk of the service is full; delete files or free some space, then try again"
+                    ) from error
                 raise
             for record in kept:
                 self._keep(record)
