@@ -44,8 +44,8 @@ def _named() -> Iterator[tuple[str, float, float]]:
 
 
 def _traces(experiment: str, model: str = "llama-3-8b") -> Iterator[Cell]:
-    for name, density, sharing in _named():
-        for system in SYSTEMS:
+    for system in reversed(SYSTEMS):
+        for name, density, sharing in _named():
             yield Cell(experiment, system, density, sharing, model=model, label=name)
 
 

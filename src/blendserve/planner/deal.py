@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from blendserve.costs.model_cost import Floats
 from blendserve.planner.base import Int64s
-from blendserve.planner.part_time import PartEngine
+from blendserve.planner.part_time import NUM_STRETCHES, PartEngine
 
 Bools = NDArray[np.bool_]
-LOADS = (0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0)
+LOADS = (0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
 """Shares of an even part's memory traffic up to which a part may be filled with long requests. All are tried."""
-_NUM_HALVINGS = 50
+_NUM_HALVINGS = 20
 _GOLDEN = 0.6180339887498949
 
 
@@ -31,8 +31,8 @@ class Pieces(NamedTuple):
     memory_s: Floats
     longest_tokens: Floats
 
-    def of(self, chosen: Int64s) -> Pieces:
-        return Pieces(self.compute_s[chosen], self.memory_s[chosen], self.longest_tokens[chosen])
+    def at(self, piece: int) -> tuple[float, float, float]:
+        return float(self.compute_s[piece]), float(self.memory_s[piece]), float(self.longest_tokens[piece])
 
 
 class _Loads:
@@ -41,9 +41,12 @@ class _Loads:
     def __init__(self, num_parts: int, engine: PartEngine) -> None:
         self.engine = engine
         self.compute_s, self.memory_s, self.longest = np.zeros(num_parts), np.zeros(num_parts), np.zeros(num_parts)
+        self.reads_s = np.zeros((num_parts, NUM_STRETCHES))
 
     def time_with(self, compute_s: Floats | float, memory_s: Floats | float, longest: float = 0.0) -> Floats:
-        return self.engine.time_s(self.compute_s + compute_s, self.memory_s + memory_s, self.longest.clip(longest))
+        return self.engine.time_s(
+            self.compute_s + compute_s, self.memory_s + memory_s, self.longest.clip(longest), self.reads_s
+        )
 
     def add(self, part: int, compute_s: float, memory_s: float, longest: float) -> None:
         self.compute_s[part] += compute_s
@@ -54,35 +57,45 @@ class _Loads:
 def deal_evenly_in_time(pieces: Pieces, num_parts: int, engine: PartEngine, is_small: Bools) -> Int64s:
     """A part for every piece: the division with the earliest end. `is_small` bool[num_pieces]: too small to look at
     each."""
-    least_steps = float(pieces.memory_s.sum()) / engine.full_s / num_parts
-    is_long = pieces.longest_tokens > least_steps
-    tried = [_deal(pieces, num_parts, engine, is_long, is_small, load) for load in LOADS]
+    is_long = pieces.longest_tokens > float(pieces.memory_s.sum()) / engine.full_s / num_parts
+    long = np.flatnonzero(is_long)
+    long = long[np.argsort(-pieces.longest_tokens[long], kind="stable")]
+    ways = {tuple(_filled(pieces, long, num_parts, load)) for load in LOADS}
+    tried = [_deal(pieces, num_parts, engine, long, np.array(way, dtype=np.int64), is_small) for way in sorted(ways)]
     return min(tried, key=lambda one: one[0])[1]
 
 
+def _filled(pieces: Pieces, long: Int64s, num_parts: int, load: float) -> list[int]:
+    """Parts of the long pieces, the longest first, where a part is full at `load` of an even part's memory traffic."""
+    room_s = load * float(pieces.memory_s.sum()) / num_parts
+    parts: list[int] = []
+    filled, held_s = 0, 0.0
+    for memory_s in pieces.memory_s[long].tolist():
+        if held_s and held_s + memory_s > room_s and filled < num_parts - 1:
+            filled, held_s = filled + 1, 0.0
+        held_s += memory_s
+        parts.append(filled)
+    return parts
+
+
 def _deal(
-    pieces: Pieces, num_parts: int, engine: PartEngine, is_long: Bools, is_small: Bools, load: float
+    pieces: Pieces, num_parts: int, engine: PartEngine, long: Int64s, part_of_long: Int64s, is_small: Bools
 ) -> tuple[float, Int64s]:
     """When the last part ends, and a part for every piece."""
-    part = np.zeros(len(pieces.compute_s), dtype=np.int64)
+    part = np.full(len(pieces.compute_s), -1, dtype=np.int64)
+    part[long] = part_of_long
     loads = _Loads(num_parts, engine)
-    long = np.flatnonzero(is_long)
-    room_s = load * float(pieces.memory_s.sum()) / num_parts
-    filled = 0
-    for piece in long[np.argsort(-pieces.longest_tokens[long], kind="stable")].tolist():
-        one = float(pieces.compute_s[piece]), float(pieces.memory_s[piece]), float(pieces.longest_tokens[piece])
-        if loads.memory_s[filled] and loads.memory_s[filled] + one[1] > room_s and filled < num_parts - 1:
-            filled += 1
-        part[piece] = filled
-        loads.add(filled, *one)
-    large = np.flatnonzero(~is_long & ~is_small)
+    for piece in long.tolist():
+        loads.add(int(part[piece]), *pieces.at(piece))
+    for index in range(num_parts):
+        loads.reads_s[index] = engine.reads_s(pieces.longest_tokens[long[part_of_long == index]])
+    large = np.flatnonzero((part < 0) & ~is_small)
     size = np.maximum(pieces.compute_s[large], pieces.memory_s[large])
     for piece in large[np.argsort(-size, kind="stable")].tolist():
-        one = float(pieces.compute_s[piece]), float(pieces.memory_s[piece]), float(pieces.longest_tokens[piece])
-        chosen = int(loads.time_with(*one).argmin())
-        part[piece] = chosen
-        loads.add(chosen, *one)
-    small = np.flatnonzero(is_small & ~is_long)
+        one = pieces.at(piece)
+        part[piece] = int(loads.time_with(*one).argmin())
+        loads.add(int(part[piece]), *one)
+    small = np.flatnonzero(part < 0)
     compute_s, memory_s = float(pieces.compute_s[small].sum()), float(pieces.memory_s[small].sum())
     shares = _even_shares(loads, compute_s, memory_s)
     part[small] = _in_proportion(shares, len(small))

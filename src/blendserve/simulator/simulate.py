@@ -251,6 +251,7 @@ def part_engine(machine: Machine) -> PartEngine:
     return PartEngine(
         constant_s=cost.constant_s,
         floor_s=cost.weight_floor_s,
+        kv_token_s=cost.kv_token_s,
         full_s=cost.memory_s(machine.capacity_tokens),
         interference=cost.interference,
     )
