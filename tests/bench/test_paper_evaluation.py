@@ -124,6 +124,16 @@ def test_a_simulation_is_named_by_the_code_that_it_runs_through(tmp_path: Path) 
     assert changed_by("src/blendserve/planner/order.py", '"""Other words."""\nvalue = 1  # and a comment\n') == set()
 
 
+def test_other_words_in_an_error_leave_a_simulation_valid(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.py", tmp_path / "second.py"
+    for path, text in ((first, "too small"), (second, "too little")):
+        path.write_text(f"def check(x):\n    if x < 1:\n        raise ValueError('{text}')\n")
+    assert paper_store.acting_hash(first) == paper_store.acting_hash(second)
+    second.write_text(first.read_text().replace("x < 1", "x < 2"))
+    paper_store.acting_hash.cache_clear()
+    assert paper_store.acting_hash(first) != paper_store.acting_hash(second)
+
+
 def test_every_variant_changes_the_machine_or_the_policy() -> None:
     plain = make_machine(Cell("sensitivity", "blend", 1.0, 0.1), 1.0, "overlapped")
     same = [
