@@ -14,6 +14,7 @@ from paper_ablation import ABLATIONS, AverageLoad
 from paper_causes import losses_section, replicas_section, sensitivity_section
 from paper_cells import COARSE_GRID, all_cells
 from paper_run import Cell, Outcome, make_machine, run_cell
+from paper_sections import traces_section
 from paper_store import CellStore, code_hash
 from paper_variants import VARIANTS
 from planner_cases import plan_of
@@ -178,7 +179,7 @@ def test_shares_of_the_time_beyond_the_bound_add_up(tmp_path: Path) -> None:
 def test_outcomes_become_sections_a_table_and_plots(tmp_path: Path) -> None:
     cells = [cell for cell in all_cells(is_quick=True) if cell.experiment == "traces 8B" and cell.label == "trace-1"]
     outcomes = [small(cell) for cell in cells]
-    page = paper.traces_section(outcomes, tmp_path)
+    page = traces_section(outcomes, tmp_path)
     assert sum(line.startswith("| trace-1 |") for line in page) == len(cells) == 5
     assert (tmp_path / "traces_llama_3_8b.svg").read_text().startswith("<svg")
     store = CellStore(tmp_path / "cells.jsonl", SCALE)

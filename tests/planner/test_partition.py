@@ -78,8 +78,8 @@ def test_a_part_takes_no_less_than_its_work_and_its_longest_request(
 ) -> None:
     reads_s, longest = ENGINE.reads_s(np.array(tokens)), max(tokens)
     memory_s += float(reads_s.sum())
-    columns = (np.array([value]) for value in (compute_s, memory_s, longest))
-    time_s = float(ENGINE.time_s(*columns, reads_s[None, :])[0])
+    compute, memory, tokens_of = (np.array([value]) for value in (compute_s, memory_s, longest))
+    time_s = float(ENGINE.time_s(compute, memory, tokens_of, reads_s[None, :])[0])
     num_steps = max(memory_s / ENGINE.full_s, longest)
     least_s = max(compute_s + ENGINE.constant_s * num_steps, ENGINE.floor_s * longest)
     assert time_s >= NANOFLOW.step_s(least_s, memory_s) * (1 - 1e-9)
@@ -101,10 +101,13 @@ def test_the_part_with_the_longest_request_gets_less_of_the_rest() -> None:
     is_small = tokens == 1
 
     def last_end_s(part: NDArray[np.int64]) -> float:
-        sums = [np.bincount(part, column, 4) for column in (pieces.compute_s, pieces.memory_s)]
+        compute_s, memory_s = (
+            np.array([column[part == index].sum() for index in range(4)])
+            for column in (pieces.compute_s, pieces.memory_s)
+        )
         longest = np.array([tokens[part == index].max() for index in range(4)])
         reads_s = np.stack([engine.reads_s(tokens[(part == index) & ~is_small]) for index in range(4)])
-        return float(engine.time_s(*sums, longest, reads_s).max())
+        return float(engine.time_s(compute_s, memory_s, longest, reads_s).max())
 
     in_turn = np.arange(2004) % 4
     assert last_end_s(deal_evenly_in_time(pieces, 4, engine, is_small)) < 0.85 * last_end_s(in_turn)
