@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-from common import ROOT, commit
-from paper_run import Cell, Outcome
+from common import ROOT
+from paper_run import SYSTEMS, Cell, Outcome
 
 SOURCE = "src/blendserve"
 SHARED = (
@@ -33,7 +34,7 @@ SHARED = (
 OWN: dict[str, tuple[str, ...]] = {
     "blend": ("blend", "pace", "remaining", "horizon", "memory_gate", "reserve", "learner", "forecast"),
     "BlendServe, Alg. 3": ("paper", "ends", "forecast"),
-    "replicas": ("partition", "deal", "part_time"),
+    "replicas": ("partition", "deal", "part_time", "pace"),
 }
 """Modules of the planner that act in some simulations alone. `policies.py` and `windows.py` act in none."""
 IDLE = ("policies", "windows", "__init__")
@@ -41,6 +42,14 @@ IDLE = ("policies", "windows", "__init__")
 
 def code_hash(cell: Cell, root: Path = ROOT) -> str:
     """Names the code that a cell's figures depend on, without comments, docstrings and the words of errors."""
+    digest = hashlib.sha256()
+    for path in code_paths(cell, root):
+        digest.update(f"{path.relative_to(root)}\0{acting_hash(path)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def code_paths(cell: Cell, root: Path = ROOT) -> list[Path]:
+    """The modules that a cell's figures depend on."""
     owners = {cell.system, "replicas" if cell.num_replicas > 1 else ""}
     own = {name for owner, names in OWN.items() if owner in owners for name in names}
     elsewhere = {name for names in OWN.values() for name in names} | set(IDLE)
@@ -50,17 +59,25 @@ def code_hash(cell: Cell, root: Path = ROOT) -> str:
         for path in (root / SOURCE).glob(pattern)
         if path.parent.name != "planner" or path.stem in own or path.stem not in elsewhere
     }
-    if "P" in cell.system and "D" in cell.system:
+    if cell.system not in SYSTEMS:
         paths.add(root / SOURCE / "simulator/disaggregated.py")
     paths.add(root / "bench/paper_run.py")
     if cell.ablation:
         paths.add(root / "bench/paper_ablation.py")
     if cell.variant:
         paths.add(root / "bench/paper_variants.py")
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root)}\0{acting_hash(path)}".encode())
-    return digest.hexdigest()[:12]
+    return sorted(paths)
+
+
+@cache
+def commit_of(paths: tuple[Path, ...]) -> str:
+    """The last commit that changed one of these files, and whether they have changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments, "--", *map(str, paths)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("log", "-1", "--format=%h") + (" with uncommitted changes" if git("status", "--porcelain") else "")
 
 
 def simulation(cell: Cell) -> Cell:
@@ -113,7 +130,7 @@ class CellStore:
                 self._done[cell] = values["reason"] or Outcome(**{**values["outcome"], "cell": cell})
 
     def commit_of(self, cell: Cell) -> str:
-        """The commit at which it was simulated."""
+        """The last commit that changed what it was simulated by."""
         return self._commit_of[simulation(cell)]
 
     def __contains__(self, cell: Cell) -> bool:
@@ -139,7 +156,7 @@ class CellStore:
         cell = simulation(cell)
         reason = outcome if isinstance(outcome, str) else ""
         values = {} if isinstance(outcome, str) else {**asdict(outcome), "cell": None}
-        self._commit_of[cell] = commit()
+        self._commit_of[cell] = commit_of(tuple(code_paths(cell)))
         line = {
             "scale": self._scale,
             "code": self._code_of(cell),
