@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from paper_cells import Cell, make_machine, make_workload
+from paper_run import Cell, make_machine, make_workload
 
 from blendserve.engines.replicas.cluster import open_cluster
 from blendserve.planner.partition import Partition, partition

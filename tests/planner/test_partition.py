@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from oracles import Prompt, unique_tokens
 from planner_cases import COST, TinyEngine, outputs_strategy, plan_of, prompts_strategy
 
+from blendserve.costs.step_cost import NANOFLOW
 from blendserve.errors import ConfigError
 from blendserve.planner.base import Policy, RequestTable
+from blendserve.planner.deal import Pieces, deal_evenly_in_time
+from blendserve.planner.part_time import NUM_STRETCHES, PartEngine
 from blendserve.planner.partition import part_table, partition
 from blendserve.planner.plan import Plan
 from blendserve.planner.policies import POLICY_NAMES, make_policy
@@ -52,6 +56,61 @@ def test_parts_are_even_in_both_resources_and_cut_little(num_parts: int) -> None
     restricted = plan.tree.restrict(found.parts[0])
     assert restricted.num_requests == len(table)
     assert (restricted.leaf_len[restricted.leaf_of] == table.num_prompt_tokens).all()
+
+
+ENGINE = PartEngine(constant_s=0.5, floor_s=1.0, kv_token_s=0.001, full_s=2.0, interference=NANOFLOW)
+lengths = st.lists(st.integers(1, 400).map(float), min_size=1, max_size=12)
+
+
+@given(lengths, lengths)
+def test_long_requests_that_start_together_read_what_they_read_alone(one: list[float], other: list[float]) -> None:
+    together = ENGINE.reads_s(np.array([*one, *other]))
+    assert (together >= 0).all()
+    step_by_step = sum(ENGINE.kv_token_s * sum(range(int(tokens))) for tokens in [*one, *other])
+    longest = max(*one, *other)
+    most_off = ENGINE.kv_token_s * longest**2 / NUM_STRETCHES * (len(one) + len(other))
+    assert together.sum() == pytest.approx(step_by_step, abs=most_off + ENGINE.kv_token_s * longest)
+
+
+@given(st.floats(0, 500), st.floats(0, 500), lengths)
+def test_a_part_takes_no_less_than_its_work_and_its_longest_request(
+    compute_s: float, memory_s: float, tokens: list[float]
+) -> None:
+    reads_s, longest = ENGINE.reads_s(np.array(tokens)), max(tokens)
+    memory_s += float(reads_s.sum())
+    compute, memory, tokens_of = (np.array([value]) for value in (compute_s, memory_s, longest))
+    time_s = float(ENGINE.time_s(compute, memory, tokens_of, reads_s[None, :])[0])
+    num_steps = max(memory_s / ENGINE.full_s, longest)
+    least_s = max(compute_s + ENGINE.constant_s * num_steps, ENGINE.floor_s * longest)
+    assert time_s >= NANOFLOW.step_s(least_s, memory_s) * (1 - 1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(jobs, st.integers(1, 5))
+def test_parts_even_in_time_hold_every_request_once(job: tuple[list[Prompt], tuple[int, ...]], num_parts: int) -> None:
+    prompts, outputs = job
+    found = partition(plan_of(prompts, outputs), num_parts, ENGINE)
+    assert sorted(np.concatenate(found.parts).tolist()) == list(range(len(prompts)))
+
+
+def test_the_part_with_the_longest_request_gets_less_of_the_rest() -> None:
+    """Four long requests and much short work: a quarter of it each would let the longest one's part end last."""
+    engine = PartEngine(constant_s=0.005, floor_s=0.005, kv_token_s=1e-6, full_s=0.01, interference=NANOFLOW)
+    tokens = np.concatenate([[4000.0, 2500.0, 2000.0, 1800.0], np.ones(2000)])
+    pieces = Pieces(np.full(2004, 0.03), engine.kv_token_s * tokens**2 / 2, tokens)
+    is_small = tokens == 1
+
+    def last_end_s(part: NDArray[np.int64]) -> float:
+        compute_s, memory_s = (
+            np.array([column[part == index].sum() for index in range(4)])
+            for column in (pieces.compute_s, pieces.memory_s)
+        )
+        longest = np.array([tokens[part == index].max() for index in range(4)])
+        reads_s = np.stack([engine.reads_s(tokens[(part == index) & ~is_small]) for index in range(4)])
+        return float(engine.time_s(compute_s, memory_s, longest, reads_s).max())
+
+    in_turn = np.arange(2004) % 4
+    assert last_end_s(deal_evenly_in_time(pieces, 4, engine, is_small)) < 0.85 * last_end_s(in_turn)
 
 
 def test_no_parts_is_an_error() -> None:

@@ -22,6 +22,7 @@ from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.planner.scanner import NO_REQUEST
 from blendserve.planner.static import StaticPolicy
 from blendserve.planner.tree import PrefixTree
+from blendserve.simulator.workloads.knowledge import GivenLengths
 
 jobs = prompts_strategy.flatmap(
     lambda prompts: st.tuples(st.just(prompts), st.tuples(*[outputs_strategy] * len(prompts)))
@@ -297,3 +298,21 @@ def test_without_overlap_no_long_answer_is_left_for_the_end() -> None:
 def test_an_unknown_policy_is_named_with_those_that_exist() -> None:
     with pytest.raises(ConfigError, match=r"unknown policy 'best'; known: .*blend.*fcfs"):
         make_policy("best", plan_of([(1,)], (1,)))
+
+
+def test_blend_fills_half_of_the_memory_while_guesses_are_unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the truth, until enough has finished: half of the memory is then what half of the memory was taken for."""
+    outputs = np.array([60] * 40 + [2] * 400)
+    prompts = [(index,) for index in range(len(outputs))]
+
+    def num_preemptions(share: float) -> int:
+        monkeypatch.setattr(blend, "UNPROVEN_SHARE", share)
+        table = RequestTable(ranges([1] * len(outputs)), outputs, ranges([-1] * len(outputs)))
+        tree = PrefixTree.from_prompts(np.array(prompt, dtype=np.int32) for prompt in prompts)
+        plan = make_plan(tree, table, COST, lengths=lambda _tree, _table: GivenLengths(outputs / 2, learns=True))
+        engine = TinyEngine(BlendPolicy(plan), [1] * len(outputs), outputs.tolist(), 1000)
+        engine.run(max_steps=5000)
+        return engine.num_preemptions
+
+    assert num_preemptions(1.0) > 0
+    assert num_preemptions(0.5) == 0

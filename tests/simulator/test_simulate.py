@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blendserve.costs.hardware import A100_80G
 from blendserve.costs.step_cost import NANOFLOW, SEQUENTIAL, StepCost
@@ -14,6 +17,7 @@ from blendserve.models.known import LLAMA_3_8B
 from blendserve.planner.lengths import LengthModel, MeanLengthModel
 from blendserve.planner.policies import make_policy
 from blendserve.simulator.bounds import job_bounds
+from blendserve.simulator.losses import LOSSES, PHASES, losses_s
 from blendserve.simulator.machine import EngineKind, Machine, gpu_machine
 from blendserve.simulator.simulate import plan_workload, simulate
 from blendserve.simulator.workloads.blend import blend
@@ -55,6 +59,37 @@ def test_bounds_count_the_head_once_per_output() -> None:
     bounds, more = (job_bounds([10, 20], [3, 1], [0, 15], each, capacity_tokens=11) for each in (cost, with_head))
     assert more.compute_s == bounds.compute_s + 4 * 0.0625
     assert more.longest_s == pytest.approx(bounds.longest_s + 2 * 0.125)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), min_size=1, max_size=5), st.integers(2, 3))
+@settings(max_examples=60, deadline=None)
+def test_no_division_of_a_job_beats_the_bound_of_replicas(sizes: list[tuple[int, int]], num_replicas: int) -> None:
+    """Every division, each part as fast as its own bound and its longest request's steps allow."""
+    cost = StepCost(weight_floor_s=0.5, constant_s=0.25, token_s=0.1, kv_token_s=0.05, interference=NANOFLOW)
+    capacity = 100
+    prompts, outputs = (np.array(column) for column in zip(*sizes, strict=True))
+
+    def part_s(rows: list[int]) -> float:
+        if not rows:
+            return 0.0
+        alone = job_bounds(prompts[rows], outputs[rows], [0] * len(rows), cost, capacity)
+        num_steps = max(alone.num_steps, float(outputs[rows].max()) - 1)
+        return NANOFLOW.step_s(alone.compute_s + cost.constant_s * num_steps, alone.memory_s)
+
+    best_s = min(
+        max(part_s([row for row in range(len(sizes)) if owner[row] == part]) for part in range(num_replicas))
+        for owner in product(range(num_replicas), repeat=len(sizes))
+    )
+    bound = job_bounds(prompts, outputs, [0] * len(sizes), cost, capacity, num_replicas=num_replicas)
+    assert bound.lower_bound_s <= max(best_s, bound.longest_s) * (1 + 1e-9)
+
+
+def test_losses_add_up_to_the_time_beyond_the_bound(workload: Workload) -> None:
+    result = simulate(workload, MACHINE, "blend", keeps_steps=True)
+    parts = losses_s(result.replicas[0].steps, result.bounds, MACHINE.cost, MACHINE.capacity_tokens, MACHINE.overlap)
+    assert set(parts) == set(LOSSES)
+    assert sum(parts.values()) == pytest.approx(result.time_s - result.bounds.lower_bound_s)
+    assert all(parts[f"{phase}_mix"] >= -1e-9 for phase in PHASES)
 
 
 def test_a_job_cannot_end_before_its_longest_request() -> None:

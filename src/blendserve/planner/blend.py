@@ -48,6 +48,15 @@ TURN_SHARE = 0.1
 PREFILL_SHARE = 0.5
 """A request whose prefill is less than this share of its expected answer is no compute to ration."""
 
+UNPROVEN_SHARE = 0.5
+"""Part of the KV memory that forecasts may fill while estimates come from elsewhere and nothing has confirmed them. If
+they are half the truth, what has entered by then still fits."""
+UNPROVEN_PART = 16
+MAX_UNPROVEN = 512
+UNPROVEN_STEPS = 256
+"""Estimates are taken as they are once a sixteenth of the requests have finished, but 512 at most, or after so many
+steps. The first to finish are the shortest, which tell least."""
+
 
 class BlendPolicy:
     """Admission and step mix by feedback; see the module.
@@ -68,6 +77,9 @@ class BlendPolicy:
         self._gate = MemoryGate(self._learner.lengths)
         self._is_at_memory_end = np.zeros(plan.num_requests, dtype=np.bool_)
         self._num_cached = np.zeros(plan.num_requests, dtype=np.int64)
+        has_guesses = bool((plan.table.known_output_tokens < 0).any()) and not len(plan.samples)
+        self._num_to_prove = min(plan.num_requests // UNPROVEN_PART, MAX_UNPROVEN)
+        self._is_unproven = has_guesses
         self._step = 0
         self._looked_at_step = -1
         self._is_stale = True
@@ -124,6 +136,7 @@ class BlendPolicy:
 
     def finished(self, index: int, num_output_tokens: int) -> None:
         self._learner.lengths.observe(index, num_output_tokens)
+        self._num_to_prove -= 1
 
     def preempted(self, index: int, num_output_tokens: int) -> None:  # noqa: ARG002
         self._scanner.put_back(index, at_memory_end=bool(self._is_at_memory_end[index]))
@@ -184,9 +197,9 @@ class BlendPolicy:
         is_decoding = left == 0
         self._pending = int(left.sum())
         self._pending_memory_end = int(left[self._is_at_memory_end[view.request_index]].sum())
-        self._gate.limit = self._settings.kv_share * view.capacity_tokens
         if self._is_stale or self._step % self._settings.refresh_steps == 0:
             self._look_ahead(view)
+        self._gate.limit = self._settings.kv_share * view.capacity_tokens * (UNPROVEN_SHARE if self._is_unproven else 1)
         self._budget = prefill_budget(
             self._plan.cost,
             self._rest(),
@@ -213,6 +226,8 @@ class BlendPolicy:
         if self._learner.is_due:
             self._horizon.forget()
             self._replan(view)
+        if self._num_to_prove <= 0 or self._step >= UNPROVEN_STEPS:
+            self._is_unproven = False
         running, outputs = view.request_index, view.num_output_tokens
         lengths = self._learner.lengths
         own = (view.num_prompt_tokens - self._num_cached[running] + outputs).astype(np.float64)

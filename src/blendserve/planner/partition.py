@@ -1,7 +1,8 @@
 """Parts of a plan for data parallelism: equal in both resources, cutting few prefixes (paper section 5.5).
 
 Deviation from the paper, which hands out runs from the two ends: pieces that share a prefix are dealt largest first to
-the part that has least, so that the longest requests, which bound how soon a part can end, are spread over all parts.
+the part that has least. Where it is known what steps cost, parts are made even in time instead, which counts the steps
+that the longest requests need (`deal.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from blendserve.config import BLOCK_SIZE
 from blendserve.costs.model_cost import Floats
 from blendserve.errors import ConfigError
 from blendserve.planner.base import Int64s, RequestTable
+from blendserve.planner.deal import Pieces, deal_evenly_in_time
+from blendserve.planner.part_time import PartEngine
 from blendserve.planner.plan import Plan
 
 MAX_PIECE_SHARE = 1 / 16
@@ -55,8 +58,11 @@ class Partition:
         return self.num_lost_tokens / max(1, self.num_prompt_tokens)
 
 
-def partition(plan: Plan, num_parts: int) -> Partition:
-    """Divide a plan among replicas. Raises: ConfigError when the number of parts is not positive."""
+def partition(plan: Plan, num_parts: int, engine: PartEngine | None = None) -> Partition:
+    """Divide a plan among replicas, whose steps cost what `engine` says where that is known.
+
+    Raises: ConfigError when the number of parts is not positive.
+    """
     if num_parts < 1:
         raise ConfigError(f"a partition into {num_parts} parts; ask for at least 1")
     schedule, order = plan.schedule, plan.schedule.order
@@ -65,8 +71,12 @@ def partition(plan: Plan, num_parts: int) -> Partition:
     starts = _piece_starts(shared, _work(compute_s, memory_s), num_parts)
     part = np.zeros(len(order), dtype=np.int64)
     if len(order):
-        pieces = np.stack([np.add.reduceat(compute_s, starts), np.add.reduceat(memory_s, starts)], axis=1)
-        part = np.repeat(_deal(pieces, num_parts), np.diff(np.append(starts, len(order))))
+        pieces = Pieces(
+            np.add.reduceat(compute_s, starts),
+            np.add.reduceat(memory_s, starts),
+            np.maximum.reduceat(schedule.expected_output_tokens[order], starts),
+        )
+        part = np.repeat(_deal(pieces, num_parts, engine), np.diff(np.append(starts, len(order))))
     parts = tuple(np.sort(order[part == index]) for index in range(num_parts))
     return Partition(
         parts=parts,
@@ -108,12 +118,15 @@ def _piece_starts(shared: Int64s, work: Floats, num_parts: int) -> Int64s:
     return cuts if num_parts > 1 else np.zeros(1, dtype=np.int64)
 
 
-def _deal(pieces: Floats, num_parts: int) -> Int64s:
-    """A part for every piece. Shapes: `pieces` [num_pieces, 2], compute and memory."""
-    shares = pieces / np.maximum(pieces.sum(axis=0), 1e-300)
+def _deal(pieces: Pieces, num_parts: int, engine: PartEngine | None) -> Int64s:
+    """A part for every piece."""
+    work = np.stack([pieces.compute_s, pieces.memory_s], axis=1)
+    shares = work / np.maximum(work.sum(axis=0), 1e-300)
     size = shares.max(axis=1)
-    part = np.zeros(len(pieces), dtype=np.int64)
     is_small = size < MIN_PIECE_SHARE / num_parts
+    if engine is not None and num_parts > 1:
+        return deal_evenly_in_time(pieces, num_parts, engine, is_small)
+    part = np.zeros(len(size), dtype=np.int64)
     small = np.flatnonzero(is_small)
     part[small] = np.arange(len(small)) % num_parts
     load = np.stack([_sums(part[small], shares[small, column], num_parts) for column in (0, 1)], axis=1)

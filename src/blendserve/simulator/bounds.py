@@ -4,15 +4,19 @@ Both use the interference f(c, m) of the engine. f is convex and homogeneous, so
 is at least f(sum c_t, sum m_t). T_o ignores what steps cost by themselves. T_lb counts it: a step reads at most a full
 KV pool, so there are at least S = M / (time to read a full pool) steps of a constant a each, and T >= f(C + a S, M).
 Nor can a job end before its longest request, alone on the machine, would.
+
+On several replicas long requests cost more: whoever holds one takes at least as many steps as it has tokens, each with
+its constant (`replicas_bound_s`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from blendserve.costs.model_cost import Lengths
+from blendserve.costs.model_cost import Floats, Lengths
 from blendserve.costs.step_cost import Interference, StepCost
 
 
@@ -62,6 +66,13 @@ def job_bounds(
     floor_s = cost.weight_floor_s + cost.head_floor_s
     longest_s = np.max(effective.steps_s(floor_s * decodes, cost.kv_token_s * num_read), initial=0.0)
     lower_s = effective.step_s(compute_s + cost.constant_s * num_steps, memory_s)
+    if num_replicas > 1:
+        lower_s = num_replicas * replicas_bound_s(
+            decodes,
+            cost.kv_token_s * num_read,
+            num_replicas,
+            lambda steps: effective.step_s(compute_s + cost.constant_s * max(steps, num_steps), memory_s),
+        )
     return Bounds(
         compute_s=compute_s,
         memory_s=memory_s,
@@ -70,3 +81,29 @@ def job_bounds(
         optimum_s=effective.step_s(compute_s, memory_s) / num_replicas,
         lower_bound_s=max(lower_s / num_replicas, float(longest_s)),
     )
+
+
+def replicas_bound_s(
+    num_decodes: Floats, memory_s: Floats, num_replicas: int, total_s: Callable[[float], float]
+) -> float:
+    """The least T that n replicas could end in. Shapes: aligned, [num_requests]: decode steps and memory time of each.
+
+    `total_s`: time of the whole job where all replicas together take that many steps. A replica reads for T at most, so
+    any j of them can hold no more than the longest requests whose reads add up to j T. One of the first requests
+    beyond those is elsewhere, and its replica takes as many steps as it has tokens. More time allows fewer steps, so
+    the least T that suffices is found by halving.
+    """
+    longest = np.argsort(-num_decodes, kind="stable")
+    decodes, reads = num_decodes[longest], np.cumsum(memory_s[longest])
+
+    def is_enough(time_s: float) -> bool:
+        beyond = np.searchsorted(reads, time_s * np.arange(num_replicas), side="right")
+        return num_replicas * time_s >= total_s(float(decodes[beyond[beyond < len(decodes)]].sum()))
+
+    low, high = 0.0, 1.0
+    while not is_enough(high):
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from blendserve.engine.loop import EngineLoop
 from blendserve.executors.simulated import SimulatedExecutor
 from blendserve.planner.base import Policy, RequestTable
 from blendserve.planner.lengths import MeanLengthModel
+from blendserve.planner.part_time import PartEngine
 from blendserve.planner.partition import partition
 from blendserve.planner.plan import LengthsFactory, Plan, make_plan
 from blendserve.planner.policies import make_policy
@@ -131,7 +132,11 @@ def make_engine_config(machine: Machine) -> EngineConfig:
 
 def plan_workload(workload: Workload, machine: Machine, lengths: LengthKnowledge, *, seed: int = 0) -> Plan:
     """The offline plan of a workload."""
-    known = workload.num_output_tokens if lengths.kind == "exact" else workload.known_output_tokens
+    known = workload.known_output_tokens
+    if lengths.kind == "exact":
+        known = workload.num_output_tokens
+    elif lengths.kind in ("scaled", "scattered"):  # nothing is certain then, not even what the request itself fixes
+        known = np.full(len(workload), -1, dtype=np.int64)
     most = workload.max_output_tokens
     if most is None:
         most = np.full(len(workload), min(machine.capacity_tokens, MAX_OUTPUT_TOKENS), dtype=np.int64)
@@ -176,8 +181,8 @@ def simulate(
     began = clock()
     parts = [workload]
     if num_replicas > 1:
-        plan = plan_workload(workload, machine, lengths, seed=seed)
-        parts = [workload.subset(rows) for rows in partition(plan, num_replicas).parts]
+        plan = _sampled_plan(workload, machine, lengths, seed)
+        parts = [workload.subset(rows) for rows in partition(plan, num_replicas, part_engine(machine)).parts]
     results = [
         _run_replica(part, machine, make, lengths, seed=seed, keeps_steps=keeps_steps, clock=clock) for part in parts
     ]
@@ -224,6 +229,31 @@ def _run_replica(
         num_recomputed_tokens=stats.num_admitted_tokens - stats.num_cached_tokens - num_first_tokens,
         scheduling_s=stats.scheduling_s,
         steps=stats.steps.columns() if keeps_steps else {},
+    )
+
+
+def _sampled_plan(workload: Workload, machine: Machine, lengths: LengthKnowledge, seed: int) -> Plan:
+    """The plan once the samples have finished, which is when a job is divided: their lengths are known then. Every
+    replica has its share of the samples to run, so they are counted."""
+    plan = plan_workload(workload, machine, lengths, seed=seed)
+    if not len(plan.samples):
+        return plan
+    model = plan.new_lengths()
+    for index in plan.samples.tolist():
+        model.observe(index, int(workload.num_output_tokens[index]))
+    model.refresh()
+    return replace(plan, schedule=plan.reschedule(model))
+
+
+def part_engine(machine: Machine) -> PartEngine:
+    """What a partition must know of a replica."""
+    cost = machine.cost
+    return PartEngine(
+        constant_s=cost.constant_s,
+        floor_s=cost.weight_floor_s,
+        kv_token_s=cost.kv_token_s,
+        full_s=cost.memory_s(machine.capacity_tokens),
+        interference=cost.interference,
     )
 
 
