@@ -113,8 +113,8 @@ SERVER_WORDS = (
     "A server's error is a row with the server's own status and body. Its code is the server's too; without one, the "
     "summary counts the row as `http_` and the status, such as `http_500`. A reply of status 200 that is an error, or "
     "that holds no answer, is an error row with both. There `response` is what the server sent, and `error` says what "
-    "is wrong with it. Its code is the server's, or `no_answer`. Errors that cannot change are not asked for again. Here are "
-    "two rows from the test server:"
+    "is wrong with it. Its code is the server's, or `no_answer`. Errors that cannot change are not asked for again. "
+    "Here are two rows from the test server:"
 )
 OTHER_FAILURES = {
     "server_error": "The engine gave no reason.",
