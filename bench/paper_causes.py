@@ -36,7 +36,7 @@ WHATS = ("steps", "mix")
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+    return f"{round(100 * share, 2) + 0.0:.2f}"  # no -0.00
 
 
 def replicas_section(outcomes: list[Outcome], out: Path) -> list[str]:  # noqa: ARG001
