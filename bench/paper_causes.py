@@ -36,7 +36,7 @@ WHATS = ("steps", "mix")
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+    return f"{round(100 * share, 2) + 0.0:.2f}"  # no -0.00
 
 
 def replicas_section(outcomes: list[Outcome], out: Path) -> list[str]:  # noqa: ARG001
@@ -44,9 +44,10 @@ def replicas_section(outcomes: list[Outcome], out: Path) -> list[str]:  # noqa: 
     rows: list[tuple[object, ...]] = []
     for label, group in grouped(outcomes, lambda outcome: outcome.cell.label).items():
         by_count = {outcome.cell.num_replicas: outcome for outcome in group}
-        one = by_count[1]
-        for count in sorted(by_count.keys() - {1}):
+        one = by_count.get(1)
+        for count in sorted(by_count.keys() - {1}) if one is not None else ():
             run = by_count[count]
+            assert one is not None
             rows.append(
                 (
                     label,
@@ -60,6 +61,8 @@ def replicas_section(outcomes: list[Outcome], out: Path) -> list[str]:  # noqa: 
                     run.longest_output,
                 )
             )
+    if not rows:
+        return []
     headers = ("speed, DP=1 is 1", "paper", "most that the bound allows", "T_lb / T", "first to end / last")
     return [
         "## Table 3: data parallelism, the same job on more replicas (blend)",

@@ -161,6 +161,7 @@ def test_rows_wait_for_all_of_their_cells(tmp_path: Path) -> None:
     outcomes = list(paper.done_of(rows, store))
     replicas = replicas_section([one for one in outcomes if one.cell.experiment == "replicas"], tmp_path)
     assert [line.split("|")[2].strip() for line in replicas if line.startswith("| trace-1")] == ["4"]
+    assert replicas_section([one for one in outcomes if one.cell.num_replicas == 4], tmp_path) == []
     table = sensitivity_section([one for one in outcomes if one.cell.experiment == "sensitivity"], tmp_path)
     assert sum(line.startswith("|") for line in table) == 2 + len(VARIANTS)
 
