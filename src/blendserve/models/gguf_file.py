@@ -110,8 +110,20 @@ def _opened(path: Path) -> tuple[mmap.mmap, dict[str, Any], dict[str, GgufTensor
     try:
         return (source, *_read(path, reader))
     except (struct.error, UnicodeDecodeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
-        reason = f"it ends within {brief(str(error))}" if isinstance(error, MemoryError) else brief(error)
-        raise ConfigError(f"{path} is a damaged GGUF file ({reason}, byte {reader.at}); download it again") from error
+        raise ConfigError(
+            f"{path} is a damaged GGUF file ({_damage(error)}, byte {reader.at}); download it again"
+        ) from error
+
+
+def _damage(error: Exception) -> str:
+    """What reading has met."""
+    if isinstance(error, MemoryError):
+        return f"it ends within {brief(str(error))}"
+    if isinstance(error, struct.error):
+        return "it ends within a number"
+    if isinstance(error, KeyError):
+        return f"a value of the unknown type {error}"
+    return "a text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a number beyond all bounds"
 
 
 def _other_parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:

@@ -23,6 +23,7 @@ from blendserve.models.weights import Floats
 
 _BYTES_BY_DTYPE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_SHOWN = 120
 _LFS_POINTER = b"version https://git-lfs"
 
 _NAME_BY_STEM = {
@@ -177,8 +178,20 @@ def _read_header(path: Path, source: mmap.mmap) -> dict[str, _Entry]:
         entries = {name: _checked_entry(path, len(source), 8 + length, name, value) for name, value in header.items()}
         _check_apart(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} has a damaged safetensors header ({brief(error)}); download it again") from error
+        raise ConfigError(f"{path} has a damaged safetensors header ({_damage(error)}); download it again") from error
     return entries
+
+
+def _damage(error: Exception) -> str:
+    """What reading has met."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, KeyError):
+        return f"an entry has no {error}"
+    if isinstance(error, ValueError):
+        text = str(error)
+        return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+    return "an entry is not what it must be"
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
