@@ -6,8 +6,8 @@ llguidance is imported when the first structure comes, never before.
 from __future__ import annotations
 
 import json
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from blendserve.errors import RequestError
 from blendserve.request import StructuredOutputs
@@ -20,13 +20,14 @@ WHITESPACE = r"[ \t\r\n]{0,24}"
 _JSON_OPTIONS = {
     "whitespace_pattern": WHITESPACE,
     "whitespace_flexible": True,
-    "json_allow_general_unicode_escapes": True,
     "coerce_one_of": False,
     "lenient": False,
     "item_separator": ",",
     "key_separator": ":",
 }
 """They overrule what a schema says in `x-guidance`: an answer never strays from the schema because of it."""
+_UNICODE_ESCAPES = {"json_allow_general_unicode_escapes": True}
+"""llguidance 1.7, which vLLM 0.32 needs, has no such option: there an escape like \\u00e9 names control characters alone."""
 _LIMITS = {
     "initial_lexer_fuel": 2_000_000,
     "max_grammar_size": 500_000,
@@ -60,6 +61,16 @@ def _refusal(structure: StructuredOutputs) -> RequestError | None:
     return refusal_of(structure, reason) if reason and not reason.startswith("WARNING") else None
 
 
+@cache
+def _json_options() -> Any:
+    """What the installed llguidance takes of our options."""
+    from llguidance import LLMatcher
+
+    every = _JSON_OPTIONS | _UNICODE_ESCAPES
+    refusal = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema({}, overrides=every))  # type: ignore[arg-type]
+    return _JSON_OPTIONS if "unknown field" in refusal else every
+
+
 def parser_limits() -> llguidance.LLParserLimits:
     """How much work a grammar may be."""
     from llguidance import LLParserLimits
@@ -78,9 +89,9 @@ def grammar_text(structure: StructuredOutputs, marker_token: int | None = None, 
 
     to_grammar = llguidance.LLMatcher
     if structure.json is not None:
-        body = to_grammar.grammar_from_json_schema(structure.json, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+        body = to_grammar.grammar_from_json_schema(structure.json, overrides=_json_options())
     elif structure.json_object:
-        body = to_grammar.grammar_from_json_schema({"type": "object"}, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+        body = to_grammar.grammar_from_json_schema({"type": "object"}, overrides=_json_options())
     elif structure.regex is not None:
         body = to_grammar.grammar_from_regex(structure.regex)
     elif structure.choice:
