@@ -6,6 +6,7 @@ llguidance is imported when the first structure comes, never before.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -79,50 +80,60 @@ def parser_limits() -> llguidance.LLParserLimits:
 
 
 def grammar_text(structure: StructuredOutputs, marker_token: int | None = None, begin_token: int | None = None) -> str:
-    """A structure in llguidance's format. `marker_token` and `begin_token` are what `structure.after` and
+    """A structure in llguidance's dialect of Lark. `marker_token` and `begin_token` are what `structure.after` and
     `structure.begin` are where they are special tokens.
 
     Raises: RequestError where the notation cannot be read.
     """
-    import llguidance
+    if structure.json is not None:
+        rule = _json_rule(json.loads(structure.json))
+    elif structure.json_object:
+        rule = _json_rule({"type": "object"})
+    elif structure.choice:
+        rule = " | ".join(map(json.dumps, structure.choice))
+    else:
+        lark = _lark_of(structure)
+        if not structure.after:
+            return lark
+        rule = f"%lark {{\n{lark}\n}}"
+    return _after(structure, rule, marker_token, begin_token) if structure.after else f"start: {rule}"
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _json_options()}, ensure_ascii=False)
+
+
+def _lark_of(structure: StructuredOutputs) -> str:
+    """The grammar of a structure that is none of JSON, with a rule `start`. Raises: RequestError."""
+    from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
-    to_grammar = llguidance.LLMatcher
-    if structure.json is not None:
-        body = to_grammar.grammar_from_json_schema(structure.json, overrides=_json_options())
-    elif structure.json_object:
-        body = to_grammar.grammar_from_json_schema({"type": "object"}, overrides=_json_options())
-    elif structure.regex is not None:
-        body = to_grammar.grammar_from_regex(structure.regex)
-    elif structure.choice:
-        body = to_grammar.grammar_from_lark("start: " + " | ".join(map(json.dumps, structure.choice)))
-    elif structure.lark is not None:
-        body = to_grammar.grammar_from_lark(structure.lark)
-    else:
-        try:
-            body = to_grammar.grammar_from_lark(any_to_lark(structure.grammar or ""))
-        except Exception as error:  # noqa: BLE001  # the converter has no error of its own
-            raise refusal_of(structure, str(error)) from None
-    return _after(structure, body, marker_token, begin_token) if structure.after else body
+    if structure.lark is not None:
+        return structure.lark
+    if structure.regex is not None:
+        lark: str = json.loads(LLMatcher.grammar_from_regex(structure.regex))["grammars"][0]["lark_grammar"]
+        return lark
+    try:
+        return any_to_lark(structure.grammar or "")
+    except Exception as error:  # noqa: BLE001  # the converter has no error of its own
+        raise refusal_of(structure, str(error)) from None
 
 
-def _after(structure: StructuredOutputs, body: str, marker_token: int | None, begin_token: int | None) -> str:
-    """Free text; or free text, the marker and what `body` describes. Where `begin` has to stand before the free text:
-    what `body` describes, or all that.
+def _after(structure: StructuredOutputs, rule: str, marker_token: int | None, begin_token: int | None) -> str:
+    """Free text; or free text, the marker and what `rule` describes. Where `begin` has to stand before the free text:
+    what `rule` describes, or all that.
     """
-    marker = structure.after
     end = f"TEXT <[{marker_token}]>" if marker_token is not None else "marked"
-    start = f"TEXT | {end} BLANK @body"
+    start = f"TEXT | {end} BLANK body"
     if structure.begin:
         begin = f"<[{begin_token}]>" if begin_token is not None else json.dumps(structure.begin)
-        start = f"@body | {begin} {end} BLANK @body"
-    lark = f"""start: {start}
+        start = f"body | {begin} {end} BLANK body"
+    return f"""start: {start}
 TEXT: /(.|\\n)*/
-marked[lazy]: TEXT {json.dumps(marker)}
+marked[lazy]: TEXT {json.dumps(structure.after)}
 BLANK: /{WHITESPACE}/
+body: {rule}
 """
-    grammars = json.loads(body)["grammars"] if body.startswith("{") else [{"lark_grammar": body}]
-    return json.dumps({"grammars": [{"name": "free", "lark_grammar": lark}, {**grammars[0], "name": "body"}]})
 
 
 def refusal_of(structure: StructuredOutputs, reason: str) -> RequestError:
