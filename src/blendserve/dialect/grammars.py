@@ -6,6 +6,7 @@ llguidance is imported when the first structure comes, never before.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ _JSON_OPTIONS = {
     "key_separator": ":",
 }
 """They overrule what a schema says in `x-guidance`: an answer never strays from the schema because of it."""
+_SCHEMA_FAULT = "failed to compile JSON schema: "
 _UNICODE_ESCAPES = {"json_allow_general_unicode_escapes": True}
-"""llguidance 1.7, which vLLM 0.32 needs, has no such option: there an escape like \\u00e9 names control characters alone."""
+"""llguidance 1.7, which vLLM 0.32 needs, has no such option: there escapes such as \\u0009 name control characters
+alone, and blank space has no limit."""
 _LIMITS = {
     "initial_lexer_fuel": 2_000_000,
     "max_grammar_size": 500_000,
@@ -85,18 +88,22 @@ def grammar_text(structure: StructuredOutputs, marker_token: int | None = None, 
 
     Raises: RequestError where the notation cannot be read.
     """
-    if structure.json is not None:
-        rule = _json_rule(json.loads(structure.json))
-    elif structure.json_object:
-        rule = _json_rule({"type": "object"})
-    elif structure.choice:
-        rule = " | ".join(map(json.dumps, structure.choice))
-    else:
+    rule = rule_of(structure)
+    if rule is None:
         lark = _lark_of(structure)
         if not structure.after:
             return lark
         rule = f"%lark {{\n{lark}\n}}"
     return _after(structure, rule, marker_token, begin_token) if structure.after else f"start: {rule}"
+
+
+def rule_of(structure: StructuredOutputs) -> str | None:
+    """What stands behind the name of a rule for JSON and choices; None for other structures."""
+    if structure.json is not None:
+        return _json_rule(json.loads(structure.json))
+    if structure.json_object:
+        return _json_rule({"type": "object"})
+    return " | ".join(map(json.dumps, structure.choice)) if structure.choice else None
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
@@ -138,6 +145,8 @@ body: {rule}
 
 def refusal_of(structure: StructuredOutputs, reason: str) -> RequestError:
     is_json = structure.json is not None
+    if is_json:  # without the grammar that we wrapped around the schema
+        reason = re.split(r"\n\s*\d+ \| ", reason.partition(_SCHEMA_FAULT)[2] or reason)[0]
     what, remedy = ("schema", "change or remove that part") if is_json else ("grammar", "correct it")
     return RequestError(
         f"the {what} cannot be followed: {' '.join(reason.split())[:300]}; {remedy}",

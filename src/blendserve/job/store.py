@@ -69,7 +69,7 @@ _FILES: dict[str, np.dtype[Any]] = {
     "bodies": np.dtype("u1"),
     "urls": np.dtype("u1"),
 }
-_HAS_SEED, _HAS_KNOWN_LENGTH, _EMBEDS, _HAS_STRUCTURE = 1, 2, 4, 8
+_HAS_SEED, _HAS_KNOWN_LENGTH, _EMBEDS, _HAS_STRUCTURE, _HAS_SCORES = 1, 2, 4, 8, 16
 _URL_SHIFT = 8
 """Flags of a line: the number of its URL stands above this bit."""
 _NO_LIMIT = -1
@@ -338,6 +338,18 @@ class TokenStore:
         structure, bounds = self._structures(rows)
         return RequestTable(lengths, np.minimum(limits, bounds), known, structure)
 
+    def embeds_any(self, numbers: Int64s) -> bool:
+        """Does any of these requests ask for a vector?"""
+        return bool((self._lines["flags"][self.line_of_request[numbers]] & _EMBEDS).any())
+
+    def most_prompt_logprobs(self, numbers: Int64s) -> int:
+        """The most alternatives with which tokens of these prompts are scored; -1 where no prompt is."""
+        rows = self.line_of_request[numbers]
+        rows = rows[(self._lines["flags"][rows] & _HAS_SCORES) != 0]
+        _, first = np.unique(self._lines["sampling_offset"][rows], return_index=True)
+        asked = (self._sampling_of(self._lines[row]).prompt_logprobs for row in rows[first].tolist())
+        return max((number for number in asked if number is not None), default=-1)
+
     def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
         """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""
         structured = np.flatnonzero(self._lines["flags"][rows] & _HAS_STRUCTURE)
@@ -383,6 +395,7 @@ def _flags(line: BatchLine) -> int:
     return (
         (_HAS_SEED if sampling.seed is not None else 0)
         | (_EMBEDS if line.embeds else 0)
+        | (_HAS_SCORES if sampling.prompt_logprobs is not None else 0)
         | (_HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
         | (_HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )
