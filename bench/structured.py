@@ -4,8 +4,9 @@ Requests with a schema each, all at once, against the same requests without one,
 tokens whatever they sample, so they differ in masks alone: filling them, waiting for them, sampling under them and
 following what came. Schemas are of the kinds that extraction uses.
 
-With `--peer vllm` both engines answer the same prompts under the same schemas, and then freely, with as many tokens each.
-Runs take turns and are timed whole; the first of each kind is a warm-up. `scripts/setup-peers vllm` makes the environment.
+With `--peer vllm` both engines answer the same prompts under the same schemas, and then freely, with as many tokens
+each. Runs take turns and are timed whole; the first of each kind is a warm-up. `scripts/setup-peers vllm` makes the
+environment.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import common
 import numpy as np
 from numpy.typing import NDArray
-from peer_lineup import make_entrant
+from peer_lineup import entrant as entrant_of
 from peer_process import PeerProcess
 
 from blendserve.config import DTYPES, Dtype, EngineConfig
@@ -231,7 +232,7 @@ class Peer:
 
     def __init__(self, name: str, model: LoadedModel, path: Path, requests: list[Request]) -> None:
         question = model.tokenizer.encode("The capital of France is", add_special_tokens=False).tolist()
-        entrant = make_entrant(name, path, usable_cores(), {})
+        entrant = entrant_of(name, path, usable_cores(), {})
         self._process = PeerProcess(entrant, question, 4, timeout_s=300)
         self.name = f"{name} {self._process.description['version']}, {self._process.description['precision']}"
         self._prompts = [request.prompt_token_ids.tolist() for request in requests]
@@ -267,8 +268,10 @@ def against(entrants: Sequence[Ours | Peer], num_rounds: int) -> list[list[str]]
         num_tokens, num_steps = sum(lengths[name]), max(lengths[name])
         more = f"{1e3 * (constrained_s - free_s) / num_steps:.2f}"
         rows.append(
-            [name, f"{num_tokens}", f"{free_s:.2f}", f"{constrained_s:.2f}", f"{constrained_s / free_s:.3f}"]
-            + [ratios.text(3), more, f"{num_tokens / constrained_s:.0f}"]
+            [
+                *(name, f"{num_tokens}", f"{free_s:.2f}", f"{constrained_s:.2f}", f"{constrained_s / free_s:.3f}"),
+                *(ratios.text(3), more, f"{num_tokens / constrained_s:.0f}"),
+            ]
         )
     return rows
 

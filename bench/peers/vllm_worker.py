@@ -34,15 +34,11 @@ class Vllm:
         return [len(output.outputs[0].token_ids) for output in outputs]
 
     def constrained(self, prompts: list[list[int]], schemas: list[str], max_tokens: int) -> list[int]:
+        ask = {"max_tokens": max_tokens, "temperature": 0, "detokenize": False}
         structures = [vllm.sampling_params.StructuredOutputsParams(json=schema) for schema in schemas]
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [
-                vllm.SamplingParams(
-                    max_tokens=max_tokens, temperature=0, detokenize=False, structured_outputs=structure
-                )
-                for structure in structures
-            ],
+            [vllm.SamplingParams(**ask, structured_outputs=structure) for structure in structures],
             use_tqdm=False,
         )
         return [len(output.outputs[0].token_ids) for output in outputs]
