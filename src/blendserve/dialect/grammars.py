@@ -30,8 +30,13 @@ _JSON_OPTIONS = {
 """They overrule what a schema says in `x-guidance`: an answer never strays from the schema because of it."""
 _SCHEMA_FAULT = "failed to compile JSON schema: "
 _UNICODE_ESCAPES = {"json_allow_general_unicode_escapes": True}
-"""llguidance 1.7, which vLLM 0.32 needs, has no such option: there escapes such as \\u0009 name control characters
-alone, and blank space has no limit."""
+_OLDER_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": f"{WHITESPACE},{WHITESPACE}",
+    "key_separator": f"{WHITESPACE}:{WHITESPACE}",
+}
+"""llguidance 1.7, which vLLM 0.32 needs, has no such escapes but for control characters, and no limit on blanks where
+they are flexible: there they stand beside commas and colons alone."""
 _LIMITS = {
     "initial_lexer_fuel": 2_000_000,
     "max_grammar_size": 500_000,
@@ -72,7 +77,9 @@ def _json_options() -> Any:
 
     every = _JSON_OPTIONS | _UNICODE_ESCAPES
     refusal = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema({}, overrides=every))  # type: ignore[arg-type]
-    return _JSON_OPTIONS if "unknown field" in refusal else every
+    if "unknown field" not in refusal:
+        return every
+    return {name: value for name, value in _JSON_OPTIONS.items() if name != "whitespace_pattern"} | _OLDER_OPTIONS
 
 
 def parser_limits() -> llguidance.LLParserLimits:

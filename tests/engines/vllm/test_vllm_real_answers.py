@@ -38,7 +38,7 @@ OTHER = {"type": "function", "function": {"name": "wait", "parameters": {"type":
 STRICT = {"type": "function", "function": {"name": "report", "parameters": FLAG, "strict": True}}
 NAMED = {"type": "function", "function": {"name": "report"}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "flag", "strict": True, "schema": FLAG}}
-ASK: dict[str, Any] = {"max_tokens": 60, "temperature": 0}
+ASK: dict[str, Any] = {"max_tokens": 250, "temperature": 0}
 
 
 def number_of(mark: str) -> int:
@@ -92,22 +92,23 @@ def lines() -> list[str]:
     text = "the capital of france is paris"
     flat = {"type": "function", "name": "report", "parameters": FLAG, "strict": True}
     shaped = {"format": {"type": "json_schema", "name": "flag", "schema": FLAG, "strict": True}}
-    asked = {"max_output_tokens": 60, "temperature": 0}
+    asked = {"max_output_tokens": 250, "temperature": 0}
+    unthought = {"chat_template_kwargs": {"enable_thinking": False}}
     one_call = {"parallel_tool_calls": False}
     return [
         chat("required", "tell", tools=[OTHER, TOOL], tool_choice="required", parallel_tool_calls=False, **ASK),
         chat("named", "tell", tools=[OTHER, TOOL], tool_choice=NAMED, **ASK),
         chat("strict", "tell", tools=[STRICT], parallel_tool_calls=False, **ASK, **next_is("<tool_call>")),
-        chat("either", "tell", tools=[TOOL], response_format=FORMAT, parallel_tool_calls=False, **ASK),
-        chat("none", "tell", tools=[TOOL], tool_choice="none", response_format=FORMAT, **ASK),
+        chat("either", "tell", tools=[TOOL], response_format=FORMAT, **ASK | unthought | one_call),
+        chat("none", "tell", tools=[TOOL], tool_choice="none", response_format=FORMAT, **ASK | unthought),
         chat(
             "thought", "tell", chat_template_kwargs={"opens": True}, response_format=FORMAT, **ASK | next_is("</think>")
         ),
-        chat("unthought", "tell", chat_template_kwargs={"enable_thinking": False}, response_format=FORMAT, **ASK),
-        chat("json", "tell", guided_json=FLAG, **ASK),
-        chat("regex", "tell", guided_regex="[ab]{3}-[0-9]{2}", **ASK),
-        chat("choice", "tell", guided_choice=["yes it is", "no"], **ASK),
-        chat("grammar", "tell", guided_grammar='root ::= "a" | "b"', **ASK),
+        chat("unthought", "tell", response_format=FORMAT, **ASK | unthought),
+        chat("json", "tell", guided_json=FLAG, **ASK | unthought),
+        chat("regex", "tell", guided_regex="[ab]{3}-[0-9]{2}", **ASK | unthought),
+        chat("choice", "tell", guided_choice=["yes it is", "no"], **ASK | unthought),
+        chat("grammar", "tell", guided_grammar='root ::= "a" | "b"', **ASK | unthought),
         chat("impossible", "tell", guided_json={"type": "array", "uniqueItems": True}, **ASK),
         line("response", "/v1/responses", input="tell", text=shaped, **asked),
         line("call", "/v1/responses", input="tell", tools=[flat], tool_choice="required", **asked | one_call),
@@ -143,9 +144,7 @@ def test_a_call_or_an_answer_of_a_shape(rows: dict[str, Any]) -> None:
 
 def test_grammars_begin_behind_the_reasoning(rows: dict[str, Any]) -> None:
     jsonschema.validate(json.loads(message(rows, "thought")["content"]), FLAG)
-    usage = rows["thought"]["usage"]
-    assert usage["completion_tokens_details"]["reasoning_tokens"] == 1  # the mark of its end
-    assert usage["completion_tokens"] > 1
+    assert rows["thought"]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 1  # the mark of its end
     jsonschema.validate(json.loads(message(rows, "unthought")["content"]), FLAG)
 
 
@@ -181,7 +180,7 @@ def test_prompts_are_scored_alike_by_every_name(rows: dict[str, Any]) -> None:
     assert read[0] is None
     assert len(read) == len(echoed)
     for logprob, found in zip(echoed[1:], read[1:], strict=True):
-        assert logprob == pytest.approx(next(iter(found.values()))["logprob"], abs=1e-4)
+        assert any(logprob == pytest.approx(entry["logprob"], abs=1e-4) for entry in found.values())
 
 
 def test_reasoning_is_told_as_by_vllms_own_parsers(thinker: Path) -> None:
