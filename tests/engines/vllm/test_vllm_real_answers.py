@@ -26,7 +26,7 @@ from blendserve.request import StructuredOutputs
 
 __all__ = ["pytestmark"]
 
-MARKS = ("<tool_call>", "</tool_call>", *REASONING_FORMATS["think"].markers, *REASONING_FORMATS["seed_oss"].markers)
+MARKS = ("<tool_call>", "</tool_call>", *REASONING_FORMATS["think"].markers)
 FLAG = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}, "of": {"enum": ["a", "b"]}},
@@ -186,13 +186,12 @@ def test_prompts_are_scored_alike_by_every_name(rows: dict[str, Any]) -> None:
 def test_reasoning_is_told_as_by_vllms_own_parsers(thinker: Path) -> None:
     """Answers that leave no doubt; where the prompt has opened the reasoning, its parsers cannot know."""
     api = InstalledVllm()
-    for ours, theirs in {"think": ("deepseek_r1", "qwen3"), "seed_oss": ("seed_oss",)}.items():
-        marks = REASONING_FORMATS[ours]
-        for name in theirs:
-            assert api.reasoning_marks(name, str(thinker)) == marks.markers
-            for text in (f"{marks.begin}so it is{marks.end}four", f"so it is{marks.end}four", f"{marks.begin}so it is"):
-                reasoning, rest, _ = marks.split(text, is_open=False)
-                assert api.parse_reasoning(name, str(thinker), text) == (reasoning, rest), (name, text)
+    marks = REASONING_FORMATS["think"]
+    for name in ("deepseek_r1", "qwen3"):
+        assert api.reasoning_marks(name, str(thinker)) == marks.markers
+        for text in (f"{marks.begin}so it is{marks.end}four", f"so it is{marks.end}four", f"{marks.begin}so it is"):
+            reasoning, rest, _ = marks.split(text, is_open=False)
+            assert api.parse_reasoning(name, str(thinker), text) == (reasoning, rest), (name, text)
     with pytest.raises(ConfigError, match="has a format of that name"):
         api.reasoning_marks("no-such-parser", str(thinker))
 
