@@ -63,7 +63,7 @@ def tools_of(options: ChatOptions, formats: ChatFormats) -> tuple[Tool, ...]:
     """The functions that an answer may call, without what reading its calls does not need."""
     if options.mode == "none" or formats.tools is None:
         return ()
-    tools = tuple(map(Tool.of, options.tools))
+    tools = tuple(map(Tool.of, options.callable_tools))
     is_typed = formats.tools.name in _TYPED_FORMATS or formats.tools.name not in TOOL_FORMATS
     return tuple(Tool(tool.name, tool.parameters if is_typed else None) for tool in tools)
 
@@ -87,7 +87,7 @@ def structure_of(
             code="invalid_value",
             param="tool_choice",
         )
-    tools = tuple(tool for tool in map(Tool.of, options.tools) if options.mode != "named" or tool.name == options.named)
+    tools = tuple(map(Tool.of, options.callable_tools))
     if forces_json and is_must:
         return _forced_json(options, tools)
     wanted = Wanted(tools, options.is_parallel and options.mode != "named", formats.special_ids)
