@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -118,6 +119,24 @@ def cpu_use() -> CpuUse:
     ticks_per_s = os.sysconf("SC_CLK_TCK")
     user, nice, system, _idle, _iowait, irq, softirq, stolen = ticks
     return CpuUse((user + nice + system + irq + softirq) / ticks_per_s, stolen / ticks_per_s)
+
+
+class Watch:
+    """Watches the machine from its making on: what share of it did others than this process and its ended children
+    take?"""
+
+    def __init__(self) -> None:
+        self._began_s, self._use, self._own_s = time.perf_counter(), cpu_use(), _own_cpu_s()
+
+    def others(self) -> float:
+        used, elapsed_s = cpu_use() - self._use, time.perf_counter() - self._began_s
+        others_s = used.busy_s + used.stolen_s - (_own_cpu_s() - self._own_s)
+        return max(0.0, others_s) / (elapsed_s * (os.cpu_count() or 1))
+
+
+def _own_cpu_s() -> float:
+    uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,7 +4,7 @@ Random prompts that share nothing, fixed output lengths. The time should grow wi
 with the context as its arithmetic does: attention of a prompt grows with the square of its length, everything else with
 the length. The last column is the time against that arithmetic; where it stays level, nothing else grows.
 
-    python bench/growth.py
+    python bench/growth.py [--model MODEL.gguf] [--dtype int8]
 """
 
 from __future__ import annotations
@@ -16,18 +16,27 @@ import common
 from peers import Workload
 
 from blendserve import LLM, SamplingParams
+from blendserve.config import DTYPES
 
+KV_BYTES = 4 << 30
+"""Holds all sequences at once: 8 x 8,192 tokens of the default model take 1.5 GB, of a 1B Llama 2.1 GB."""
 REQUESTS = tuple(Workload("requests", count, 128, 32) for count in (16, 32, 64, 128, 256, 512))
-CONTEXTS = tuple(Workload("context", 8, length, 8) for length in (256, 512, 1024, 2048, 4096, 8000))
+CONTEXTS = tuple(Workload("context", 8, length, 8) for length in (256, 512, 1024, 2048, 4096, 8184))
+"""The last one ends at 8,192 tokens."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", help="GGUF file; the default model if absent")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights (bf16)")
     parser.add_argument("--most", type=int, default=len(REQUESTS), help="sizes of each kind, for a quick look")
     arguments = parser.parse_args()
     common.print_header()
-    with LLM() as llm:
+    # As many sequences at once as the largest job has: growth of the engine, not of its queue.
+    most = REQUESTS[-1].num_requests
+    with LLM(arguments.model, max_num_seqs=most, kv_memory_bytes=KV_BYTES, dtype=arguments.dtype) as llm:
+        print(f"{llm.model.spec.name}, weights in {arguments.dtype}, at most {most} sequences at once\n", flush=True)
         for workloads in (REQUESTS[: arguments.most], CONTEXTS[: arguments.most]):
             seconds: list[list[float]] = [[] for _ in workloads]
             for repeat in range(arguments.repeats):

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from blendserve.host import cache_dir
 from blendserve.models.hub import DEFAULT_MODEL, resolve
 from blendserve.models.load import load_model
@@ -66,9 +68,9 @@ MIXES = (
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One request: its text and how many tokens it is answered with."""
+    """One request: its text or its token ids, and how many tokens it is answered with."""
 
-    prompt: str
+    prompt: str | list[int]
     output_tokens: int
 
 
@@ -113,7 +115,9 @@ def write_batch_file(lines: Sequence[Line], path: Path) -> None:
 
 def encode(lines: Sequence[Line]) -> list[TokenIds]:
     """The prompts as the default model's tokens."""
-    return load_model(resolve(None, cache_dir())).tokenizer.encode_batch([line.prompt for line in lines])
+    texts = [line.prompt for line in lines if isinstance(line.prompt, str)]
+    encoded = iter(load_model(resolve(None, cache_dir())).tokenizer.encode_batch(texts) if texts else [])
+    return [next(encoded) if isinstance(line.prompt, str) else np.array(line.prompt, dtype=np.int32) for line in lines]
 
 
 def title(mix: Mix, lines: Sequence[Line], prompts: Sequence[TokenIds]) -> str:
@@ -127,7 +131,7 @@ def title(mix: Mix, lines: Sequence[Line], prompts: Sequence[TokenIds]) -> str:
 def run_batch_file(batch_file: Path, options: Sequence[str]) -> dict[str, Any]:
     """`blendserve run` as a process of its own; returns what `--json` prints. All lines must have been answered."""
     command = [sys.executable, "-m", "blendserve", "run", str(batch_file), "-o", f"{batch_file}.out", "--fresh"]
-    command += ["--json", "--model", DEFAULT_MODEL.name, *options]
+    command += ["--json", *([] if "--model" in options else ["--model", DEFAULT_MODEL.name]), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     summary: dict[str, Any] = json.loads(done.stdout)
     assert not summary["errors_by_code"], summary

@@ -1,85 +1,119 @@
-"""Model files with one thing changed, by seed: `python bench/mutate_models.py --inputs 1000000`.
+"""Changed headers of model files for their readers, by seed: `python bench/mutate_models.py --inputs 1000000`.
 
-Each input is a directory or a GGUF file of a tiny model in which a value, a name or a few bytes are others. It must
-load, or be refused in one line. Anything else is printed with its seed, and the exit code is 1.
+Each input is a config.json, tokenizer settings, a safetensors header or a GGUF header in which a value, a name or a
+few bytes are others. It must be read, or be refused in one line. Anything else is printed with its seed, and the exit
+code is 1. Each reader works in a process of its own, which may be killed: a crash, a minute without an answer, or more
+than 4 GiB of memory are found too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import pickle
 import random
+import resource
+import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from mmap import mmap
 from pathlib import Path
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core, and no threads that a fork would lose
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "models")]
 
-from hostile_models import GgufParts, HostileDirectory, use  # noqa: E402
-from tiny_files import write_gguf  # noqa: E402
-from tiny_models import random_weights, tiny_spec  # noqa: E402
+from hostile_headers import READERS, Reader  # noqa: E402
 
-RENDERED = 500
-"""One input of so many also renders a conversation, in a process of its own."""
-GOOD_ENDS = ("loaded", "ConfigError", "CapacityError")
+MAX_BYTES = 4 << 30
+MAX_QUIET_S = 60.0
+BATCH = 20_000
+GOOD_ENDS = ("read", "refused")
+MEMORY = Path("/dev/shm")
 
-Trial = Callable[[random.Random, bool], tuple[str, str]]
-"""Changes one thing and loads the model. Returns: what was changed, and how it ended."""
+Ends = Counter[tuple[str, str]]
 
 
-def directory_trial(path: Path, *, lists_added_tokens: bool) -> Trial:
-    directory = HostileDirectory.written(path, lists_added_tokens=lists_added_tokens)
-
-    def trial(source: random.Random, renders: bool) -> tuple[str, str]:
-        name = directory.change(source)
+def ends_of(reader: Reader, seeds: range, current: mmap) -> Ends:
+    """Counts of what was changed and how it ended. Mutates: `current`, the seed being tried."""
+    ends: Ends = Counter()
+    for seed in seeds:
+        current[:8] = seed.to_bytes(8, "little")
+        what = reader.change(random.Random(seed))
         try:
-            return name, use(directory.path, renders=renders)
-        finally:
-            directory.restore(name)
+            ends[what, reader.read()] += 1
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001  # what this looks for
+            end = traceback.format_exc(limit=-1).splitlines()[-1][:100]
+            ends[what, end] += 1
+            if ends[what, end] == 1:
+                print(f"seed {seed}, {what}:\n{traceback.format_exc(limit=-6)}", flush=True)
+    return ends
 
-    return trial
+
+def tried(reader: Reader, seeds: range) -> Ends:
+    """As `ends_of`, in processes of their own: one that dies is told with its seed, and the next goes on behind it."""
+    ends: Ends = Counter()
+    while seeds:
+        current = mmap(-1, 8)
+        current[:8] = seeds.start.to_bytes(8, "little")
+        read_end, write_end = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(read_end)
+            resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+            with os.fdopen(write_end, "wb") as pipe:
+                pickle.dump(ends_of(reader, seeds, current), pipe)
+            os._exit(0)
+        os.close(write_end)
+        status = _watched(child, current)
+        with os.fdopen(read_end, "rb") as pipe:
+            if status == 0:
+                found: Ends = pickle.load(pipe)
+                return ends + found
+        seed = int.from_bytes(current[:8], "little")
+        print(f"seed {seed}: the process ended with {status}", flush=True)
+        ends[reader.name, f"the process ended with {status}"] += 1
+        seeds = range(seed + 1, seeds.stop)
+    return ends
 
 
-def gguf_trial(path: Path) -> Trial:
-    spec = tiny_spec("llama3-rope", num_layers=1)
-    write_gguf(path, spec, random_weights(spec))
-    parts, changed = GgufParts.of(path), path.with_name("changed.gguf")
-
-    def trial(source: random.Random, renders: bool) -> tuple[str, str]:
-        changed.write_bytes(parts.changed(source))
-        return "a GGUF file", use(changed, renders=renders)
-
-    return trial
+def _watched(child: int, current: mmap) -> int:
+    """The exit status of a process, which is killed when it tries one seed for too long."""
+    last, since = b"", time.monotonic()
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if (seed := current[:8]) != last:
+            last, since = seed, time.monotonic()
+        elif time.monotonic() - since > MAX_QUIET_S:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=3000, help="how many (default: 3000)")
+    parser.add_argument("--inputs", type=int, default=3000, help="how many for each reader (default: 3000)")
     parser.add_argument("--seed", type=int, default=0, help="the first one's seed (default: 0)")
+    parser.add_argument("--reader", choices=sorted(READERS), action="append", help="only this one (default: all)")
     args = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)  # of scales that are no numbers any more
-    counts: Counter[tuple[str, str]] = Counter()
-    with tempfile.TemporaryDirectory() as name:
-        trials = (
-            directory_trial(Path(name) / "one", lists_added_tokens=True),
-            directory_trial(Path(name) / "two", lists_added_tokens=False),
-            gguf_trial(Path(name) / "m.gguf"),
-        )
-        for seed in range(args.seed, args.seed + args.inputs):
-            try:
-                counts[trials[seed % 3](random.Random(seed), seed % RENDERED == 0)] += 1
-            except KeyboardInterrupt:
-                raise
-            except BaseException:  # noqa: BLE001  # what this looks for
-                counts["a traceback", traceback.format_exc(limit=-1).splitlines()[-1][:100]] += 1
-                print(f"seed {seed}:\n{traceback.format_exc(limit=-6)}", flush=True)
-    for (what, end), count in sorted(counts.items()):
+    ends: Ends = Counter()
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
+        for name in args.reader or READERS:
+            reader, began_s = READERS[name](Path(directory) / name), time.monotonic()
+            stop = args.seed + args.inputs
+            for first in range(args.seed, stop, BATCH):
+                ends += tried(reader, range(first, min(first + BATCH, stop)))
+            print(f"{name}: {args.inputs} inputs in {time.monotonic() - began_s:.0f} s", flush=True)
+    for (what, end), count in sorted(ends.items()):
         print(f"{count:8} {what}: {end}")
-    return int(any(end not in GOOD_ENDS for _, end in counts))
+    return int(any(end not in GOOD_ENDS for _, end in ends))
 
 
 if __name__ == "__main__":

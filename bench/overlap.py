@@ -1,4 +1,7 @@
-"""Steps with overlap against the same steps without it, on the native engine: `python bench/overlap.py`.
+"""Steps with overlap against the same steps without it, on the native engine.
+
+    python bench/overlap.py [--dtype int8]
+    python bench/overlap.py --starved        one thread, alone and beside a process that streams memory on another core
 
 Decodes with prompts beside them, decodes alone and prompts alone, each off and on in turn; medians with their range.
 Random weights of the default model's shape with a fifth of its layers and without its head, so that filling the KV
@@ -6,16 +9,22 @@ memory takes seconds. `auto` takes what `blendserve calibrate` stored; without t
 
 `share` is the bound max(flop / peak flop/s, bytes / peak bytes/s) of the work over the median time, at the highest
 rates of one op alone that the same process measured: matrix products of a prompt, decode attention or weights
-streaming.
+streaming. On a server whose cores are all in use each core gets a fifth of the bandwidth that it gets on a small
+machine; `--starved` imitates that: memory time weighs more, and overlap is worth more.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import time
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 from common import print_header, summarise, table
 
 from blendserve.calibration.step_probe import Probe, Work, median
@@ -26,6 +35,9 @@ from blendserve.costs.this_machine import overlap_cost_of
 from blendserve.host import usable_cores
 from blendserve.models.known import SMOLLM2_135M
 
+PROMPT_TOKENS = 512
+STREAM_BYTES = 256 << 20
+"""Far more than the caches hold."""
 SHAPE = replace(SMOLLM2_135M, num_layers=SMOLLM2_135M.num_layers // 5, vocab_size=256)
 
 
@@ -49,13 +61,13 @@ def mixes(num_sequences: int) -> list[Mix]:
         Mix("balanced", True, num_sequences // 4),
         Mix("more compute", True, num_sequences),
         Mix("decode alone", True, 0),
-        Mix("prefill alone", False, 512),
+        Mix("prefill alone", False, PROMPT_TOKENS),
     ]
 
 
 def measured_peaks(probe: Probe, num_rounds: int) -> Peaks:
     probe.set_overlap("off", OverlapCost())
-    prompts = [probe.prefill(512) for _ in range(num_rounds)]
+    prompts = [probe.prefill(PROMPT_TOKENS) for _ in range(num_rounds)]
     decodes = [probe.decode() for _ in range(num_rounds)]
     single = [probe.prefill(1) for _ in range(num_rounds)]
     flop_per_s = max(work.matmul_flop_per_s for work in prompts)
@@ -90,6 +102,81 @@ def row(probe: Probe, mix: Mix, mode: str, cost: OverlapCost, peaks: Peaks, num_
     ]
 
 
+def stream(cores: set[int], report: Any) -> None:
+    """Read memory on the given cores for ever; tells how many bytes so far, and when."""
+    os.sched_setaffinity(0, cores)
+    values = np.ones(STREAM_BYTES // 8)
+    num_bytes = 0
+    while True:
+        values.sum()
+        num_bytes += values.nbytes
+        report[:] = [num_bytes, time.monotonic()]
+
+
+@contextmanager
+def neighbours(cores: Sequence[int]) -> Iterator[list[Any]]:
+    """A streaming process on each of the cores; yields what each last told."""
+    context = multiprocessing.get_context("spawn")
+    reports = [context.Array("d", 2, lock=False) for _ in cores]
+    processes = [
+        context.Process(target=stream, args=({core}, report), daemon=True)
+        for core, report in zip(cores, reports, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while not all(report[0] for report in reports):
+            time.sleep(0.01)
+        yield reports
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def measure(arguments: argparse.Namespace, cost: OverlapCost) -> None:
+    """Print the table of all mixes."""
+    with closing(
+        Probe(
+            SHAPE,
+            num_threads=arguments.threads,
+            num_sequences=arguments.sequences,
+            max_tokens=PROMPT_TOKENS + 2 * arguments.sequences,
+            context=arguments.context,
+            dtype=arguments.dtype,
+        )
+    ) as probe:
+        probe.touch()
+        peaks = measured_peaks(probe, arguments.rounds)
+        print(
+            f"peaks of one op alone: {peaks.flop_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.1f} GB/s; {cost}"
+        )
+        rows = [row(probe, mix, arguments.mode, cost, peaks, arguments.rounds) for mix in mixes(arguments.sequences)]
+    shares = ["share off", f"share {arguments.mode}"]
+    print(table(["step", "off ms", f"{arguments.mode} ms", "speedup", "GFLOP/s", "GB/s", *shares], rows), flush=True)
+
+
+def measure_starved(arguments: argparse.Namespace, cost: OverlapCost) -> None:
+    """One thread on the first core: alone, then with a streaming process on each of the others."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        raise SystemExit("--starved needs two cores: one for the engine and one for a process that streams memory")
+    arguments.threads = 1
+    os.sched_setaffinity(0, {first})
+    print("\n### one thread alone\n")
+    measure(arguments, cost)
+    os.sched_setaffinity(0, {first, *others})  # for the processes that are started
+    with neighbours(others) as reports:
+        os.sched_setaffinity(0, {first})
+        before = [tuple(report) for report in reports]
+        print(f"\n### one thread beside {len(others)} that stream memory\n")
+        measure(arguments, cost)
+        rates = [
+            (report[0] - then[0]) / max(report[1] - then[1], 1e-9) for report, then in zip(reports, before, strict=True)
+        ]
+    print(f"\nbeside it: {sum(rates) / 1e9:.1f} GB/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=[mode for mode in OVERLAP_MODES if mode != "off"], default="on")
@@ -101,39 +188,16 @@ def main() -> None:
     parser.add_argument("--chunk-bytes", type=int, help="of KV fetched beside one tile of a matrix product")
     parser.add_argument("--tile-flop", type=int, help="of such a tile")
     parser.add_argument("--iteration-bytes", type=int, help="fetched per iteration of its inner loop")
+    parser.add_argument("--starved", action="store_true", help="one thread, alone and beside one that streams memory")
     parser.add_argument("--memory-lanes", type=int, help="threads that may hold attention; 0: all")
     arguments = parser.parse_args()
+    if arguments.context < PROMPT_TOKENS:
+        parser.error(f"--context is {arguments.context}; a prompt of {PROMPT_TOKENS} tokens has to fit into it")
     cost = overlap_cost_of(arguments.threads, arguments.dtype) or OverlapCost()
     given = {name: getattr(arguments, name) for name in ("chunk_bytes", "tile_flop", "iteration_bytes", "memory_lanes")}
     cost = replace(cost, **{name: value for name, value in given.items() if value is not None})
     print_header()
-    with closing(
-        Probe(
-            SHAPE,
-            num_threads=arguments.threads,
-            num_sequences=arguments.sequences,
-            max_tokens=512 + 2 * arguments.sequences,
-            context=arguments.context,
-            dtype=arguments.dtype,
-        )
-    ) as probe:
-        probe.touch()
-        peaks = measured_peaks(probe, arguments.rounds)
-        print(
-            f"peaks of one op alone: {peaks.flop_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.1f} GB/s; {cost}"
-        )
-        rows = [row(probe, mix, arguments.mode, cost, peaks, arguments.rounds) for mix in mixes(arguments.sequences)]
-    columns = [
-        "step",
-        "off ms",
-        f"{arguments.mode} ms",
-        "speedup",
-        "GFLOP/s",
-        "GB/s",
-        "share off",
-        f"share {arguments.mode}",
-    ]
-    print(table(columns, rows))
+    (measure_starved if arguments.starved else measure)(arguments, cost)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def entrant(name: str, model: Path, threads: int, overrides: Mapping[str, Any]) 
     }
     if engine not in builders:
         raise SystemExit(
-            f"unknown peer {name!r}; known: {', '.join(builders)}, with -q8_0, -f16 or -f32 for other weights"
+            f"unknown peer {name!r}; known: {', '.join(builders)}, with -q8_0, -f16 or -f32 for other weights, "
+            "ours-int8, vllm-int8"
         )
     settings = builders[engine](model, threads, weights)
     for path, value in overrides.items():
@@ -88,7 +89,7 @@ def _openvino(model: Path, threads: int, weights: str) -> dict[str, Any]:
     return {
         "model": str(_weights(model, weights)),
         "threads": threads,
-        "precision": f"{weights or 'u4 (Q4_1)'} weights, f32 compute, {kv} KV",
+        "precision": f"{weights or 'u4 (Q4_1)'} weights, compute as it chooses, {kv} KV",
         "scheduler": {
             "cache_size": KV_BYTES >> 30,
             "max_num_batched_tokens": 512,
@@ -112,11 +113,13 @@ def _llamacpp(model: Path, threads: int, weights: str) -> dict[str, Any]:
 
 
 def _vllm(model: Path, threads: int, weights: str) -> dict[str, Any]:
+    is_int8 = weights == "int8"
+    dtype = "bfloat16" if is_int8 or not weights else weights
     return {
-        "model": str(_hf_directory(model)),
-        "precision": f"{weights or 'bfloat16'} weights and KV",
+        "model": str(_int8_directory(model) if is_int8 else _hf_directory(model)),
+        "precision": "int8 weights and activations, bf16 KV" if is_int8 else f"{dtype} weights and KV",
         "arguments": {
-            "dtype": weights or "bfloat16",
+            "dtype": dtype,
             "enforce_eager": True,
             "block_size": 32,
             "max_model_len": 2048,
@@ -147,6 +150,16 @@ def _transformers(model: Path, threads: int, weights: str) -> dict[str, Any]:
 
 def _hf_directory(model: Path) -> Path:
     return PEERS_DIR / "weights" / f"{model.name.split('.')[0]}-hf"
+
+
+def _int8_directory(model: Path) -> Path:
+    """The same with int8 weights, made on first use."""
+    source = _hf_directory(model)
+    target = source.with_name(f"{source.name}-int8")
+    if not target.exists():
+        python = PEERS_DIR / "vllm" / "bin" / "python"
+        subprocess.run([python, str(BENCH / "peers" / "int8_hf.py"), source, target], check=True)
+    return target
 
 
 def _weights(model: Path, kind: str) -> Path:

@@ -2,9 +2,12 @@
 
 Prompts are random token ids (no text, no prefix in common), end of sequence is ignored, sampling is greedy. Timed from
 token ids to token ids with the model loaded; every run uses new prompts, so that no engine's prefix cache helps.
-Set the peers up with scripts/setup-peers.
+Set the peers up with scripts/setup-peers. Every run is stored when it ends: a race that was stopped goes on where it
+was when it is started again; after a change of our engine it begins anew.
 
     python bench/peers.py --peers openvino,llamacpp --repeats 3
+    python bench/peers.py --peers ours-int8,openvino,openvino-q8_0,llamacpp,vllm,vllm-int8
+    python bench/peers.py ... --show                                    the tables of what is done
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import common
+from peaks import Peak, peak_of
 from peer_lineup import entrant, parse_override
 from peer_process import PeerError, PeerProcess, Run
+from run_store import RESULTS, Progress, RunStore
 
 from blendserve.host import cache_dir
 from blendserve.models.gguf_file import GgufFile
@@ -101,11 +107,22 @@ def main() -> None:
     spec = spec_from_gguf(model.name, GgufFile(model.path))
     workloads = [w.scaled(arguments.scale) for w in WORKLOADS if w.name in arguments.workloads.split(",")]
     names = [*(() if arguments.without_ours else ("ours",)), *filter(None, arguments.peers.split(","))]
-    with contextlib.ExitStack() as stack:
-        processes = start_entrants(names, model.path, arguments.threads, arguments.set, arguments.timeout, stack)
-        results = _race(processes, workloads, spec, arguments.repeats)
+    store = RunStore(arguments.store)
+    cells = cells_of(workloads, names, model.name, arguments)
+    if arguments.scale != 1.0:
+        print(f"SMALL RUN: {arguments.scale:g} of the requests.\n")
+    if not arguments.show:
+        todo = [cell for cell in cells if not store.runs(cell.key)]
+        waiting = [name for name in names if any(cell.peer == name for cell in todo)]
+        with contextlib.ExitStack() as stack:
+            processes = start_entrants(waiting, model.path, arguments.threads, arguments.set, arguments.timeout, stack)
+            _race(processes, todo, spec, store)
+    results = [Result(**run) for cell in cells for run in store.runs(cell.key)[:1]]
+    peak = peak_of()
+    print(f"peak: {peak.bf16 / 1e9:.0f} GFLOP/s in bf16, {peak.int8 / 1e9:.0f} GOPS in int8 ({peak.source})\n")
     for workload in workloads:
-        print(_table(workload, [r for r in results if r.workload == workload.name], spec), flush=True)
+        print(_table(workload, [r for r in results if r.workload == workload.name], spec, peak), flush=True)
+    print(f"measured at {', '.join(sorted(store.commits)) or 'no commit'}; kept in {arguments.store}")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
 
@@ -113,7 +130,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--peers", default="openvino,llamacpp", help="comma-separated; vllm, or openvino-f16 for other weights"
+        "--peers", default="openvino,llamacpp", help="comma-separated; also vllm, vllm-int8, ours-int8, openvino-q8_0"
     )
     parser.add_argument("--without-ours", action="store_true", help="race the peers alone")
     parser.add_argument("--workloads", default=",".join(w.name for w in WORKLOADS))
@@ -123,6 +140,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", help="GGUF file; the default model if absent")
     parser.add_argument("--set", action="append", default=[], metavar="PEER.SETTING=VALUE", help="change a setting")
     parser.add_argument("--timeout", type=float, default=RUN_TIMEOUT_S, help="seconds that one run may take")
+    parser.add_argument("--show", action="store_true", help="run nothing, print the tables of what is done")
+    parser.add_argument("--store", type=Path, default=RESULTS / "peers.jsonl")
     parser.add_argument("--json", type=Path, help="write every run to this file")
     return parser.parse_args()
 
@@ -165,30 +184,66 @@ def start_entrants(
     return processes
 
 
-def _race(processes: list[PeerProcess], workloads: list[Workload], spec: ModelSpec, repeats: int) -> list[Result]:
-    """Run every workload `repeats` times after a small warm-up, the entrants in turn; each time another one begins."""
-    results = []
-    running = list(processes)
-    for workload in workloads:
-        warm_up = Workload(workload.name, 4, workload.prompt_tokens, min(workload.output_tokens, 8))
-        for repeat in range(-1, repeats):
-            job = warm_up if repeat < 0 else workload
-            prompts = job.prompts(spec.vocab_size, f"{workload.name} {repeat}")
-            for position in range(len(running)):
-                process = running[(position + max(repeat, 0)) % len(running)]
-                try:
-                    result = _timed(process, job, prompts, repeat)
-                except PeerError as error:
-                    print(f"drops out of the race: {error}\n")
-                    running = [other for other in running if other is not process]
-                    break
-                if repeat >= 0:
-                    results.append(result)
-                    print(
-                        f"{workload.name} {repeat + 1}/{repeats} {process.name}: {result.elapsed_s:.1f} s", flush=True
-                    )
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a peer; `key` names it in the store."""
+
+    workload: Workload
+    peer: str
+    repeat: int
+    key: dict[str, Any]
+
+
+def cells_of(
+    workloads: Sequence[Workload], names: Sequence[str], model: str, arguments: argparse.Namespace
+) -> list[Cell]:
+    """Every workload `repeats` times, the entrants in turn; each time another one begins."""
+    given = {name: [text for text in arguments.set if text.startswith(f"{name}.")] for name in names}
+    return [
+        Cell(
+            workload,
+            name,
+            repeat,
+            {
+                "bench": "peers",
+                **asdict(workload),
+                "peer": name,
+                "repeat": repeat,
+                "model": model,
+                "threads": arguments.threads,
+                "settings": given[name],
+            },
+        )
+        for workload in workloads
+        for repeat in range(arguments.repeats)
+        for name in (names[(position + repeat) % len(names)] for position in range(len(names)))
+    ]
+
+
+def _race(processes: list[PeerProcess], todo: Sequence[Cell], spec: ModelSpec, store: RunStore) -> None:
+    """Run and store the cells of those that started, each after a small warm-up of its workload."""
+    running = {process.name: process for process in processes}
+    todo = [cell for cell in todo if cell.peer in running]
+    progress, warm = Progress([], len(todo)), set()
+    for cell in todo:
+        if cell.peer not in running:
+            continue
+        process, workload = running[cell.peer], cell.workload
+        try:
+            if (cell.peer, workload.name) not in warm:
+                warm.add((cell.peer, workload.name))
+                small = Workload(workload.name, 4, workload.prompt_tokens, min(workload.output_tokens, 8))
+                _timed(process, small, small.prompts(spec.vocab_size, f"{workload.name} -1"), -1)
+            prompts = workload.prompts(spec.vocab_size, f"{workload.name} {cell.repeat}")
+            result = _timed(process, workload, prompts, cell.repeat)
+        except PeerError as error:
+            print(f"drops out of the race: {error}\n")
+            del running[cell.peer]
+            continue
+        store.add(cell.key, asdict(result))
+        progress.done(result.elapsed_s)
+        print(f"{workload.name} {cell.repeat + 1} {cell.peer}: {result.elapsed_s:.1f} s; {progress}", flush=True)
     print()
-    return results
 
 
 def _timed(process: PeerProcess, job: Workload, prompts: list[list[int]], repeat: int) -> Result:
@@ -201,7 +256,7 @@ def _timed(process: PeerProcess, job: Workload, prompts: list[list[int]], repeat
     )
 
 
-def _table(workload: Workload, results: list[Result], spec: ModelSpec) -> str:
+def _table(workload: Workload, results: list[Result], spec: ModelSpec, peak: Peak) -> str:
     title = (
         f"### {workload.name}: {workload.num_requests} requests, {workload.prompt_tokens} tokens in, "
         f"{workload.output_tokens} out; "
@@ -210,12 +265,25 @@ def _table(workload: Workload, results: list[Result], spec: ModelSpec) -> str:
     by_peer: dict[str, list[Result]] = {}
     for result in results:
         by_peer.setdefault(result.peer, []).append(result)
-    rows = [_row(name, runs, by_peer.get("ours"), workload, spec) for name, runs in by_peer.items()]
-    header = ["", "seconds", "in+out tok/s", "out tok/s", "GFLOP/s", "GB/s", "ours is", "cpu s", "neighbours"]
+    rows = [_row(name, runs, by_peer.get("ours"), workload, spec, peak) for name, runs in by_peer.items()]
+    header = [
+        "",
+        "seconds",
+        "in+out tok/s",
+        "out tok/s",
+        "GFLOP/s",
+        "of peak",
+        "GB/s",
+        "ours is",
+        "cpu s",
+        "neighbours",
+    ]
     return title + "\n" + common.table(header, rows) + "\n"
 
 
-def _row(name: str, runs: list[Result], ours: list[Result] | None, workload: Workload, spec: ModelSpec) -> list[str]:
+def _row(
+    name: str, runs: list[Result], ours: list[Result] | None, workload: Workload, spec: ModelSpec, peak: Peak
+) -> list[str]:
     seconds = common.summarise([run.elapsed_s for run in runs])
     return [
         name,
@@ -223,6 +291,7 @@ def _row(name: str, runs: list[Result], ours: list[Result] | None, workload: Wor
         common.summarise([run.num_tokens / run.elapsed_s for run in runs]).text(),
         common.summarise([run.num_output_tokens / run.elapsed_s for run in runs]).text(),
         f"{workload.flop(spec) / seconds.median / 1e9:.0f}",
+        peak.share(workload.flop(spec) / seconds.median, name.partition("-")[2]),
         f"{workload.decode_bytes(spec) / seconds.median / 1e9:.1f}"
         if name == "ours"
         else "",  # others store KV otherwise

@@ -1,21 +1,23 @@
-"""What the service's API costs while its engine works: clients that poll, and the engine's own pace beside them.
+"""What the service's API costs its engine: the same lines by `blendserve run` and by a service that many clients ask.
 
-Starts `blendserve serve` on the native engine with the default model, stores many batches that have ended, runs a
-batch, and lets many clients ask for their batches meanwhile. The same lines are run by `blendserve run` before and
-after, so that both are measured on the same machine in the same minutes.
+Both run by turns. Before its turn the service is given a batch of these lines and many batches that wait for another
+model; clients then ask for all of them, each once in --pause seconds, until the batch has ended. Every turn of the
+service is a new process. Compared are the seconds in which requests ran, without loading and planning.
 
     python bench/serve_load.py
-    python bench/serve_load.py --clients 200 --batches 1000 --lines 60 --model ./my-model
+    python bench/serve_load.py --clients 200 --batches 1000 --lines 40 --pairs 5 --model ./my-model
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
+import os
 import random
+import re
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,24 +25,38 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import httpx2
 
-from blendserve.serve.records import BatchRecord, new_id
+from blendserve.serve.records import BatchRecord, FileRecord, new_id
 from blendserve.serve.store import SqliteStore
 
 CHAT = "/v1/chat/completions"
+NAME, WAITING = "measured", "waiting"
+
+
+class Turn(NamedTuple):
+    """A turn of the service. `service_s` and `client_s`: CPU time of the API's process, and of the clients, which have
+    the same cores.
+    """
+
+    run_s: float
+    latencies: list[float]
+    service_s: float
+    client_s: float
+    seconds: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--batches", type=int, default=1000, help="batches to poll")
-    parser.add_argument("--lines", type=int, default=60, help="lines of the batch that runs")
+    parser.add_argument("--batches", type=int, default=1000, help="batches that are asked for")
+    parser.add_argument("--lines", type=int, default=40, help="lines of the batch that runs")
+    parser.add_argument("--pairs", type=int, default=5, help="turns of each")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two requests of a client")
-    parser.add_argument("--model", help="model of the engine")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="model of the engine")
     arguments = parser.parse_args()
     common.print_header()
     with tempfile.TemporaryDirectory() as name:
@@ -49,61 +65,98 @@ def main() -> None:
 
 def measure(directory: Path, arguments: argparse.Namespace) -> None:
     source = directory / "in.jsonl"
-    source.write_bytes(some_lines(arguments.lines, arguments.model or "SmolLM2-135M-Instruct"))
-    options = ["--model", arguments.model] if arguments.model else []
-    alone = [run_alone(source, directory / "before.jsonl", options)]
-    print(f"{'blendserve run, before':<40}{alone[0]:.1f} s", flush=True)
-    ids = store_ended(directory / "data", arguments.batches)
-    with service(directory / "data", options) as url:
-        quiet = asyncio.run(served(url, source, [], arguments))
-        busy = asyncio.run(served(url, source, ids, arguments))
-    alone.append(run_alone(source, directory / "after.jsonl", options))
-    latencies = sorted(busy[1])
+    source.write_bytes(some_lines(arguments.lines, NAME))
+    alone, turns = [], []
+    for number in range(arguments.pairs):
+        alone.append(run_alone(source, directory / f"{number}.jsonl", arguments.model))
+        turns.append(run_served(source, directory / f"data{number}", arguments))
+        print(f"turn {number + 1}: run {alone[-1]:.2f} s, served {turns[-1].run_s:.2f} s", flush=True)
+    report(alone, turns)
+
+
+def report(alone: list[float], turns: list[Turn]) -> None:
+    ratios = sorted(turn.run_s / seconds for turn, seconds in zip(turns, alone, strict=True))
+    latencies = sorted(latency for turn in turns for latency in turn.latencies)
+    seconds = sum(turn.seconds for turn in turns)
+    places = [latencies[round(share * (len(latencies) - 1))] for share in (0.5, 0.99, 1.0)]
     rows = [
-        ("blendserve run, after", f"{alone[1]:.1f} s"),
-        ("served, nobody asks", f"{quiet[0]:.1f} s"),
-        (f"served, {arguments.clients} clients ask", f"{busy[0]:.1f} s"),
-        ("requests answered meanwhile", f"{len(latencies)}, {len(latencies) / busy[0]:.0f} per second"),
-        ("latency median, p99, most", ", ".join(f"{1e3 * value:.1f} ms" for value in quantiles(latencies))),
+        ("blendserve run", f"{common.summarise(alone).text(2)} s"),
+        ("served, clients ask", f"{common.summarise([turn.run_s for turn in turns]).text(2)} s"),
+        ("served over run, median of pairs", f"{common.summarise(ratios).text(3)}"),
+        ("requests answered meanwhile", f"{len(latencies)}, {len(latencies) / seconds:.0f} per second"),
+        ("latency median, p99, longest", ", ".join(f"{1e3 * value:.1f} ms" for value in places)),
+        ("CPU of the API's process", f"{100 * sum(turn.service_s for turn in turns) / seconds:.1f}% of a core"),
+        ("CPU of the clients", f"{100 * sum(turn.client_s for turn in turns) / seconds:.1f}% of a core"),
     ]
     for label, value in rows:
-        print(f"{label:<40}{value}")
-
-
-def quantiles(sorted_values: list[float]) -> tuple[float, float, float]:
-    last = len(sorted_values) - 1
-    return statistics.median(sorted_values), sorted_values[round(0.99 * last)], sorted_values[last]
+        print(f"{label:<36}{value}")
 
 
 def some_lines(count: int, model: str) -> bytes:
     chance = random.Random(1)
     rows = []
     for number in range(count):
-        words = " ".join(f"word{chance.randrange(1000)}" for _ in range(chance.randrange(20, 300)))
+        words = " ".join(f"word{chance.randrange(1000)}" for _ in range(chance.randrange(20, 120)))
         body = {"model": model, "messages": [{"role": "user", "content": words}], "max_tokens": 64, "temperature": 0}
         rows.append(json.dumps({"custom_id": str(number), "method": "POST", "url": CHAT, "body": body}))
     return "\n".join(rows).encode() + b"\n"
 
 
-def run_alone(source: Path, output: Path, options: list[str]) -> float:
-    """Seconds that the requests took in a run, without the time to load."""
-    command = [sys.executable, "-m", "blendserve", "run", str(source), "-o", str(output), "--json", *options]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_alone(source: Path, output: Path, model: str) -> float:
+    command = [sys.executable, "-m", "blendserve", "run", str(source), "-o", str(output), "--json", "--model", model]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
     times: dict[str, Any] = json.loads(found.stdout)
     return float(times["run_s"])
 
 
-def store_ended(data: Path, count: int) -> list[str]:
-    """Batches that have ended, as an earlier service would have left them."""
-    data.mkdir()
+def run_served(source: Path, data: Path, arguments: argparse.Namespace) -> Turn:
+    """One turn of a new service."""
+    id, others = store_batches(data, source, arguments.batches)
+    options = [word for name in (NAME, WAITING) for word in ("--model", f"{name}={arguments.model}")]
+    with service(data, options) as url:
+        pid = int((data / "service.lock").read_text())
+        started, used, before_s = time.perf_counter(), time.process_time(), cpu_seconds(pid)
+        latencies = asyncio.run(ask_until_ended(url, id, others, arguments))
+        seconds, client_s = time.perf_counter() - started, time.process_time() - used
+        service_s = cpu_seconds(pid) - before_s
+        metrics = httpx2.get(f"{url}/metrics").text
+    found = re.search(r"^blendserve_engine_seconds_total (\S+)", metrics, re.MULTILINE)
+    assert found is not None, metrics
+    return Turn(float(found[1]), latencies, service_s, client_s, seconds)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def store_batches(data: Path, source: Path, count: int) -> tuple[str, list[str]]:
+    """What an earlier service would have left: the batch to run, and others that come after it."""
+    (data / "files").mkdir(parents=True)
     store = SqliteStore(data / "service.db")
-    made = [
-        BatchRecord(new_id("batch"), "", 1, "file_1", CHAT, "24h", 1 << 40, "", "", status="completed")
-        for _ in range(count)
-    ]
-    store.put(*made)
+    measured = store_file(store, data, source.read_bytes())
+    waiting = store_file(store, data, some_lines(1, WAITING))
+    now = int(time.time())
+    first = _in_progress(measured, NAME, now + 1)
+    others = [_in_progress(waiting, WAITING, now + 7 * 86400) for _ in range(count)]
+    store.put(first, *others)
     store.close()
-    return [batch.id for batch in made]
+    return first.id, [batch.id for batch in others]
+
+
+def _in_progress(file: FileRecord, model: str, expires_at: int) -> BatchRecord:
+    ids = new_id("batch"), new_id("file"), new_id("file")
+    now = int(time.time())
+    batch = BatchRecord(ids[0], "", now, file.id, CHAT, "7d", expires_at + 86400, ids[1], ids[2], model=model)
+    return batch.moved("in_progress", now, num_lines=file.num_lines)
+
+
+def store_file(store: SqliteStore, data: Path, content: bytes) -> FileRecord:
+    name, digest = new_id("file"), hashlib.sha256(content).hexdigest()
+    file = FileRecord(name, "", int(time.time()), "in.jsonl", "batch", len(content), content.count(b"\n"), digest)
+    (data / "files" / file.id).write_bytes(content)
+    store.put(file)
+    return file
 
 
 @contextmanager
@@ -112,13 +165,14 @@ def service(data: Path, options: list[str]) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "blendserve", "serve", "--data", str(data), "--port", str(port), *options]
-    with (data.parent / "serve.log").open("wb") as log:
+    log_path = data.parent / "serve.log"
+    with log_path.open("wb") as log:
         process = subprocess.Popen(command, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         while not is_ready(url):
             if process.poll() is not None:
-                raise SystemExit(f"the service ended: {(data.parent / 'serve.log').read_text()[-1000:]}")
+                raise SystemExit(f"the service ended: {log_path.read_text()[-1000:]}")
             time.sleep(0.1)
         yield url
     finally:
@@ -133,36 +187,43 @@ def is_ready(url: str) -> bool:
         return False
 
 
-async def served(url: str, source: Path, ids: list[str], arguments: argparse.Namespace) -> tuple[float, list[float]]:
-    """Seconds from the first answer's round to the end of a batch, and latencies of all that was asked meanwhile."""
+async def ask_until_ended(url: str, id: str, others: list[str], arguments: argparse.Namespace) -> list[float]:
+    """Clients with a connection each ask until the batch has ended. Returns: how long each request took."""
+    port, is_over = int(url.rpartition(":")[2]), asyncio.Event()
     latencies: list[float] = []
-    is_over = asyncio.Event()
-    limits = httpx2.Limits(max_connections=arguments.clients + 5)
-    async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
-        files = {"file": ("in.jsonl", source.read_bytes())}
-        file = (await client.post("/v1/files", files=files, data={"purpose": "batch"})).json()
-        warm_up = {"model": None, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
-        await client.post(CHAT, json={name: value for name, value in warm_up.items() if value is not None})
-        metadata = {"run": str(time.time())}
-        body = {"input_file_id": file["id"], "endpoint": CHAT, "completion_window": "24h", "metadata": metadata}
-        started = time.perf_counter()
-        batch = (await client.post("/v1/batches", json=body)).json()
 
-        async def poll(number: int) -> None:
-            await asyncio.sleep(arguments.pause * number / arguments.clients)
-            while not is_over.is_set():
-                asked = time.perf_counter()
-                await client.get(f"/v1/batches/{ids[(number * 7919 + len(latencies)) % len(ids)]}")
-                latencies.append(time.perf_counter() - asked)
-                await asyncio.sleep(arguments.pause)
+    async def client(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(arguments.pause * number / arguments.clients)
+        asked = number
+        while not is_over.is_set():
+            asked += arguments.clients
+            await ask(reader, writer, others[asked % len(others)], latencies)
+            await asyncio.sleep(arguments.pause)
+        writer.close()
 
-        pollers = [asyncio.create_task(poll(number)) for number in range(arguments.clients if ids else 0)]
-        while (await client.get(f"/v1/batches/{batch['id']}")).json()["status"] not in ("completed", "failed"):
-            await asyncio.sleep(0.05)
-        seconds = time.perf_counter() - started
-        is_over.set()
-        await asyncio.gather(*pollers)
-    return seconds, latencies
+    clients = [asyncio.create_task(client(number)) for number in range(arguments.clients)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    while (await ask(reader, writer, id, []))["status"] != "completed":
+        await asyncio.sleep(0.5)
+    is_over.set()
+    writer.close()
+    await asyncio.gather(*clients)
+    return latencies
+
+
+async def ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, latencies: list[float]
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    writer.write(f"GET /v1/batches/{id} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\n\r\n".encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 "), head
+    size = re.search(rb"content-length: (\d+)", head)
+    assert size is not None
+    body: dict[str, Any] = json.loads(await reader.readexactly(int(size[1])))
+    latencies.append(time.perf_counter() - started)
+    return body
 
 
 if __name__ == "__main__":

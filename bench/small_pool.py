@@ -2,9 +2,9 @@
 
     python bench/small_pool.py [--mixes pool,exam] [--kv-mib 128,256] [--policies dfs,paper,blend] [--details]
 
-Mixes are token counts: `pool` is a file of questions behind one long shared prefix, long generations and unshared long
-prompts; the others have the shape of those in `mixes.py`. Rates are those of `RATES`. Each mix runs on an engine whose
-steps take compute and memory time one after the other (off), and on one that hides half of the shorter one (on).
+Mixes are those of `token_mixes.py`, rates those of `RATES`. Each mix runs on an engine whose steps take compute and
+memory time one after the other (off), on one that hides half of the shorter one (on), and on one that does so without
+the plan knowing (unplanned).
 
 All figures are simulated.
 """
@@ -13,131 +13,55 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 from common import print_header, table
+from token_mixes import MIXES, workload_of
 
-from blendserve.config import BYTES_PER_WEIGHT
+from blendserve.config import BYTES_PER_WEIGHT, Dtype
 from blendserve.costs.model_cost import ModelCost
 from blendserve.costs.step_cost import SEQUENTIAL, Interference
 from blendserve.costs.stored_calibration import Calibration
 from blendserve.models.known import SMOLLM2_135M
-from blendserve.planner.policies import POLICY_NAMES
+from blendserve.planner.base import Policy
+from blendserve.planner.plan import Plan
+from blendserve.planner.policies import POLICY_NAMES, make_policy
 from blendserve.simulator.machine import Machine
 from blendserve.simulator.simulate import simulate
 from blendserve.simulator.workloads.knowledge import SAMPLED
-from blendserve.simulator.workloads.workload import Workload
 
-RATES = Calibration(
+INT8_RATES = Calibration(
     machine="2 cores of AMD EPYC (Zen 4)",
     dtype="int8",
     num_threads=2,
-    gemm_flop_per_s=600e9,
-    weight_bytes_per_s=25e9,
-    kv_bytes_per_s=25e9,
-    prefill_attention_flop_per_s=170e9,
-    constant_s=0.33e-3,
+    gemm_flop_per_s=580e9,
+    weight_bytes_per_s=30e9,
+    kv_bytes_per_s=31e9,
+    prefill_attention_flop_per_s=340e9,
+    constant_s=0.2e-3,
     compute_delay=1.0,
     memory_delay=1.0,
     memory_bytes=24.6e9,
 )
-"""What `blendserve calibrate --dtype int8` measured there."""
-INTERFERENCE = {"off": SEQUENTIAL, "on": Interference(0.5, 0.5)}
+RATES: dict[Dtype, Calibration] = {"int8": INT8_RATES, "bf16": replace(INT8_RATES, dtype="bf16", gemm_flop_per_s=400e9)}
+"""By dtype of weights: what whole steps and attention reached there (docs/benchmarks.md)."""
+INTERFERENCE = {"off": SEQUENTIAL, "on": Interference(0.5, 0.5), "unplanned": Interference(0.5, 0.5)}
+"""Of the engine. Plans know of it but for `unplanned`: a run with overlap on a machine that was never measured."""
 KV_MIB = (128, 256, 512, 1024, 4096)
 MAX_NUM_SEQS = 256
 
 
-class Part(NamedTuple):
-    """Requests of one kind. `prefix` groups requests that share their first `num_prefix_tokens`; -1: nothing."""
-
-    prompts: list[int]
-    outputs: list[int]
-    prefix: list[int]
-    num_prefix_tokens: int = 0
-
-
-def questions(rng: np.random.Generator, groups: int, per_group: int, prefix: int, own: int, answer: int) -> Part:
-    count = groups * per_group
-    own_tokens = rng.integers(own // 2, own * 3 // 2, count)
-    groups_of = np.arange(count) // per_group
-    return Part((prefix + own_tokens).tolist(), [answer] * count, groups_of.tolist(), prefix)
-
-
-def alone(prompts: Sequence[int], outputs: Sequence[int]) -> Part:
-    return Part(list(prompts), list(outputs), [-1] * len(prompts))
-
-
-def pool(rng: np.random.Generator) -> list[Part]:
-    return [
-        questions(rng, 1, 160, 1040, 24, 6),
-        alone([100] * 70, rng.integers(400, 1001, 70).tolist()),
-        alone([1200] * 60, [24] * 60),
-    ]
-
-
-def generations(rng: np.random.Generator, count: int) -> Part:
-    return alone([10] * count, rng.integers(160, 481, count).tolist())
-
-
-def exam(rng: np.random.Generator) -> list[Part]:
-    return [questions(rng, 57, 8, 480, 80, 2), generations(rng, 220)]
-
-
-def digest(rng: np.random.Generator) -> list[Part]:
-    return [generations(rng, 220), alone([1300] * 56, [16] * 56)]
-
-
-def everything(rng: np.random.Generator) -> list[Part]:
-    return [questions(rng, 38, 8, 480, 80, 2), generations(rng, 180), alone([1300] * 28, [16] * 28)]
-
-
-MIXES: dict[str, Callable[[np.random.Generator], list[Part]]] = {
-    "pool": pool,
-    "exam": exam,
-    "digest": digest,
-    "all": everything,
-}
-"""By name: parts, put end to end in the file but for `pool` and `all`, which are shuffled."""
-SHUFFLED = ("pool", "all")
-
-
-def workload_of(name: str, seed: int = 0) -> Workload:
-    """A mix as a job whose output lengths are known, as they are where the end of sequence is ignored."""
-    rng = np.random.default_rng(seed)
-    parts = MIXES[name](rng)
-    prompts, outputs, prefix = (
-        np.concatenate([np.array(part[column], dtype=np.int64) for part in parts]) for column in range(3)
-    )
-    kind = np.repeat(np.arange(len(parts)), [len(part.prompts) for part in parts])
-    shared = np.array([part.num_prefix_tokens for part in parts])[kind]
-    rows = rng.permutation(len(kind)) if name in SHUFFLED else np.arange(len(kind))
-    prompts, outputs, prefix, kind, shared = (column[rows] for column in (prompts, outputs, prefix, kind, shared))
-    order = np.lexsort((prefix, kind))
-    same = (kind[order[1:]] == kind[order[:-1]]) & (prefix[order[1:]] == prefix[order[:-1]]) & (prefix[order[1:]] >= 0)
-    return Workload(
-        name=name,
-        num_prompt_tokens=prompts,
-        num_output_tokens=outputs,
-        known_output_tokens=outputs,
-        kind=kind,
-        kinds=tuple(str(number) for number in range(len(parts))),
-        order=order,
-        lcp=np.append(0, np.where(same, shared[order[1:]], 0)),
-        max_output_tokens=outputs,
-    )
-
-
-def machine_of(kv_mib: int, overlap: str) -> Machine:
-    model = ModelCost.from_spec(SMOLLM2_135M, bytes_per_weight=BYTES_PER_WEIGHT["int8"])
+def machine_of(kv_mib: int, overlap: str, dtype: Dtype = "int8") -> Machine:
+    rates = RATES[dtype]
+    model = ModelCost.from_spec(SMOLLM2_135M, bytes_per_weight=BYTES_PER_WEIGHT[dtype])
     return Machine(
-        hardware=RATES.hardware(),
+        hardware=rates.hardware(),
         model=model,
         tensor_parallel=1,
-        cost=replace(RATES.step_cost(model), interference=INTERFERENCE[overlap]),
+        cost=replace(rates.step_cost(model), interference=INTERFERENCE[overlap]),
         capacity_tokens=int((kv_mib << 20) / model.kv_bytes_per_token),
         overlap=INTERFERENCE[overlap],
         max_num_seqs=MAX_NUM_SEQS,
@@ -151,6 +75,12 @@ class Case(NamedTuple):
     kv_mib: int
     overlap: str
     policy: str
+    dtype: Dtype = "int8"
+
+    @property
+    def setting(self) -> str:
+        """What runs of different policies have in common."""
+        return f"{self.mix} {self.dtype} {self.kv_mib} MiB {self.overlap}"
 
 
 class Figures(NamedTuple):
@@ -179,13 +109,19 @@ class Figures(NamedTuple):
         return self.compute_s - self.prompts_s - self.recomputed_s
 
 
-def figures_of(case: Case, seed: int = 0) -> Figures:
-    workload, machine = workload_of(case.mix, seed), machine_of(case.kv_mib, case.overlap)
+def unplanned_policy(name: str, plan: Plan) -> Policy:
+    """A policy that does not know that the engine overlaps."""
+    return make_policy(name, replace(plan, cost=replace(plan.cost, has_overlap=False)))
+
+
+def figures_of(case: Case, seed: int = 0, scale: float = 1.0) -> Figures:
+    workload, machine = workload_of(case.mix, seed, scale), machine_of(case.kv_mib, case.overlap, case.dtype)
     result = simulate(
         workload,
         machine,
         case.policy,
         lengths=SAMPLED,
+        make=partial(unplanned_policy, case.policy) if case.overlap == "unplanned" else None,
         keeps_steps=True,
         clock=lambda: 0.0,
     )
@@ -203,38 +139,48 @@ def figures_of(case: Case, seed: int = 0) -> Figures:
     )
 
 
-def by_setting(found: Sequence[Figures]) -> Iterator[tuple[str, list[Figures]]]:
-    """Runs of the same mix, memory and engine, with a title."""
-    settings = dict.fromkeys(figures.case[:3] for figures in found)
-    for mix, kv_mib, overlap in settings:
-        yield (
-            f"{mix} {kv_mib} MiB {overlap}",
-            [figures for figures in found if figures.case[:3] == (mix, kv_mib, overlap)],
-        )
+def by_setting(found: Sequence[Figures]) -> dict[str, list[Figures]]:
+    """Runs of the same mix, weights, memory and engine."""
+    runs: dict[str, list[Figures]] = {}
+    for figures in found:
+        runs.setdefault(figures.case.setting, []).append(figures)
+    return runs
+
+
+def behind_best(runs: Sequence[Figures], policy: str = "blend") -> float:
+    """How much longer the policy takes than the best of the others, as a share."""
+    time_s = {figures.case.policy: figures.time_s for figures in runs}
+    return time_s.pop(policy) / min(time_s.values()) - 1
 
 
 def summary(found: Sequence[Figures], policies: Sequence[str]) -> str:
-    """Seconds by policy, and how far `blend` is from the best of the others."""
+    """Seconds by policy, how far `blend` is from the best of the others, and its speed over engines without overlap."""
+    apart = {(*f.case[:2], f.case.dtype, f.case.policy): f.time_s for f in found if f.case.overlap == "off"}
     rows = []
-    for title, runs in by_setting(found):
-        time_s = {figures.case.policy: figures.time_s for figures in runs}
-        others = [seconds for policy, seconds in time_s.items() if policy != "blend"]
-        behind = f"{time_s['blend'] / min(others) - 1:+.1%}" if others and "blend" in time_s else ""
-        rows.append([title, *(f"{time_s[policy]:.1f}" for policy in policies), behind])
-    return table(["mix, KV memory, overlap", *policies, "blend over best"], rows)
+    for setting, runs in by_setting(found).items():
+        by_policy = {figures.case.policy: figures for figures in runs}
+        blend = by_policy.get("blend")
+        behind = f"{behind_best(runs):+.1%}" if blend and len(runs) > 1 else ""
+        over = []
+        for name in ("dfs", "fcfs"):
+            base_s = blend and apart.get((*blend.case[:2], blend.case.dtype, name))
+            over.append(f"{base_s / blend.time_s:.2f}x" if blend and base_s else "")
+        rows.append([setting, *(f"{by_policy[policy].time_s:.1f}" for policy in policies), behind, *over])
+    header = ["mix, weights, KV memory, overlap", *policies, "blend over best", "over dfs/off", "over fcfs/off"]
+    return table(header, rows)
 
 
 def details(found: Sequence[Figures]) -> str:
     """Where the time goes, run by run."""
     rows = [
         [
-            f"{title} {figures.case.policy}",
+            f"{setting} {figures.case.policy}",
             *(f"{value:.1f}" for value in (figures.time_s, figures.compute_s, figures.memory_s, figures.hidden_s)),
             str(figures.num_steps),
             str(figures.num_preemptions),
             f"{figures.sharing_kept:.2f}",
         ]
-        for title, runs in by_setting(found)
+        for setting, runs in by_setting(found).items()
         for figures in runs
     ]
     return table(["run", "s", "compute s", "memory s", "hidden s", "steps", "preempted", "sharing kept"], rows)
@@ -242,10 +188,10 @@ def details(found: Sequence[Figures]) -> str:
 
 def gains(found: Sequence[Figures], base: str = "dfs") -> str:
     """Seconds that each run saves over the base policy without overlap, and by what: the parts add up to the gain."""
-    base_of = {figures.case[:2]: figures for figures in found if figures.case[2:] == ("off", base)}
+    base_of = {(*f.case[:2], f.case.dtype): f for f in found if f.case[2:4] == ("off", base)}
     rows = []
     for figures in found:
-        if (first := base_of.get(figures.case[:2])) is None:
+        if (first := base_of.get((*figures.case[:2], figures.case.dtype))) is None:
             continue
         parts = (
             first.time_s - figures.time_s,
@@ -255,7 +201,7 @@ def gains(found: Sequence[Figures], base: str = "dfs") -> str:
             first.other_s - figures.other_s,
             first.memory_s - figures.memory_s,
         )
-        rows.append([" ".join(map(str, figures.case)), *(f"{seconds:+.1f}" for seconds in parts)])
+        rows.append([f"{figures.case.setting} {figures.case.policy}", *(f"{seconds:+.1f}" for seconds in parts)])
     header = [f"s saved over {base}, off", "all", "overlap", "preemption", "sharing", "fuller steps", "KV reads"]
     return table(header, rows)
 
@@ -264,8 +210,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixes", default=",".join(MIXES))
     parser.add_argument("--kv-mib", default=",".join(map(str, KV_MIB)))
-    parser.add_argument("--overlap", default="off,on")
+    parser.add_argument("--overlap", default="off,on", help="off, on, unplanned")
     parser.add_argument("--policies", default=",".join(POLICY_NAMES))
+    parser.add_argument("--dtype", default="int8", help=f"of weights, comma-separated: {', '.join(RATES)} (int8)")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the requests, for a quick look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="simulations at once (1)")
     parser.add_argument(
@@ -275,14 +223,15 @@ def main() -> None:
     print_header()
     policies = arguments.policies.split(",")
     cases = [
-        Case(mix, int(kv_mib), overlap, policy)
+        Case(mix, int(kv_mib), overlap, policy, dtype)
         for mix in arguments.mixes.split(",")
+        for dtype in arguments.dtype.split(",")
         for kv_mib in arguments.kv_mib.split(",")
         for overlap in arguments.overlap.split(",")
         for policy in policies
     ]
     with multiprocessing.Pool(arguments.jobs) as workers:
-        found = workers.map(partial(figures_of, seed=arguments.seed), cases, chunksize=1)
+        found = workers.map(partial(figures_of, seed=arguments.seed, scale=arguments.scale), cases, chunksize=1)
     print(summary(found, policies))
     if arguments.details:
         print("\n" + details(found))

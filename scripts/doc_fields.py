@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from blendserve.dialect import extras, parameters, passthrough, schema
+from blendserve.dialect import extras, passthrough, schema
 from blendserve.dialect.chat_options import CHAT_OPTION_FIELDS
 from blendserve.dialect.extras import Abilities, native_abilities
+from blendserve.dialect.readers import CHAT_READERS, COMPLETION_READERS
 from blendserve.dialect.schema import ServedModel
+from blendserve.dialect.unsupported import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, IGNORED_FIELDS
 from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, RESPONSES_URL
 from blendserve.errors import RequestError
 from blendserve.models.chat_formats import ChatFormats
@@ -162,9 +164,7 @@ _MATRIX_ENGINES = ("`native`", "`vllm`", "`http`")
 
 def fields_table() -> str:
     """Every field of a body that has a name here, on every engine and endpoint."""
-    names = sorted(
-        (schema._MISPLACED_FIELDS | parameters.IGNORED_FIELDS) - {"messages", "prompt", "model", "extra_body"}
-    )
+    names = sorted((schema._MISPLACED_FIELDS | IGNORED_FIELDS) - {"messages", "prompt", "model", "extra_body"})
     header = ("field", *(f"{engine}, {where}" for engine in _MATRIX_ENGINES[:-1] for where, *_ in _ENDPOINTS), "`http`")
     rows = []
     for name in names:
@@ -216,11 +216,11 @@ def _parsed(served: ServedModel, url: str, body: Mapping[str, Any]) -> object:
 def parameters_table() -> str:
     """Parameters that shape the answer, with the values that they may have."""
     rows = []
-    for name in _names(parameters._CHAT_READERS, parameters._COMPLETION_READERS):
+    for name in _names(CHAT_READERS, COMPLETION_READERS):
         wanted: dict[str, list[str]] = {}
         for where, readers in (
-            ("chat", parameters._CHAT_READERS),
-            ("completions", parameters._COMPLETION_READERS),
+            ("chat", CHAT_READERS),
+            ("completions", COMPLETION_READERS),
         ):
             if name in readers:
                 wanted.setdefault(_wanted(name, readers[name]), []).append(where)
@@ -230,18 +230,19 @@ def parameters_table() -> str:
 
 def neutral_table() -> str:
     """Parameters that only their neutral value is accepted of."""
-    chat, completions = parameters._CHAT_NEUTRAL, parameters._COMPLETION_NEUTRAL
+    chat, completions = CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED
     rows = []
     for name in _names(chat, completions):
         places = [where for where, of in (("chat", chat), ("completions", completions)) if name in of]
-        values = chat.get(name, completions.get(name, ()))
-        rows.append((f"`{name}`", _where(places), " or ".join(f"`{json.dumps(value)}`" for value in values) or "none"))
-    return _table(("parameter", "endpoint", "accepted value besides `null`"), rows)
+        rule = chat.get(name) or completions[name]
+        values = " or ".join(f"`{json.dumps(value)}`" for value in rule.neutral) or "none"
+        rows.append((f"`{name}`", _where(places), values, "; ".join(filter(None, (rule.why, rule.instead)))))
+    return _table(("parameter", "endpoint", "accepted value besides `null`", "why no other"), rows)
 
 
 def ignored_list() -> str:
     """Parameters of any value that change nothing."""
-    return ", ".join(f"`{name}`" for name in sorted(parameters.IGNORED_FIELDS)) + "."
+    return ", ".join(f"`{name}`" for name in sorted(IGNORED_FIELDS)) + "."
 
 
 def chat_options_list() -> str:

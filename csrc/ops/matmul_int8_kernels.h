@@ -40,6 +40,12 @@ struct Int8Rows {
       asm("" : "+r"(third[i]));
     }
   }
+  // Called before each quad: an address is then made where it is used, as part of the load.
+  [[gnu::always_inline]] void hide() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) asm("" : "+r"(third[i]));
+    asm("" : "+r"(ldx));
+  }
   [[gnu::always_inline]] const uint8_t* at(int row) const { return third[row / 3] + row % 3 * ldx; }
   [[gnu::always_inline]] void advance(int64_t k) {
 #pragma GCC unroll 4
@@ -52,10 +58,11 @@ struct Int8Rows {
 
 // sums += four values of each row by four weights of each column.
 template <class Lanes, int kRows, int kVectors>
-[[gnu::always_inline]] inline void add_int8_quad(const Int8Rows<kRows>& x, int quad, const int8_t* w,
-                                                 int64_t panel_stride, typename Lanes::Ints (&sums)[kRows][kVectors]) {
+[[gnu::always_inline]] inline void add_int8_quad(Int8Rows<kRows>& x, int quad, const int8_t* w, int64_t panel_stride,
+                                                 typename Lanes::Ints (&sums)[kRows][kVectors]) {
   constexpr int kVectorsPerPanel = static_cast<int>(kInt8Panel) / Lanes::kWidth;
   typename Lanes::Ints weights[kVectors];
+  x.hide();
   w += 4 * quad * kInt8Panel;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
@@ -69,32 +76,69 @@ template <class Lanes, int kRows, int kVectors>
   }
 }
 
-// total += scale of the rows * sums for one group. The first group writes the totals. The last one writes y instead:
-// the totals times the scales of the columns, added to y where that is loaded, and the bias.
-template <class Lanes, int kRows, int kVectors, bool kIsFirst, bool kIsLast>
+template <class Lanes>
+[[gnu::always_inline]] inline typename Lanes::Floats load_int8_scale(const uint8_t* x_scale) {
+  float scale;
+  __builtin_memcpy(&scale, x_scale, sizeof(scale));
+  return Lanes::set(scale);
+}
+
+// totals += scale of the rows * sums for one group; the first group writes them.
+template <class Lanes, int kRows, int kVectors, bool kIsFirst>
+[[gnu::always_inline]] inline void add_int8_group(const typename Lanes::Ints (&sums)[kRows][kVectors],
+                                                  const uint8_t* x_scale, int64_t ldx, float* total) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r, x_scale += ldx) {
+    const auto scale = load_int8_scale<Lanes>(x_scale);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v, total += Lanes::kWidth) {
+      auto value = Lanes::multiply(Lanes::to_floats(sums[r][v]), scale);
+      if constexpr (!kIsFirst) value = Lanes::add(Lanes::load(total), value);
+      Lanes::store(total, value);
+    }
+  }
+}
+
+// As add_int8_group for the last group, but to y: the totals times the scales of the columns, added to y where that is
+// loaded, and the bias.
+template <class Lanes, int kRows, int kVectors, bool kIsFirst, bool kIsLoaded, bool kHasBias>
+[[gnu::always_inline]] inline void finish_int8_block(const Int8Block& b,
+                                                     const typename Lanes::Ints (&sums)[kRows][kVectors],
+                                                     const uint8_t* x_scale, const float* total) {
+  const int64_t ldx = b.ldx, ldy = b.ldy;
+  float* y = b.y;
+  typename Lanes::Floats scales[kVectors], bias[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    scales[v] = Lanes::load(b.scales + v * Lanes::kWidth);
+    if constexpr (kHasBias) bias[v] = Lanes::load(b.bias + v * Lanes::kWidth);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r, x_scale += ldx, y += ldy) {
+    const auto scale = load_int8_scale<Lanes>(x_scale);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v, total += Lanes::kWidth) {
+      auto value = Lanes::multiply(Lanes::to_floats(sums[r][v]), scale);
+      if constexpr (!kIsFirst) value = Lanes::add(Lanes::load(total), value);
+      value = Lanes::multiply(value, scales[v]);
+      if constexpr (kIsLoaded) value = Lanes::add(Lanes::load(y + v * Lanes::kWidth), value);
+      if constexpr (kHasBias) value = Lanes::add(value, bias[v]);
+      Lanes::store(y + v * Lanes::kWidth, value);
+    }
+  }
+}
+
+template <class Lanes, int kRows, int kVectors, bool kIsFirst>
 [[gnu::always_inline]] inline void end_int8_group(const Int8Block& b,
                                                   const typename Lanes::Ints (&sums)[kRows][kVectors],
-                                                  const uint8_t* x_scale, float* total) {
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    float x;
-    __builtin_memcpy(&x, x_scale + r * b.ldx, sizeof(x));
-    const auto scale = Lanes::set(x);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* at = total + (r * kVectors + v) * Lanes::kWidth;
-      auto value = Lanes::multiply(Lanes::to_floats(sums[r][v]), scale);
-      if constexpr (!kIsFirst) value = Lanes::add(Lanes::load(at), value);
-      if constexpr (!kIsLast) {
-        Lanes::store(at, value);
-      } else {
-        float* y = b.y + r * b.ldy + v * Lanes::kWidth;
-        value = Lanes::multiply(value, Lanes::load(b.scales + v * Lanes::kWidth));
-        if (b.is_loaded) value = Lanes::add(Lanes::load(y), value);
-        if (b.bias != nullptr) value = Lanes::add(value, Lanes::load(b.bias + v * Lanes::kWidth));
-        Lanes::store(y, value);
-      }
-    }
+                                                  const uint8_t* x_scale, float* total, bool is_last) {
+  if (!is_last) return add_int8_group<Lanes, kRows, kVectors, kIsFirst>(sums, x_scale, b.ldx, total);
+  if (b.is_loaded) {
+    b.bias == nullptr ? finish_int8_block<Lanes, kRows, kVectors, kIsFirst, true, false>(b, sums, x_scale, total)
+                      : finish_int8_block<Lanes, kRows, kVectors, kIsFirst, true, true>(b, sums, x_scale, total);
+  } else {
+    b.bias == nullptr ? finish_int8_block<Lanes, kRows, kVectors, kIsFirst, false, false>(b, sums, x_scale, total)
+                      : finish_int8_block<Lanes, kRows, kVectors, kIsFirst, false, true>(b, sums, x_scale, total);
   }
 }
 
@@ -147,14 +191,8 @@ void int8_kernel(const Int8Block& b) {
     typename Lanes::Ints sums[kRows][kVectors];
     sum_int8_group<Lanes, kRows, kPanels, kVectors>(b, offsets, int8_padded(min64(k, group)) / 4, x, w, prefetcher,
                                                     sums);
-    const bool is_first = k == b.k, is_last = k <= group;
-    if (is_first) {
-      is_last ? end_int8_group<Lanes, kRows, kVectors, true, true>(b, sums, x_scale, total)
-              : end_int8_group<Lanes, kRows, kVectors, true, false>(b, sums, x_scale, total);
-    } else {
-      is_last ? end_int8_group<Lanes, kRows, kVectors, false, true>(b, sums, x_scale, total)
-              : end_int8_group<Lanes, kRows, kVectors, false, false>(b, sums, x_scale, total);
-    }
+    k == b.k ? end_int8_group<Lanes, kRows, kVectors, true>(b, sums, x_scale, total, k <= group)
+             : end_int8_group<Lanes, kRows, kVectors, false>(b, sums, x_scale, total, k <= group);
     offsets += b.offset_stride;
     x_scale += sizeof(float);
   }

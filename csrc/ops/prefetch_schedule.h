@@ -55,7 +55,7 @@ struct PrefetchSchedule {
 // follows.
 [[gnu::always_inline]] inline void ask_for_outputs(const float* y, int64_t ldy, int64_t num_rows, int64_t num_columns) {
   for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t c = 0; c < num_columns; c += 16) __builtin_prefetch(y + r * ldy + c, 0, 3);
+    for (int64_t c = 0; c < num_columns; c += 16) __builtin_prefetch(y + r * ldy + c, 1, 2);
   }
 }
 

@@ -47,7 +47,7 @@ class SamplingParams:
     """How the tokens of one request are chosen. Names and defaults are those of vLLM's offline API.
 
     - `max_tokens`: the answer ends after so many tokens (default: 16). None: as many as the model's context leaves.
-    - `min_tokens`: the answer has at least so many tokens (default: 0).
+    - `min_tokens`: the answer has at least so many tokens, and no end of text among them (default: 0).
     - `temperature`: 0 takes the most likely token; higher values take less likely ones more often (default: 1). Between
       0 and 0.01 it counts as 0.01.
     - `top_p`, `top_k`, `min_p`: sample among the most likely tokens only; 1, 0 and 0, the defaults, allow all.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import common
 import mixes
 import peer_files
 import policies
 import pytest
+import token_mixes
+from peaks import Peak
+
+from blendserve.models.known import SMOLLM2_135M
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def test_shuffled_files_hold_the_same_lines(questions: Path) -> None:
 
 def test_questions_of_a_subject_share_their_solved_ones(questions: Path) -> None:
     lines = mixes.build(mixes.Mix("m", 16, 0, 100, 0, is_grouped=True), questions)
-    heads = {line.prompt.rsplit("\n\n", 1)[0] for line in lines}
+    heads = {str(line.prompt).rsplit("\n\n", 1)[0] for line in lines}
     assert len(heads) == 2
     assert all(head.count("Answer: B") == 5 for head in heads)
 
@@ -59,34 +62,26 @@ def test_a_whole_file_is_answered_and_told(questions: Path, tmp_path: Path) -> N
     lines = mixes.build(mixes.Mix("m", 4, 1, 4, 0, is_grouped=True), questions)
     mixes.write_batch_file(lines, tmp_path / "m.jsonl")
     summary = mixes.run_batch_file(tmp_path / "m.jsonl", ["--policy", "dfs", "--overlap", "on", "--kv-memory", "64MiB"])
-    outcome = policies.outcome_of("dfs", summary, common.CpuUse(1.0, 0.0))
+    outcome = policies.outcome_of(summary, 0.5, 0.0, 1e-4)
     assert summary["num_output_tokens"] == sum(line.output_tokens for line in lines)
     assert outcome.elapsed_s > 0
     assert 0 < outcome.sharing < 1
-
-
-def test_speedups_of_policies_are_over_the_first_entrant() -> None:
-    def outcome(entrant: str, seconds: float) -> policies.Outcome:
-        summary = {
-            "makespan_s": seconds + 1,
-            "load_s": 1.0,
-            "num_cached_tokens": 30,
-            "num_prompt_tokens": 100,
-            "scheduling_share": 0.01,
-            "balance": 0.87,
-            "num_preemptions": 0,
-            "num_steps": 7,
-        }
-        return policies.outcome_of(entrant, summary, common.CpuUse(9.0, 1.0))
-
-    table = policies.table(["fcfs/off", "blend"], [outcome("fcfs/off", 9.0), outcome("blend", 6.0)], 0.4)
-    assert "1.50 (1.50..1.50)x" in table
-    assert "75.0%" in table
-    assert "0.87" in table
-    assert "10%" in table
+    assert outcome.num_recomputed_tokens == 0
 
 
 def test_peers_are_compared_within_a_repeat() -> None:
     times = {"ours-bf16": [2.0, 20.0, 2.0], "peer": [4.0, 40.0, 5.0]}  # the machine was slow in the second repeat
     runs = [peer_files.FileRun(name, i, s, 0.0) for name, own in times.items() for i, s in enumerate(own)]
-    assert "2.00 (2.00..2.50)x" in peer_files.table(runs, 1000)
+    table = peer_files.table(runs, peer_files.FileWork(1000, 3e9), Peak(6e9, 12e9, "a test"))
+    assert "2.00 (2.00..2.50)x" in table
+    assert table.splitlines()[2].split("|")[4].strip() == "25%"
+
+
+def test_shared_prefixes_are_computed_once() -> None:
+    lines = token_mixes.token_lines("pool", 0.05)
+    prompts = mixes.encode(lines)
+    work = peer_files.work_of(lines, prompts, SMOLLM2_135M)
+    each = [peer_files.work_of([line], [prompt], SMOLLM2_135M) for line, prompt in zip(lines, prompts, strict=True)]
+    shared = 7 * 1040 * 2 * SMOLLM2_135M.num_layers * SMOLLM2_135M.num_layer_parameters
+    assert work.num_tokens == sum(one.num_tokens for one in each)
+    assert work.flop == pytest.approx(sum(one.flop for one in each) - shared)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import common
 import peer_lineup
 import peers
 import pytest
+from peaks import Peak
 from peer_lineup import Entrant, entrant, parse_override
 from peer_process import PeerError, PeerProcess
+from run_store import RunStore
 
 from blendserve.models.spec import ModelSpec
 
@@ -28,6 +32,8 @@ SPEC = ModelSpec(
     rope_theta=1e4,
     rms_norm_eps=1e-5,
 )
+
+SPEC_OF_MANY = replace(SPEC, vocab_size=1000)
 
 
 def start(fault: str = "", timeout_s: float = 30.0) -> PeerProcess:
@@ -89,7 +95,9 @@ def test_speedup_is_the_median_of_pairs() -> None:
         return [peers.Result(peer, "w", i, s, s, 100, 10, 0.0) for i, s in enumerate(seconds)]
 
     ours = results("ours", [1.0, 10.0, 1.0])  # the machine was slow for both in the second repeat
-    table = peers._table(peers.Workload("w", 3, 5, 4), ours + results("peer", [2.0, 20.0, 3.0]), SPEC)
+    table = peers._table(
+        peers.Workload("w", 3, 5, 4), ours + results("peer", [2.0, 20.0, 3.0]), SPEC, Peak(1e9, 2e9, "a test")
+    )
     assert "2.00 (2.00..3.00)x" in table
 
 
@@ -124,3 +132,24 @@ def test_header_names_machine_and_commit(capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert f"{common.machine().num_cores} cores" in printed
     assert "commit:" in printed
+
+
+def test_a_race_is_run_in_turn_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(set=["b.x=1"], repeats=2, threads=2)
+    workload = peers.Workload("w", 2, 3, 4)
+    cells = peers.cells_of([workload], ["a", "b"], "model", arguments)
+    assert [(cell.peer, cell.repeat) for cell in cells] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    assert len({str(cell.key) for cell in cells}) == 4
+    store = RunStore(tmp_path / "runs.jsonl", code="c", on_machine="m")
+    worker = Path(__file__).with_name("fake_peer_worker.py")
+    with PeerProcess(Entrant("a", (sys.executable, str(worker)), {}, {"fault": ""}), [1], 5, 30.0) as process:
+        peers._race([process], cells, SPEC_OF_MANY, store)
+    again = RunStore(tmp_path / "runs.jsonl", code="c", on_machine="m")
+    assert [len(again.runs(cell.key)) for cell in cells] == [1, 0, 0, 1]
+    assert peers.Result(**again.runs(cells[0].key)[0]).num_output_tokens == 8
+
+
+@pytest.mark.parametrize(("precision", "share"), [("int8", "25%"), ("q8_0", "50%"), ("", "50%")])
+def test_the_peak_is_that_of_the_precision(precision: str, share: str) -> None:
+    assert Peak(2e9, 4e9, "a test").share(1e9, precision) == share
+    assert not Peak(0.0, 0.0, "unknown").share(1e9, precision)

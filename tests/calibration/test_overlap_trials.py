@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from blendserve.calibration.overlap_trials import OverlapTrial, best_overlap
+from blendserve.calibration.overlap_trials import OverlapTrial, best_overlap, lanes_to_try
 from blendserve.calibration.step_probe import Work
 from blendserve.costs.step_cost import SEQUENTIAL, Interference, OverlapCost
 
@@ -53,3 +53,17 @@ def test_no_gain_is_sequential(on_s: float) -> None:
 
 def test_more_than_everything_cannot_be_hidden() -> None:
     assert best_overlap([trial(DEFAULT, 1.0, 1.0, 0.5)], 0.0).interference == Interference(0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("of_one", "of_all", "num_threads", "num_lanes"),
+    [(20e9, 460e9, 96, 31), (20e9, 31e9, 2, 0), (20e9, 60e9, 4, 0), (20e9, 30e9, 8, 2)],
+)
+def test_lanes_are_tried_where_few_threads_saturate_the_memory(
+    of_one: float, of_all: float, num_threads: int, num_lanes: int
+) -> None:
+    assert lanes_to_try({1: of_one, num_threads: of_all}, num_threads) == num_lanes
+
+
+def test_no_lanes_are_tried_where_one_thread_was_not_measured() -> None:
+    assert lanes_to_try({8: 30e9}, 8) == 0

@@ -268,7 +268,7 @@ def test_no_weights_are_fetched_from_the_hub(
         (["--hardware", "this-machine"], "blendserve calibrate"),
         (["--model", "no-such-model"], "llama-3-8b"),
         (["--model", "missing.json"], "no file missing.json"),
-        (["--model", "llama-3-70b"], "tensor parallelism"),
+        (["--model", "llama-3-70b"], "--tensor-parallel"),
         (["--html", "no/such/page.html"], "no directory"),
         (["--html", "."], "directory"),
         (["--tokenizer", "./nowhere"], "nowhere"),

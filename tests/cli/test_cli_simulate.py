@@ -112,7 +112,7 @@ def test_a_shape_from_a_config_file(tmp_path: Path, tiny: Path, capsys: pytest.C
         (["in.jsonl", "--blend", "1,0.1"], "both of IN.jsonl and --blend"),
         (["missing.jsonl", "--tokenizer", "TINY"], "missing.jsonl"),
         (["--blend", "5000,0.9"], "negative counts"),
-        (["--blend", "1.1,0.25", "--hardware", "l4", "--model", "qwen-2.5-72b"], "tensor parallelism"),
+        (["--blend", "1.1,0.25", "--hardware", "l4", "--model", "qwen-2.5-72b"], "--tensor-parallel"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -109,7 +109,10 @@ def test_counts_agree_with_their_nouns(tiny: Path, tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.startswith("1 answer in ")
 
 
-def test_a_plan_says_which_hardware_it_assumes(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_says_which_hardware_it_assumes(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLENDSERVE_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "in.jsonl"
     source.write_text(line())
     assert main(["plan", str(source), "--model", str(tiny), "--policy", "dfs", "--json"]) == 0

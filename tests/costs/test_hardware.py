@@ -36,7 +36,7 @@ def test_an_a100_holds_60_gb_of_kv_beside_llama_3_8b() -> None:
 
 def test_weights_that_do_not_fit_say_what_to_do() -> None:
     big = ModelCost.from_spec(LLAMA_3_70B)
-    with pytest.raises(CapacityError, match="raise the degree of tensor parallelism"):
+    with pytest.raises(CapacityError, match="raise --tensor-parallel"):
         kv_capacity_bytes(big, A100_80G)
     assert kv_capacity_bytes(big, A100_80G, tensor_parallel=8) == pytest.approx(467e9, rel=0.01)
 

@@ -145,6 +145,25 @@ FOREIGN: dict[str, tuple[bytes | str, str]] = {
     "rows": ('{"id": "b", "custom_id": "a", "response": {}, "error": null}', "holds a batch's answers"),
     "training data": ('{"instruction": "Do it", "input": "", "output": ""}', "holds training data"),
     "texts": ('{"text": "a text"}', "holds bare texts"),
+    "strings": ('"Name a colour."\n"Name a city."\n', r"holds bare texts \(JSON strings\)"),
+    "sharegpt": ('{"conversations": [{"from": "human", "value": "hi"}]}', "ShareGPT's format"),
+    "questions": ('{"question": "x", "answer": "y"}\n{"question": "z"}', "have neither custom_id nor body; write each"),
+    "an object around requests": (json.dumps({"requests": LINES[:3]}), r"jq -c '\.requests\[\]'"),
+    "an object around Anthropic's": ('{"requests": [{"custom_id": "a", "params": {}}]}', "Anthropic's format"),
+    "commas": (",\n".join(map(json.dumps, LINES[:3])) + ",\n", "has a comma behind its lines.*sed 's/,"),
+    "javascript": ("{custom_id: 'a', method: 'POST'}", "JavaScript's notation.*JSON.stringify"),
+    "a sequence": ("".join(f"\x1e{json.dumps(line)}\n" for line in LINES[:3]), "JSON text sequence.*tr -d"),
+    "latin-1": ('{"custom_id": "a", "body": {"prompt": "caf\xe9"}}\n'.encode("latin-1") * 3, "not UTF-8.*iconv -f"),
+    "shift-jis": ("色の名前\n都市\n".encode("shift_jis"), "not UTF-8"),
+    "csv in quotes": ('"id","prompt"\n"1","Name, please"\n', "is a table"),
+    "a csv that Python's reader refuses": (b"a\r\x00,b\rc\n\x00", "is binary data"),
+    "gzip in gzip": (gzip.compress(gzip.compress(PLAIN)), "compressed twice"),
+    "lzma": (lzma.compress(PLAIN, format=lzma.FORMAT_ALONE), "compressed with LZMA"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\x00", "is a picture"),
+    "bytes": (bytes(range(128, 256)) + bytes(range(32)), "is binary data"),
+    "git lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    "tar": (b"in.jsonl".ljust(257, b"\x00") + b"ustar\x0000" + bytes(300), "is a tar archive; unpack it first"),
+    "tar in gzip": (gzip.compress(b"in.jsonl".ljust(257, b"\x00") + b"ustar  \x00" + bytes(300)), "is a tar archive"),
 }
 
 
@@ -160,12 +179,15 @@ def test_a_file_of_another_format_is_one_error(tmp_path: Path, content: bytes | 
     assert not (tmp_path / "out.errors.jsonl").exists()
 
 
+_CONVERTED = ("an array", "pretty objects", "prompts", "chats", "commas", "a sequence", "an object around requests")
+
+
 def test_the_command_of_a_message_converts_the_file(tmp_path: Path) -> None:
     if shutil.which("jq") is None:
         pytest.skip("jq is not installed")
-    for number, (content, _) in enumerate(FOREIGN[name] for name in ("an array", "pretty objects", "prompts", "chats")):
+    for number, (content, _) in enumerate(FOREIGN[name] for name in _CONVERTED):
         found = reason(tmp_path / f"{number}.jsonl", content)
-        subprocess.run(found.partition("convert it: ")[2], shell=True, check=True, cwd=tmp_path)
+        subprocess.run(re.split("; (?:convert it|remove .*?): ", found)[1], shell=True, check=True, cwd=tmp_path)
         lines = list(BatchReader(tmp_path / "batch.jsonl", SERVED))
         assert lines
         assert all(isinstance(line, BatchLine) for line in lines)

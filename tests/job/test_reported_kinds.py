@@ -262,7 +262,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {  # a change of a sound
     "sampling that is a text": (file("generation_config.json", b'{"temperature": "hot"}'), "it must be a number"),
     "a tokenizer of sentencepiece": (
         file("tokenizer.model", b"\n\x0e", without="tokenizer.json"),
-        "has tokenizer.model, but no tokenizer.json; write one with transformers",
+        "has tokenizer.model, but no tokenizer.json; write one: pip install transformers",
     ),
     "an empty tokenizer": (file("tokenizer.json", b"{}"), "download the model again"),
     "weights of torch": (
@@ -366,7 +366,7 @@ CALLS: dict[str, tuple[Callable[[LLM], Any], str]] = {  # the call, and the prom
     "one message": (lambda llm: llm.chat(user("a river")[0], SHORT), PROMPT),
     "parts": (lambda llm: llm.chat(user([part("a river")]), SHORT), PROMPT),
     "bare texts as parts": (lambda llm: llm.chat(user(["a river"]), SHORT), PROMPT),
-    "no content": (lambda llm: llm.chat(user(None), SHORT), "content is None"),
+    "no content": (lambda llm: llm.chat(user(None), SHORT), "content is null"),
     "misspelt content": (lambda llm: llm.chat([{"role": "user", "contents": "a river"}], SHORT), "content"),
     "variables": (
         lambda llm: llm.chat(user("a river"), SHORT, chat_template_kwargs={"enable_thinking": False}),

@@ -6,8 +6,8 @@ import copy
 import json
 import random
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,17 @@ class GgufParts:
         num_header_bytes = len(self.content) - len(self.data)
         if source.random() < 0.3:
             return changed_bytes(self.content, source, 4, num_header_bytes)
-        metadata = changed_json(self.metadata, source)
-        fields = b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
         headers = self.tensor_headers
         if source.random() < 0.2:
             headers = changed_bytes(headers, source, 0, len(headers))
+        return self._with(changed_json(self.metadata, source), headers)
+
+    def with_metadata(self, metadata: dict[str, Any]) -> GgufParts:
+        """The same tensors under other metadata."""
+        return replace(self, metadata=metadata, content=self._with(metadata, self.tensor_headers))
+
+    def _with(self, metadata: Mapping[str, Any], headers: bytes) -> bytes:
+        fields = b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
         head = self.content[:16] + struct.pack("<Q", len(metadata)) + fields + headers
         return head + bytes(-len(head) % 32) + self.data
 

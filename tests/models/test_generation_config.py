@@ -16,7 +16,7 @@ from blendserve.dialect.defaults import checked_defaults, with_defaults
 from blendserve.dialect.schema import ServedModel, parse_line
 from blendserve.errors import ConfigError
 from blendserve.job.batch_input import read_batch
-from blendserve.models.generation_config import sampling_defaults, shown_defaults
+from blendserve.models.generation_config import FROM_MODEL, NEUTRAL, sampling_defaults, shown_defaults
 from blendserve.models.hub import ModelFiles
 from blendserve.simulator.target import find_target, find_tokenizer, sampling_of
 
@@ -172,5 +172,20 @@ def test_a_plan_knows_the_models_limit(tmp_path: Path) -> None:
     source.write_text(json.dumps(line))
     target = find_target(model, notify=lambda _: None)
     tokenizer, _ = find_tokenizer(None, target, notify=lambda _: None)
-    with read_batch(source, target.spec, tokenizer, default_sampling=sampling_of(target)) as batch:
+    with read_batch(source, target.spec, tokenizer, default_sampling=sampling_of(target, FROM_MODEL)) as batch:
         assert batch.table.max_output_tokens.tolist() == [7]
+    assert sampling_of(target, NEUTRAL) == {}
+
+
+@pytest.mark.parametrize("command", ["check", "run", "plan"])
+def test_every_command_reads_the_models_sampling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    model, source = directory(tmp_path / "m", top_p=7.5), tmp_path / "in.jsonl"
+    body = {"messages": [{"role": "user", "content": "the"}], "max_tokens": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    source.write_text(json.dumps(line))
+    args = [command, str(source), "--model", str(model)]
+    assert main(args) == 1
+    assert "top_p" in capsys.readouterr().err
+    assert main([*args, "--generation-config", "vllm"]) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_headers import READERS
 from hostile_models import VALUES, GgufParts, HostileDirectory, use
 from tiny_files import hf_config, tiny_directory, write_gguf
 from tiny_models import random_weights, tiny_spec
@@ -66,6 +67,15 @@ def test_changed_gguf_files(tmp_path: Path, num_changes: int) -> None:
     assert ends == {"ConfigError", "loaded"}
 
 
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_changed_headers(tmp_path: Path, name: str) -> None:
+    reader, ends = READERS[name](tmp_path / name), set()
+    for seed in range(300):
+        reader.change(random.Random(seed))
+        ends.add(reader.read())
+    assert ends == {"read", "refused"}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -73,6 +83,7 @@ def test_changed_gguf_files(tmp_path: Path, num_changes: int) -> None:
         ("max_position_embeddings", 10**9),
         ("max_position_embeddings", 2**70),
         ("max_position_embeddings", 0),
+        ("max_position_embeddings", 10**400),
         ("vocab_size", 2**40),
         ("rope_theta", float("nan")),
         ("rope_theta", -1.0),

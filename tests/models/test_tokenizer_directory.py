@@ -139,9 +139,19 @@ def test_a_template_that_is_no_utf_8(tmp_path: Path) -> None:
         tokenizer_from_directory(path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "tekken.json"])
-def test_other_kinds_of_tokenizer_files(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        (
+            "tokenizer.model",
+            "tokenizer.model, but no tokenizer.json; write one: pip install transformers sentencepiece",
+        ),
+        ("vocab.json", "vocab.json, but no tokenizer.json; write one: pip install transformers, then python -c"),
+        ("tekken.json", "tekken.json, but no tokenizer.json; download the model again, or another copy of it"),
+        ("others.txt", "no tokenizer.json; download the model again, or another copy of it"),
+    ],
+)
+def test_other_kinds_of_tokenizer_files(name: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\n\x0e")
-    needed = "transformers and sentencepiece" if name == "tokenizer.model" else "transformers"
-    with pytest.raises(ConfigError, match=f"has {name}, but no tokenizer.json; write one with {needed}: python"):
+    with pytest.raises(ConfigError, match=f"has {remedy}"):
         tokenizer_from_directory(tmp_path)

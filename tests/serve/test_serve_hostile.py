@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import io
 import json
-import random
 import socket
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra [serve]")
 import httpx2
-import uvicorn
 from serve_cases import client_of, create, error_of, lines, running, settings_for, upload, wait_for, wait_until
-from serve_process import free_port
+from serve_mutations import read_mutated_forms, validate_mutated_lines
+from serve_sockets import exchange, listening
 from starlette.testclient import TestClient
 
-from blendserve.engines.http.fake_server import FakeSettings, serving
 from blendserve.errors import CapacityError, ConfigError
 from blendserve.serve import batches as batches_module
 from blendserve.serve import finalize, server
@@ -30,11 +26,10 @@ from blendserve.serve.app import make_app
 from blendserve.serve.blobs import DirectoryBlobs
 from blendserve.serve.clock import steady_clock
 from blendserve.serve.failures import ApiError
-from blendserve.serve.multipart import Form, boundary_of, read_form
+from blendserve.serve.multipart import boundary_of
 from blendserve.serve.records import BatchRecord, new_id
 from blendserve.serve.service import Service
 from blendserve.serve.settings import Limits
-from blendserve.serve.validation import validate_file
 
 NO_SERVER = "http://127.0.0.1:9/v1"
 
@@ -42,39 +37,13 @@ NO_SERVER = "http://127.0.0.1:9/v1"
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a service under uvicorn, impatient with slow clients."""
-    with serving(FakeSettings()) as backend, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "HEADER_S", 0.4)
         limits = Limits(min_free_bytes=0, stall_s=0.4)
-        data = tmp_path_factory.mktemp("hostile") / "data"
-        service = Service(settings_for(data, backend.base_url, limits=limits))
-        number = free_port()
-        config = uvicorn.Config(
-            make_app(service),
-            port=number,
-            http=server._Patient,
-            log_level="critical",
-            ws="none",
-            timeout_keep_alive=60,
-        )
-        running_server = uvicorn.Server(config)
-        thread = threading.Thread(target=running_server.run, daemon=True)
-        thread.start()
-        wait_until(lambda: running_server.started)
-        yield number
-        running_server.should_exit = True
-        thread.join(10)
-
-
-def exchange(port: int, data: bytes) -> bytes:
-    """Send bytes, and read until the service closes the connection or has answered and stays silent."""
-    with closing(socket.create_connection(("127.0.0.1", port), 5)) as client:
-        client.sendall(data)
-        client.settimeout(3)
-        found = b""
-        with suppress(TimeoutError, ConnectionError):
-            while part := client.recv(65536):
-                found += part
-        return found
+        with listening(
+            Service(settings_for(tmp_path_factory.mktemp("hostile") / "data", NO_SERVER, limits=limits))
+        ) as port:
+            yield port
 
 
 HEAD = b"POST /v1/uploads HTTP/1.1\r\nHost: localhost\r\n"
@@ -154,103 +123,10 @@ def test_slow_clients_hold_nobody_up(port: int) -> None:
 # Broken forms and lines
 
 
-class MemoryWriter:
-    """A blob in memory."""
-
-    def __init__(self) -> None:
-        self.data = b""
-        self.num_lines = 0
-        self.sha256 = ""
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.data)
-
-    def write(self, data: bytes) -> None:
-        self.data += data
-
-    def commit(self) -> None:
-        """Nothing to do."""
-
-    abort = commit
-
-
-GOOD_FORM = (
-    b'--b1\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-    b'--b1\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\nContent-Type: text/plain\r\n\r\n'
-    + lines(3)
-    + b"\r\n--b1--\r\n"
-)
-PIECES = (
-    b"--b1",
-    b"\r\n",
-    b"--",
-    b"\x00",
-    b"\xff\xfe",
-    b'"',
-    b";",
-    b"name=",
-    b"Content-Disposition:",
-    b"\r",
-    b"b1--",
-    b"%",
-)
-
-
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """A few random changes: bytes cut out, doubled, replaced, or pieces of forms put in."""
-    found = bytearray(data)
-    for _ in range(chance.randrange(1, 6)):
-        at = chance.randrange(len(found) + 1)
-        size = chance.choice((1, 1, 2, 8, 40))
-        kind = chance.randrange(4)
-        if kind == 0:
-            del found[at : at + size]
-        elif kind == 1:
-            found[at:at] = found[at : at + size]
-        elif kind == 2:
-            found[at : at + size] = chance.randbytes(size)
-        else:
-            found[at:at] = chance.choice(PIECES)
-    return bytes(found)
-
-
-async def chunks_of(data: bytes, chance: random.Random) -> AsyncIterator[bytes]:
-    while data:
-        size = chance.choice((1, 7, 100, 10_000))
-        yield data[:size]
-        data = data[size:]
-
-
-def read_mutated_forms(count: int, seed: int) -> tuple[int, int]:
-    """Returns: how many were read, and how many refused. Anything else is an exception."""
-    chance, num_read, num_refused = random.Random(seed), 0, 0
-
-    async def read(data: bytes) -> Form:
-        writer = MemoryWriter()
-        form = await read_form(chunks_of(data, chance), b"b1", "file", writer, lambda _: None)
-        assert len(writer.data) <= len(data)
-        return form
-
-    for _ in range(count):
-        try:
-            asyncio.run(read(mutated(GOOD_FORM, chance)))
-            num_read += 1
-        except ApiError as error:
-            num_refused += error.status_code == 400
-    return num_read, num_refused
-
-
 def test_mutated_forms_are_read_or_refused() -> None:
-    num_read, num_refused = read_mutated_forms(400, 1)
-    assert num_read + num_refused == 400
-    assert num_read > 20
-    assert num_refused > 20
-
-
-@pytest.mark.thorough
-def test_many_mutated_forms_are_read_or_refused() -> None:
-    assert sum(read_mutated_forms(20_000, 2)) == 20_000
+    found = read_mutated_forms(400, 1)
+    assert found.total() == 400
+    assert min(found["forms read"], found["forms refused"]) > 20
 
 
 @pytest.mark.parametrize(
@@ -261,23 +137,15 @@ def test_what_is_no_form(content_type: str | None) -> None:
         boundary_of(content_type)
 
 
-def validate_mutated_lines(tmp_path: Path, count: int, seed: int) -> None:
-    chance, path = random.Random(seed), tmp_path / "in.jsonl"
-    settings = settings_for(tmp_path / "data", NO_SERVER)
-    for _ in range(count):
-        path.write_bytes(mutated(lines(4), chance))
-        found = validate_file(path, "/v1/chat/completions", settings)
-        assert (found.model is None) == bool(found.errors)
-        json.dumps(found.errors)
-
-
 def test_mutated_lines_are_taken_or_refused(tmp_path: Path) -> None:
-    validate_mutated_lines(tmp_path, 400, 1)
+    found = validate_mutated_lines(tmp_path, 400, 1)
+    assert found.total() == 400
+    assert min(found["files taken"], found["files refused"]) > 20
 
 
 @pytest.mark.thorough
-def test_many_mutated_lines_are_taken_or_refused(tmp_path: Path) -> None:
-    validate_mutated_lines(tmp_path, 20_000, 2)
+def test_many_mutated_inputs_are_read_or_refused(tmp_path: Path) -> None:
+    assert (read_mutated_forms(20_000, 2) + validate_mutated_lines(tmp_path, 20_000, 2)).total() == 40_000
 
 
 # Bad days

@@ -61,7 +61,7 @@ def test_answers_are_those_of_a_run_and_prefixes_are_shared_across_batches(
     client: TestClient, model: Path, tmp_path: Path
 ) -> None:
     scheduler = client.app.state.service.scheduler  # type: ignore[attr-defined]
-    before, rounds_before = dict(scheduler.num_tokens), scheduler._num_rounds
+    before, rounds_before = dict(scheduler.tally.num_tokens), scheduler._num_rounds
     scheduler._retry_at = float("inf")  # as after a failure of the engine: all batches wait
     ids = [create(client, upload(client, tiny_lines(5, f"b{n}")))["id"] for n in range(4)]
     for id in ids:
@@ -78,7 +78,7 @@ def test_answers_are_those_of_a_run_and_prefixes_are_shared_across_batches(
         assert ours["custom_id"] == theirs["custom_id"]
         assert ours["response"]["body"]["choices"] == theirs["response"]["body"]["choices"]
         assert ours["response"]["body"]["usage"] == theirs["response"]["body"]["usage"]
-    prompt, cached = (scheduler.num_tokens[kind] - before.get(kind, 0) for kind in ("prompt", "cached"))
+    prompt, cached = (scheduler.tally.num_tokens[kind] - before.get(kind, 0) for kind in ("prompt", "cached"))
     assert scheduler._num_rounds == rounds_before + 1
     assert prompt - cached == merged_run.num_prompt_tokens - merged_run.num_cached_tokens
 
@@ -165,6 +165,57 @@ def test_completions_are_streamed_too(client: TestClient) -> None:
     for choice in whole["choices"]:
         parts = [part for event in events for part in event["choices"] if part["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
+
+
+RESPONSE_BODY = {"model": "tiny", "input": "the other one", "max_output_tokens": 12, "seed": 7}
+TOOL = {
+    "type": "function",
+    "name": "f",
+    "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]},
+}
+
+
+def named_events(text: str) -> list[dict[str, Any]]:
+    """The events of a response, whose names and numbers are checked."""
+    pairs = [event.split("\n") for event in text.split("\n\n") if event]
+    found = [json.loads(data.removeprefix("data: ")) for _, data in pairs]
+    assert [name.removeprefix("event: ") for name, _ in pairs] == [event["type"] for event in found]
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    return found
+
+
+@pytest.mark.parametrize("change", [{}, {"temperature": 1.0}, {"tools": [TOOL], "tool_choice": "required"}])
+def test_a_streamed_response_is_the_response(client: TestClient, change: dict[str, Any]) -> None:
+    body = {**RESPONSE_BODY, "max_output_tokens": 60, **change}
+    whole = client.post("/v1/responses", json=body).json()
+    events = named_events(client.post("/v1/responses", json={**body, "stream": True}).text)
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    last = events[-1]
+    assert last["type"] == f"response.{whole['status']}"
+    assert last["response"]["id"] == events[0]["response"]["id"]
+    assert last["response"]["created_at"] == events[0]["response"]["created_at"]
+    items = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert items == last["response"]["output"]
+    for item, wanted in zip(items, whole["output"], strict=True):
+        assert item.get("content") == wanted.get("content")
+        own = [event for event in events if event.get("item_id") == item["id"]]
+        deltas = "".join(event["delta"] for event in own if event["type"].endswith(".delta"))
+        assert deltas == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+
+
+def test_pieces_of_a_response_come_before_its_end(client: TestClient) -> None:
+    events = named_events(client.post("/v1/responses", json={**RESPONSE_BODY, "stream": True}).text)
+    assert sum(event["type"] == "response.output_text.delta" for event in events) > 1
+
+
+def test_embeddings_are_those_of_a_line(client: TestClient) -> None:
+    body = {"model": "tiny", "input": ["the name", "of the"]}
+    row = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": body}
+    done = wait_for(client, create(client, upload(client, json.dumps(row).encode()), endpoint="/v1/embeddings")["id"])
+    (wanted,) = rows_of(client, done["output_file_id"])
+    found = client.post("/v1/embeddings", json=body).json()
+    assert found["data"] == wanted["response"]["body"]["data"]
+    assert error_of(client.post("/v1/embeddings", json={**body, "stream": True}), 400)["param"] == "stream"
 
 
 def test_single_requests_go_ahead_of_a_batch(client: TestClient) -> None:

@@ -53,7 +53,7 @@ def test_a_key_that_comes_later_gets_its_share_while_another_ones_batch_runs(
 
 def test_a_batch_in_danger_is_flagged(tmp_path: Path) -> None:
     with running(tmp_path / "data", latency_s=2.0) as client:
-        scheduler_of(client).rates["m"] = 0.01
+        scheduler_of(client).tally.rates["m"] = 0.01
         batch = create(client, upload(client, lines(200)), window="5m")
         wait_for(client, batch["id"], "in_progress")
         found: dict[str, Any] = {}
@@ -71,10 +71,10 @@ def test_a_window_that_cannot_be_met_is_refused_where_that_is_asked_for(tmp_path
     with running(tmp_path / "data", refuses_late=True) as client:
         file_id = upload(client, lines(100))
         body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "1m"}
-        scheduler_of(client).rates["m"] = 0.01
+        scheduler_of(client).tally.rates["m"] = 0.01
         error = error_of(client.post("/v1/batches", json=body), 429)
         assert "about 167 minutes" in error["message"]
-        scheduler_of(client).rates["m"] = 1000.0
+        scheduler_of(client).tally.rates["m"] = 1000.0
         assert client.post("/v1/batches", json=body).status_code == 200
 
 

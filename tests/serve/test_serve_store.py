@@ -59,6 +59,9 @@ def test_the_store_does_what_a_list_does(
     assert pages == wanted
     assert store.stored_bytes(owner) == sum(record.num_bytes for record in wanted)
     store.close()
+    again = SqliteStore(store._path)  # what was known of records is what stands on the disk
+    assert again.page(FileRecord, owner=owner, is_newest_first=is_newest_first) == wanted
+    again.close()
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:

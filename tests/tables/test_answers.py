@@ -55,7 +55,7 @@ def test_vectors_are_lists_of_fixed_size(tmp_path: Path, suffix: str) -> None:
         assert found["vector"].to_pylist() == [None, [3, 0.5, -1], None, [2, 0.5, -1], None]
         errors = found["error"].to_pylist()
         assert errors[0] == "invalid_value: no"
-        assert errors[2].startswith("invalid_row: text is None")
+        assert errors[2].startswith("invalid_row: text is null")
         assert "the vector has 4 numbers, earlier ones have 3" in errors[4]
         assert found["prompt_tokens"].to_pylist() == [None, 3, None, 2, 4]
     if suffix == ".jsonl":

@@ -143,7 +143,7 @@ def test_conversations_and_finished_prompts_come_from_columns(tmp_path: Path) ->
     assert [row["answer"] for row in chat] == [row["answer"] for row in as_json]
     assert chat[1]["answer"] == text[1]["answer"] is not None
     assert "wizard" in chat[2]["error"]
-    assert text[2]["error"].startswith("invalid_row: text is None")
+    assert text[2]["error"].startswith("invalid_row: text is null")
 
 
 def test_examples_stand_before_the_question(tmp_path: Path) -> None:

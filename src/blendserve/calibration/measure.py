@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blendserve.calibration.overlap_trials import CONTEXT, OverlapTrial, best_overlap, measure_overlap
+from blendserve.calibration.overlap_trials import CONTEXT, OverlapTrial, best_overlap, lanes_to_try, measure_overlap
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
 from blendserve.config import BYTES_PER_WEIGHT, Dtype, KvDtype
 from blendserve.costs.model_cost import ModelCost
@@ -114,7 +114,8 @@ def calibrate(
     side_by_side = _measure_side_by_side(spec, num_threads, dtype, kv_dtype, effort, clock) if is_divisible else None
     has_time = clock() - began_s < effort.total_s / 2
     end_s = began_s + _SHARE_BEFORE_LAST_TRIAL * effort.total_s
-    trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s) if has_time else ()
+    lanes = lanes_to_try({count: spread.median for count, spread in points.items()}, num_threads)
+    trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s, lanes) if has_time else ()
     largest, smallest = steps[max(steps)], steps[min(steps)]
     weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
     constant = Spread.of([work.elapsed_s - work.matmul_s - work.attention_s for work in smallest])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,8 @@ from blendserve.models.spec import ModelSpec
 _OVERLAP_KV_SHARES = 12  # of an effort's kv_bytes: KV of all layers, not of one
 _MOST_OVERLAP_SEQUENCES = 64  # decodes of so many tokens: about as much memory as compute for grouped-query models
 _LEAST_OVERLAP_GAIN = 0.01
+# Lanes wait for the rest of a fetch now and then: where 23 of 96 threads saturate, 32 are best (bench/memory_lanes.py).
+_LANES_PER_SATURATING_THREAD = 4 / 3
 CONTEXT = 1024
 
 
@@ -52,13 +54,14 @@ def measure_overlap(
     dtype: Dtype = "bf16",
     kv_dtype: KvDtype = "bf16",
     end_s: float = math.inf,
+    num_lanes: int = 0,
 ) -> tuple[OverlapTrial, ...]:
     """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting; for no
-    further one after `end_s` of the clock."""
+    further one after `end_s` of the clock. `num_lanes`: memory lanes to try besides, 0 for none."""
     spec = replace(spec, num_layers=min(spec.num_layers, effort.num_overlap_layers))
     num_bytes = min(_OVERLAP_KV_SHARES * effort.kv_bytes, available_memory_bytes() / 8)
     count = max(2, min(_MOST_OVERLAP_SEQUENCES, int(num_bytes / (spec.kv_bytes_per_token(kv_dtype) * CONTEXT))))
-    costs = _overlap_settings(num_threads)[: effort.max_overlap_settings]
+    costs = _overlap_settings(num_lanes)[: effort.max_overlap_settings]
     trials: list[OverlapTrial] = []
     probe = Probe(
         spec,
@@ -81,11 +84,21 @@ def measure_overlap(
     return tuple(trials)
 
 
-def _overlap_settings(num_threads: int) -> list[OverlapCost]:
+def lanes_to_try(bandwidth_by_threads: Mapping[int, float], num_threads: int) -> int:
+    """Threads that may read KV beside matrix products, where so few saturate the memory that more would only wait; 0
+    where none would, or one thread's bandwidth is not known."""
+    if 1 not in bandwidth_by_threads:
+        return 0
+    num_saturating = bandwidth_by_threads[num_threads] / bandwidth_by_threads[1]
+    num_lanes = math.ceil(_LANES_PER_SATURATING_THREAD * num_saturating)
+    return num_lanes if num_lanes < num_threads else 0
+
+
+def _overlap_settings(num_lanes: int) -> list[OverlapCost]:
     default = OverlapCost()
     slow = replace(default, iteration_bytes=48, chunk_bytes=384 << 10, tile_flop=5_000_000)
-    settings = [default, slow, replace(slow, iteration_bytes=128)]
-    return settings + ([replace(default, memory_lanes=num_threads // 2)] if num_threads > 2 else [])
+    with_lanes = [replace(default, memory_lanes=num_lanes)] if num_lanes else []
+    return [default, *with_lanes, slow, replace(slow, iteration_bytes=128)]
 
 
 def _off_and_on(probe: Probe, num_prompt_tokens: int, cost: OverlapCost) -> tuple[Work, Work]:

@@ -7,10 +7,11 @@ import json
 from dataclasses import asdict, replace
 
 from blendserve.cli.commands import HELP_BY_COMMAND
-from blendserve.cli.engine_options import ENGINE_NAMES, add_line_abilities
+from blendserve.cli.engine_options import ENGINE_NAMES, add_line_abilities, refuse_ignored
 from blendserve.cli.engine_settings import read_adapters
 from blendserve.cli.options import (
     add_chat,
+    add_generation_config,
     add_model,
     add_reading,
     chat_settings,
@@ -18,12 +19,11 @@ from blendserve.cli.options import (
     local_path,
     read_limits,
     say,
-    served_model,
 )
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.endpoint import Codec
 from blendserve.dialect.schema import ServedModel
-from blendserve.engines.settings import VllmSettings
+from blendserve.engines.settings import NativeSettings, VllmSettings
 from blendserve.errors import ConfigError
 from blendserve.job.check import MAX_LISTED_LINES, CheckReport, CodeCount, check_file
 from blendserve.models.load import load_model, load_tokenizer
@@ -51,6 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "is not known) (default: native)",
     )
     add_model(parser)
+    add_generation_config(parser)
     add_chat(parser)
     add_line_abilities(parser.add_argument_group("vLLM engine"))
     add_reading(parser)
@@ -60,8 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check the file. Returns 1 when a line has an error, else 0."""
-    if args.engine != "vllm" and (args.lora or args.image_domain or args.task != "generate"):
-        raise ConfigError("--task, --lora and --image-domain are options of the vllm engine: add --engine vllm")
+    refuse_ignored(args)
     served, codec = {"native": _native, "vllm": _vllm, "http": _http}[args.engine](args)
     report = check_file(args.input, served, codec, limits=read_limits(args))
     say(json.dumps(asdict(report)) if args.json else describe(report))
@@ -69,9 +69,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _native(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
-    chat, model = chat_settings(args), load_model(find_model(args))
+    from blendserve.engines.native.served import served_model_of
+
+    files, chat = find_model(args), chat_settings(args)
+    model = load_model(files)
     model = replace(model, tokenizer=chat.applied(model.tokenizer))
-    served = served_model(args, model)
+    settings = NativeSettings(
+        model=args.model, max_model_len=args.max_model_len, generation_config=args.generation_config, chat=chat
+    )
+    served = served_model_of(settings, files, model)
     return served, ModelCodec(
         model.tokenizer, served.max_model_len, served.abilities.chat, obeys_control_tokens=chat.obeys_control_tokens
     )
@@ -93,6 +99,7 @@ def _vllm(args: argparse.Namespace) -> tuple[ServedModel, Codec | None]:
         task=args.task,
         adapters=read_adapters(args.lora),
         image_domains=tuple(args.image_domain),
+        generation_config=args.generation_config,
     )
     config, chat = read_json(files.path / "config.json"), chat_settings(args)
     tokenizer = chat.applied(load_tokenizer(files))

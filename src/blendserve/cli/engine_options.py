@@ -9,6 +9,7 @@ from pathlib import Path
 from blendserve.cli.options import (
     add_chat,
     add_dtype,
+    add_generation_config,
     add_kv_dtype,
     add_model,
     count,
@@ -61,14 +62,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute every prompt in full (default: beginnings that prompts share are computed once)",
     )
-    group.add_argument(
-        "--generation-config",
-        default="auto",
-        metavar="SOURCE",
-        help="where sampling parameters come from that a line does not give: auto (the model's "
-        "generation_config.json), vllm (nowhere: temperature 1, top_p 1, and so on), or a directory with a "
-        "generation_config.json (default: auto)",
-    )
+    add_generation_config(group)
     native = parser.add_argument_group("native engine")
     add_overlap(native)
     add_dtype(native)
@@ -329,16 +323,7 @@ def given_run_options(args: argparse.Namespace) -> list[str]:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises: ConfigError when an option is given that would have no effect."""
-    parser = argparse.ArgumentParser(add_help=False)
-    for add in (add_model, add_chat, add_engine, add_engine_choice, add_watching):
-        add(parser)
-    for name, engines in ENGINES_BY_OPTION.items():
-        if args.engine not in engines and getattr(args, name) != parser.get_default(name):
-            kind = f"the {' and '.join(engines)} engine{'s' if len(engines) > 1 else ''}"
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is an option of {kind}, and the {args.engine} engine ignores it: leave it "
-                f"out, or add --engine {engines[0]}"
-            )
+    refuse_ignored(args)
     if args.replicas is None:
         if args.ray_address is not None:
             raise ConfigError("--ray-address says where replicas run: add --replicas N")
@@ -346,3 +331,18 @@ def check_options(args: argparse.Namespace) -> None:
         raise ConfigError("--report and --trace show what one native engine does: leave them out with --replicas")
     elif args.window:
         raise ConfigError("--window and --replicas do not work together: leave one of them out")
+
+
+def refuse_ignored(args: argparse.Namespace) -> None:
+    """Raises: ConfigError when an option is given that the engine ignores."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in (add_model, add_chat, add_engine, add_engine_choice, add_watching):
+        add(parser)
+    for name, engines in ENGINES_BY_OPTION.items():
+        default = parser.get_default(name)
+        if args.engine not in engines and getattr(args, name, default) != default:
+            kind = f"the {' and '.join(engines)} engine{'s' if len(engines) > 1 else ''}"
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is an option of {kind}, and the {args.engine} engine ignores it: leave it "
+                f"out, or add --engine {engines[0]}"
+            )

@@ -9,18 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blendserve.config import DTYPES, KV_DTYPES, EngineConfig, parse_bytes
-from blendserve.dialect.extras import native_abilities
-from blendserve.dialect.schema import ServedModel
-from blendserve.engine.limits import resolve_limits
+from blendserve.config import DTYPES, KV_DTYPES, parse_bytes
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
 from blendserve.job.reader import DEFAULT_MAX_LINE_REQUESTS, DEFAULT_MAX_REQUESTS, ReadLimits
 from blendserve.models.chat_formats import AUTO, REASONING_FORMAT_NAMES, TOOL_FORMAT_NAMES
 from blendserve.models.chat_settings import CONTROL_TOKENS, ChatSettings
+from blendserve.models.generation_config import FROM_MODEL
 from blendserve.models.hub import ModelFiles, resolve
-from blendserve.models.load import LoadedModel
-from blendserve.models.spec import ModelSpec
 from blendserve.report.format import printable, printable_line
 
 
@@ -99,6 +95,17 @@ def add_version(parser: argparse.ArgumentParser) -> None:
         type=count,
         metavar="TOKENS",
         help="most tokens of a prompt and its answer together (default: what the model was made for)",
+    )
+
+
+def add_generation_config(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--generation-config",
+        default=FROM_MODEL,
+        metavar="SOURCE",
+        help="where sampling parameters come from that a line does not give: auto (the model's "
+        "generation_config.json), vllm (nowhere: temperature 1, top_p 1, and so on), or a directory with a "
+        "generation_config.json (default: auto)",
     )
 
 
@@ -214,28 +221,9 @@ def add_kv_dtype(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def context_length(args: argparse.Namespace, spec: ModelSpec) -> int:
-    """Tokens that a prompt and its answer may have. Raises: ConfigError when the model was not made for so many."""
-    return resolve_limits(EngineConfig(max_model_len=args.max_model_len or 0), spec).max_model_len
-
-
 def find_model(args: argparse.Namespace) -> ModelFiles:
     """The files of the model that --model names, fetched if need be; what takes long is told on standard error."""
     return resolve(args.model, cache_dir(), notify=tell, revision=args.revision)
-
-
-def served_model(args: argparse.Namespace, model: LoadedModel) -> ServedModel:
-    """Which names lines may carry: the model's own; any one other name too where the user chose the model.
-
-    Raises: ConfigError when the model was not made for the context length asked for.
-    """
-    return ServedModel(
-        names=(model.spec.name,),
-        accepts_any_name=args.model is not None,
-        vocab_size=model.spec.vocab_size,
-        max_model_len=context_length(args, model.spec),
-        abilities=native_abilities(model.spec.hidden_size, chat_settings(args).formats(model.tokenizer)),
-    )
 
 
 def tell(text: str) -> None:

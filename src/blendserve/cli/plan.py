@@ -11,8 +11,10 @@ from blendserve.cli.engine_options import add_planned_run, given_run_options
 from blendserve.cli.engine_settings import planned_config
 from blendserve.cli.options import (
     add_chat,
+    add_generation_config,
     add_reading,
     chat_settings,
+    local_path,
     positive_integer,
     read_limits,
     say,
@@ -54,10 +56,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "simulate how long each policy (order of requests) would take on given hardware. Nothing is run; a tokenizer "
         "is read, no weights.",
     )
-    parser.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file; may be gzip (.jsonl.gz)")
+    parser.add_argument(
+        "input", type=local_path, metavar="IN.jsonl", help="the batch file, plain or compressed (gzip, bzip2, xz, zstd)"
+    )
     add_target(parser, f"{THIS_MACHINE} if it is calibrated, else {DEFAULT_HARDWARE}", DEFAULT_MODEL.name)
     add_planned_run(parser)
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
+    add_generation_config(parser)
     add_chat(parser)
     add_reading(parser)
     add_output(parser)
@@ -101,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.model, notify=tell)
     machine = _find_machine(args, target)
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
-    limits, chat, sampling = read_limits(args), chat_settings(args), sampling_of(target)
+    limits, chat, sampling = read_limits(args), chat_settings(args), sampling_of(target, args.generation_config)
     with read_batch(args.input, target.spec, tokenizer, limits, chat, sampling) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         report = _report(args, batch, plan, machine, tokenizer, assumption_notes(plan, args.output_tokens, borrowed))

@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from blendserve.cli.commands import HELP_BY_COMMAND
 from blendserve.cli.options import (
     add_chat,
+    add_generation_config,
     add_reading,
     chat_settings,
+    local_path,
     not_negative,
     positive_integer,
     read_limits,
@@ -58,7 +59,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "batches and keeps prefixes is that of real runs; only the time of a step comes from a cost model. No weights "
         "are read.",
     )
-    parser.add_argument("input", type=Path, nargs="?", metavar="IN.jsonl", help="a batch file; may be gzip (.jsonl.gz)")
+    parser.add_argument(
+        "input",
+        type=local_path,
+        nargs="?",
+        metavar="IN.jsonl",
+        help="a batch file, plain or compressed (gzip, bzip2, xz, zstd)",
+    )
     group = parser.add_argument_group(
         "blend",
         "a synthetic job in place of a file, made of requests with much compute and requests with much memory traffic",
@@ -87,6 +94,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_forecast(parser, DEFAULT_POLICIES, DEFAULT_MAX_SIMULATED)
     _add_costs(parser)
     add_output(parser)
+    add_generation_config(parser)
     add_chat(parser)
     add_reading(parser)
     parser.set_defaults(command=run)
@@ -151,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
 def _simulate_file(args: argparse.Namespace, target: Target, machines: dict[EngineKind, Machine]) -> SimulateReport:
     tokenizer, borrowed = find_tokenizer(args.tokenizer, target, notify=tell)
     machine = next(iter(machines.values()))
-    limits, chat, sampling = read_limits(args), chat_settings(args), sampling_of(target)
+    limits, chat, sampling = read_limits(args), chat_settings(args), sampling_of(target, args.generation_config)
     with read_batch(args.input, target.spec, tokenizer, limits, chat, sampling) as batch:
         plan = plan_batch(batch, machine, args.output_tokens)
         workload = planned_workload(args.input.name, plan)

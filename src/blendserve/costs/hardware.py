@@ -67,7 +67,7 @@ def kv_capacity_bytes(model: ModelCost, hardware: HardwareSpec, *, tensor_parall
     if usable <= model.weight_bytes:
         raise CapacityError(
             f"{model.name} has {model.weight_bytes / 1e9:.0f} GB of weights; {tensor_parallel} x {hardware.name} "
-            f"offers {usable / 1e9:.0f} GB: raise the degree of tensor parallelism"
+            f"offers {usable / 1e9:.0f} GB: raise --tensor-parallel, or choose other --hardware"
         )
     return usable - model.weight_bytes
 
@@ -75,4 +75,4 @@ def kv_capacity_bytes(model: ModelCost, hardware: HardwareSpec, *, tensor_parall
 def check_tensor_parallel(tensor_parallel: int) -> None:
     """Raises: ConfigError when the degree is not positive."""
     if tensor_parallel < 1:
-        raise ConfigError(f"tensor parallelism is {tensor_parallel}; it must be at least 1")
+        raise ConfigError(f"--tensor-parallel is {tensor_parallel}; it must be at least 1")

@@ -79,7 +79,10 @@ class CostModel:
 
     def __post_init__(self) -> None:
         if self.token_s <= 0 or self.kv_token_s <= 0 or self.pair_s < 0 or self.head_s < 0:
-            raise ConfigError(f"a cost model needs positive rates; got {self}")
+            raise ConfigError(
+                f"the times of a cost model are {self.token_s}, {self.kv_token_s}, {self.pair_s} and {self.head_s} s; "
+                "the first two must be above 0, the others 0 or more"
+            )
 
     @classmethod
     def at_rates(
@@ -154,7 +157,7 @@ class CostModel:
         """The batch that continuous batching of many equal requests converges to, given the KV pool (paper section
         4)."""
         if num_output_tokens <= 0:
-            raise ConfigError(f"a steady batch needs decodes; got {num_output_tokens} output tokens")
+            raise ConfigError(f"answers have {num_output_tokens} tokens; they must have at least 1")
         num_decodes = capacity_tokens / (num_prompt_tokens + num_output_tokens / 2)
         num_prefill = num_decodes * num_prompt_tokens / num_output_tokens
         prefill_s = num_prefill * (self.token_s + num_prompt_tokens * self.pair_s)

@@ -30,7 +30,10 @@ class Interference:
 
     def __post_init__(self) -> None:
         if not (0 <= self.compute_delay <= 1 and 0 <= self.memory_delay <= 1):
-            raise ConfigError(f"interference delays lie in [0, 1]; got {self.compute_delay} and {self.memory_delay}")
+            raise ConfigError(
+                f"the delays of compute and memory are {self.compute_delay} and {self.memory_delay}; both must be from "
+                "0 to 1"
+            )
 
     def step_s(self, compute_s: float, memory_s: float) -> float:
         """Elapsed time of one step."""

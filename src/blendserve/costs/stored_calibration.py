@@ -80,15 +80,15 @@ class Calibration:
         )
         others = (self.constant_s, self.gemm_share, self.attention_share)
         if not (all(0 < rate < math.inf for rate in rates) and all(0 <= value < math.inf for value in others)):
-            raise ConfigError(f"a calibration needs positive rates; got {self}; {_CALIBRATE_AGAIN}")
+            raise ConfigError(f"a rate in it is not above 0; {_CALIBRATE_AGAIN}")
         settings = (self.chunk_bytes, self.tile_flop, self.iteration_bytes)
         if min(settings) < 1 or self.iteration_bytes > _MOST_ITERATION_BYTES or self.memory_lanes < 0:
             raise ConfigError(
-                "a calibration needs chunk_bytes, tile_flop and iteration_bytes of 1 or more, the last at most "
-                f"{_MOST_ITERATION_BYTES}; got {settings} and {self.memory_lanes} memory_lanes; {_CALIBRATE_AGAIN}"
+                f"chunk_bytes, tile_flop and iteration_bytes in it are {settings}, memory_lanes is "
+                f"{self.memory_lanes}; {_CALIBRATE_AGAIN}"
             )
         if self.effort not in get_args(CalibrationEffort):
-            raise ConfigError(f"a calibration cannot have the effort {self.effort!r}; {_CALIBRATE_AGAIN}")
+            raise ConfigError(f"its effort is {self.effort!r}; {_CALIBRATE_AGAIN}")
         Interference(self.compute_delay, self.memory_delay)
 
     def separate_cores(self) -> Interference:
@@ -164,14 +164,12 @@ class Calibration:
             values: dict[str, Any] = json.loads(text)
             names = {field.name for field in fields(cls)}
             if values.get("version") != _VERSION or set(values) != names:
-                raise ConfigError(
-                    f"calibration has version {values.get('version')} and {len(values)} fields; {_CALIBRATE_AGAIN}"
-                )
+                raise ConfigError(f"it was made by another version of BlendServe; {_CALIBRATE_AGAIN}")
             for name in ("gemm_points", "bandwidth_points"):
                 values[name] = tuple((int(count), float(rate)) for count, rate in values[name])
             return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"calibration cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
+            raise ConfigError(f"it is damaged ({error}); {_CALIBRATE_AGAIN}") from error
 
     def save(self, cache_directory: Path) -> Path:
         """Write the file of its dtypes under the directory, as a whole or not at all, and return its path.
@@ -201,15 +199,19 @@ def load_calibration(cache_directory: Path, dtype: Dtype = "bf16", kv_dtype: KvD
     path = calibration_path(cache_directory, dtype, kv_dtype)
     if not path.is_file():
         of_kv = "" if kv_dtype == "bf16" else f" --kv-dtype {kv_dtype}"
-        raise ConfigError(f"no calibration at {path}; run `blendserve calibrate --dtype {dtype}{of_kv}`")
+        raise ConfigError(
+            f"this machine has not been measured: there is no {path}; run `blendserve calibrate --dtype {dtype}{of_kv}`"
+        )
     try:
         calibration = Calibration.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"calibration at {path} cannot be read ({error}); {_CALIBRATE_AGAIN}") from error
+        raise ConfigError(f"cannot read the calibration {path}: {error}; {_CALIBRATE_AGAIN}") from error
+    except ConfigError as error:
+        raise ConfigError(f"the calibration {path} cannot be used: {error}") from error
     if (calibration.dtype, calibration.kv_dtype) != (dtype, kv_dtype):
         raise ConfigError(
-            f"calibration at {path} was made for {calibration.dtype} with KV in {calibration.kv_dtype}, not for "
-            f"{dtype} with KV in {kv_dtype}; {_CALIBRATE_AGAIN}"
+            f"the calibration {path} is for --dtype {calibration.dtype} --kv-dtype {calibration.kv_dtype}, not for "
+            f"--dtype {dtype} --kv-dtype {kv_dtype}; {_CALIBRATE_AGAIN}"
         )
     return calibration
 

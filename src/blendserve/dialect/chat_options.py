@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from blendserve.dialect.parameters import read_boolean, reject, shown
+from blendserve.dialect.values import read_boolean, reject, shown
 from blendserve.errors import RequestError
 
 ToolMode = Literal["none", "auto", "required", "named"]

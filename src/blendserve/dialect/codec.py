@@ -66,8 +66,8 @@ class ModelCodec:
     def _check_template(self) -> None:
         if not self._tokenizer.has_chat_template:
             raise RequestError(
-                f"the model has no chat template; ask {COMPLETIONS_URL}, choose a model made for chat, or give a "
-                "template with --chat-template",
+                f"the model has no chat template; send the line to {COMPLETIONS_URL}, choose a model made for chat, or "
+                "give a template with --chat-template",
                 code="unsupported_parameter",
                 param="messages",
             )

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from blendserve.dialect.images import Picture
-from blendserve.dialect.parameters import integer_between, reject, shown
 from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
+from blendserve.dialect.values import integer_between, reject, shown
 from blendserve.errors import RequestError
 from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.tool_formats.format import Tool

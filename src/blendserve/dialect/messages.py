@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from blendserve.dialect.extras import Abilities, take_pictures
-from blendserve.dialect.parameters import reject, shown
+from blendserve.dialect.values import reject, shown
 from blendserve.errors import RequestError
 from blendserve.models.conversation import Message
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
-from blendserve.dialect.parameters import MAX_INT32, shown
 from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.schema import BatchLine, ServedModel, read_envelope
 from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL
+from blendserve.dialect.values import MAX_INT32, shown
 from blendserve.errors import RequestError
 from blendserve.models.conversation import Conversation, Message
 from blendserve.request import SamplingParams
@@ -135,4 +135,6 @@ def _to_json(body: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
-        raise RequestError("body holds a number too large for JSON", code="invalid_value", param="body") from None
+        raise RequestError(
+            "body holds a number that is too large; write none above 1e308", code="invalid_value", param="body"
+        ) from None

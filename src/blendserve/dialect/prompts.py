@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from blendserve.dialect.parameters import read_token_ids, reject
+from blendserve.dialect.values import read_token_ids, reject
 from blendserve.errors import RequestError
 from blendserve.models.conversation import Conversation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blendserve.dialect.parameters import reject, shown
+from blendserve.dialect.values import reject, shown
 from blendserve.errors import RequestError
 
 SETTINGS = {
@@ -32,7 +32,6 @@ SETTINGS = {
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "stream": (False,),
-    "stream_options": (),
     "background": (False,),
     "previous_response_id": (),
     "conversation": (),
@@ -44,7 +43,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 """What needs state or would change the answer unnoticed: taken only with these values, or null."""
 
 _IGNORED = ("model", "store", "metadata", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-_IGNORED_TOO = ("service_tier", "priority")
+_IGNORED_TOO = ("service_tier", "priority", "stream_options")
 _OWN = ("input", "instructions", "text", "tools", "tool_choice", "reasoning", "include")
 FIELDS = (*_OWN, *SETTINGS, *NEUTRAL, *_IGNORED, *_IGNORED_TOO)
 _LOGPROBS = "message.output_text.logprobs"
@@ -84,11 +83,13 @@ def _check_names(body: Mapping[str, Any]) -> None:
                 param=name[:100],
             )
         if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-            raise _unsupported(name, value, "a batch has no state, stream or background: leave it out")
+            raise _unsupported(name, value, "each line of a batch is answered on its own and as a whole; remove it")
 
 
 def _unsupported(name: str, value: object, why: str) -> RequestError:
-    return RequestError(f"{name} = {shown(value)} is not supported: {why}", code="unsupported_parameter", param=name)
+    return RequestError(
+        f"{name} is {shown(value)}, which is not supported: {why}", code="unsupported_parameter", param=name
+    )
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -186,7 +187,7 @@ def _response_format(text: Any) -> dict[str, Any] | None:
     if not isinstance(text, dict):
         reject("text", text, "an object", code="invalid_type")
     if text.get("verbosity") not in (None, "medium"):
-        raise _unsupported("text.verbosity", text["verbosity"], "leave it out")
+        raise _unsupported("text.verbosity", text["verbosity"], "only OpenAI's models follow it; remove it")
     shape = text.get("format")
     if shape is None:
         return None

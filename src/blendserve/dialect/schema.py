@@ -16,10 +16,11 @@ from blendserve.dialect.defaults import with_defaults
 from blendserve.dialect.endpoints import ENDPOINTS
 from blendserve.dialect.extras import TEXT_ONLY, Abilities
 from blendserve.dialect.grammars import check_grammar
-from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary, reject, shown
+from blendserve.dialect.parameters import BODY_FIELDS, check_token_ids, check_vocabulary
 from blendserve.dialect.prompts import Prompt
 from blendserve.dialect.structured import STRUCTURE_FIELDS
 from blendserve.dialect.urls import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL, canonical_url
+from blendserve.dialect.values import reject, shown
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 

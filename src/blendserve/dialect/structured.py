@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from blendserve.dialect.parameters import reject
+from blendserve.dialect.values import reject
 from blendserve.errors import RequestError
 from blendserve.request import StructuredOutputs
 

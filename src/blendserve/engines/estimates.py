@@ -15,7 +15,7 @@ from blendserve.costs.hardware import known_hardware, peak_cost_model
 from blendserve.costs.model_cost import CostModel, ModelCost
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.endpoint import EncodedPrompt
-from blendserve.dialect.parameters import MAX_INT32
+from blendserve.dialect.values import MAX_INT32
 from blendserve.errors import ExecutorError, RequestError
 from blendserve.job.pending import PendingRequests
 from blendserve.models.conversation import Conversation, text_of_content

@@ -282,7 +282,6 @@ def _sampling_params(
     request: Request, eos_token_ids: tuple[int, ...], bad_words: list[list[int]]
 ) -> _native.SamplingParams:
     sampling = request.sampling
-    ends = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *eos_token_ids)
     return _native.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -296,7 +295,7 @@ def _sampling_params(
         num_prompt_tokens=request.num_prompt_tokens,
         seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
         logit_bias=list(sampling.logit_bias.items()),
-        stop_token_ids=list(ends),
+        stop_token_ids=[*sampling.stop_token_ids, *eos_token_ids],
         allowed_token_ids=list(sampling.allowed_token_ids or ()),
         bad_words=bad_words,
     )

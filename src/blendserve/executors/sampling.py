@@ -95,8 +95,7 @@ def adjust(
     for token, bias in params.logit_bias.items():
         adjusted[token] += bias
     if len(output_ids) < params.min_tokens:
-        ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
-        adjusted[list(ends)] = -np.inf
+        adjusted[[*params.stop_token_ids, *eos_token_ids]] = -np.inf
     if params.repetition_penalty != 1.0:
         seen = np.union1d(request.prompt_token_ids, output_ids)
         penalty = params.repetition_penalty

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from blendserve.errors import ConfigError
+from blendserve.job.file_kinds import HEAD_BYTES, check_kind
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -26,17 +27,6 @@ BUFFER_BYTES = 1 << 20
 ZSTD_CHUNK_BYTES = 1 << 10
 """At most 32 MiB come out of so many bytes: a zstd block takes four and holds 128 KiB."""
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
-
-_TABLES_BY_MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file"}
-_FORMATS_BY_MAGIC = {
-    b"Obj\x01": "an Avro file",
-    b"ORC": "an ORC file",
-    b"SQLite format 3": "an SQLite database",
-    b"PK\x03\x04": "a zip archive (spreadsheets are such archives too)",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"\x04\x22\x4d\x18": "compressed with LZ4",
-    b"%PDF": "a PDF document",
-}
 
 
 class DamagedError(Exception):
@@ -148,13 +138,14 @@ _COMPRESSIONS = (
 
 def unpacked(stored: io.BufferedReader[Any], path: Path) -> io.BufferedReader[Any]:
     """The text of a file. Raises: ConfigError when it is of a kind that holds no text of JSON lines."""
-    _check_kind(_head(stored), path)
+    check_kind(_head(stored), path)
     for compression in _COMPRESSIONS:
         if _head(stored).startswith(compression.magic):
             stream = _UnpackedFile(_unpack(compression, stored, path), compression.name)
             content = io.BufferedReader(stream, BUFFER_BYTES)
             with suppress(DamagedError):  # the reader meets it again, and says in which line
-                _check_kind(_head(content), path)
+                check_kind(_head(content), path)
+                _check_packed_once(_head(content), path)
             return content
     return stored
 
@@ -169,39 +160,13 @@ def _unpack(compression: _Compression, stored: io.BufferedReader[Any], path: Pat
         ) from None
 
 
+def _check_packed_once(head: bytes, path: Path) -> None:
+    if any(head.startswith(compression.magic) for compression in _COMPRESSIONS):
+        raise ConfigError(f"{path} is compressed twice; unpack it once first")
+
+
 def _head(file: io.BufferedReader[Any]) -> bytes:
-    return file.peek(256)[:256]
-
-
-def _check_kind(head: bytes, path: Path) -> None:
-    for magic, kind in _TABLES_BY_MAGIC.items():
-        if head.startswith(magic):
-            raise ConfigError(f"{path} is {kind}: answer its rows with `blendserve map`, or convert it to JSON lines")
-    for magic, kind in _FORMATS_BY_MAGIC.items():
-        if head.startswith(magic):
-            raise ConfigError(f"{path} is {kind}; convert it to JSON lines first, one request in each line")
-    encoding = _wide_encoding(head)
-    if encoding is not None:
-        raise ConfigError(
-            f"{path} is {encoding.upper()} text; convert it first: iconv -f {encoding} -t utf-8 {path} > in.jsonl"
-        )
-
-
-def _wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, by its mark or by the zeros between characters of ASCII."""
-    if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
-        return "utf-32"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    sample = head[: len(head) // 4 * 4]
-    zeros = [sample[at::4].count(0) * 16 >= len(sample) * 3 for at in range(4)]  # most of each column of four bytes
-    patterns = {
-        (False, True, False, True): "utf-16le",
-        (True, False, True, False): "utf-16be",
-        (False, True, True, True): "utf-32le",
-        (True, True, True, False): "utf-32be",
-    }
-    return patterns.get((zeros[0], zeros[1], zeros[2], zeros[3])) if len(sample) >= 8 else None
+    return file.peek(HEAD_BYTES)[:HEAD_BYTES]
 
 
 def check_readable(path: Path) -> None:

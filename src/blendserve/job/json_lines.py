@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import Any, NoReturn
 
-from blendserve.dialect.parameters import shown
+from blendserve.dialect.values import shown
 from blendserve.errors import RequestError
 
 MAX_LINE_PARTS = 1 << 18

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from blendserve.dialect.parameters import shown
+from blendserve.dialect.values import shown
 
 _MAX_NAMES = 1000
 _MAX_LISTED = 5

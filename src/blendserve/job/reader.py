@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blendserve.dialect.parameters import shown
 from blendserve.dialect.passthrough import parse_remote_line
 from blendserve.dialect.schema import BatchLine, ServedModel, custom_id_of, parse_line
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError, RequestError
 from blendserve.job.foreign import FRAME, FormatWatch, format_of
 from blendserve.job.input_file import BUFFER_BYTES, DamagedError, HashingFile, open_input, unpacked
@@ -139,7 +139,7 @@ class BatchReader:
     def _salvage(self, line: bytes) -> str | None:
         """The custom_id of a line that is no valid JSON."""
         custom_id = custom_id_in(line) if line.startswith(b"{") else None
-        self._formats.add(line, None if custom_id is None else {"custom_id": custom_id})
+        self._formats.add_broken(line, custom_id)
         return custom_id
 
     def _parse(self, line_number: int, content: bytes | BadLine) -> BatchLine | BadLine:

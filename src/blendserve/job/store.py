@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from blendserve.config import BLOCK_SIZE
 from blendserve.dialect.endpoint import StoredLine
 from blendserve.dialect.extras import Extras
-from blendserve.dialect.parameters import MAX_INT32
 from blendserve.dialect.schema import BatchLine
+from blendserve.dialect.values import MAX_INT32
 from blendserve.engine.keys import block_keys
 from blendserve.errors import ConfigError
 from blendserve.job.disk import sync_directory, writing_to

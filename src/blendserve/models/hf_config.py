@@ -11,7 +11,7 @@ from typing import Any
 from blendserve.errors import ConfigError
 from blendserve.models.hf_features import refuse_features, window_limit, window_of
 from blendserve.models.hf_rope import read_rope
-from blendserve.models.spec import Architecture, ModelSpec, brief, checked, token_ids
+from blendserve.models.spec import Architecture, ModelSpec, brief, check_size, checked, token_ids
 
 KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Values of `architectures` in config.json that we run."""
@@ -36,6 +36,7 @@ def spec_from_hf_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
     read = partial(_field, name, config)
     num_layers, num_heads = read("num_hidden_layers", int), read("num_attention_heads", int)
     hidden_size, max_position = read("hidden_size", int), read("max_position_embeddings", int)
+    check_size(name, "max_position", max_position)
     refuse_features(name, model_type, config, REMEDY)
     head_dim = read("head_dim", int, 128 if model_type == "qwen3" else hidden_size // max(num_heads, 1))
     rope = read_rope(name, config, max_position, REMEDY)

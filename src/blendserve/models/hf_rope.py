@@ -158,7 +158,7 @@ def _longrope(
         factor,
         original_max_position=original,
         attention_factor=attention,
-        divisors=tuple(min(float(value), 2 * MAX_SCALING) for value in divisors),
+        divisors=tuple(float(min(value, 2 * MAX_SCALING)) for value in divisors),
     )
     limit = "beyond them longrope turns every position otherwise, which is not supported"
     return Rope(theta, scaling, min(original, max_position), limit if original < max_position else "")

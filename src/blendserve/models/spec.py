@@ -127,9 +127,8 @@ def brief(value: object) -> str:
 
 def checked(spec: ModelSpec) -> ModelSpec:
     """The spec itself. Raises: ConfigError when a number is beyond any model, or when two contradict one another."""
-    for field, most in _MOST.items():
-        if not 1 <= getattr(spec, field) <= most:
-            raise ConfigError(f"{spec.name}: {field} is {brief(getattr(spec, field))}; it must be from 1 to {most}")
+    for field in _MOST:
+        check_size(spec.name, field, getattr(spec, field))
     if not 0 < spec.rope_theta <= _MAX_THETA:
         raise ConfigError(f"{spec.name}: rope_theta is {spec.rope_theta}; it must be above 0, at most {_MAX_THETA:g}")
     if not 0 <= spec.rms_norm_eps <= 1:
@@ -141,6 +140,12 @@ def checked(spec: ModelSpec) -> ModelSpec:
     if spec.rope_scaling is not None:
         _check_scaling(spec.name, spec.head_dim, spec.rope_scaling)
     return spec
+
+
+def check_size(name: str, field: str, value: int) -> None:
+    """Raises: ConfigError when no model has so much of it."""
+    if not 1 <= value <= _MOST[field]:
+        raise ConfigError(f"{name}: {field} is {brief(value)}; it must be from 1 to {_MOST[field]}")
 
 
 def _check_scaling(name: str, head_dim: int, scaling: RopeScaling) -> None:

@@ -24,6 +24,12 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 _EXTRA_LISTS = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MAX_ADDED_TOKENS = 1 << 20
+_PACKAGES_BY_KIND = {
+    "tokenizer.model": "transformers sentencepiece protobuf",
+    "vocab.json": "transformers",
+    "tekken.json": None,
+}
+"""Other files that hold a tokenizer, with the packages that write a tokenizer.json of them."""
 
 
 def tokenizer_from_directory(directory: Path) -> Tokenizer:
@@ -48,15 +54,21 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
 def _backend(directory: Path) -> tokenizers.Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
-        kinds = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (directory / name).is_file()]
-        found = f"{kinds[0]}, but no tokenizer.json" if kinds else "no tokenizer.json"
-        needed = "transformers and sentencepiece" if "tokenizer.model" in kinds else "transformers"
-        raise ConfigError(
-            f'{directory} has {found}; write one with {needed}: python -c "from transformers import AutoTokenizer; '
-            f'AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"'
-        )
+        kind = next((name for name in _PACKAGES_BY_KIND if (directory / name).is_file()), None)
+        found = f"{kind}, but no tokenizer.json" if kind else "no tokenizer.json"
+        raise ConfigError(f"{directory} has {found}; {_remedy(directory, kind)}")
     with told_as(f"cannot read {path}"):
         return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _remedy(directory: Path, kind: str | None) -> str:
+    packages = None if kind is None else _PACKAGES_BY_KIND[kind]
+    if packages is None:
+        return "download the model again, or another copy of it that has one"
+    return (
+        f'write one: pip install {packages}, then python -c "from transformers import AutoTokenizer; '
+        f'AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"'
+    )
 
 
 def _added_tokens(directory: Path, config: dict[str, Any]) -> list[tokenizers.AddedToken]:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.config import BLOCK_SIZE
-from blendserve.dialect.parameters import MAX_CHOICES, check_params
+from blendserve.dialect.parameters import check_params
+from blendserve.dialect.readers import MAX_CHOICES
 from blendserve.dialect.structured import check_structure
 from blendserve.engine.keys import block_keys
 from blendserve.errors import BlendServeError, ExecutorError, RequestError

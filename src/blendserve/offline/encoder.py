@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from blendserve.dialect.chat_options import ChatOptions, take_chat_options
-from blendserve.dialect.parameters import shown
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError, RequestError
 from blendserve.models.chat_encoder import ChatEncoder
 from blendserve.models.chat_formats import ChatFormats

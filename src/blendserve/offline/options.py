@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blendserve.config import Dtype, KvDtype
-from blendserve.dialect.parameters import shown
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError
 
 IGNORED_OPTIONS = frozenset(

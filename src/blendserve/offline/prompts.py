@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blendserve.dialect.parameters import kept_tokens, shown
+from blendserve.dialect.parameters import kept_tokens
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError, RequestError
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.request import SamplingParams, TokenIds

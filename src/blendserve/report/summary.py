@@ -147,6 +147,7 @@ def _stats_fields(stats: RunStats) -> dict[str, Any]:
         "scheduling_p99_s": stats.p99_scheduling_s,
         "balance": stats.balance,
         "num_preemptions": stats.num_preemptions,
+        "num_prefill_tokens": stats.num_prefill_tokens,
         "max_running": stats.max_running,
         "kv_peak": _kv_peak(stats),
         "prefix_hit_rate": stats.prefix_hit_rate,

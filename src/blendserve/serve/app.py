@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from blendserve.serve import dashboard, openapi, routes_batches, routes_files, routes_online, routes_state
-from blendserve.serve.guard import Guard, Sessions
+from blendserve.serve.guard import Gate, Guard, Sessions
 from blendserve.serve.http import HANDLERS
 from blendserve.serve.service import Service
 
@@ -26,6 +26,7 @@ def make_app(service: Service) -> Starlette:
             await service.stop()
 
     sessions = Sessions()
+    gate = Gate(service, sessions)
     routes = [
         *routes_files.ROUTES,
         *routes_batches.ROUTES,
@@ -36,10 +37,11 @@ def make_app(service: Service) -> Starlette:
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, service=service, sessions=sessions)],
+        middleware=[Middleware(Guard, gate=gate)],
         exception_handlers=dict(HANDLERS),
         lifespan=lifespan,
     )
     app.state.service = service
     app.state.sessions = sessions
+    app.state.gate = gate
     return app

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from blendserve.serve.engine_host import Died
 from blendserve.serve.failures import ApiError
@@ -21,6 +21,14 @@ READY_S = 60.0
 _POLL_S = 0.05
 
 Heard = asyncio.Queue[Piece | Reply]
+
+
+class Asked(NamedTuple):
+    """A request that the engine has. Its answer carries `created`, and ids that are made of `id`."""
+
+    id: str
+    created: int
+    heard: Heard
 
 
 class Asking:
@@ -44,8 +52,8 @@ class Asking:
     @asynccontextmanager
     async def asked(
         self, model: ModelChoice, url: str, body: Mapping[str, Any], *, is_streamed: bool
-    ) -> AsyncIterator[Heard]:
-        """Ask the engine; yields what is heard of it. Raises: ApiError where it cannot be asked now."""
+    ) -> AsyncIterator[Asked]:
+        """Ask the engine; yields where its answer is heard. Raises: ApiError where it cannot be asked now."""
         await self._check_ready(model)
         if len(self._heard) >= MAX_ASKED:
             raise ApiError(
@@ -54,11 +62,12 @@ class Asking:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
-        id = new_id("ask")
-        heard = self._heard[id] = asyncio.Queue()
+        asked = Asked(new_id("ask"), int(time.time()), asyncio.Queue())
+        id = asked.id
+        self._heard[id] = asked.heard
         try:
-            self._scheduler.host.send(Ask(id, url, body, is_streamed))
-            yield heard
+            self._scheduler.host.send(Ask(id, asked.created, url, body, is_streamed))
+            yield asked
         finally:
             del self._heard[id]
             self._scheduler.host.send(Forget(id))

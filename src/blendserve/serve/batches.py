@@ -87,9 +87,15 @@ class Batches:
 
     # What clients ask for
 
-    def get(self, caller: Caller, id: str) -> BatchRecord:
+    def find(self, caller: Caller, id: str) -> BatchRecord | None:
+        """A batch of the caller as it is stored."""
         found = self._store.get(BatchRecord, id)
-        if found is None or found.owner != caller.owner:
+        return found if found is not None and found.owner == caller.owner else None
+
+    def get(self, caller: Caller, id: str) -> BatchRecord:
+        """Raises: ApiError where the caller has no such batch."""
+        found = self.find(caller, id)
+        if found is None:
             raise not_found("Batch", id)
         return self.counted(found)
 
@@ -102,8 +108,7 @@ class Batches:
 
     def counted(self, batch: BatchRecord) -> BatchRecord:
         """The batch with the rows that it has by now."""
-        counts = None if batch.is_ended else self.runner.counts(batch.id)
-        return batch if counts is None else replace(batch, num_completed=counts[0], num_failed=counts[1])
+        return batch.counted(None if batch.is_ended else self.runner.counts(batch.id))
 
     def create(self, caller: Caller, body: Mapping[str, Any], idempotency_key: str | None = None) -> BatchRecord:
         """Make a batch, or find the one that the same request made. Raises: ApiError."""

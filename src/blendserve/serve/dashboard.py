@@ -264,7 +264,7 @@ def _engine_tiles(service: Service, owner: str) -> list[tuple[str, str, str]]:
     tiles = [
         ("engine", state, model.name if model else ""),
         ("your batches under way", format_count(len(active)), f"{len(scheduler.running_ids)} run together now"),
-        ("speed", f"{format_count(round(scheduler.token_rate))}/s", "tokens of this round, prompts and answers"),
+        ("speed", f"{format_count(round(scheduler.tally.token_rate))}/s", "tokens of this round, prompts and answers"),
     ]
     if now is not None:
         tiles.append(("running requests", format_count(now.num_running), "at this moment"))
@@ -289,7 +289,7 @@ def _batch_tiles(service: Service, batch: BatchRecord) -> list[tuple[str, str, s
         for name, label in (("input_tokens", "tokens in"), ("output_tokens", "tokens out")):
             tiles.append((label, format_count(batch.usage[name]), "of all answers"))
     if batch.id in service.scheduler.running_ids:
-        tiles.append(("speed", f"{format_count(round(service.scheduler.token_rate))}/s", "tokens of its round"))
+        tiles.append(("speed", f"{format_count(round(service.scheduler.tally.token_rate))}/s", "tokens of its round"))
     end = service.scheduler.ends().get(batch.id)
     if end is not None:
         tiles.append(("expected end", f"in {format_duration(max(1e-3, end - now))}", "by the forecast"))

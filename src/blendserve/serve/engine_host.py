@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from blendserve.serve.messages import Command, Open, Report
+from blendserve.serve.priority import Spawner
 from blendserve.serve.settings import ModelChoice
 
 _END_S = 5.0
@@ -42,6 +43,7 @@ class EngineHost:
         self.number = 0
         self._lock_path = lock_path
         self._hear = hear
+        self._spawner = Spawner()
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -60,7 +62,7 @@ class EngineHost:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "blendserve.serve.engine_process", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            self._process = self._spawner.start(command, theirs.fileno())
         self.number += 1
         self.model = model
         self._connection = Connection(ours.detach())
@@ -81,6 +83,7 @@ class EngineHost:
 
     async def close(self) -> None:
         """End the process in good order, or at once if it takes too long."""
+        self._spawner.close()
         process = self._process
         if process is None:
             return

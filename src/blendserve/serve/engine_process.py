@@ -95,7 +95,7 @@ class EngineWorker:
                 if drawing is not None and drawing[0] == number:
                     threading.Thread(target=self._draw, args=drawing, name="draw", daemon=True).start()
             case Ask() if self._online is not None:
-                self._online.ask(command, int(time.time()))
+                self._online.ask(command)
                 self._rounds.put(None)
             case Forget(id) if self._online is not None:
                 self._online.forget(id)
@@ -127,9 +127,9 @@ class EngineWorker:
     def _run_round(self, command: RunRound) -> None:
         with self._batches_lock:
             self._withdrawn -= {share.batch.id for share in command.shares}
-        num_rows, error, is_for_space = 0, None, False
+        num_rows, error, is_for_space, run_s = 0, None, False, 0.0
         try:
-            num_rows = self._answer(command)
+            num_rows, run_s = self._answer(command)
         except (BlendServeError, MemoryError) as failure:
             error = str(failure) or "out of memory"
             is_for_space = isinstance(failure, CapacityError)
@@ -140,10 +140,10 @@ class EngineWorker:
             self._drawn_round = None
             for batch in left:
                 batch.close()
-        self.send(RoundEnded(command.number, num_rows, error, is_for_space))
+        self.send(RoundEnded(command.number, num_rows, error, is_for_space, run_s))
 
-    def _answer(self, command: RunRound) -> int:
-        """Run a round. Returns: rows that it made."""
+    def _answer(self, command: RunRound) -> tuple[int, float]:
+        """Run a round. Returns: rows that it made, and the seconds in which requests ran."""
         batches: list[OpenBatch] = []
         parts: list[PendingRequests] = []
         for share in command.shares:
@@ -156,13 +156,15 @@ class EngineWorker:
         for batch in batches:
             self._report(batch)
             self._end_if_complete(batch)
+        run_s = 0.0
         if any(map(len, parts)):
             pending = RoundRequests(
                 parts, lambda part: batches[part].is_closed or self._yielded_round == command.number
             )
             self._drawn_round = (command.number, pending)
             self._generate(pending, batches, command.policy)
-        return sum(batch.rows.num_rows for batch in batches) - before
+            run_s = self._engine.times.run_s
+        return sum(batch.rows.num_rows for batch in batches) - before, run_s
 
     def _opened(self, share: Share) -> OpenBatch | None:
         """The batch with its journal; None where it was withdrawn or is broken, which the service is told."""

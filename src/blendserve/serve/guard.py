@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -48,10 +49,9 @@ class Sessions:
 class Guard:
     """ASGI middleware that names the caller of every request, or refuses it."""
 
-    def __init__(self, app: ASGIApp, service: Service, sessions: Sessions) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app = app
-        self._service = service
-        self._sessions = sessions
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,7 +66,7 @@ class Guard:
             await send(message)
 
         try:
-            scope["caller"] = self._caller(scope)
+            scope["caller"] = self._gate.caller(scope)
         except ApiError as error:
             if error.status_code == 401 and _wants_page(scope):
                 from starlette.responses import RedirectResponse
@@ -76,7 +76,16 @@ class Guard:
         await self._app(scope, receive, send_named)
         return None
 
-    def _caller(self, scope: Scope) -> Caller:
+
+class Gate:
+    """Knows callers by what they send."""
+
+    def __init__(self, service: Service, sessions: Sessions) -> None:
+        self._service = service
+        self._sessions = sessions
+
+    def caller(self, scope: Scope) -> Caller:
+        """Raises: ApiError for whom nobody knows."""
         headers, path = Headers(scope=scope), scope["path"]
         keys = self._service.keys.keys()
         if not keys:
@@ -136,6 +145,7 @@ def _check_origin(headers: Headers) -> None:
         raise ApiError(403, "Pages of other sites may not use this service.", code="origin_not_allowed")
 
 
+@lru_cache(maxsize=256)
 def _is_local_name(host: str) -> bool:
     name = urlsplit(f"//{host}").hostname or ""
     if name in ("localhost",) or name.endswith(".localhost"):

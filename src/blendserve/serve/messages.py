@@ -75,9 +75,10 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request to answer ahead of all batches."""
+    """One request to answer ahead of all batches. Its answer carries `created`."""
 
     id: str
+    created: int
     url: str
     body: Mapping[str, Any]
     is_streamed: bool
@@ -151,13 +152,14 @@ class Released:
 @dataclass(frozen=True, slots=True)
 class RoundEnded:
     """All journals of the round are free. `error` says why it ended early, if it did; `is_for_space`: the disk is full,
-    which is no fault of the engine or of a batch.
+    which is no fault of the engine or of a batch. `run_s`: the time in which requests ran.
     """
 
     number: int
     num_rows: int
     error: str | None = None
     is_for_space: bool = False
+    run_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

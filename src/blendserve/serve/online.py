@@ -16,7 +16,7 @@ from typing import Any
 from blendserve.dialect.codec import ModelCodec
 from blendserve.dialect.rows import error_row
 from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
-from blendserve.dialect.urls import CHAT_URL
+from blendserve.dialect.urls import CHAT_URL, RESPONSES_URL
 from blendserve.engine.front import Front
 from blendserve.engines.base import Engine
 from blendserve.errors import BlendServeError
@@ -52,12 +52,12 @@ class OnlineLine:
     Raises: RequestError for what cannot be answered.
     """
 
-    def __init__(self, ask: Ask, engine: Engine, served: ServedModel, created: int) -> None:
+    def __init__(self, ask: Ask, engine: Engine, served: ServedModel) -> None:
         self.ask = ask
         self.answer: Reply | None = None
         self._engine = engine
         with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as name:
-            self._open(Path(name), served, created)  # files stay open and mapped when their names are gone
+            self._open(Path(name), served)  # files stay open and mapped when their names are gone
 
     @property
     def num_requests(self) -> int:
@@ -76,7 +76,7 @@ class OnlineLine:
         text = self._engine.codec.text_of(output, self.store.sampling(0)).rstrip(_UNFINISHED)
         return text[: len(text) - self._num_held] if self._num_held else text
 
-    def _open(self, directory: Path, served: ServedModel, created: int) -> None:
+    def _open(self, directory: Path, served: ServedModel) -> None:
         value = {"custom_id": self.ask.id, "method": "POST", "url": self.ask.url, "body": dict(self.ask.body)}
         line = parse_line(value, 1, served)
         writer = StoreWriter(directory / "store")
@@ -95,11 +95,11 @@ class OnlineLine:
             raise
         self.store = TokenStore.open(directory / "store", files, served.max_model_len)
         self._log = _Log(directory / "records")
-        self._rows = RowAssembler(self.store, self._log, self._engine.codec, served.name, created)
+        self._rows = RowAssembler(self.store, self._log, self._engine.codec, served.name, self.ask.created)
         stops = line.sampling.stop
         self._num_held = max(map(len, stops)) - 1 if stops else 0
         codec = self._engine.codec
-        is_taken_apart = self.ask.url == CHAT_URL and (
+        is_taken_apart = self.ask.url in (CHAT_URL, RESPONSES_URL) and (
             bool(self.ask.body.get("tools")) or not isinstance(codec, ModelCodec) or codec.marks_reasoning
         )
         self.is_streamed = self.ask.is_streamed and not is_taken_apart
@@ -118,10 +118,10 @@ class Online:
         self._sent: dict[int, str] = {}
         self._indices: dict[str, list[int]] = {}
 
-    def ask(self, ask: Ask, created: int) -> None:
+    def ask(self, ask: Ask) -> None:
         """Queue a request, or answer at once that it cannot be answered."""
         try:
-            line = OnlineLine(ask, self._engine, self._served, created)
+            line = OnlineLine(ask, self._engine, self._served)
             requests = [line.store.request(number, 0) for number in range(line.num_requests)]
         except BlendServeError as error:
             self._send(_reply(ask.id, error_row(1, None, error)))

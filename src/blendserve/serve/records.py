@@ -144,6 +144,10 @@ class BatchRecord:
     def is_ended(self) -> bool:
         return is_ended(self.status)
 
+    def counted(self, counts: tuple[int, int] | None) -> BatchRecord:
+        """The batch with rows of answers and of errors, where those are known."""
+        return self if counts is None else replace(self, num_completed=counts[0], num_failed=counts[1])
+
     def to_json(self) -> dict[str, Any]:
         """OpenAI's batch object."""
         errors = [{"code": None, "line": None, "message": None, "param": None, **error} for error in self.errors]

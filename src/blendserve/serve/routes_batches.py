@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from blendserve.serve.failures import invalid, not_found
 from blendserve.serve.http import caller_of, json_of, limit_of, page_of, service_of
-from blendserve.serve.records import BatchRecord
 from blendserve.serve.routes_files import partial_response
-from blendserve.serve.service import Service
 
 _MAX_KEY = 256
 
@@ -34,9 +30,11 @@ async def list_batches(request: Request) -> Response:
 
 
 async def get_batch(request: Request) -> Response:
-    service = service_of(request)
-    batch = service.batches.get(caller_of(request), request.path_params["id"])
-    return JSONResponse({**batch.to_json(), "blendserve": outlook(service, batch)})
+    service, caller, id = service_of(request), caller_of(request), request.path_params["id"]
+    batch = service.batches.find(caller, id)
+    if batch is None:
+        raise not_found("Batch", id)
+    return Response(service.poll_bodies.body(batch), media_type="application/json")
 
 
 async def cancel_batch(request: Request) -> Response:
@@ -66,20 +64,6 @@ def _rows(request: Request, *, is_output: bool) -> Response:
     if id is None:
         raise not_found("output file of batch" if is_output else "error file of batch", batch.id)
     return RedirectResponse(f"/v1/files/{id}/content", 307)
-
-
-def outlook(service: Service, batch: BatchRecord) -> dict[str, Any] | None:
-    """What OpenAI's object does not say of a batch that runs: files so far, and when it will end."""
-    if batch.is_ended:
-        return None
-    end = service.scheduler.ends().get(batch.id)
-    return {
-        "output_so_far": f"/v1/batches/{batch.id}/output",
-        "errors_so_far": f"/v1/batches/{batch.id}/errors",
-        "is_running": batch.id in service.scheduler.running_ids,
-        "expected_end_at": None if end is None else int(end),
-        "is_in_danger": end is not None and end > batch.expires_at,
-    }
 
 
 ROUTES = [

@@ -68,17 +68,22 @@ class _Collector(Collector):
         yield batches
         tokens = CounterMetricFamily("blendserve_tokens", "Tokens of finished requests, by kind.", labels=["kind"])
         for kind in ("prompt", "cached", "output"):
-            tokens.add_metric([kind], scheduler.num_tokens[kind])
+            tokens.add_metric([kind], scheduler.tally.num_tokens[kind])
         yield tokens
         yield CounterMetricFamily(
             "blendserve_engine_restarts", "Engine processes that died in a round.", scheduler.num_restarts
+        )
+        yield CounterMetricFamily(
+            "blendserve_engine_seconds",
+            "Seconds in which requests of batches ran, of rounds that ended.",
+            scheduler.tally.engine_s,
         )
         yield CounterMetricFamily("blendserve_batches_ended", "Batches that have ended.", service.num_ended)
         waiting = scheduler.waiting()
         for name, text, value in (
             ("engine_ready", "1 where the engine process has its model.", float(scheduler.is_ready)),
             ("queued_requests", "Requests of batches that have no answer yet.", sum(b.num_left for b in waiting)),
-            ("tokens_per_second", "Tokens per second in this round.", scheduler.token_rate),
+            ("tokens_per_second", "Tokens per second in this round.", scheduler.tally.token_rate),
             ("stored_bytes", "Bytes of all files.", service.store.stored_bytes()),
             ("free_bytes", "Free bytes of the disk.", service.blobs.free_bytes()),
         ):

@@ -42,6 +42,7 @@ from blendserve.serve.records import BatchRecord, FileRecord
 from blendserve.serve.running import RunningRound
 from blendserve.serve.settings import ModelChoice, ServeSettings
 from blendserve.serve.store import Store
+from blendserve.serve.tally import Tally
 
 _log = logging.getLogger("blendserve.serve")
 MAX_FAILURES = 6
@@ -53,6 +54,8 @@ _RELEASE_S = 10.0
 _MAX_BACKOFF_S = 60.0
 _TICK_S = 0.5
 _FORECAST_S = 1.0
+_FORECAST_SHARE = 0.002
+"""At most this share of a core goes to forecasts."""
 _CHECK_S = 5.0
 """How often a running round is held against what waits."""
 
@@ -74,9 +77,7 @@ class Scheduler:
         self.is_ready = False
         self.can_ask = False
         self.trouble: str | None = None
-        self.rates: dict[str, float] = {}
-        self.token_rate = 0.0
-        self.num_tokens = Counter[str]()
+        self.tally = Tally()
         self.num_restarts = 0
         self.host = EngineHost(settings.data / "engine.lock", self._hear)
         self.on_report: Callable[[Report | Died], None] = lambda _: None
@@ -95,11 +96,10 @@ class Scheduler:
         self._retry_at = 0.0
         self._is_swapping = False
         self._forecast: Mapping[str, float] = {}
-        self._forecast_at_s = -_FORECAST_S
+        self._forecast_until_s = 0.0
         self._checked_at = 0.0
         self._picture: Picture | None = None
         self._wanted = settings.models[0]
-        self._counted: dict[str, tuple[int, int, int]] = {}
 
     @property
     def running_ids(self) -> frozenset[str]:
@@ -164,20 +164,23 @@ class Scheduler:
         return [self._waiting(batch) for batch in found]
 
     def ends(self) -> Mapping[str, float]:
-        """When each batch would end, as far as the forecast knows. Unix times by batch; a second old at most."""
+        """When each batch would end, as far as the forecast knows. Unix times by batch. It is a second old at most,
+        or older where so many batches wait that making it takes time from the engine.
+        """
         now_s = time.monotonic()
-        if now_s - self._forecast_at_s >= _FORECAST_S:
-            self._forecast_at_s = now_s
-            self._forecast = finish_times(self.waiting(), self.rates, self._clock())
+        if now_s >= self._forecast_until_s:
+            self._forecast = finish_times(self.waiting(), self.tally.rates, self._clock())
+            took_s = time.monotonic() - now_s
+            self._forecast_until_s = now_s + max(_FORECAST_S, took_s / _FORECAST_SHARE)
         return self._forecast
 
     def forecast_s(self, caller: Caller, model: str | None, num_lines: int, deadline: float) -> float | None:
         """Seconds until a batch that came now would end; None where nothing is known."""
-        if model is None or model not in self.rates:
+        if model is None or model not in self.tally.rates:
             return None
         now = self._clock()
         newcomer = Waiting("new", caller.owner, model, num_lines, deadline, now)
-        return finish_times([*self.waiting(), newcomer], self.rates, now)["new"] - now
+        return finish_times([*self.waiting(), newcomer], self.tally.rates, now)["new"] - now
 
     # Decisions
 
@@ -208,7 +211,7 @@ class Scheduler:
         owners = frozenset(batch.owner for batch in waiting if batch.id in chosen.max_requests)
         command = RunRound(self._num_rounds, shares, self._settings.policy)
         self._running = RunningRound(command, now, owners, done)
-        self._counted.clear()
+        self.tally.begin_round()
         self.host.send(command)
 
     def _choose(self, waiting: list[Waiting], now: float) -> Round | None:
@@ -216,7 +219,9 @@ class Scheduler:
         if suspects:
             alone = min(waiting, key=lambda batch: (self._failures[batch.id], batch.deadline))
             return Round(alone.model, {alone.id: None})
-        return choose_round(waiting, loaded=self._loaded, rates=self.rates, now=now, round_s=self._settings.round_s)
+        return choose_round(
+            waiting, loaded=self._loaded, rates=self.tally.rates, now=now, round_s=self._settings.round_s
+        )
 
     @property
     def _loaded(self) -> str | None:
@@ -230,7 +235,9 @@ class Scheduler:
             return
         self._checked_at = now
         waiting = self.waiting()
-        chosen = choose_round(waiting, loaded=self._loaded, rates=self.rates, now=now, round_s=self._settings.round_s)
+        chosen = choose_round(
+            waiting, loaded=self._loaded, rates=self.tally.rates, now=now, round_s=self._settings.round_s
+        )
         if chosen is None:
             return
         owners = {batch.owner for batch in waiting if batch.id in chosen.max_requests}
@@ -300,7 +307,8 @@ class Scheduler:
             case Released(batch_id):
                 self._freed(batch_id)
             case RoundEnded():
-                self._end_round(report.error, is_excused=report.is_for_space or self._is_remote)
+                is_excused = report.is_for_space or self._is_remote
+                self._end_round(report.error, is_excused=is_excused, run_s=report.run_s)
             case EngineState():
                 self.engine_state = report
             case Picture():
@@ -318,18 +326,8 @@ class Scheduler:
         if progress.num_done > running.num_done_before[id]:
             running.progressed.add(id)
             self._failures.pop(id, None)
-        tokens = progress.num_prompt_tokens, progress.num_cached_tokens, progress.num_output_tokens
-        for name, now, before in zip(
-            ("prompt", "cached", "output"), tokens, self._counted.get(id, (0, 0, 0)), strict=True
-        ):
-            self.num_tokens[name] += now - before
-        self._counted[id] = tokens
-        elapsed = self._clock() - running.started_at
-        if elapsed > 1.0 and self._loaded is not None:
-            done = sum(self._num_done(name) - before for name, before in running.num_done_before.items())
-            self.rates[self._loaded] = max(done / elapsed, 1e-6)
-            computed = sum(prompt + output for prompt, _, output in self._counted.values())
-            self.token_rate = computed / elapsed
+        done = sum(self._num_done(name) - before for name, before in running.num_done_before.items())
+        self.tally.note(progress, running, done, self._loaded, self._clock())
 
     def _freed(self, batch_id: str) -> None:
         waiter = self._releasing.pop(batch_id, None)
@@ -347,9 +345,9 @@ class Scheduler:
         """Does a server answer that may be down for a while, through no fault of a batch?"""
         return self.host.model is not None and isinstance(self.host.model.engine, HttpSettings)
 
-    def _end_round(self, error: str | None, *, is_excused: bool = False) -> None:
+    def _end_round(self, error: str | None, *, is_excused: bool = False, run_s: float = 0.0) -> None:
         running, self._running = self._running, None
-        self.token_rate = 0.0
+        self.tally.end_round(run_s)
         for id in list(self._releasing):
             self._freed(id)
         self._wake.set()

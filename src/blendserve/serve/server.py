@@ -10,11 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import h11
 import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blendserve.errors import ConfigError
 from blendserve.serve.app import make_app
+from blendserve.serve.polls import Polls
 from blendserve.serve.service import Service
 from blendserve.serve.settings import ServeSettings
 
@@ -24,8 +27,11 @@ MAX_CONNECTIONS = 2000
 
 
 class _Patient(H11Protocol):
-    """HTTP/1.1 that closes a connection whose next request does not begin, or whose head does not end, in time."""
+    """HTTP/1.1 that closes a connection whose next request does not begin, or whose head does not end, in time, and
+    that answers `polls` at once.
+    """
 
+    polls: Polls
     _timer: asyncio.TimerHandle | None = None
     _counted_cycle: Any = None
 
@@ -34,16 +40,39 @@ class _Patient(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_idle:
+            reply = self.polls.answer(data, self.server_state.default_headers)
+            if reply is not None:
+                return self._reply(reply)
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
         super().data_received(data)
         if self.cycle is not self._counted_cycle:
             self._counted_cycle = self.cycle
             self._stop_timer()
+        return None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+
+    @property
+    def _is_idle(self) -> bool:
+        """Is nothing under way, so that the next bytes begin a request?"""
+        return (
+            (self.cycle is None or self.cycle.response_complete)
+            and self.conn.their_state is h11.IDLE
+            and not self.conn.trailing_data[0]
+            and not self.flow.write_paused
+            and len(self.connections) < MAX_CONNECTIONS
+        )
+
+    def _reply(self, reply: bytes) -> None:
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        self.transport.write(reply)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _await_head(self) -> None:
         self._timer = self.loop.call_later(HEADER_S, self._close_slow)
@@ -58,6 +87,11 @@ class _Patient(H11Protocol):
         self.transport.close()
 
 
+def protocol_of(app: Starlette) -> type[_Patient]:
+    """The protocol of an application's connections."""
+    return type("_PatientOfApp", (_Patient,), {"polls": Polls(app.state.service, app.state.gate)})
+
+
 def check_reachable(service: Service) -> None:
     """Raises: ConfigError for an address that others reach, without a key."""
     settings = service.settings
@@ -66,6 +100,11 @@ def check_reachable(service: Service) -> None:
             f"--host {settings.host} can be reached by others, and there is no key; make one first: blendserve keys "
             f"add NAME --data {settings.data}"
         )
+
+
+def quiet_parser() -> None:
+    """Keep the form parser from writing every broken form of a client to the log."""
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 class _Server(uvicorn.Server):
@@ -86,14 +125,16 @@ def serve(settings: ServeSettings, listening: Callable[[], None] = lambda: None)
 
     Raises: ConfigError when it cannot be started.
     """
+    quiet_parser()
     service = Service(settings)
     try:
         check_reachable(service)
+        app = make_app(service)
         config = uvicorn.Config(
-            make_app(service),
+            app,
             host=settings.host,
             port=settings.port,
-            http=_Patient,
+            http=protocol_of(app),
             ws="none",
             access_log=False,
             log_level=logging.WARNING,

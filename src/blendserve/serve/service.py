@@ -16,6 +16,8 @@ from blendserve.serve.blobs import DirectoryBlobs
 from blendserve.serve.clock import Clock, steady_clock
 from blendserve.serve.keys import KeyFile
 from blendserve.serve.library import Library
+from blendserve.serve.poll_body import PollBodies
+from blendserve.serve.priority import give_way
 from blendserve.serve.records import BatchRecord, ReplyRecord
 from blendserve.serve.scheduler import Scheduler
 from blendserve.serve.settings import ServeSettings
@@ -48,7 +50,9 @@ class Service:
         """Go on with what an earlier service left, and begin to work."""
         self.batches = Batches(self.store, self.blobs, self.library, self.settings, self.clock, self._told)
         self.scheduler = Scheduler(self.store, self.blobs, self.batches, self.settings, self.clock, self.changed)
+        give_way()
         self.batches.attach(self.scheduler)
+        self.poll_bodies = PollBodies(self.scheduler)
         self.asking = Asking(self.scheduler)
         self.scheduler.on_report = self.asking.hear
         await asyncio.to_thread(_wait_for_old_engine, self.settings)

@@ -28,6 +28,8 @@ from blendserve.serve.records import (
 R = TypeVar("R", FileRecord, UploadRecord, BatchRecord, ReplyRecord, DeliveryRecord)
 
 FORMAT_VERSION = 1
+_MAX_CACHED = 20_000
+"""Records of one kind that stay in memory as they are stored, so that polls read no disk and parse nothing."""
 _TABLES: dict[type[Record], str] = {
     FileRecord: "files",
     UploadRecord: "uploads",
@@ -71,6 +73,7 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._cached: dict[type[Record], dict[str, Record]] = {kind: {} for kind in _TABLES}
         try:
             self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
             self._open()
@@ -78,11 +81,14 @@ class SqliteStore:
             raise self._refusal(error) from error
 
     def get(self, kind: type[R], id: str) -> R | None:
-        rows = self._rows(f"SELECT doc FROM {_TABLES[kind]} WHERE id = ?", (id,))
-        return _from_json(kind, rows[0][0]) if rows else None
+        known = self._cached[kind].get(id)
+        if known is not None:
+            return known  # type: ignore[return-value]
+        found = self._records(kind, "WHERE id = ?", (id,))
+        return found[0] if found else None
 
     def put(self, *records: Record) -> None:
-        with self._transaction() as database:
+        with self._transaction(kept=records) as database:
             for record in records:
                 table = _TABLES[type(record)]
                 database.execute(
@@ -100,7 +106,7 @@ class SqliteStore:
                 )
 
     def delete(self, *records: Record) -> None:
-        with self._transaction() as database:
+        with self._transaction(dropped=records) as database:
             for record in records:
                 database.execute(f"DELETE FROM {_TABLES[type(record)]} WHERE id = ?", (record.id,))
 
@@ -125,15 +131,14 @@ class SqliteStore:
         if after is not None:
             conditions.append(f"seq {sign} (SELECT seq FROM {table} WHERE id = ?)")
             values.append(after)
-        query = f"SELECT doc FROM {table} WHERE {' AND '.join(conditions)} ORDER BY seq {order} LIMIT ?"
-        rows = self._rows(query, (*values, -1 if limit is None else limit))
-        return [_from_json(kind, row[0]) for row in rows]
+        condition = f"WHERE {' AND '.join(conditions)} ORDER BY seq {order} LIMIT ?"
+        return self._records(kind, condition, (*values, -1 if limit is None else limit))
 
     def expired(self, kind: type[R], now: float, label: str | None = None) -> list[R]:
         """Records whose time is over."""
-        query, every = f"SELECT doc FROM {_TABLES[kind]} WHERE expires_at <= ?", label is None
-        rows = self._rows(query, (now,)) if every else self._rows(f"{query} AND label = ?", (now, label))
-        return [_from_json(kind, row[0]) for row in rows]
+        if label is None:
+            return self._records(kind, "WHERE expires_at <= ?", (now,))
+        return self._records(kind, "WHERE label = ? AND expires_at <= ?", (label, now))
 
     def stored_bytes(self, owner: str | None = None) -> int:
         """Bytes of all files and of the parts of unfinished uploads."""
@@ -174,20 +179,44 @@ class SqliteStore:
                 database.execute(f"CREATE INDEX IF NOT EXISTS {table}_expires ON {table} (label, expires_at)")
             database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
 
+    def _records(self, kind: type[R], condition: str, values: Sequence[Any]) -> list[R]:
+        """What is stored, by the objects that are known of it."""
+        with self._lock:
+            known = self._cached[kind]
+            rows = self._database.execute(f"SELECT id, doc FROM {_TABLES[kind]} {condition}", values).fetchall()
+            found = [known.get(id) or _from_json(kind, doc) for id, doc in rows]
+            for record in found:
+                self._keep(record)
+        return found  # type: ignore[return-value]
+
     def _rows(self, query: str, values: Sequence[Any]) -> list[Any]:
         with self._lock:
             return self._database.execute(query, values).fetchall()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(
+        self, *, kept: Sequence[Record] = (), dropped: Sequence[Record] = ()
+    ) -> Iterator[sqlite3.Connection]:
+        """All or nothing; what is known of the records follows once it stands on the disk."""
         with self._lock:
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
+                self._database.execute("COMMIT")
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # a full disk may have ended it
+                    self._database.execute("ROLLBACK")
                 raise
-            self._database.execute("COMMIT")
+            for record in kept:
+                self._keep(record)
+            for record in dropped:
+                self._cached[type(record)].pop(record.id, None)
+
+    def _keep(self, record: Record) -> None:
+        known = self._cached[type(record)]
+        known[record.id] = record
+        if len(known) > _MAX_CACHED:
+            del known[next(iter(known))]
 
     def _refusal(self, error: sqlite3.DatabaseError) -> ConfigError:
         if isinstance(error, sqlite3.OperationalError):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blendserve.dialect.parameters import shown
 from blendserve.dialect.urls import canonical_url
+from blendserve.dialect.values import shown
 from blendserve.errors import RequestError
 from blendserve.job.json_lines import parse_json
 from blendserve.job.reader import DEFAULT_MAX_LINE_BYTES

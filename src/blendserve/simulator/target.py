@@ -12,7 +12,7 @@ from blendserve.costs.hardware import HARDWARE_BY_NAME, known_hardware
 from blendserve.dialect.defaults import checked_defaults
 from blendserve.errors import ConfigError
 from blendserve.host import cache_dir
-from blendserve.models.generation_config import sampling_defaults
+from blendserve.models.generation_config import FROM_MODEL, sampling_defaults
 from blendserve.models.hf_config import spec_from_hf_config
 from blendserve.models.hub import DESCRIPTION_PATTERNS, ModelFiles, resolve
 from blendserve.models.known import MODEL_BY_NAME
@@ -49,9 +49,11 @@ def find_target(name: str | None, *, notify: Callable[[str], None]) -> Target:
     return Target(_spec_from_files(files), files)
 
 
-def sampling_of(target: Target) -> Mapping[str, Any]:
-    """Sampling parameters that the model's own file gives where a line has none. Raises: ConfigError."""
-    return {} if target.files is None else checked_defaults(sampling_defaults(target.files))
+def sampling_of(target: Target, source: str) -> Mapping[str, Any]:
+    """Sampling parameters that `source` gives where a line has none. Raises: ConfigError."""
+    if target.files is None and source == FROM_MODEL:
+        return {}
+    return checked_defaults(sampling_defaults(target.files or ModelFiles(target.spec.name, Path()), source))
 
 
 def find_tokenizer(name: str | None, target: Target, *, notify: Callable[[str], None]) -> tuple[Tokenizer, str | None]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from blendserve.dialect.parameters import shown
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError
 from blendserve.tables.recipe import Recipe
 from blendserve.tables.typed import Object, Shape, shape_of

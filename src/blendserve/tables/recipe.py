@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blendserve.dialect.parameters import shown
 from blendserve.dialect.urls import CHAT_URL, EMBEDDINGS_URL
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError, RequestError
 from blendserve.tables.template import RowTemplate
 

@@ -11,7 +11,7 @@ import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from blendserve.dialect.parameters import shown
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError, RequestError
 
 ROW, ROW_FIELDS = "row", "row_fields"

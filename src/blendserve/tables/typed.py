@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blendserve.dialect.parameters import shown
+from blendserve.dialect.values import shown
 from blendserve.errors import ConfigError
 
 _MAX_DEPTH = 64

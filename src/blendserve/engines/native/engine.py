@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from blendserve.calibration.first_run import expected_work_s
-from blendserve.config import BLOCK_SIZE, EngineConfig
+from blendserve.config import BLOCK_SIZE
 from blendserve.costs.model_cost import CostModel
 from blendserve.costs.stored_calibration import Calibration, machine_name, matching_calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
 from blendserve.dialect.codec import ModelCodec
-from blendserve.dialect.defaults import checked_defaults
-from blendserve.dialect.extras import native_abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.engine.front import Front, NothingPlanned
 from blendserve.engine.limits import resolve_limits
@@ -24,6 +21,7 @@ from blendserve.engine.stats import Resources, RunStats
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify, RunObserver
 from blendserve.engines.native.loop import calibrate_executor, open_executor, open_loop
 from blendserve.engines.native.measured import MeasuredRun
+from blendserve.engines.native.served import served_model_of
 from blendserve.engines.settings import NativeSettings
 from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_isa, op_names
 from blendserve.executors.prompt_results import kept_bytes_per_block
@@ -31,7 +29,7 @@ from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
 from blendserve.job.pending import PendingRequests, plan_pending
 from blendserve.models.fingerprint import identity_of
-from blendserve.models.generation_config import note_of, sampling_defaults, shown_defaults
+from blendserve.models.generation_config import note_of, shown_defaults
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.planner.plan import Plan, make_plan
@@ -47,10 +45,9 @@ def open_native(settings: NativeSettings, *, notify: Notify, observer: RunObserv
     model = load_model(files)
     model = replace(model, tokenizer=settings.chat.applied(model.tokenizer))
     resolve_limits(settings.config(), model.spec)
-    sampling = checked_defaults(sampling_defaults(files, settings.generation_config))
-    identity = identity_of(model.spec.name, files)
-    engine = NativeEngine(settings, model, identity, sampling, notify=notify, observer=observer)
-    engine.notes = (*files.notes, *model.spec.notes, *note_of(sampling))
+    served = served_model_of(settings, files, model)
+    engine = NativeEngine(settings, model, identity_of(served.name, files), served, notify=notify, observer=observer)
+    engine.notes = (*files.notes, *model.spec.notes, *note_of(served.default_sampling))
     return engine
 
 
@@ -62,24 +59,18 @@ class NativeEngine:
         settings: NativeSettings,
         model: LoadedModel,
         identity: str,
-        default_sampling: Mapping[str, Any],
+        served: ServedModel,
         *,
         notify: Notify,
         observer: RunObserver | None = None,
     ) -> None:
         self._config = settings.config()
-        context = resolve_limits(EngineConfig(max_model_len=self._config.max_model_len), model.spec).max_model_len
-        formats = settings.chat.formats(model.tokenizer)
-        self.served = ServedModel(
-            names=(model.spec.name,),
-            accepts_any_name=settings.model is not None,
-            vocab_size=model.spec.vocab_size,
-            max_model_len=context,
-            default_sampling=default_sampling,
-            abilities=native_abilities(model.spec.hidden_size, formats),
-        )
+        self.served = served
         self.codec = ModelCodec(
-            model.tokenizer, context, formats, obeys_control_tokens=settings.chat.obeys_control_tokens
+            model.tokenizer,
+            served.max_model_len,
+            served.abilities.chat,
+            obeys_control_tokens=settings.chat.obeys_control_tokens,
         )
         self.identity = identity
         self._isa = best_isa() if settings.isa == "auto" else settings.isa  # kernels round differently: never mix them
@@ -88,7 +79,7 @@ class NativeEngine:
             "dtype": self._config.dtype,
             "kv_dtype": self._config.kv_dtype,
             "kernels": KERNEL_REVISION,
-            "generation config": shown_defaults(default_sampling),
+            "generation config": shown_defaults(served.default_sampling),
             **settings.chat.identity(),
         }
         self.capacity_bytes = settings.kv_memory_bytes or 0
