@@ -279,7 +279,7 @@ def against(entrants: Sequence[Ours | Peer], num_rounds: int) -> list[list[str]]
 def beside_peer(model: LoadedModel, path: Path, arguments: argparse.Namespace) -> str:
     requests = requests_of(model, arguments.requests[0], arguments.max_tokens)
     with ExitStack() as stack:
-        entrants = [
+        entrants: list[Ours | Peer] = [
             stack.enter_context(closing(Ours(model, requests, arguments.dtype))),
             stack.enter_context(closing(Peer(arguments.peer, model, path, requests))),
         ]

@@ -165,11 +165,11 @@ def _read_allowed(name: str, value: Any, tools: tuple[Mapping[str, Any], ...]) -
     if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
         reject(name, value, 'an object {"mode": "auto" or "required", "tools": [...]}')
     names = [tool["function"]["name"] for tool in tools]
-    allowed = set()
+    allowed: set[str] = set()
     for index, tool in enumerate(listed):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         called = function.get("name") if isinstance(function, Mapping) else None
-        if called not in names:
+        if not isinstance(called, str) or called not in names:
             wanted = f"one of the tools: {', '.join(names)}" if names else "among the tools"
             reject(f"{name}.tools[{index}].name", called, wanted)
         allowed.add(called)
