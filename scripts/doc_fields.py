@@ -124,7 +124,7 @@ COMPARED = (
     Compared("`prompt_logprobs`", _chat("", prompt_logprobs=1), "no", "yes", _SENT),
     Compared("`response_format` with a schema", _chat("", response_format=_SCHEMA), "yes", "yes", _SENT),
     Compared("`structured_outputs`", _chat("", structured_outputs={"regex": "a+"}), "no", "yes", _SENT),
-    Compared("`tools`", _chat("", tools=[_TOOL]), "yes", "with `--tool-call-parser`", _SENT),
+    Compared("`tools`", _chat("", tools=[_TOOL]), "yes", "with a parser named", _SENT),
     Compared("`tool_choice` required", _chat("", tools=[_TOOL], tool_choice="required"), "yes", "yes", _SENT),
     Compared("`reasoning_effort`", _chat("", reasoning_effort="low"), "yes", "yes", _SENT),
     Compared("`chat_template_kwargs`", _chat("", chat_template_kwargs={"enable_thinking": False}), "no", "yes", _SENT),
