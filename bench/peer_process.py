@@ -56,16 +56,18 @@ class PeerProcess:
 
     def run(self, prompts: Sequence[Sequence[int]], num_output_tokens: Sequence[int]) -> Run:
         """Run one job. Raises: PeerError when the engine made another number of tokens than it was asked for."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"prompts": prompts, "num_output_tokens": num_output_tokens}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure("ended") from None
-        reply = self._reply()
+        reply = self._asked({"prompts": prompts, "num_output_tokens": num_output_tokens})
         if reply["num_output_tokens"] != list(num_output_tokens):
             raise self._failure(f"made {reply['num_output_tokens'][:8]}... tokens, not {num_output_tokens[:8]}...")
         return Run(reply["elapsed_s"], reply["cpu_s"], sum(reply["num_output_tokens"]))
+
+    def run_constrained(
+        self, prompts: Sequence[Sequence[int]], schemas: Sequence[str], max_tokens: int
+    ) -> tuple[Run, list[int]]:
+        """Run one job whose answers follow a JSON schema each. Returns the tokens of each answer beside its cost."""
+        reply = self._asked({"prompts": prompts, "schemas": schemas, "max_tokens": max_tokens})
+        made: list[int] = reply["num_output_tokens"]
+        return Run(reply["elapsed_s"], reply["cpu_s"], sum(made)), made
 
     def close(self) -> None:
         self._process.kill()
@@ -80,6 +82,15 @@ class PeerProcess:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def _asked(self, job: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("ended") from None
+        return self._reply()
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None

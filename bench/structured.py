@@ -1,21 +1,29 @@
-"""What grammars cost the native engine: `python bench/structured.py`.
+"""What grammars cost the native engine: `python bench/structured.py`; beside vLLM: `... --peer vllm`.
 
 Requests with a schema each, all at once, against the same requests without one, in turn. Both runs are given the same
 tokens whatever they sample, so they differ in masks alone: filling them, waiting for them, sampling under them and
 following what came. Schemas are of the kinds that extraction uses.
+
+With `--peer vllm` both engines answer the same prompts under the same schemas, and then freely, with as many tokens
+each. Runs take turns and are timed whole; the first of each kind is a warm-up. `scripts/setup-peers vllm` makes the
+environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import closing
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 
 import common
 import numpy as np
 from numpy.typing import NDArray
+from peer_lineup import entrant as entrant_of
+from peer_process import PeerProcess
 
 from blendserve.config import DTYPES, Dtype, EngineConfig
 from blendserve.engine.constrained import GrammarConstraints
@@ -24,9 +32,9 @@ from blendserve.engine.grammar import GrammarCompiler
 from blendserve.engine.limits import resolve_limits
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.step import Int32s, PromptResult, StepPlan, StepResult
-from blendserve.engines.native.loop import open_executor
+from blendserve.engines.native.loop import open_executor, open_loop
 from blendserve.executors.native import NativeExecutor
-from blendserve.host import cache_dir
+from blendserve.host import cache_dir, usable_cores
 from blendserve.models.hub import resolve
 from blendserve.models.load import LoadedModel, load_model
 from blendserve.request import Request, SamplingParams, StructuredOutputs, TokenIds
@@ -190,16 +198,111 @@ def measure(model: LoadedModel, count: int, max_tokens: int, dtype: Dtype, num_r
         ]
 
 
+Timed = tuple[float, list[int]]
+"""Seconds of a run, and the tokens of each answer."""
+
+
+class Ours:
+    """The native engine in this process, timed whole."""
+
+    def __init__(self, model: LoadedModel, requests: list[Request], dtype: Dtype) -> None:
+        config = resolve_limits(EngineConfig(max_num_seqs=len(requests), max_model_len=1024, dtype=dtype), model.spec)
+        self.name = f"BlendServe, {dtype}"
+        self._requests = requests
+        self._loop = open_loop(model, config, open_executor(model, config))
+
+    def constrained(self) -> Timed:
+        return self._timed(self._requests)
+
+    def free(self, lengths: list[int]) -> Timed:
+        forced = {index: np.zeros(length, np.int32) for index, length in enumerate(lengths)}
+        return self._timed(without_schema(self._requests, forced))
+
+    def _timed(self, requests: list[Request]) -> Timed:
+        started = time.perf_counter()
+        outputs = sorted(self._loop.run(requests, FifoPolicy(len(requests))), key=lambda output: output.index)
+        return time.perf_counter() - started, [len(output.token_ids) for output in outputs]
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+class Peer:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str, model: LoadedModel, path: Path, requests: list[Request]) -> None:
+        question = model.tokenizer.encode("The capital of France is", add_special_tokens=False).tolist()
+        entrant = entrant_of(name, path, usable_cores(), {})
+        self._process = PeerProcess(entrant, question, 4, timeout_s=300)
+        self.name = f"{name} {self._process.description['version']}, {self._process.description['precision']}"
+        self._prompts = [request.prompt_token_ids.tolist() for request in requests]
+        self._schemas = [str((request.sampling.structured_outputs or StructuredOutputs()).json) for request in requests]
+        self._max_tokens = max(request.max_output_tokens for request in requests)
+
+    def constrained(self) -> Timed:
+        run, made = self._process.run_constrained(self._prompts, self._schemas, self._max_tokens)
+        return run.elapsed_s, made
+
+    def free(self, lengths: list[int]) -> Timed:
+        return self._process.run(self._prompts, lengths).elapsed_s, lengths
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def against(entrants: Sequence[Ours | Peer], num_rounds: int) -> list[list[str]]:
+    """A row for each engine: the fastest run with schemas over the fastest without."""
+    lengths = {entrant.name: entrant.constrained()[1] for entrant in entrants}
+    times: dict[str, list[tuple[float, float]]] = {entrant.name: [] for entrant in entrants}
+    for number in range(num_rounds + 1):
+        for entrant in entrants:
+            free_s, _ = entrant.free(lengths[entrant.name])
+            constrained_s, made = entrant.constrained()
+            assert made == lengths[entrant.name] or entrant.name.startswith("vllm"), "ours gives the same each time"
+            if number:
+                times[entrant.name].append((free_s, constrained_s))
+    rows = []
+    for name, runs in times.items():
+        free_s, constrained_s = (min(run[side] for run in runs) for side in (0, 1))
+        ratios = common.summarise([constrained / free for free, constrained in runs])
+        num_tokens, num_steps = sum(lengths[name]), max(lengths[name])
+        more = f"{1e3 * (constrained_s - free_s) / num_steps:.2f}"
+        rows.append(
+            [
+                *(name, f"{num_tokens}", f"{free_s:.2f}", f"{constrained_s:.2f}", f"{constrained_s / free_s:.3f}"),
+                *(ratios.text(3), more, f"{num_tokens / constrained_s:.0f}"),
+            ]
+        )
+    return rows
+
+
+def beside_peer(model: LoadedModel, path: Path, arguments: argparse.Namespace) -> str:
+    requests = requests_of(model, arguments.requests[0], arguments.max_tokens)
+    with ExitStack() as stack:
+        entrants: list[Ours | Peer] = [
+            stack.enter_context(closing(Ours(model, requests, arguments.dtype))),
+            stack.enter_context(closing(Peer(arguments.peer, model, path, requests))),
+        ]
+        rows = against(entrants, arguments.rounds)
+    columns = ["engine", "tokens", "free, s", "with schemas, s", "ratio", "ratio of runs", "ms more per step"]
+    return common.table([*columns, "tokens/s with schemas"], rows)
+
+
 def main() -> None:
-    """Print a row for each number of sequences."""
+    """Print a row for each number of sequences, or for each engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, nargs="+", default=[64])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--peer", choices=("vllm",))
     arguments = parser.parse_args()
     common.print_header()
-    model = load_model(resolve(None, cache_dir()))
+    files = resolve(None, cache_dir())
+    model = load_model(files)
+    if arguments.peer:
+        print(beside_peer(model, files.path, arguments))
+        return
     rows = [
         measure(model, count, arguments.max_tokens, arguments.dtype, arguments.rounds) for count in arguments.requests
     ]

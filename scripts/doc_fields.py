@@ -25,9 +25,7 @@ ENGINES = {
     "`native`": ServedModel(("my-model",), abilities=native_abilities(576, _CHAT_FORMATS)),
     "`vllm`": ServedModel(
         ("my-model",),
-        abilities=Abilities(
-            adapters=(_ADAPTER,), checks_grammars=False, sees=True, chat=_CHAT_FORMATS, forces_json=True
-        ),
+        abilities=Abilities(adapters=(_ADAPTER,), sees=True, chat=_CHAT_FORMATS),
     ),
     "`vllm --task embed`": ServedModel(("my-model",), abilities=Abilities(urls=(EMBEDDINGS_URL,))),
     "`http`": ServedModel(("the server's",), accepts_any_name=True, is_remote=True),
@@ -126,7 +124,18 @@ COMPARED = (
     Compared("`prompt_logprobs`", _chat("", prompt_logprobs=1), "no", "yes", _SENT),
     Compared("`response_format` with a schema", _chat("", response_format=_SCHEMA), "yes", "yes", _SENT),
     Compared("`structured_outputs`", _chat("", structured_outputs={"regex": "a+"}), "no", "yes", _SENT),
-    Compared("`stream` true", _chat("", stream=True), "no", "not said", "not said"),
+    Compared("`tools`", _chat("", tools=[_TOOL]), "yes", "with a parser named", _SENT),
+    Compared("`tool_choice` required", _chat("", tools=[_TOOL], tool_choice="required"), "yes", "yes", _SENT),
+    Compared("`reasoning_effort`", _chat("", reasoning_effort="low"), "yes", "yes", _SENT),
+    Compared("`chat_template_kwargs`", _chat("", chat_template_kwargs={"enable_thinking": False}), "no", "yes", _SENT),
+    Compared("`continue_final_message`", _chat("", continue_final_message=True), "no", "yes", _SENT),
+    Compared(
+        "`echo` with `logprobs` and `max_tokens` 0",
+        _complete("", "Once", echo=True, logprobs=1, max_tokens=0),
+        *("not said", "no", _SENT),
+    ),
+    Compared("`guided_json` and its like", _chat("", guided_json={"type": "object"}), "no", "ignored", _SENT),
+    Compared("`stream` true", _chat("", stream=True), "no", "no", "not said"),
 )
 
 

@@ -33,6 +33,16 @@ class Vllm:
         )
         return [len(output.outputs[0].token_ids) for output in outputs]
 
+    def constrained(self, prompts: list[list[int]], schemas: list[str], max_tokens: int) -> list[int]:
+        ask = {"max_tokens": max_tokens, "temperature": 0, "detokenize": False}
+        structures = [vllm.sampling_params.StructuredOutputsParams(json=schema) for schema in schemas]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [vllm.SamplingParams(**ask, structured_outputs=structure) for structure in structures],
+            use_tqdm=False,
+        )
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
     def answer(self, prompt: list[int], max_tokens: int) -> str:
         (output,) = self._llm.generate(
             [{"prompt_token_ids": prompt}], vllm.SamplingParams(max_tokens=max_tokens, temperature=0), use_tqdm=False

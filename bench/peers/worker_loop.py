@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class Engine(Protocol):
@@ -24,6 +24,14 @@ class Engine(Protocol):
 
     def answer(self, prompt: list[int], max_tokens: int) -> str:
         """Greedy text for one prompt: shows that the weights were read as meant."""
+
+
+@runtime_checkable
+class Constrained(Protocol):
+    """What bench/structured.py asks for besides."""
+
+    def constrained(self, prompts: list[list[int]], schemas: list[str], max_tokens: int) -> list[int]:
+        """Greedy, each held to its JSON schema; returns the number of tokens made for each prompt."""
 
 
 def serve(load: Callable[[dict[str, Any]], Engine]) -> None:
@@ -43,13 +51,17 @@ def serve(load: Callable[[dict[str, Any]], Engine]) -> None:
     reply({"load_s": loaded - started, "answer": answer, **engine.describe()})
     for line in sys.stdin:
         job = json.loads(line)
-        reply(_run(engine, job["prompts"], job["num_output_tokens"]))
+        reply(_run(engine, job))
 
 
-def _run(engine: Engine, prompts: list[list[int]], num_output_tokens: list[int]) -> dict[str, Any]:
+def _run(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
     cpu_before = _cpu_s()
     started = time.perf_counter()
-    made = engine.generate(prompts, num_output_tokens)
+    if "schemas" in job:
+        assert isinstance(engine, Constrained), "this engine has no structured outputs here"
+        made = engine.constrained(job["prompts"], job["schemas"], job["max_tokens"])
+    else:
+        made = engine.generate(job["prompts"], job["num_output_tokens"])
     elapsed_s = time.perf_counter() - started
     return {"elapsed_s": elapsed_s, "cpu_s": _cpu_s() - cpu_before, "num_output_tokens": made}
 

@@ -179,6 +179,25 @@ def test_calls_are_forced_where_they_are_a_must() -> None:
     assert begun.after == "<tool_call>"
 
 
+def test_only_some_of_the_tools_may_be_called() -> None:
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    only = structure(HERMES, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert only is not None
+    assert "get_weather" not in str(only.lark)
+    assert HERMES.prompt(**ASK, tool_choice={"type": "allowed_tools", "allowed_tools": allowed}) == HERMES.prompt(**ASK)
+    flat = {
+        "type": "allowed_tools",
+        "mode": "required",
+        "tools": [{"type": "function", "name": "now"}],
+    }  # of /v1/responses
+    assert structure(HERMES, tool_choice=flat) == only
+    assert structure(HERMES, tool_choice={**flat, "mode": "auto"}) is None
+    for broken in ({**flat, "mode": "none"}, {**flat, "tools": []}, {**flat, "tools": [{"name": "nothing"}]}):
+        with pytest.raises(RequestError) as refusal:
+            structure(HERMES, tool_choice=broken)
+        assert str(refusal.value.param).startswith("tool_choice.allowed_tools")
+
+
 def test_a_call_or_an_answer_of_a_shape() -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
     either = structure(HERMES, response_format=schema)

@@ -33,6 +33,7 @@ FORMS = [
     ({"response_format": {"type": "text"}}, None),
     ({"response_format": None, "structured_outputs": None, "guided_json": None}, None),
     ({"guided_decoding_backend": "xgrammar"}, None),
+    ({"guided_whitespace_pattern": " ?"}, None),
     ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True)),
     (json_schema(schema=SCHEMA), StructuredOutputs(json=json.dumps(SCHEMA))),
     (json_schema(schema=SCHEMA, strict=False), StructuredOutputs(json=json.dumps(SCHEMA))),

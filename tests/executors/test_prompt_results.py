@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from engine_scenarios import PlannedPolicy
 from test_native import ISAS, ROUNDING_ISAS
+from tiny_files import tiny_directory
 from tiny_models import random_tokens, random_weights, tiny_spec
 
+from blendserve import run_batch
 from blendserve.config import BLOCK_SIZE, EngineConfig, KvDtype
 from blendserve.engine.keys import block_keys
 from blendserve.engine.loop import EngineLoop
 from blendserve.engine.step import Executor, StepPlan
+from blendserve.engines.native.engine import open_native
+from blendserve.engines.settings import NativeSettings
 from blendserve.errors import ExecutorError
 from blendserve.executors.native import NativeExecutor
+from blendserve.executors.prompt_results import kept_bytes_per_block
 from blendserve.executors.reference import ReferenceExecutor, ReferenceModel, prompt_logits
 from blendserve.executors.sampling import token_logprob
 from blendserve.models.pooling import Pooling
@@ -211,3 +219,23 @@ def test_a_plan_that_cannot_be_scored_is_refused_before_it_runs() -> None:
         executor.prompt_result(0, blocks[0])
     step(0, 70)
     assert executor.prompt_result(0, blocks[0]).logprobs == run(native(), [request])[0].prompt_logprobs
+
+
+def test_what_is_kept_of_prompts_shares_the_kv_memory(tmp_path: Path) -> None:
+    memory = 1 << 20
+    used = {}
+    for name, asks in {"plain": {}, "few": {"prompt_logprobs": 0}, "many": {"prompt_logprobs": 20}}.items():
+        body = {"prompt": "the capital of france", "max_tokens": 1, **asks}
+        lines = [{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}]
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(one) + "\n" for one in lines))
+        settings = NativeSettings(str(tiny_directory(tmp_path / "model")), kv_memory_bytes=memory, num_threads=1)
+        with closing(open_native(settings, notify=lambda _: None)) as engine:
+            assert run_batch(source, tmp_path / f"{name}.out.jsonl", engine=engine).num_succeeded == 1
+            assert engine.stats is not None
+            assert engine.stats.resources is not None
+            used[name] = engine.stats.resources.kv_bytes
+    assert used["many"] < used["few"] < used["plain"] <= memory
+    kept = kept_bytes_per_block(tiny_spec("llama").hidden_size, BLOCK_SIZE, 20, None)
+    bytes_per_block = tiny_spec("llama").kv_bytes_per_token("bf16") * BLOCK_SIZE
+    assert used["many"] // bytes_per_block == memory // (bytes_per_block + kept)

@@ -19,14 +19,13 @@ from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.reasoning_formats import REASONING_FORMATS
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.models.tool_formats.format import ParsedAnswer, Tool, ToolCall, Wanted, to_json
+from blendserve.models.tool_formats.harmony import answered
 from blendserve.models.tool_formats.lark import schema_of
 from blendserve.models.tool_formats.table import TOOL_FORMATS
 from blendserve.models.tool_formats.written import tools_text
 from blendserve.request import StructuredOutputs
 
 FORMATS = sorted(TOOL_FORMATS)
-ONE_CALL = ("llama3", "harmony")
-"""Formats whose grammar is of one call."""
 WEATHER = Tool(
     "get_weather",
     {
@@ -268,6 +267,47 @@ def test_a_call_that_has_begun_goes_on_as_its_schema_says(name: str) -> None:
         found = parsed(name, walk(structure, name, source, f"Well: {format.markers[0]}"))
         (call,) = found.calls
         jsonschema.validate(json.loads(call.arguments), schema_of(BY_NAME[call.name]))
+
+
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_gpt_oss_may_call_again_behind_the_end_of_a_call(is_parallel: bool) -> None:
+    format, source = TOOL_FORMATS["harmony"], random.Random(3)
+    wanted = Wanted(TOOLS, is_parallel, _tokenizer("harmony")[1])
+    calls = (ToolCall("get_weather", '{"city": "Rome"}'), ToolCall("get_weather", '{"city": "Oslo"}'))
+    text = format.write_calls(calls)
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    for lark in (format.forced(wanted), format.begun(wanted).lark):
+        for written in (text, thought + text):
+            if is_parallel:
+                assert (
+                    parsed("harmony", walk(StructuredOutputs(lark=lark), "harmony", source, written)).calls[:2] == calls
+                )
+            else:
+                with pytest.raises(AssertionError):
+                    walk(StructuredOutputs(lark=lark), "harmony", source, written)
+
+
+def test_gpt_oss_says_what_it_likes_until_it_calls() -> None:
+    format, source = TOOL_FORMATS["harmony"], random.Random(3)
+    begun = format.begun(Wanted(TOOLS, True, _tokenizer("harmony")[1]))
+    assert begun.after == "", "free text has no special tokens, and this format is made of them"
+    said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>No"
+    found = parsed("harmony", walk(StructuredOutputs(lark=begun.lark), "harmony", source, said))
+    assert found.calls == ()
+    assert found.content.startswith("No")
+    calling = "<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant<|channel|>commentary to=functions."
+    found = parsed("harmony", walk(StructuredOutputs(lark=begun.lark), "harmony", source, calling))
+    assert found.calls
+    for call in found.calls:
+        jsonschema.validate(json.loads(call.arguments), schema_of(BY_NAME[call.name]))
+
+
+def test_an_answer_of_gpt_oss_takes_its_shape_on_its_channel() -> None:
+    ids = _tokenizer("harmony")[1]
+    structure = StructuredOutputs(lark=answered('"yes" | "no"', ids))
+    for forced in ("", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"):
+        found = parsed("harmony", walk(structure, "harmony", random.Random(1), forced + "<|channel|>final<|message|>"))
+        assert found.content in ("yes", "no")
 
 
 def test_an_answer_that_begins_with_a_brace_is_a_call_of_llama() -> None:

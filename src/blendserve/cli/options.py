@@ -160,10 +160,11 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--reasoning-format",
-        choices=REASONING_FORMAT_NAMES,
         default=AUTO,
-        help="how the model marks its reasoning, which is kept apart from the answer (default: auto, as its template "
-        "or its tokens show)",
+        metavar="NAME",
+        help="how the model marks its reasoning, which is kept apart from the answer: "
+        f"{', '.join(REASONING_FORMAT_NAMES)}; with --engine vllm also the name of one of vLLM's reasoning parsers "
+        "(default: auto, as its template or its tokens show)",
     )
     group.add_argument(
         "--control-tokens",

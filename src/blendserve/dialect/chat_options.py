@@ -28,12 +28,14 @@ CHAT_OPTION_FIELDS = (
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
     """`tools` are the functions that a model may call, in OpenAI's form; with mode "named" it must call `named`.
+    `allowed` are the names of those that an answer may call, all where it is empty; the model reads of the others too.
     `variables` are what the chat template is told. `add_generation_prompt` is None where the body leaves it open.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
     mode: ToolMode = "none"
     named: str | None = None
+    allowed: frozenset[str] = frozenset()
     is_parallel: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool | None = None
@@ -41,9 +43,16 @@ class ChatOptions:
     includes_reasoning: bool = True
 
     @property
+    def callable_tools(self) -> tuple[Mapping[str, Any], ...]:
+        """Those of the functions that an answer may call."""
+        if self.mode == "named":
+            return tuple(tool for tool in self.tools if tool["function"]["name"] == self.named)
+        return tuple(tool for tool in self.tools if not self.allowed or tool["function"]["name"] in self.allowed)
+
+    @property
     def is_strict(self) -> bool:
         """Must the arguments of every call follow their schema?"""
-        return any(tool["function"].get("strict") is True for tool in self.tools)
+        return any(tool["function"].get("strict") is True for tool in self.callable_tools)
 
 
 def take_chat_options(body: Mapping[str, Any]) -> tuple[dict[str, Any], ChatOptions]:
@@ -56,7 +65,10 @@ def take_chat_options(body: Mapping[str, Any]) -> tuple[dict[str, Any], ChatOpti
     if not given:
         return rest, _NO_OPTIONS
     tools = read_tools("tools", given.get("tools", ()))
-    mode, named = read_tool_choice("tool_choice", given.get("tool_choice"), tools)
+    choice, allowed = given.get("tool_choice"), frozenset[str]()
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        choice, allowed = _read_allowed("tool_choice.allowed_tools", choice.get("allowed_tools", choice), tools)
+    mode, named = read_tool_choice("tool_choice", choice, tools)
     continues = _flag(given, "continue_final_message", False)
     adds = _flag(given, "add_generation_prompt", None)
     if continues and adds:
@@ -70,6 +82,7 @@ def take_chat_options(body: Mapping[str, Any]) -> tuple[dict[str, Any], ChatOpti
         tools=tools,
         mode=mode,
         named=named,
+        allowed=allowed,
         is_parallel=_flag(given, "parallel_tool_calls", True),
         variables=_read_variables(given),
         add_generation_prompt=adds,
@@ -143,6 +156,24 @@ def read_tool_choice(name: str, value: Any, tools: tuple[Mapping[str, Any], ...]
     if named not in names:
         reject(f"{name}.function.name", named, f"one of the tools: {', '.join(names)}" if names else "among the tools")
     return "named", named
+
+
+def _read_allowed(name: str, value: Any, tools: tuple[Mapping[str, Any], ...]) -> tuple[Any, frozenset[str]]:
+    """OpenAI's choice among some of the tools: auto or required, and the names of these. Raises: RequestError."""
+    mode = value.get("mode") if isinstance(value, Mapping) else None
+    listed = value.get("tools") if isinstance(value, Mapping) else None
+    if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
+        reject(name, value, 'an object {"mode": "auto" or "required", "tools": [...]}')
+    names = [tool["function"]["name"] for tool in tools]
+    allowed: set[str] = set()
+    for index, tool in enumerate(listed):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        called = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(called, str) or called not in names:
+            wanted = f"one of the tools: {', '.join(names)}" if names else "among the tools"
+            reject(f"{name}.tools[{index}].name", called, wanted)
+        allowed.add(called)
+    return mode, frozenset(allowed)
 
 
 def _read_variables(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ llguidance is imported when the first structure comes, never before.
 from __future__ import annotations
 
 import json
-from functools import lru_cache
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from blendserve.errors import RequestError
 from blendserve.request import StructuredOutputs
@@ -20,13 +22,21 @@ WHITESPACE = r"[ \t\r\n]{0,24}"
 _JSON_OPTIONS = {
     "whitespace_pattern": WHITESPACE,
     "whitespace_flexible": True,
-    "json_allow_general_unicode_escapes": True,
     "coerce_one_of": False,
     "lenient": False,
     "item_separator": ",",
     "key_separator": ":",
 }
 """They overrule what a schema says in `x-guidance`: an answer never strays from the schema because of it."""
+_SCHEMA_FAULT = "failed to compile JSON schema: "
+_UNICODE_ESCAPES = {"json_allow_general_unicode_escapes": True}
+_OLDER_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": f"{WHITESPACE},{WHITESPACE}",
+    "key_separator": f"{WHITESPACE}:{WHITESPACE}",
+}
+"""llguidance 1.7, which vLLM 0.32 needs, has no such escapes but for control characters, and no limit on blanks where
+they are flexible: there they stand beside commas and colons alone."""
 _LIMITS = {
     "initial_lexer_fuel": 2_000_000,
     "max_grammar_size": 500_000,
@@ -60,6 +70,18 @@ def _refusal(structure: StructuredOutputs) -> RequestError | None:
     return refusal_of(structure, reason) if reason and not reason.startswith("WARNING") else None
 
 
+@cache
+def _json_options() -> Any:
+    """What the installed llguidance takes of our options."""
+    from llguidance import LLMatcher
+
+    every = _JSON_OPTIONS | _UNICODE_ESCAPES
+    refusal = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema({}, overrides=every))  # type: ignore[arg-type]
+    if "unknown field" not in refusal:
+        return every
+    return {name: value for name, value in _JSON_OPTIONS.items() if name != "whitespace_pattern"} | _OLDER_OPTIONS
+
+
 def parser_limits() -> llguidance.LLParserLimits:
     """How much work a grammar may be."""
     from llguidance import LLParserLimits
@@ -68,54 +90,70 @@ def parser_limits() -> llguidance.LLParserLimits:
 
 
 def grammar_text(structure: StructuredOutputs, marker_token: int | None = None, begin_token: int | None = None) -> str:
-    """A structure in llguidance's format. `marker_token` and `begin_token` are what `structure.after` and
+    """A structure in llguidance's dialect of Lark. `marker_token` and `begin_token` are what `structure.after` and
     `structure.begin` are where they are special tokens.
 
     Raises: RequestError where the notation cannot be read.
     """
-    import llguidance
+    rule = rule_of(structure)
+    if rule is None:
+        lark = _lark_of(structure)
+        if not structure.after:
+            return lark
+        rule = f"%lark {{\n{lark}\n}}"
+    return _after(structure, rule, marker_token, begin_token) if structure.after else f"start: {rule}"
+
+
+def rule_of(structure: StructuredOutputs) -> str | None:
+    """What stands behind the name of a rule for JSON and choices; None for other structures."""
+    if structure.json is not None:
+        return _json_rule(json.loads(structure.json))
+    if structure.json_object:
+        return _json_rule({"type": "object"})
+    return " | ".join(map(json.dumps, structure.choice)) if structure.choice else None
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _json_options()}, ensure_ascii=False)
+
+
+def _lark_of(structure: StructuredOutputs) -> str:
+    """The grammar of a structure that is none of JSON, with a rule `start`. Raises: RequestError."""
+    from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
-    to_grammar = llguidance.LLMatcher
-    if structure.json is not None:
-        body = to_grammar.grammar_from_json_schema(structure.json, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
-    elif structure.json_object:
-        body = to_grammar.grammar_from_json_schema({"type": "object"}, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
-    elif structure.regex is not None:
-        body = to_grammar.grammar_from_regex(structure.regex)
-    elif structure.choice:
-        body = to_grammar.grammar_from_lark("start: " + " | ".join(map(json.dumps, structure.choice)))
-    elif structure.lark is not None:
-        body = to_grammar.grammar_from_lark(structure.lark)
-    else:
-        try:
-            body = to_grammar.grammar_from_lark(any_to_lark(structure.grammar or ""))
-        except Exception as error:  # noqa: BLE001  # the converter has no error of its own
-            raise refusal_of(structure, str(error)) from None
-    return _after(structure, body, marker_token, begin_token) if structure.after else body
+    if structure.lark is not None:
+        return structure.lark
+    if structure.regex is not None:
+        lark: str = json.loads(LLMatcher.grammar_from_regex(structure.regex))["grammars"][0]["lark_grammar"]
+        return lark
+    try:
+        return any_to_lark(structure.grammar or "")
+    except Exception as error:  # noqa: BLE001  # the converter has no error of its own
+        raise refusal_of(structure, str(error)) from None
 
 
-def _after(structure: StructuredOutputs, body: str, marker_token: int | None, begin_token: int | None) -> str:
-    """Free text; or free text, the marker and what `body` describes. Where `begin` has to stand before the free text:
-    what `body` describes, or all that.
+def _after(structure: StructuredOutputs, rule: str, marker_token: int | None, begin_token: int | None) -> str:
+    """Free text; or free text, the marker and what `rule` describes. Where `begin` has to stand before the free text:
+    what `rule` describes, or all that.
     """
-    marker = structure.after
     end = f"TEXT <[{marker_token}]>" if marker_token is not None else "marked"
-    start = f"TEXT | {end} BLANK @body"
+    start = f"TEXT | {end} BLANK body"
     if structure.begin:
         begin = f"<[{begin_token}]>" if begin_token is not None else json.dumps(structure.begin)
-        start = f"@body | {begin} {end} BLANK @body"
-    lark = f"""start: {start}
+        start = f"body | {begin} {end} BLANK body"
+    return f"""start: {start}
 TEXT: /(.|\\n)*/
-marked[lazy]: TEXT {json.dumps(marker)}
+marked[lazy]: TEXT {json.dumps(structure.after)}
 BLANK: /{WHITESPACE}/
+body: {rule}
 """
-    grammars = json.loads(body)["grammars"] if body.startswith("{") else [{"lark_grammar": body}]
-    return json.dumps({"grammars": [{"name": "free", "lark_grammar": lark}, {**grammars[0], "name": "body"}]})
 
 
 def refusal_of(structure: StructuredOutputs, reason: str) -> RequestError:
     is_json = structure.json is not None
+    if is_json:  # without the grammar that we wrapped around the schema
+        reason = re.split(r"\n\s*\d+ \| ", reason.partition(_SCHEMA_FAULT)[2] or reason)[0]
     what, remedy = ("schema", "change or remove that part") if is_json else ("grammar", "correct it")
     return RequestError(
         f"the {what} cannot be followed: {' '.join(reason.split())[:300]}; {remedy}",

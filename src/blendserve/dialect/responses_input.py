@@ -214,7 +214,7 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def _tool_choice(choice: Any) -> Any:
-    if not isinstance(choice, dict):
+    if not isinstance(choice, dict) or choice.get("type") == "allowed_tools":
         return choice
     if choice.get("type") != "function":
         raise _unsupported("tool_choice", choice, "it must be none, auto, required, or a function")

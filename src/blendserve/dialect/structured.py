@@ -20,7 +20,7 @@ MAX_STRUCTURE_CHARACTERS = 1 << 18
 MAX_SCHEMA_DEPTH = 64
 """Objects and lists within each other. A deeper schema is refused here, before anything recurses through it."""
 _GUIDED_NAMES = {f"guided_{kind}": kind for kind in STRUCTURE_KINDS}
-_IGNORED_NAMES = ("guided_decoding_backend",)
+_IGNORED_NAMES = ("guided_decoding_backend", "guided_whitespace_pattern")
 STRUCTURE_FIELDS = frozenset(("response_format", "structured_outputs", *_GUIDED_NAMES, *_IGNORED_NAMES))
 """Every name of a body that `take_structure` reads."""
 

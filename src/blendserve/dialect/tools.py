@@ -9,11 +9,14 @@ from hashlib import blake2b
 from typing import Any, Literal, NoReturn
 
 from blendserve.dialect.chat_options import ChatOptions
+from blendserve.dialect.grammars import rule_of
 from blendserve.dialect.structured import check_schema
 from blendserve.errors import RequestError
 from blendserve.models.chat_formats import ChatFormats
 from blendserve.models.conversation import Conversation, Message
+from blendserve.models.reasoning_formats import HARMONY_REASONING
 from blendserve.models.tool_formats.format import CallGrammar, ParsedAnswer, Tool, ToolCall, Wanted, to_json
+from blendserve.models.tool_formats.harmony import answered
 from blendserve.models.tool_formats.lark import schema_of
 from blendserve.models.tool_formats.table import TOOL_FORMATS
 from blendserve.models.tool_formats.written import with_tools_written
@@ -60,7 +63,7 @@ def tools_of(options: ChatOptions, formats: ChatFormats) -> tuple[Tool, ...]:
     """The functions that an answer may call, without what reading its calls does not need."""
     if options.mode == "none" or formats.tools is None:
         return ()
-    tools = tuple(map(Tool.of, options.tools))
+    tools = tuple(map(Tool.of, options.callable_tools))
     is_typed = formats.tools.name in _TYPED_FORMATS or formats.tools.name not in TOOL_FORMATS
     return tuple(Tool(tool.name, tool.parameters if is_typed else None) for tool in tools)
 
@@ -74,7 +77,7 @@ def structure_of(
     Raises: RequestError where tools and another structure cannot both hold.
     """
     if options.mode == "none" or formats.tools is None:
-        return structure, ""
+        return (structure if forces_json else _on_its_channel(structure, formats)), ""
     for index, tool in enumerate(options.tools):
         check_schema(f"tools[{index}].function.parameters", tool["function"].get("parameters") or {})
     is_must = options.mode in ("required", "named")
@@ -84,7 +87,7 @@ def structure_of(
             code="invalid_value",
             param="tool_choice",
         )
-    tools = tuple(tool for tool in map(Tool.of, options.tools) if options.mode != "named" or tool.name == options.named)
+    tools = tuple(map(Tool.of, options.callable_tools))
     if forces_json and is_must:
         return _forced_json(options, tools)
     wanted = Wanted(tools, options.is_parallel and options.mode != "named", formats.special_ids)
@@ -107,15 +110,15 @@ def structure_of(
 
 def replace_answer(wanted: Wanted, structure: StructuredOutputs) -> Wanted:
     """The same calls with what may stand instead of them."""
-    if structure.json is not None:
-        rule = f"%json {structure.json}"
-    elif structure.json_object:
-        rule = '%json {"type": "object"}'
-    elif structure.choice:
-        rule = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in structure.choice)
-    else:
-        rule = ""
-    return replace(wanted, answer_rule=rule)
+    return replace(wanted, answer_rule=rule_of(structure) or "")
+
+
+def _on_its_channel(structure: StructuredOutputs | None, formats: ChatFormats) -> StructuredOutputs | None:
+    """gpt-oss answers on a channel, behind its reasoning."""
+    if structure is None or formats.reasoning is not HARMONY_REASONING:
+        return structure
+    rule = rule_of(structure)
+    return structure if rule is None else StructuredOutputs(lark=answered(rule, formats.special_ids))
 
 
 def _either(wanted: Wanted, formats: ChatFormats) -> StructuredOutputs:

@@ -36,6 +36,17 @@ class CompileStats:
     compile_s: float = 0.0
 
 
+def grammar_for(structure: StructuredOutputs, tokenizer: Tokenizer) -> str:
+    """A structure as a grammar for one model. Raises: RequestError where the notation cannot be read."""
+
+    def token_of(marker: str) -> int | None:
+        """The special token that a marker is, which is no text to a grammar."""
+        token_id = tokenizer.backend.token_to_id(marker) if marker else None
+        return token_id if token_id in tokenizer.special_token_ids else None
+
+    return grammar_text(structure, token_of(structure.after), token_of(structure.begin))
+
+
 class GrammarCompiler:
     """Compiles the structures of requests for one model. `eos_token_ids` end an answer whose grammar is satisfied.
 
@@ -69,7 +80,7 @@ class GrammarCompiler:
         started = time.perf_counter()
         try:
             tokens = self._tokens = self._tokens or self._read_tokens()
-            text = grammar_text(structure, *map(self._marker_token, (structure.after, structure.begin)))
+            text = grammar_for(structure, self._tokenizer)
             matcher = llguidance.LLMatcher(tokens, text, log_level=0, limits=parser_limits())
             if matcher.is_error():
                 return refusal_of(structure, matcher.get_error())
@@ -79,11 +90,6 @@ class GrammarCompiler:
         finally:
             self.stats.num_grammars += 1
             self.stats.compile_s += time.perf_counter() - started
-
-    def _marker_token(self, marker: str) -> int | None:
-        """The special token that a marker is, which is no text to a grammar."""
-        token_id = self._tokenizer.backend.token_to_id(marker) if marker else None
-        return token_id if token_id in self._tokenizer.special_token_ids else None
 
     def _read_tokens(self) -> llguidance.LLTokenizer:
         import llguidance

@@ -14,6 +14,18 @@ from blendserve.request import EmbeddingParams, Request, TokenIds, TokenLogprob
 Floats = NDArray[np.float32]
 
 
+_LOGPROB_BYTES, _TOP_BYTES, _STATE_BYTES, _SUM_BYTES = 4, 8, 4, 8
+
+
+def kept_bytes_per_block(hidden_size: int, block_size: int, num_logprobs: int, pooling: Pooling | None) -> int:
+    """Memory beside a block's KV, at most, where prompts are scored with so many alternatives (-1: none is), or pooled
+    (None: none is). The log probability of the token behind a block needs the state of the block's last one.
+    """
+    scored = hidden_size * _STATE_BYTES + block_size * (_LOGPROB_BYTES + num_logprobs * _TOP_BYTES)
+    pooled = hidden_size * _SUM_BYTES if pooling is not None and pooling.kind == "mean" else 0
+    return (scored if num_logprobs >= 0 else 0) + pooled
+
+
 def kept_with(request: Request, pooling: Pooling) -> Hashable | None:
     """What a request's blocks hold beside KV: see `Executor.kept_with`. The state of the last token needs nothing:
     every sequence computes it itself."""

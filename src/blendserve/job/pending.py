@@ -33,6 +33,14 @@ class PendingRequests:
         """Lengths and limits of every row, for a policy."""
         return self.store.table(self.numbers)
 
+    def most_prompt_logprobs(self) -> int:
+        """The most alternatives with which tokens of prompts are scored; -1 where no prompt is."""
+        return self.store.most_prompt_logprobs(self.numbers)
+
+    def embeds_any(self) -> bool:
+        """Does any of them ask for a vector?"""
+        return self.store.embeds_any(self.numbers)
+
     def flat_prompts(self) -> FlatPrompts:
         """All prompts end to end."""
         return self.store.flat_prompts(self.numbers)

@@ -26,6 +26,7 @@ from blendserve.job.store_files import StoreFiles
 from blendserve.job.store_layout import (
     EMBEDS,
     HAS_KNOWN_LENGTH,
+    HAS_SCORES,
     HAS_SEED,
     HAS_STRUCTURE,
     LINE_STRUCT,
@@ -229,6 +230,19 @@ class TokenStore:
             first = last
         self.release()
         return FlatPrompts(token_ids, offsets)
+
+    def embeds_any(self, numbers: Int64s) -> bool:
+        """Does any of these requests ask for a vector?"""
+        return bool((self._lines["flags"][self.line_of_request[numbers]] & EMBEDS).any())
+
+    def most_prompt_logprobs(self, numbers: Int64s) -> int:
+        """The most alternatives with which tokens of these prompts are scored; -1 where no prompt is."""
+        rows = self.line_of_request[numbers]
+        rows = rows[(self._lines["flags"][rows] & HAS_SCORES) != 0]
+        _, first = np.unique(self._lines["sampling_offset"][rows], return_index=True)
+        records = (self._record(row) for row in rows[first].tolist())
+        asked = (self._interned(record.sampling_offset, record.sampling_bytes).prompt_logprobs for record in records)
+        return max((number for number in asked if number is not None), default=-1)
 
     def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
         """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""

@@ -60,7 +60,7 @@ FILES: dict[str, np.dtype[Any]] = {
     "bodies": np.dtype("u1"),
     "urls": np.dtype("u1"),
 }
-HAS_SEED, HAS_KNOWN_LENGTH, EMBEDS, HAS_STRUCTURE = 1, 2, 4, 8
+HAS_SEED, HAS_KNOWN_LENGTH, EMBEDS, HAS_STRUCTURE, HAS_SCORES = 1, 2, 4, 8, 16
 URL_SHIFT = 8
 """Flags of a line: the number of its URL stands above this bit."""
 NO_LIMIT = -1

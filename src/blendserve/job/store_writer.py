@@ -23,6 +23,7 @@ from blendserve.job.store_layout import (
     EMBEDS,
     FILES,
     HAS_KNOWN_LENGTH,
+    HAS_SCORES,
     HAS_SEED,
     HAS_STRUCTURE,
     LINE_STRUCT,
@@ -150,6 +151,7 @@ def _flags(line: BatchLine) -> int:
     return (
         (HAS_SEED if sampling.seed is not None else 0)
         | (EMBEDS if line.embeds else 0)
+        | (HAS_SCORES if sampling.prompt_logprobs is not None else 0)
         | (HAS_STRUCTURE if sampling.structured_outputs is not None else 0)
         | (HAS_KNOWN_LENGTH if known_output_tokens(sampling, limit) >= 0 else 0)
     )

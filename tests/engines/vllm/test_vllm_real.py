@@ -92,7 +92,8 @@ def run(
 ) -> JobReport:
     source = target.with_suffix(".in.jsonl")
     source.write_text("\n".join(lines))
-    abilities = Abilities(adapters=adapters, urls=(EMBEDDINGS_URL,) if engine.embeds else TEXT_URLS)
+    urls = (EMBEDDINGS_URL,) if engine.embeds else TEXT_URLS
+    abilities = Abilities(adapters=adapters, urls=urls, checks_grammars=False)  # as with a backend of the user's
     served = ServedModel(("tiny",), vocab_size=SPEC.vocab_size, max_model_len=CONTEXT, abilities=abilities)
     codec = VllmCodec(load_tokenizer(ModelFiles("tiny", model)), {}, CONTEXT)
 

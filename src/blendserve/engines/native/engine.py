@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from blendserve.calibration.first_run import expected_work_s
+from blendserve.config import BLOCK_SIZE
 from blendserve.costs.model_cost import CostModel
 from blendserve.costs.stored_calibration import Calibration, machine_name, matching_calibration
 from blendserve.costs.this_machine import built_in_cost, cost_of, peaks_of
@@ -23,6 +24,7 @@ from blendserve.engines.native.measured import MeasuredRun
 from blendserve.engines.native.served import served_model_of
 from blendserve.engines.settings import NativeSettings
 from blendserve.executors.native import KERNEL_REVISION, NativeExecutor, best_isa, op_names
+from blendserve.executors.prompt_results import kept_bytes_per_block
 from blendserve.executors.trace import StepTrace
 from blendserve.host import cache_dir, peak_rss_bytes, process_age_s
 from blendserve.job.pending import PendingRequests, plan_pending
@@ -97,7 +99,7 @@ class NativeEngine:
     def generate(self, pending: PendingRequests, policy: str) -> Iterator[SequenceOutput]:
         """Yield the outputs of `pending` as they finish."""
         started_s = time.perf_counter()
-        executor, loop = self._opened = self._opened or self._open()
+        executor, loop = self._opened = self._opened or self._open(pending)
         loaded_s = time.perf_counter()
         tree = None if self._window else pending.prefix_tree()
         calibrate_s = self._calibrate(executor, pending, tree)
@@ -157,9 +159,15 @@ class NativeEngine:
             self._opened[1].close()
             self._opened = None
 
-    def _open(self) -> tuple[NativeExecutor, EngineLoop]:
-        config = resolve_limits(self._config, self._model.spec)
-        executor = open_executor(self._model, config, isa=self._isa, trace=self._trace)
+    def _open(self, pending: PendingRequests | None = None) -> tuple[NativeExecutor, EngineLoop]:
+        """What `pending` keeps of its prompts shares the KV memory with KV; what later requests keep comes on top."""
+        model, config = self._model, resolve_limits(self._config, self._model.spec)
+        kept = 0
+        if pending is not None:
+            pooling = model.pooling if pending.embeds_any() else None
+            num_logprobs = pending.most_prompt_logprobs()
+            kept = kept_bytes_per_block(model.spec.hidden_size, BLOCK_SIZE, num_logprobs, pooling)
+        executor = open_executor(model, config, isa=self._isa, trace=self._trace, kept_bytes_per_block=kept)
         return executor, open_loop(self._model, config, executor)
 
     def _calibrate(self, executor: NativeExecutor, pending: PendingRequests, tree: PrefixTree | None) -> float:

@@ -20,10 +20,17 @@ from blendserve.models.load import LoadedModel
 
 
 def open_executor(
-    model: LoadedModel, config: EngineConfig, *, isa: str = "auto", trace: StepTrace | None = None
+    model: LoadedModel,
+    config: EngineConfig,
+    *,
+    isa: str = "auto",
+    trace: StepTrace | None = None,
+    kept_bytes_per_block: int = 0,
 ) -> NativeExecutor:
-    """Load the weights. `config` has resolved limits; `trace` notes what steps do."""
-    num_blocks = config.kv_memory_bytes // (model.spec.kv_bytes_per_token(config.kv_dtype) * BLOCK_SIZE)
+    """Load the weights. `config` has resolved limits; `trace` notes what steps do. `kept_bytes_per_block` is what
+    requests need beside the KV of a block, within the same memory."""
+    bytes_per_block = model.spec.kv_bytes_per_token(config.kv_dtype) * BLOCK_SIZE + kept_bytes_per_block
+    num_blocks = max(1, config.kv_memory_bytes // bytes_per_block)
     return NativeExecutor(
         model.spec,
         model.weights,

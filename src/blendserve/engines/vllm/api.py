@@ -6,6 +6,7 @@ vLLM is imported when an engine is opened, never before: it takes seconds, and r
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,8 @@ class VllmApi(Protocol):
     ) -> Any: ...
     def check_parser(self, name: str) -> None: ...
     def parse_calls(self, name: str, model: str, text: str, tools: Sequence[Tool]) -> ParsedAnswer: ...
+    def reasoning_marks(self, name: str, model: str) -> tuple[str, str]: ...
+    def parse_reasoning(self, name: str, model: str, text: str) -> tuple[str, str]: ...
     def device_name(self) -> str: ...
     def is_death(self, error: Exception) -> bool: ...
 
@@ -174,7 +177,6 @@ class InstalledVllm:
     def parse_calls(self, name: str, model: str, text: str, tools: Sequence[Tool]) -> ParsedAnswer:
         """The calls of an answer, read by one of vLLM's parsers. Raises: whatever it does."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.tokenizers import get_tokenizer
         from vllm.tool_parsers import ToolParserManager
 
         listed = [
@@ -182,12 +184,47 @@ class InstalledVllm:
         ]
         messages = [{"role": "user", "content": ""}]
         request = ChatCompletionRequest(messages=messages, tools=listed, tool_choice="auto", model=model)
-        if model not in self._tokenizers:
-            self._tokenizers[model] = get_tokenizer(model)
-        parser = ToolParserManager.get_tool_parser(name)(self._tokenizers[model], request.tools)
+        logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)  # they log what models write wrongly
+        parser = ToolParserManager.get_tool_parser(name)(self._tokenizer(model), request.tools)
         found = parser.extract_tool_calls(text, request=request)
         calls = tuple(ToolCall(call.function.name, call.function.arguments) for call in found.tool_calls)
         return ParsedAnswer((found.content or "").strip() if calls else text, calls)
+
+    def _tokenizer(self, model: str) -> Any:
+        from vllm.tokenizers import get_tokenizer
+
+        if model not in self._tokenizers:
+            self._tokenizers[model] = get_tokenizer(model)
+        return self._tokenizers[model]
+
+    def reasoning_marks(self, name: str, model: str) -> tuple[str, str]:
+        """What a parser of reasoning looks for: its begin and its end, empty where it does not say.
+
+        Raises: ConfigError where vLLM has no parser of this name, or it cannot read this model.
+        """
+        try:
+            parser = self._reasoning_parser(name, model)
+        except KeyError:
+            raise ConfigError(
+                f"reasoning_format is {name!r}, and neither BlendServe nor vLLM {self.version} has a format of that "
+                "name"
+            ) from None
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"vLLM's reasoning parser {name!r} cannot read this model: {error}") from None
+        return parser.reasoning_start_str or "", parser.reasoning_end_str or ""
+
+    def parse_reasoning(self, name: str, model: str, text: str) -> tuple[str, str]:
+        """Reasoning and the rest of an answer, told apart by one of vLLM's parsers. Raises: whatever it does."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        request = ChatCompletionRequest(messages=[{"role": "user", "content": ""}], model=model)
+        reasoning, content = self._reasoning_parser(name, model).extract_reasoning(text, request)
+        return reasoning or "", content or ""
+
+    def _reasoning_parser(self, name: str, model: str) -> Any:
+        from vllm.reasoning import ReasoningParserManager
+
+        return ReasoningParserManager.get_reasoning_parser(name)(self._tokenizer(model))
 
     def device_name(self) -> str:
         from vllm.platforms import current_platform

@@ -79,7 +79,19 @@ def engine_arguments(
         arguments["generation_config"] = settings.generation_config
     if settings.task == "embed":
         arguments |= {"runner": "pooling", "convert": "embed"}
+    elif follows_our_grammars(settings):
+        arguments["structured_outputs_config"] = {"backend": "guidance"}
     return arguments | dict(settings.arguments)
+
+
+def follows_our_grammars(settings: VllmSettings) -> bool:
+    """Is vLLM told to use llguidance, which takes grammars as our own engine has them? Else the user chose."""
+    return "structured_outputs_config" not in settings.arguments
+
+
+def lets_reasoning_through(settings: VllmSettings) -> bool:
+    """Do grammars have to let reasoning through? Not where vLLM has a parser of reasoning, which tells it."""
+    return follows_our_grammars(settings) and "reasoning_parser" not in settings.arguments
 
 
 def scheduler_class(settings: VllmSettings, release: str, *, is_cpu: bool) -> tuple[str | None, str | None]:

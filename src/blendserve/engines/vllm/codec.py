@@ -21,7 +21,8 @@ from blendserve.request import StructuredOutputs, TokenIds
 
 class VllmCodec(ModelCodec):
     """A picture stands at the beginning of its message, as many tokens as it is likely to take, equal for equal
-    pictures. `max_model_len` bounds the estimate: whether such a prompt is too long, vLLM decides.
+    pictures. `max_model_len` bounds the estimate: whether such a prompt is too long, vLLM decides. `settles`: grammars
+    say themselves where reasoning ends.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class VllmCodec(ModelCodec):
         formats: ChatFormats | None = None,
         *,
         obeys_control_tokens: bool = False,
+        settles: bool = True,
     ) -> None:
         super().__init__(tokenizer, max_model_len, formats, obeys_control_tokens=obeys_control_tokens)
         self._config = config
+        self._settles = settles
         self._mark = f"\n{secrets.token_hex(8)}\n"
 
     def encode(self, prompts: Sequence[str | Conversation]) -> list[TokenIds | RequestError]:
@@ -42,9 +45,9 @@ class VllmCodec(ModelCodec):
         plain = iter(super().encode([prompt for prompt in prompts if not _has_pictures(prompt)]))
         return [self._with_pictures(prompt) if _has_pictures(prompt) else next(plain) for prompt in prompts]
 
-    def settled(self, structure: StructuredOutputs, prompt_token_ids: Any) -> StructuredOutputs:  # noqa: ARG002
-        """As it is: vLLM begins no grammar inside an answer."""
-        return structure
+    def settled(self, structure: StructuredOutputs, prompt_token_ids: Any) -> StructuredOutputs:
+        """As it is where vLLM itself waits for the end of the reasoning, or can begin no grammar inside an answer."""
+        return super().settled(structure, prompt_token_ids) if self._settles else structure
 
     def _marked(self, prompt: Conversation) -> Conversation:
         messages = tuple(

@@ -20,7 +20,7 @@ from blendserve.engines.vllm.cost import LoadTotals
 from blendserve.engines.vllm.counters import VllmCounters
 from blendserve.engines.vllm.inflight import StepLoad, VllmInflight
 from blendserve.engines.vllm.queue import PolicyQueue, SchedulerState
-from blendserve.engines.vllm.requests import arguments_of, failed_output, output_of, was_aborted
+from blendserve.engines.vllm.requests import GrammarOf, arguments_of, failed_output, output_of, was_aborted
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
 from blendserve.job.pending import PendingRequests
 from blendserve.planner.base import Policy
@@ -51,6 +51,7 @@ class VllmDriver:
     adapters: Mapping[str, str] = field(default_factory=dict)
     embeds: bool = False
     totals: LoadTotals | None = None
+    grammar_of: GrammarOf | None = None
     notify: Callable[[str], None] = lambda _: None
     clock: Callable[[], float] = time.perf_counter
     counters: VllmCounters = field(default_factory=VllmCounters)
@@ -181,7 +182,13 @@ class _Drive:
         try:
             request = self._pending[index]
             prompt, params, lora = arguments_of(
-                request, self._extras(index), self._api, self._engine.engine, self._loras, embeds=self._engine.embeds
+                request,
+                self._extras(index),
+                self._api,
+                self._engine.engine,
+                self._loras,
+                embeds=self._engine.embeds,
+                grammar_of=self._engine.grammar_of,
             )
             self._opened.add_request(str(index), prompt, params, lora_request=lora)
         except RequestError as error:

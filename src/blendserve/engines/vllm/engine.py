@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
+from blendserve.engine.grammar import grammar_for
 from blendserve.engine.stats import RunStats
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify
 from blendserve.engines.settings import VllmSettings
@@ -22,6 +24,8 @@ from blendserve.engines.vllm.arguments import (
     check_adapters,
     context_length_of,
     engine_arguments,
+    follows_our_grammars,
+    lets_reasoning_through,
     prepare_environment,
     scheduler_class,
     shown_arguments,
@@ -72,10 +76,10 @@ def served_model_of(
             adapters=tuple(sorted(settings.adapters)),
             sees="vision_config" in config,
             chat=formats,
-            forces_json=True,
+            forces_json=not follows_our_grammars(settings),
             image_domains=tuple(domain.lower() for domain in settings.image_domains),
             urls=(EMBEDDINGS_URL,) if embeds else TEXT_URLS,
-            checks_grammars=False,
+            checks_grammars=follows_our_grammars(settings),
         ),
         default_sampling={} if embeds else checked_defaults(sampling_defaults(files, source)),
     )
@@ -95,7 +99,12 @@ class VllmEngine:
         self.served = served_model_of(settings, files, config, formats)
         sampling = self.served.default_sampling
         self.codec = VllmCodec(
-            tokenizer, config, max_model_len, formats, obeys_control_tokens=settings.chat.obeys_control_tokens
+            tokenizer,
+            config,
+            max_model_len,
+            formats,
+            obeys_control_tokens=settings.chat.obeys_control_tokens,
+            settles=lets_reasoning_through(settings),
         )
         self.identity = identity_of(files.name, files)
         self.settings: dict[str, Any] = {
@@ -119,7 +128,15 @@ class VllmEngine:
             arguments["scheduler_cls"] = scheduler
         self._first_notes = (*files.notes, *note_of(sampling), *((note,) if note is not None else ()))
         totals = LoadTotals(self._model)
-        self._driver = VllmDriver(api, arguments, settings.adapters, embeds=embeds, totals=totals, notify=notify)
+        self._driver = VllmDriver(
+            api,
+            arguments,
+            settings.adapters,
+            embeds=embeds,
+            totals=totals,
+            grammar_of=partial(grammar_for, tokenizer=tokenizer) if follows_our_grammars(settings) else None,
+            notify=notify,
+        )
         self._plan: Plan | None = None
 
     @property

@@ -97,6 +97,16 @@ class FakeVllm:
             raise ValueError(text)
         return ParsedAnswer("", (ToolCall(text.lower(), "{}"),)) if text.isupper() else ParsedAnswer(text)
 
+    def reasoning_marks(self, name: str, model: str) -> tuple[str, str]:  # noqa: ARG002
+        if name != "murmur":
+            raise ConfigError(f"there is no parser {name}")
+        return "(", ")"
+
+    def parse_reasoning(self, name: str, model: str, text: str) -> tuple[str, str]:  # noqa: ARG002
+        """Parser "murmur" takes what stands before the first closing bracket; it fails where there is none."""
+        end = text.index(")")
+        return text[:end].removeprefix("("), text[end + 1 :]
+
     def device_name(self) -> str:
         return "fake"
 

@@ -1,6 +1,7 @@
-"""How answers of a model in vLLM are read: calls by vLLM's own parsers, ours where it has none or it fails.
+"""How answers of a model in vLLM are read: calls by vLLM's own parsers, ours where it has none or finds none.
 
-Reasoning is always told apart by us: what the prompt has opened, a parser of vLLM cannot know here.
+Reasoning is read by vLLM's parsers where they are asked for by name. Formats that we know are read by us, as vLLM does,
+but for what its parsers do not see: whether the prompt has opened the reasoning.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import NoReturn
 
 from blendserve.engines.vllm.api import VllmApi
 from blendserve.errors import RequestError
-from blendserve.models.chat_formats import NONE, TOOL_FORMAT_NAMES, ChatFormats
+from blendserve.models.chat_formats import NONE, REASONING_FORMAT_NAMES, TOOL_FORMAT_NAMES, ChatFormats
 from blendserve.models.chat_settings import ChatSettings
+from blendserve.models.reasoning_formats import ReasoningFormat, SplitAnswer
 from blendserve.models.tokenizer import Tokenizer
 from blendserve.models.tool_formats.format import ParsedAnswer, Tool, ToolFormat, Wanted
 from blendserve.models.tool_formats.hermes import write_calls, write_result
@@ -36,13 +38,38 @@ class VllmParse:
         except Exception:  # noqa: BLE001  # parsers of other people's, on texts of models
             return self.ours(text, tools)
         names = {tool.name for tool in tools}
-        return found if all(call.name in names for call in found.calls) else self.ours(text, tools)
+        is_read = bool(found.calls) and all(call.name in names for call in found.calls)
+        return found if is_read else self.ours(text, tools)
+
+
+@dataclass(frozen=True, slots=True)
+class VllmReasoning(ReasoningFormat):
+    """Reasoning as vLLM's parser `name` tells it. `begin` and `end` are empty where the parser has no such markers."""
+
+    api: VllmApi
+    model: str
+
+    def is_open(self, prompt: str) -> bool:
+        return bool(self.begin) and prompt.rstrip().endswith(self.begin)
+
+    def split(self, text: str, *, is_open: bool) -> SplitAnswer:  # noqa: ARG002
+        try:
+            reasoning, content = self.api.parse_reasoning(self.name, self.model, text)
+        except Exception:  # noqa: BLE001  # parsers of other people's, on texts of models
+            return SplitAnswer("", text, 0)
+        if not reasoning:
+            return SplitAnswer("", content, 0)
+        end = len(text) - len(content) if text.endswith(content) else len(reasoning)
+        return SplitAnswer(reasoning.strip(), content.lstrip(), end)
 
 
 def vllm_formats(chat: ChatSettings, tokenizer: Tokenizer, api: VllmApi | None, model: str) -> ChatFormats:
-    """How a model chats; `chat.tool_format` may also be the name of a parser of vLLM. Without `api`, lines can be read
-    and no answers. Raises: ConfigError.
+    """How a model chats; `chat.tool_format` and `chat.reasoning_format` may also be names of parsers of vLLM. Without
+    `api`, lines can be read and no answers. Raises: ConfigError.
     """
+    if chat.reasoning_format not in REASONING_FORMAT_NAMES:
+        formats = vllm_formats(replace(chat, reasoning_format=NONE), tokenizer, api, model)
+        return formats if api is None else _with_reasoning(formats, chat.reasoning_format, tokenizer, api, model)
     if chat.tool_format not in TOOL_FORMAT_NAMES:
         if api is not None:
             api.check_parser(chat.tool_format)
@@ -58,6 +85,20 @@ def vllm_formats(chat: ChatSettings, tokenizer: Tokenizer, api: VllmApi | None, 
         return formats
     parse = VllmParse(api, PARSERS[formats.tools.name], model, formats.tools.parse)
     return replace(formats, tools=replace(formats.tools, parse=parse))
+
+
+def _with_reasoning(formats: ChatFormats, name: str, tokenizer: Tokenizer, api: VllmApi, model: str) -> ChatFormats:
+    """Raises: ConfigError where vLLM has no parser of this name for this model."""
+    begin, end = api.reasoning_marks(name, model)
+    special = tokenizer.special_token_ids
+    ids = {
+        mark: token_id
+        for mark in (begin, end)
+        if mark and (token_id := tokenizer.backend.token_to_id(mark)) is not None and token_id in special
+    }
+    return replace(
+        formats, reasoning=VllmReasoning(name, begin, end, api, model), special_ids={**formats.special_ids, **ids}
+    )
 
 
 def _as_text(text: str, tools: Sequence[Tool]) -> ParsedAnswer:  # noqa: ARG001

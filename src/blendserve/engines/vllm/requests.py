@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from blendserve.engines.vllm.api import VllmApi
 from blendserve.errors import RequestError
 from blendserve.request import FinishReason, Request, SequenceOutput, StructuredOutputs, TokenLogprob
 
+GrammarOf = Callable[[StructuredOutputs], str]
 NO_TOKENS = np.zeros(0, np.int32)
 
 
@@ -25,10 +26,17 @@ class VllmArguments(NamedTuple):
 
 
 def arguments_of(
-    request: Request, extras: Extras, api: VllmApi, engine: Any, adapters: Mapping[str, Any], *, embeds: bool
+    request: Request,
+    extras: Extras,
+    api: VllmApi,
+    engine: Any,
+    adapters: Mapping[str, Any],
+    *,
+    embeds: bool,
+    grammar_of: GrammarOf | None = None,
 ) -> VllmArguments:
-    """Translate a request. Raises: RequestError where vLLM cannot make a prompt of its messages, or ValueError where it
-    refuses a parameter.
+    """Translate a request. `grammar_of` makes grammars for llguidance; None: vLLM uses something else. Raises:
+    RequestError where vLLM cannot make a prompt of its messages, or ValueError where it refuses a parameter.
     """
     lora = adapters[extras.adapter] if extras.adapter is not None else None
     if embeds:
@@ -36,9 +44,9 @@ def arguments_of(
         return VllmArguments(prompt, api.embedding_params(extras.dimensions), lora)
     if not extras.messages:
         prompt = api.tokens_prompt(request.prompt_token_ids.tolist())
-        return VllmArguments(prompt, _sampling_params(request, api, request.max_output_tokens), lora)
+        return VllmArguments(prompt, _sampling_params(request, api, request.max_output_tokens, grammar_of), lora)
     # how long the prompt is, only vLLM knows: the limit stays the user's
-    params = _sampling_params(request, api, request.sampling.max_tokens)
+    params = _sampling_params(request, api, request.sampling.max_tokens, grammar_of)
     return VllmArguments(_chat_prompt(extras, api, engine), params, lora)
 
 
@@ -51,11 +59,11 @@ def _chat_prompt(extras: Extras, api: VllmApi, engine: Any) -> Any:
         ) from error
 
 
-def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> Any:
+def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None, grammar_of: GrammarOf | None) -> Any:
     """Only a seed that the user gave is passed on: vLLM samples seeded requests one by one."""
     sampling = request.sampling
     return api.sampling_params(
-        _structure(sampling.structured_outputs),
+        _structure(sampling.structured_outputs, grammar_of),
         max_tokens=max_tokens if max_tokens != 0 else 1,  # vLLM writes one token at least, which is then dropped
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
@@ -80,13 +88,15 @@ def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None) -> 
     )
 
 
-def _structure(asked: StructuredOutputs | None) -> dict[str, Any] | None:
+def _structure(asked: StructuredOutputs | None, grammar_of: GrammarOf | None) -> dict[str, Any] | None:
     """Fields of vLLM's StructuredOutputsParams. Raises: RequestError for what it cannot express."""
     if asked is None:
         return None
+    if grammar_of is not None:
+        return {"grammar": grammar_of(asked)}
     if asked.after:
         raise RequestError(
-            f"vLLM cannot begin a grammar after {asked.after!r}; leave `after` out, or use --engine native",
+            f"vLLM cannot begin a grammar after {asked.after!r} with this structured_outputs_config; leave that out",
             code="unsupported_parameter",
             param="structured_outputs",
         )

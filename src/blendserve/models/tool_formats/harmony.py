@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from blendserve.models.tool_formats.format import (
     CallGrammar,
@@ -17,7 +17,7 @@ from blendserve.models.tool_formats.format import (
     read_json,
     skip_spaces,
 )
-from blendserve.models.tool_formats.lark import FREE_TEXT, alternatives, arguments_rule, literal, start
+from blendserve.models.tool_formats.lark import FREE_TEXT, alternatives, arguments_rule, literal, repeated
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
@@ -63,19 +63,52 @@ def _call(name: str, body: str) -> ToolCall:
 
 
 def forced(wanted: Wanted) -> str:
-    """One call, behind reasoning or not; the model's end of a turn follows each call."""
-    start_, channel, message = (literal(mark, wanted.special_ids) for mark in (START, CHANNEL, MESSAGE))
-    thought = f'{channel} "analysis" {message} THOUGHT {literal(ENDS[0], wanted.special_ids)} {start_} "assistant"'
-    head = f"{channel} {literal(_RECIPIENT)}"
-    return f"{start(f'thought? {head} call', wanted)}\nthought: {thought}\nTHOUGHT: {FREE_TEXT}\n{_rules(wanted)}"
+    """Calls, behind reasoning or not. Behind each stands the model's own end of a call; gpt-oss ends its turn there, so
+    that it calls once, whatever may come."""
+    ends = f"calls | {_said('final', wanted, 'instead')}" if wanted.answer_rule else "calls"
+    instead = f"instead: {wanted.answer_rule}\n" if wanted.answer_rule else ""
+    return f"start: thought? ({ends})\n{instead}{_thought(wanted)}\n{_calls(wanted)}\n{_rules(wanted)}"
 
 
 def begun(wanted: Wanted) -> CallGrammar:
-    return CallGrammar(f"start: call\n{_rules(wanted)}", _RECIPIENT)
+    """All of an answer: its messages stand between special tokens, which no free text has."""
+    aside = f"({_said('analysis', wanted, 'TEXT')} | {_said('commentary', wanted, 'TEXT')}) {_next(wanted)}"
+    start_ = f"start: aside* (calls | {_said('final', wanted, 'TEXT')})\naside: {aside}\nTEXT: {FREE_TEXT}"
+    return CallGrammar(f"{start_}\n{_calls(wanted)}\n{_rules(wanted)}")
+
+
+def answered(rule: str, special_ids: Mapping[str, int]) -> str:
+    """A grammar of an answer that `rule` describes, behind reasoning or not."""
+    wanted = Wanted((), special_ids=special_ids)
+    return f"start: thought? {_said('final', wanted, 'answer')}\nanswer: {rule}\n{_thought(wanted)}"
+
+
+def _said(channel: str, wanted: Wanted, rule: str) -> str:
+    """A message on a channel."""
+    return f"{_mark(CHANNEL, wanted)} {literal(channel)} {_mark(MESSAGE, wanted)} {rule}"
+
+
+def _thought(wanted: Wanted) -> str:
+    return f"thought: {_said('analysis', wanted, 'THOUGHT')} {_next(wanted)}\nTHOUGHT: {FREE_TEXT}"
+
+
+def _next(wanted: Wanted) -> str:
+    """Where a message ends and the next one begins."""
+    return f'{_mark(ENDS[0], wanted)} {_mark(START, wanted)} "assistant"'
+
+
+def _calls(wanted: Wanted) -> str:
+    head = f"{_mark(CHANNEL, wanted)} {literal(_RECIPIENT)} call"
+    again = f'{_mark(ENDS[1], wanted)} {_mark(START, wanted)} "assistant" {head}'
+    return f"calls: {repeated(head, again, wanted)}"
+
+
+def _mark(text: str, wanted: Wanted) -> str:
+    return literal(text, wanted.special_ids)
 
 
 def _rules(wanted: Wanted) -> str:
-    constrain, message = (literal(mark, wanted.special_ids) for mark in (CONSTRAIN, MESSAGE))
+    constrain, message = _mark(CONSTRAIN, wanted), _mark(MESSAGE, wanted)
 
     def rule(tool: Tool) -> str:
         return f'{literal(f"{tool.name} ")} {constrain} "json" {message} {arguments_rule(tool)}'
