@@ -73,7 +73,7 @@ def test_a_schema_becomes_a_type(schema: dict[str, Any], kind: Any, value: Any, 
 @pytest.mark.parametrize(
     ("schema", "value", "message"),
     [
-        ({"type": "integer"}, True, "it is True, and the schema says integer"),
+        ({"type": "integer"}, True, "it is true, and the schema says integer"),
         ({"type": "integer"}, 1.5, "it is 1.5"),
         ({"type": "integer"}, 2**63, "more than 64 bits"),
         ({"type": "number"}, "1", "it is '1', and the schema says number"),
