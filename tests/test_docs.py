@@ -266,7 +266,7 @@ def options_of_blendserve() -> set[str]:
     return found
 
 
-FOREIGN_OPTIONS = {"--faults"}
+FOREIGN_OPTIONS = {"--faults", "--full", "--only"}  # of programs in bench/ and tests/
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)

@@ -24,7 +24,6 @@ from blendserve.dialect.values import reject, shown
 from blendserve.errors import RequestError
 from blendserve.request import SamplingParams
 
-_MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body"}) - {"metadata"}
 MAX_URL_CHARACTERS = 1000
 _MISPLACED_FIELDS = (BODY_FIELDS | STRUCTURE_FIELDS | {"extra_body", *CHAT_OPTION_FIELDS}) - {"metadata"}
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[\w.~-]+)+", re.ASCII)
