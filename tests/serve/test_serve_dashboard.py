@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra [serve]")
-from serve_cases import create, line, lines, running, upload, wait_for
+from serve_cases import create, line, lines, running, settings_for, upload, wait_for
 from serve_process import service_process
+from serve_sockets import exchange, listening
 from starlette.testclient import TestClient
 
 from blendserve.engines.http.fake_server import FakeSettings, serving
 from blendserve.serve.dashboard import _STATIC
 from blendserve.serve.keys import KeyFile
+from blendserve.serve.service import Service
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -122,6 +124,12 @@ def test_lines_without_a_name_are_all_shown(client: TestClient) -> None:
     assert re.findall(r"<h3>(Line \d)</h3>", shown) == ["Line 1", "Line 2", "Line 3"]
     assert shown.count("No answer.") == 3
     assert "<dt>project</dt><dd>long long" in shown
+
+
+def test_a_page_that_just_connected_is_told_to_look_again(tmp_path: Path) -> None:
+    with listening(Service(settings_for(tmp_path / "data", "http://127.0.0.1:9/v1"))) as port:
+        told = exchange(port, b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n", end=b"\n\n\r\n")
+        assert told.endswith(b"event: changed\ndata: .\n\n\r\n")
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from blendserve.serve.states import can_cancel
 PAGE_ROWS = 50
 _MAX_FORM_BYTES = 16 << 10
 _KEEP_ALIVE_S = 15.0
-_PACE_S = 0.5
+_PACE_S = 1.0
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -179,9 +179,13 @@ async def delete_file(request: Request) -> Response:
 
 
 async def send_events(request: Request) -> Response:
-    """Tells that something has changed, at most twice a second; pages then ask for what they show."""
+    """Tells that something has changed, at most once a second; pages then ask for what they show.
+
+    Also at once: something may have changed since the page was made. No change is the last one and not told.
+    """
     service = service_of(request)
     event = asyncio.Event()
+    event.set()
 
     async def events() -> AsyncIterator[bytes]:
         service.watchers.add(event)
