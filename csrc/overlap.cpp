@@ -26,6 +26,7 @@ void check_overlap(const OverlapOptions& options) {
 
 bool overlap_pays(const StepWork& work, const WorkRates& rates, const OverlapOptions& options) {
   if (options.mode == OverlapMode::kOff || work.num_rows < 2) return false;
+  if (work.num_decode_tokens == 0) return false;  // nothing to fetch: two halves would only read the weights twice
   if (options.mode == OverlapMode::kOn) return true;
   const double matmul_s = static_cast<double>(work.num_rows) * rates.flop_per_row / options.gemm_flop_per_s;
   const double weights_s = rates.weight_bytes / options.weight_bytes_per_s;
