@@ -53,11 +53,14 @@ class Reader(Protocol):
 
 
 def end_of(read: Callable[[], None]) -> str:
-    """How reading ended. Raises: what is no error of ours."""
+    """How reading ended. Raises: what is no error of ours, and AssertionError for one of ours that is no single line."""
     try:
         read()
     except BlendServeError as error:
-        return "refused" if 0 < len(str(error)) < 2000 and "\n" not in str(error) else "no single line"
+        text = str(error)
+        assert 0 < len(text) < 2000, f"an error of {len(text)} characters: {text[:300]!r}"
+        assert "\n" not in text, f"an error of several lines: {text[:300]!r}"
+        return "refused"
     return "read"
 
 

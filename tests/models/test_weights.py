@@ -211,6 +211,14 @@ def test_check_weights_names_what_does_not_fit() -> None:
         assert part in str(error.value)
 
 
+def test_a_name_with_line_breaks_is_told_on_one_line() -> None:
+    spec = tiny_spec()
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(spec).items()}
+    with pytest.raises(ConfigError, match=r"a\\nb\\x1b \[2\] is unexpected") as error:
+        check_weights(spec, MemoryWeights({**tensors, "a\nb\x1b": np.zeros(2, np.float32)}))
+    assert str(error.value).isprintable()
+
+
 def test_a_tensor_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="no tensor 'nothing'"):
         MemoryWeights({}).tensor("nothing")

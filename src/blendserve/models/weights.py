@@ -90,10 +90,15 @@ def check_weights(spec: ModelSpec, weights: Weights) -> None:
         if name in found and tuple(found[name]) != shape
     ]
     if problems:
-        shown = "; ".join(problem[:_MAX_SHOWN] for problem in problems[:5]) + (
+        shown = "; ".join(_on_one_line(problem)[:_MAX_SHOWN] for problem in problems[:5]) + (
             f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         )
         raise ConfigError(f"weights of {spec.name!r} do not fit its {spec.architecture} configuration: {shown}")
+
+
+def _on_one_line(text: str) -> str:
+    """Names of tensors are the file's, and may hold anything."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def round_to_bf16(values: Floats) -> Floats:
