@@ -53,7 +53,7 @@ class Reader(Protocol):
 
 
 def end_of(read: Callable[[], None]) -> str:
-    """How reading ended. Raises: what is no error of ours, and AssertionError for one of ours that is no single line."""
+    """How reading ended. Raises: what is no error of ours; AssertionError for one of ours that is no single line."""
     try:
         read()
     except BlendServeError as error:

@@ -14,7 +14,16 @@ from blendserve.models.gguf_file import GgufFile
 from blendserve.models.hf_features import changes_model, window_limit
 from blendserve.models.hf_rope import yarn_mscale
 from blendserve.models.rope import frequency_divisors
-from blendserve.models.spec import MAX_SCALING, Architecture, ModelSpec, RopeScaling, brief, checked, token_ids
+from blendserve.models.spec import (
+    MAX_SCALING,
+    Architecture,
+    ModelSpec,
+    RopeScaling,
+    brief,
+    brief_name,
+    checked,
+    token_ids,
+)
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REQUIRED = object()
@@ -125,7 +134,7 @@ def _refuse_features(keys: _Keys, head_dim: int) -> None:
     for key, found in keys.others():
         if changes_model(key.replace(".", "_"), found):
             raise ConfigError(
-                f"{keys.name}: '{keys.architecture}.{key[:100]}' is {brief(found)}, which is not supported and would "
+                f"{keys.name}: '{keys.architecture}.{brief_name(key)}' is {brief(found)}, which is not supported and would "
                 "change the model"
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blendserve.errors import ConfigError
-from blendserve.models.spec import brief
+from blendserve.models.spec import brief, brief_name
 
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 _NEUTRAL_BY_KEY: Mapping[str, tuple[Any, ...]] = {
@@ -56,7 +56,7 @@ def refuse_features(name: str, model_type: str, config: Mapping[str, Any], remed
             continue
         if changes_model(key, value):
             raise ConfigError(
-                f"{name}: {key[:100]} is {brief(value)}, which is not supported and would change the model; {remedy}"
+                f"{name}: {brief_name(key)} is {brief(value)}, which is not supported and would change the model; {remedy}"
             )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blendserve.errors import ConfigError
-from blendserve.models.spec import MAX_SCALING, RopeScaling, brief
+from blendserve.models.spec import MAX_SCALING, RopeScaling, brief, brief_name
 
 KNOWN_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 _DEFAULT_THETA = 10000.0
@@ -41,7 +41,9 @@ def read_rope(name: str, config: Mapping[str, Any], max_position: int, remedy: s
     parameters = _parameters(name, config)
     for key, value in parameters.items():
         if key not in _KEYS and value is not None:
-            raise ConfigError(f"{name}: {key[:100]} of the rotary scaling is {brief(value)}, which is not supported")
+            raise ConfigError(
+                f"{name}: {brief_name(key)} of the rotary scaling is {brief(value)}, which is not supported"
+            )
     if (share := parameters.get("partial_rotary_factor")) not in (None, 1):
         raise ConfigError(f"{name}: partial_rotary_factor is {brief(share)}, which is not supported; {remedy}")
     holder = parameters if parameters.get("rope_theta") is not None else config

@@ -116,6 +116,11 @@ def token_ids(value: Any, where: str) -> tuple[int, ...]:
     return tuple(whole)
 
 
+def brief_name(name: str) -> str:
+    """A name out of a file, such as a key or a tensor's, as a message says it: on one line, cut where it is long."""
+    return (name if name.isprintable() else repr(name)[1:-1])[:_MAX_SHOWN]
+
+
 def brief(value: object) -> str:
     """A value out of a file as a message quotes it, cut where it is long."""
     try:

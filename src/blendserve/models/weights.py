@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.errors import ConfigError
-from blendserve.models.spec import ModelSpec
+from blendserve.models.spec import ModelSpec, brief_name
 
 Floats = NDArray[np.float32]
 _MAX_SHOWN = 200
@@ -83,22 +83,19 @@ def check_weights(spec: ModelSpec, weights: Weights) -> None:
     """
     expected, found = expected_shapes(spec), weights.shape_by_name
     problems = [f"{name} is missing, expected {list(shape)}" for name, shape in expected.items() if name not in found]
-    problems += [f"{name} {list(shape)} is unexpected" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"{brief_name(name)} {list(shape)} is unexpected" for name, shape in found.items() if name not in expected
+    ]
     problems += [
         f"{name} is {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
     if problems:
-        shown = "; ".join(_on_one_line(problem)[:_MAX_SHOWN] for problem in problems[:5]) + (
+        shown = "; ".join(problem[:_MAX_SHOWN] for problem in problems[:5]) + (
             f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         )
         raise ConfigError(f"weights of {spec.name!r} do not fit its {spec.architecture} configuration: {shown}")
-
-
-def _on_one_line(text: str) -> str:
-    """Names of tensors are the file's, and may hold anything."""
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def round_to_bf16(values: Floats) -> Floats:
