@@ -134,8 +134,8 @@ def _refuse_features(keys: _Keys, head_dim: int) -> None:
     for key, found in keys.others():
         if changes_model(key.replace(".", "_"), found):
             raise ConfigError(
-                f"{keys.name}: '{keys.architecture}.{brief_name(key)}' is {brief(found)}, which is not supported and would "
-                "change the model"
+                f"{keys.name}: '{keys.architecture}.{brief_name(key)}' is {brief(found)}, which is not supported "
+                "and would change the model"
             )
 
 

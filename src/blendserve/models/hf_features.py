@@ -56,7 +56,8 @@ def refuse_features(name: str, model_type: str, config: Mapping[str, Any], remed
             continue
         if changes_model(key, value):
             raise ConfigError(
-                f"{name}: {brief_name(key)} is {brief(value)}, which is not supported and would change the model; {remedy}"
+                f"{name}: {brief_name(key)} is {brief(value)}, which is not supported and would change the model; "
+                f"{remedy}"
             )
 
 
