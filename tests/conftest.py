@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,11 +13,19 @@ from batch_fakes import NUM_JOB_LINES, mixed_lines, run_fake, write_lines
 from parallel_cases import pending_of, plan_of_pending
 
 from blendserve.engines.replicas.part import SharedJob
+from blendserve.host import cache_dir
 from blendserve.job.pending import PendingRequests
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # In the background of a shell Ctrl-C is ignored, and children would inherit that: tests that send one would wait.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_CACHE = tempfile.TemporaryDirectory(prefix="blendserve-cache-")
+"""What this machine was measured to do must not decide how a test ends: tests see the user's models, nothing else."""
+_models = cache_dir() / "models"
+_models.mkdir(parents=True, exist_ok=True)
+Path(_CACHE.name, "models").symlink_to(_models.resolve())
+os.environ["BLENDSERVE_CACHE"] = _CACHE.name
 
 collect_ignore = [] if find_spec("pyarrow") and find_spec("fsspec") else ["tables"]
 """Tests of tables need the extra `data`, which `dev` has."""
