@@ -1,7 +1,7 @@
 """Write a Llama of a given shape with random weights as a Q8_0 file, with the vocabulary of the default model.
 
-    python bench/random_model.py /tmp/llama-1b.Q8_0.gguf
-    python bench/peers.py --model /tmp/llama-1b.Q8_0.gguf --scale 0.2 --repeats 1
+    python bench/random_model.py llama-1b.Q8_0.gguf
+    python bench/peers.py --model llama-1b.Q8_0.gguf --scale 0.2 --repeats 1
 
 The default shape is that of Llama 3.2 1B but for its vocabulary: one billion weights, 1.1 GB. Every bench that takes
 `--model` runs it; what it says is noise, how fast it says it is not.

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import common
 import httpx2
+from server_process import server
 
 from blendserve.serve.records import BatchRecord, FileRecord, new_id
 from blendserve.serve.store import SqliteStore
@@ -165,26 +166,9 @@ def service(data: Path, options: list[str]) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "blendserve", "serve", "--data", str(data), "--port", str(port), *options]
-    log_path = data.parent / "serve.log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(command, stderr=log)
     url = f"http://127.0.0.1:{port}"
-    try:
-        while not is_ready(url):
-            if process.poll() is not None:
-                raise SystemExit(f"the service ended: {log_path.read_text()[-1000:]}")
-            time.sleep(0.1)
+    with server(command, f"{url}/health/ready", data.parent / "serve.log"):
         yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/health/ready").status_code == 200
-    except httpx2.TransportError:
-        return False
 
 
 async def ask_until_ended(url: str, id: str, others: list[str], arguments: argparse.Namespace) -> list[float]:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import common
 import httpx2
 from serve_load import CHAT, in_progress, service, store_file
+from server_process import server
 from vllm_ways import PEERS, WORDS
 
 from blendserve.serve.store import SqliteStore
@@ -161,28 +162,11 @@ def vllm_server(directory: Path, arguments: argparse.Namespace) -> Iterator[str]
     options += ["--kv-cache-memory-bytes", str(1 << 30)]
     threads = str(len(os.sched_getaffinity(0)))
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads, "VLLM_NO_USAGE_STATS": "1"}
-    log = directory / "vllm.log"
-    with log.open("wb") as out:
-        entry = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` calls
-        command = [str(PEERS / "vllm/bin/python"), "-m", entry, "--model", arguments.model, *options]
-        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **environment})
+    entry = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` calls
+    command = [str(PEERS / "vllm/bin/python"), "-m", entry, "--model", arguments.model, *options]
     url = f"http://127.0.0.1:{port}"
-    try:
-        while not _is_up(url):
-            if process.poll() is not None:
-                raise SystemExit(f"vLLM ended: {log.read_text()[-2000:]}")
-            time.sleep(0.5)
+    with server(command, f"{url}/health", directory / "vllm.log", environment):
         yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/health").status_code == 200
-    except httpx2.TransportError:
-        return False
 
 
 def wait_for_end(url: str, id: str) -> None:

@@ -7,6 +7,16 @@ from typing import Any, NamedTuple
 
 from batch_fakes import batch_line
 
+from blendserve import SamplingParams
+
+LIMITS: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "kv_memory_bytes": 1 << 22,
+    "num_threads": 1,
+}
+"""Of an engine with a tiny model."""
+SHORT = SamplingParams(max_tokens=3, temperature=0)
 ANSWERED = "answered"
 ABILITY_CODES = ("unsupported_parameter", "invalid_url")
 

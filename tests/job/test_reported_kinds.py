@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from batch_fakes import batch_line, errors_of, read_rows, run_fake, write_lines
 from http_cases import chat_line, engine_for, run_http
-from reported_lines import ABILITY_CODES, ANSWERED, CASES_BY_KIND, REPLIES, Malformed, Unable, user
+from reported_lines import ABILITY_CODES, ANSWERED, CASES_BY_KIND, LIMITS, REPLIES, SHORT, Malformed, Unable, user
 from tiny_files import tiny_directory
 from tokenizers import Tokenizer
 
-from blendserve import LLM, NativeSettings, SamplingParams, run_batch
+from blendserve import LLM, NativeSettings, run_batch
 from blendserve.dialect.schema import ServedModel
 from blendserve.engines.http import fake_server
 from blendserve.engines.http.fake_server import serving
@@ -27,13 +27,6 @@ from blendserve.job.job import JobReport
 from blendserve.models.hub import ModelFiles
 from blendserve.models.load import load_model
 
-LIMITS: dict[str, Any] = {
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,
-    "kv_memory_bytes": 1 << 22,
-    "num_threads": 1,
-}
-SHORT = SamplingParams(max_tokens=3, temperature=0)
 CASES = {f"{kind} {at}": case for kind, cases in CASES_BY_KIND.items() for at, case in enumerate(cases)}
 Row = dict[str, Any]
 

@@ -7,19 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from reported_lines import part, user
+from reported_lines import LIMITS, SHORT, part, user
 from tiny_files import tiny_directory
 
-from blendserve import LLM, SamplingParams
+from blendserve import LLM
 from blendserve.errors import ConfigError
 
-LIMITS: dict[str, Any] = {
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,
-    "kv_memory_bytes": 1 << 22,
-    "num_threads": 1,
-}
-SHORT = SamplingParams(max_tokens=3, temperature=0)
 PROMPT = "<s>user: a river\nassistant: "
 
 

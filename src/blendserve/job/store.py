@@ -233,16 +233,22 @@ class TokenStore:
 
     def embeds_any(self, numbers: Int64s) -> bool:
         """Does any of these requests ask for a vector?"""
-        return bool((self._lines["flags"][self.line_of_request[numbers]] & EMBEDS).any())
+        return len(self._rows_with(EMBEDS, numbers)) > 0
 
     def most_prompt_logprobs(self, numbers: Int64s) -> int:
         """The most alternatives with which tokens of these prompts are scored; -1 where no prompt is."""
-        rows = self.line_of_request[numbers]
-        rows = rows[(self._lines["flags"][rows] & HAS_SCORES) != 0]
+        rows = self._rows_with(HAS_SCORES, numbers)
         _, first = np.unique(self._lines["sampling_offset"][rows], return_index=True)
-        records = (self._record(row) for row in rows[first].tolist())
-        asked = (self._interned(record.sampling_offset, record.sampling_bytes).prompt_logprobs for record in records)
+        self.release()
+        asked = (self.sampling(row).prompt_logprobs for row in rows[first].tolist())
         return max((number for number in asked if number is not None), default=-1)
+
+    def _rows_with(self, flag: int, numbers: Int64s) -> NDArray[np.int32]:
+        """Lines of these requests that have the flag."""
+        rows = self.line_of_request[numbers]
+        found: NDArray[np.int32] = rows[(self._lines["flags"][rows] & flag) != 0]
+        self.release()
+        return found
 
     def _structures(self, rows: NDArray[np.int32]) -> tuple[Int64s, Int64s]:
         """Numbers of the structures that lines ask for, 0 for none, and the most tokens of each."""
