@@ -49,8 +49,8 @@ class StoreFiles:
     def _open(self, path: Path, expected: StoredFile | None) -> None:
         if expected is None or not path.is_file() or path.is_symlink() or path.stat().st_size != expected.num_bytes:
             raise _damaged(path)
-        self._descriptors[path.name] = open_own(path)
-        with path.open("rb", buffering=0) as file:
+        descriptor = self._descriptors[path.name] = open_own(path)
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:  # what is checked is what will be read
             if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
                 raise _damaged(path)
 
