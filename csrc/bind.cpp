@@ -123,17 +123,42 @@ int64_t forward(Model& model, const Array<int32_t, 1>& slots, const Array<int32_
   return model.forward(input);
 }
 
-auto sample(Model& model, const std::optional<Array<int32_t, 1>>& mask_rows,
-            const std::optional<Array<int32_t, 2>>& masks) {
-  TokenMasks allowed;
-  if (mask_rows && masks) {
-    allowed = {view(*mask_rows), masks->data(), static_cast<int64_t>(masks->shape(0)),
-               static_cast<int64_t>(masks->shape(1))};
+TokenMasks view_masks(const Array<int32_t, 1>& mask_rows, const Array<int32_t, 2>& masks) {
+  return {view(mask_rows), masks.data(), static_cast<int64_t>(masks.shape(0)), static_cast<int64_t>(masks.shape(1))};
+}
+
+// A function of Python's, (first, tokens) -> None or (mask_rows, masks). It keeps what the last call returned.
+class PythonCheck {
+ public:
+  explicit PythonCheck(const nb::callable& function) : function_(function) {}
+
+  TokenMasks operator()(size_t first, std::span<const Sample> samples) {
+    nb::gil_scoped_acquire acquire;
+    std::vector<int32_t> tokens;
+    for (const Sample& sample : samples) tokens.push_back(sample.token);
+    const size_t count = tokens.size();
+    const nb::object found = function_(first, own<int32_t, 1>(std::move(tokens), {count}));
+    kept_.reset();
+    if (found.is_none()) return {};
+    kept_ = nb::cast<std::pair<Array<int32_t, 1>, Array<int32_t, 2>>>(found, false);
+    return view_masks(kept_->first, kept_->second);
   }
+
+ private:
+  const nb::callable& function_;
+  std::optional<std::pair<Array<int32_t, 1>, Array<int32_t, 2>>> kept_;
+};
+
+auto sample(Model& model, const std::optional<Array<int32_t, 1>>& mask_rows,
+            const std::optional<Array<int32_t, 2>>& masks, const std::optional<nb::callable>& refused) {
+  TokenMasks allowed;
+  if (mask_rows && masks) allowed = view_masks(*mask_rows, *masks);
+  std::optional<PythonCheck> check;  // outlives the step, and goes when the GIL is held again
+  if (refused) check.emplace(*refused);
   std::span<const Sample> samples;
   {
     nb::gil_scoped_release release;
-    samples = model.sample(allowed);
+    samples = model.sample(allowed, check ? SampleCheck(std::ref(*check)) : SampleCheck());
   }
   std::vector<int32_t> tokens;
   std::vector<std::tuple<int64_t, float, std::vector<std::pair<int32_t, float>>>> logprobs;
@@ -315,7 +340,7 @@ NB_MODULE(_native, m) {
            nb::arg("num_computed_tokens").noconvert(), nb::arg("is_sampled").noconvert(),
            nb::arg("token_ids").noconvert(), nb::arg("block_tables").noconvert())
       .def("sample", &sample, nb::arg("mask_rows").noconvert().none() = nb::none(),
-           nb::arg("masks").noconvert().none() = nb::none())
+           nb::arg("masks").noconvert().none() = nb::none(), nb::arg("refused").none() = nb::none())
       .def("prompt_logprobs", &prompt_logprobs, nb::arg("slot"), nb::arg("blocks").noconvert())
       .def("pooled", &pooled, nb::arg("slot"), nb::arg("blocks").noconvert())
       .def("logits", &logits, nb::arg("token_ids"))

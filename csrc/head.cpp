@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
+#include <string>
 
 #include "layer_ops.h"
 #include "machine.h"
@@ -21,16 +23,48 @@ Head::Head(Isa isa, const ModelShape& shape, const ModelWeights& weights, Worksp
   for (int i = 0; i < team.num_threads(); ++i) scratch_.emplace_back(shape.vocab_size);
 }
 
-void Head::sample(std::span<const HeadRow> rows, Sample* samples, OpSeconds& op_s) {
+void check_masks(const TokenMasks& masks, size_t num_rows, int64_t vocab_size) {
+  if (masks.row_of.empty()) return;
+  if (masks.row_of.size() != num_rows) {
+    throw std::invalid_argument("there are masks for " + std::to_string(masks.row_of.size()) + " rows; the step has " +
+                                std::to_string(num_rows));
+  }
+  if (masks.num_words * kMaskBits < vocab_size) {
+    throw std::invalid_argument("a mask has " + std::to_string(masks.num_words) +
+                                " words, which is too few for a vocabulary of " + std::to_string(vocab_size));
+  }
+  for (const int32_t row : masks.row_of) {
+    if (row < masks.num_rows) continue;
+    throw std::invalid_argument("mask " + std::to_string(row) + " does not exist; there are " +
+                                std::to_string(masks.num_rows));
+  }
+}
+
+void Head::sample(std::span<const HeadRow> rows, const SampleCheck& check, Sample* samples, OpSeconds& op_s) {
   for (size_t begin = 0; begin < rows.size(); begin += kHeadRows) {
     const auto some = rows.subspan(begin, std::min<size_t>(kHeadRows, rows.size() - begin));
     multiply(static_cast<int64_t>(some.size()), [&](int64_t i) { return some[static_cast<size_t>(i)].residual; }, op_s);
     run(Op::kSample, static_cast<int64_t>(some.size()), op_s, [&](int64_t i, int worker) {
       const HeadRow& row = some[static_cast<size_t>(i)];
-      samples[begin + static_cast<size_t>(i)] =
-          sample_row(isa_, row_logits(i), *row.params, row.tokens, scratch_[static_cast<size_t>(worker)], row.mask);
+      samples[begin + static_cast<size_t>(i)] = sample_here(row, i, row.mask, worker);
+    });
+    if (!check) continue;
+    const TokenMasks masks = check(begin, {samples + begin, some.size()});
+    check_masks(masks, some.size(), shape_.vocab_size);
+    again_.clear();
+    for (size_t i = 0; i < some.size(); ++i) {
+      if (masks.mask_of(i) != nullptr) again_.push_back(static_cast<int64_t>(i));
+    }
+    run(Op::kSample, static_cast<int64_t>(again_.size()), op_s, [&](int64_t at, int worker) {
+      const int64_t i = again_[static_cast<size_t>(at)];
+      const auto row = static_cast<size_t>(i);
+      samples[begin + row] = sample_here(some[row], i, masks.mask_of(row), worker);
     });
   }
+}
+
+Sample Head::sample_here(const HeadRow& row, int64_t i, const int32_t* mask, int worker) {
+  return sample_row(isa_, row_logits(i), *row.params, row.tokens, scratch_[static_cast<size_t>(worker)], mask);
 }
 
 void Head::score(std::span<const ScoredRow> rows, OpSeconds& op_s) {

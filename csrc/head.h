@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -24,14 +25,36 @@ struct HeadRow {
   const int32_t* mask = nullptr;    // which tokens may come, see sample_row; null: all
 };
 
+// Which tokens may come next in sampled rows: `row_of`[i] is the mask of sampled row i, -1 where all may; none at all
+// where it is empty. Every mask has `num_words` words of kMaskBits tokens each.
+struct TokenMasks {
+  std::span<const int32_t> row_of;
+  const int32_t* words = nullptr;
+  int64_t num_rows = 0;
+  int64_t num_words = 0;
+
+  const int32_t* mask_of(size_t i) const {
+    return row_of.empty() || row_of[i] < 0 ? nullptr : words + row_of[i] * num_words;
+  }
+};
+
+// Throws std::invalid_argument where masks do not fit rows or a vocabulary.
+void check_masks(const TokenMasks& masks, size_t num_rows, int64_t vocab_size);
+
+// Looks at the samples of rows that follow each other from `first`, and gives masks to those that have to be sampled
+// again. Masks are borrowed until the next call.
+using SampleCheck = std::function<TokenMasks(size_t first, std::span<const Sample> samples)>;
+
 class Head {
  public:
   // Borrows everything but the numbers.
   Head(Isa isa, const ModelShape& shape, const ModelWeights& weights, Workspace& workspace, ThreadTeam& team,
        TraceRecorder& trace);
 
-  // Writes one sample for each row. Mutates: `op_s` by what each op took.
-  void sample(std::span<const HeadRow> rows, Sample* samples, OpSeconds& op_s);
+  // Writes one sample for each row; those that `check` (where there is one) gives a mask are sampled again under it. A
+  // row to which that may happen has no mask before and no allowed tokens. Mutates: `op_s` by what each op took. Throws
+  // what `check` throws, and std::invalid_argument for masks that do not fit.
+  void sample(std::span<const HeadRow> rows, const SampleCheck& check, Sample* samples, OpSeconds& op_s);
   // Writes the log probabilities that the rows ask for.
   void score(std::span<const ScoredRow> rows, OpSeconds& op_s);
   // Writes logits [num_rows, vocab_size] of rows that follow each other.
@@ -45,6 +68,8 @@ class Head {
   template <class RowOf>
   void multiply(int64_t num_rows, RowOf row_of, OpSeconds& op_s);
   void run(Op op, int64_t num_tiles, OpSeconds& op_s, TileFn fn);
+  // Samples row i of those whose logits stand in the workspace.
+  Sample sample_here(const HeadRow& row, int64_t i, const int32_t* mask, int worker);
 
   Isa isa_;
   ModelShape shape_;
@@ -54,6 +79,7 @@ class Head {
   TraceRecorder& trace_;
   int64_t l2_bytes_;
   std::vector<SampleScratch> scratch_;  // by worker
+  std::vector<int64_t> again_;          // rows that are sampled again
 };
 
 }  // namespace blendserve

@@ -80,34 +80,14 @@ int64_t Model::forward(const StepInput& input) {
   return static_cast<int64_t>(head_rows_.size());
 }
 
-std::span<const Sample> Model::sample(const TokenMasks& masks) {
-  check_masks(masks);
-  for (size_t i = 0; i < masks.row_of.size(); ++i) {
-    const int64_t row = masks.row_of[i];
-    head_rows_[i].mask = row < 0 ? nullptr : masks.words + row * masks.num_words;
-  }
-  head_.sample(head_rows_, samples_.data(), counters_.op_s);
+std::span<const Sample> Model::sample(const TokenMasks& masks, const SampleCheck& check) {
+  check_masks(masks, head_rows_.size(), shape_.vocab_size);
+  for (size_t i = 0; i < head_rows_.size(); ++i) head_rows_[i].mask = masks.mask_of(i);
+  head_.sample(head_rows_, check, samples_.data(), counters_.op_s);
   head_.score(scored_, counters_.op_s);
   counters_.add_step(shape_, limits_.kv_dtype, weights_, layers_.nano_batches(), is_split_,
                      static_cast<int64_t>(head_rows_.size() + scored_.size()));
   return {samples_.data(), head_rows_.size()};
-}
-
-void Model::check_masks(const TokenMasks& masks) const {
-  if (masks.row_of.empty()) return;
-  if (masks.row_of.size() != head_rows_.size()) {
-    throw std::invalid_argument("there are masks for " + std::to_string(masks.row_of.size()) + " rows; the step has " +
-                                std::to_string(head_rows_.size()));
-  }
-  if (masks.num_words * kMaskBits < shape_.vocab_size) {
-    throw std::invalid_argument("a mask has " + std::to_string(masks.num_words) +
-                                " words, which is too few for a vocabulary of " + std::to_string(shape_.vocab_size));
-  }
-  for (const int32_t row : masks.row_of) {
-    if (row < masks.num_rows) continue;
-    throw std::invalid_argument("mask " + std::to_string(row) + " does not exist; there are " +
-                                std::to_string(masks.num_rows));
-  }
 }
 
 // Penalties and bad words look at tokens that earlier steps computed.

@@ -23,15 +23,6 @@
 
 namespace blendserve {
 
-// Which tokens may come next in sampled rows: `row_of`[i] is the mask of sampled row i, -1 where all may; none at all
-// where it is empty. Every mask has `num_words` words of kMaskBits tokens each.
-struct TokenMasks {
-  std::span<const int32_t> row_of;
-  const int32_t* words = nullptr;
-  int64_t num_rows = 0;
-  int64_t num_words = 0;
-};
-
 class Model {
  public:
   // Throws std::invalid_argument for numbers out of range and for weights that do not fit the shape or differ in
@@ -47,8 +38,9 @@ class Model {
   // anything has run.
   int64_t forward(const StepInput& input);
   // Samples those rows, each among the tokens of its mask; results in the order of the plan's sampled entries, valid
-  // until the next call. Throws std::invalid_argument where the masks do not fit.
-  std::span<const Sample> sample(const TokenMasks& masks = {});
+  // until the next call. `check`, where there is one, may have some sampled again: see Head::sample. Throws
+  // std::invalid_argument where the masks do not fit, and what `check` throws.
+  std::span<const Sample> sample(const TokenMasks& masks = {}, const SampleCheck& check = {});
   // Both, without masks.
   std::span<const Sample> step(const StepInput& input) {
     forward(input);
@@ -76,7 +68,6 @@ class Model {
   TraceRecorder& trace() { return trace_; }
 
  private:
-  void check_masks(const TokenMasks& masks) const;
   void check_tokens_of_penalties(const StepInput& input) const;
   void gather_sampled();
 

@@ -85,10 +85,19 @@ def request(index: int, structure: StructuredOutputs | None, max_tokens: int = 6
 
 
 def native_executor(
-    *, num_threads: int = 2, num_blocks: int = 256, overlap: str = "off", isa: str = "portable"
+    *,
+    num_threads: int = 2,
+    num_blocks: int = 256,
+    overlap: str = "off",
+    isa: str = "portable",
+    max_num_seqs: int = 16,
 ) -> NativeExecutor:
     config = EngineConfig(
-        max_num_seqs=16, max_num_batched_tokens=64, max_model_len=256, num_threads=num_threads, overlap=overlap
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(64, 4 * max_num_seqs),
+        max_model_len=256,
+        num_threads=num_threads,
+        overlap=overlap,
     )
     return NativeExecutor(SPEC, random_weights(SPEC), config, num_blocks=num_blocks, isa=isa)
 

@@ -77,6 +77,14 @@ class RowSampler {
     return draw_from_candidates(best, count, uniform);
   }
 
+  // Undoes bias, bans and penalties.
+  void restore() {
+    while (!scratch_.changed.empty()) {
+      at(scratch_.changed.back().token) = scratch_.changed.back().logit;
+      scratch_.changed.pop_back();
+    }
+  }
+
   float raw_logit(int32_t token) const {
     for (const TokenLogit& before : scratch_.changed) {
       if (before.token == token) return before.logit;
@@ -310,6 +318,7 @@ Sample sample_row(Isa isa, std::span<float> logits, const SamplingParams& params
   result.token = params.temperature == 0.0f ? row.greedy() : row.draw(uniform_at(params.seed, output.size()));
   result.has_logprob = params.num_logprobs >= 0;
   if (result.has_logprob) result.logprob = static_cast<float>(row.raw_logit(result.token) - log_total);
+  row.restore();
   return result;
 }
 

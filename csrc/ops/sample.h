@@ -71,7 +71,7 @@ inline constexpr int64_t kMaskBits = 32;
 
 // Samples the token after `tokens`, prompt and output so far. `mask` is null where every token may come; else bit
 // token % kMaskBits of word token / kMaskBits says which may. Where bias, bans and penalties leave none of them, it is
-// the first that the mask has. Mutates: `logits`.
+// the first that the mask has. Mutates: `logits`, by what the mask and allowed tokens leave out; all else is put back.
 Sample sample_row(Isa isa, std::span<float> logits, const SamplingParams& params, std::span<const int32_t> tokens,
                   SampleScratch& scratch, const int32_t* mask = nullptr);
 

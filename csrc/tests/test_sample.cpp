@@ -302,6 +302,26 @@ void a_mask_of_banned_tokens_still_gives_one_of_them() {
   });
 }
 
+void what_was_adjusted_is_put_back() {
+  on_each_isa([](Isa isa) {
+    const auto before = random_logits(7, 3.0f);
+    const std::vector<int32_t> tokens = {3, 3, 8, 900, 8, 8};
+    SamplingParams params;
+    params.temperature = 0.0f;
+    params.num_prompt_tokens = 2;
+    params.logit_bias = {{3, 2.0f}, {900, -1.0f}, {3, 1.0f}};
+    params.bad_words = {{8, 11}};
+    params.min_tokens = 9;
+    params.stop_token_ids = {1, 8};
+    params.repetition_penalty = 1.7f;
+    params.frequency_penalty = 0.5f;
+    auto logits = before;
+    SampleScratch scratch(kVocabSize);
+    sample_row(isa, std::span(logits), params, tokens, scratch);
+    CHECK(logits == before, isa_name(isa));
+  });
+}
+
 }  // namespace
 }  // namespace blendserve
 
@@ -316,4 +336,5 @@ int main() {
   RUN(logprobs_are_those_of_the_raw_distribution);
   RUN(masked_sampling_agrees_with_logits_of_minus_infinity);
   RUN(a_mask_of_banned_tokens_still_gives_one_of_them);
+  RUN(what_was_adjusted_is_put_back);
 }

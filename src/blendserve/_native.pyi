@@ -4,6 +4,7 @@ and csrc/weights.h.
 Raises: ValueError for arrays, sizes or plans that do not fit.
 """
 
+from collections.abc import Callable
 from enum import Enum
 
 import numpy as np
@@ -155,11 +156,16 @@ class Model:
         """Run a step up to the rows that are sampled; `sample` must follow. Returns: how many rows these are."""
 
     def sample(
-        self, mask_rows: _Int32s | None = None, masks: _Int32s | None = None
+        self,
+        mask_rows: _Int32s | None = None,
+        masks: _Int32s | None = None,
+        refused: Callable[[int, _Int32s], tuple[_Int32s, _Int32s] | None] | None = None,
     ) -> tuple[_Int32s, list[tuple[int, float, list[tuple[int, float]]]]]:
         """Sampled tokens and, for entries that asked, (position among them, logprob, best alternatives).
 
         Row i is sampled among the tokens whose bits are set in `masks`[`mask_rows`[i]], among all where that is -1.
+        `refused` is asked about tokens of rows that follow each other, from the given one on; rows to which it gives
+        masks of the same kind are sampled again. They had none before, and no allowed tokens. Raises what it raises.
         Shapes: `mask_rows` [number of rows], `masks` [any, at least vocab_size / 32].
         """
 

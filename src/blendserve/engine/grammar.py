@@ -22,6 +22,9 @@ MAX_KEPT_GRAMMARS = 256
 """Compiled grammars kept at a time; a structure that comes again later is compiled again."""
 
 
+MAX_KEPT_TEXTS, MAX_KEPT_CHARACTERS = 4096, 256
+"""Texts whose tokens are remembered."""
+
 _TEXT = r'[^"\\\x00-\x1F\x7F]'
 _SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_TEXT}{{1,{length}}}" for length in range(2, 33, 2)), f"{_TEXT}+"]
 """Parts of the vocabulary that a mask takes or leaves whole: blanks, and text of JSON strings up to some lengths. With
@@ -120,7 +123,14 @@ class _Vocabulary:
         self.eos_token_id = eos_token_ids[0]
         self.special_token_ids = sorted({*tokenizer.special_token_ids, *eos_token_ids})
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+        self._kept: dict[str | bytes, list[int]] = {}
 
     def __call__(self, text: str | bytes) -> list[int]:
-        ids: TokenIds = self._tokenizer.encode(text if isinstance(text, str) else text.decode(), False)
-        return list(ids.tolist())
+        """Tokens of a text that a grammar forces: the same few again and again, such as names of properties."""
+        kept = self._kept.get(text)
+        if kept is None:
+            ids: TokenIds = self._tokenizer.encode(text if isinstance(text, str) else text.decode(), False)
+            kept = list(ids.tolist())
+            if len(self._kept) < MAX_KEPT_TEXTS and len(text) < MAX_KEPT_CHARACTERS:
+                self._kept[text] = kept
+        return kept

@@ -61,8 +61,9 @@ class RunStats:
     step. `num_prefill_tokens` counts computed prompt tokens and what preemptions made it compute again;
     `num_prompt_tokens` and `num_output_tokens` are those of finished requests. `resources` are known where the engine
     is part of this process. `num_constrained` requests followed `num_grammars` grammars, which took `grammar_compile_s`
-    to compile; masks were filled for `grammar_mask_s` beside forward passes, and held sampling up for
-    `grammar_wait_s`. `calibration` names the effort of the machine's calibration; None where there was none.
+    to compile; masks were filled for `grammar_mask_s`, some beside forward passes, and grammars held
+    sampling up for `grammar_wait_s`. `calibration` names the effort of the machine's calibration; None where there was
+    none.
     """
 
     capacity_tokens: int

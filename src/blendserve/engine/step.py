@@ -14,17 +14,24 @@ from blendserve.request import Request, TokenLogprob
 Int32s = NDArray[np.int32]
 
 
+Refused = Callable[[int, Int32s], tuple[Int32s, Int32s] | None]
+"""Asked about sampled tokens of entries that follow each other, from the given one on: masks of those that must be
+sampled again, as `StepMasks.row_of` and its words, borrowed until the next question. None: all may stay."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepMasks:
     """Which tokens may come next, for the entries that are sampled.
 
     `words` waits until the masks are filled, and returns them: int32[any, ceil(vocab_size / 32)], one bit for each
     token, lowest first. Shapes: `row_of` int32[number of sampled entries], the mask of every entry, -1 where any token
-    may come. The masks are borrowed until the next step.
+    may come. The masks are borrowed until the next step. `refused` looks at what was sampled without a mask; what it
+    refuses never depends on anything but the entry's own sequence.
     """
 
     row_of: Int32s
     words: Callable[[], Int32s]
+    refused: Refused | None = None
 
 
 @dataclass(frozen=True, slots=True)

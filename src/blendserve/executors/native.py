@@ -235,7 +235,9 @@ class NativeExecutor:
             )
             masks = plan.masks
             token_ids, logprobs = (
-                self._model.sample() if masks is None else self._model.sample(masks.row_of, masks.words())
+                self._model.sample()
+                if masks is None
+                else self._model.sample(masks.row_of, masks.words(), masks.refused)
             )
         except (ValueError, TypeError) as error:
             raise ExecutorError(

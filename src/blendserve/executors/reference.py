@@ -288,6 +288,10 @@ class ReferenceExecutor:
             bad_words = self._bad_words(request.sampling.bad_words)
             output_ids = plan.token_ids[slot, request.num_prompt_tokens : end]
             token = sample(logits, request, output_ids, self.eos_token_ids, bad_words)
+            again = masks.refused(len(tokens), np.array([token], np.int32)) if masks and masks.refused else None
+            if again is not None:
+                logits = masked(logits, again[1][again[0][0]])
+                token = sample(logits, request, output_ids, self.eos_token_ids, bad_words)
             if request.sampling.logprobs is not None:
                 logprobs[len(tokens)] = token_logprob(logits, token, request.sampling.logprobs)
             tokens.append(token)

@@ -122,8 +122,8 @@ def _sums(reports: Sequence[JobReport]) -> dict[str, Any]:
 def _grammars_line(stats: RunStats) -> str:
     return (
         f"structured answers {stats.num_constrained}: {plural(stats.num_grammars, 'grammar')} compiled in "
-        f"{stats.grammar_compile_s:.2f} s, masks filled for {stats.grammar_mask_s:.2f} s beside steps, which waited "
-        f"{stats.grammar_wait_s:.2f} s for them"
+        f"{stats.grammar_compile_s:.2f} s, masks filled for {stats.grammar_mask_s:.2f} s; sampling waited "
+        f"{stats.grammar_wait_s:.2f} s for grammars"
     )
 
 
