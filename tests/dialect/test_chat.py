@@ -111,6 +111,13 @@ def test_tools_that_cannot_reach_the_prompt_are_refused() -> None:
     assert PLAIN.line(**ASK, tool_choice="none").prompts == PLAIN.line(messages=ASK["messages"]).prompts
 
 
+def test_arguments_are_one_object() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "array", "items": {}}}}
+    with pytest.raises(RequestError, match='parameters.type is .array.; it must be absent or "object"') as refusal:
+        HERMES.line(**{**ASK, "tools": [tool]})
+    assert refusal.value.param == "tools[0].function.parameters.type"
+
+
 def test_a_format_by_name_writes_tools_calls_and_results_itself() -> None:
     prompt = FORCED.prompt(messages=HISTORY, tools=[WEATHER])
     assert prompt.startswith("<|im_start|>system\nYou can call these functions.")

@@ -224,6 +224,42 @@ def test_what_cannot_be_followed_is_an_error_and_never_an_answer(
     assert (loop.stats.num_grammars, loop.stats.num_errors) == (1, 2)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        ('start: b\nb: b "x"', "nothing fits it"),
+        ('start: "ab" b\nb: b "x" | c\nc: c "y"', "nothing fits any more in the middle of an answer"),
+    ],
+)
+def test_a_grammar_without_an_end_is_an_error(grammar: str, words: str, temperature: float) -> None:
+    loop = make_loop(native_executor())
+    output, free = run(
+        loop, [request(0, StructuredOutputs(lark=grammar), temperature=temperature), request(1, None, max_tokens=4)]
+    )
+    assert isinstance(output.error, RequestError)
+    assert output.error.code == "invalid_grammar"
+    assert words in output.error.message
+    assert free.error is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_thousands_of_choices(temperature: float) -> None:
+    choices = tuple(f"class {number}" for number in range(3000))
+    given = [request(index, StructuredOutputs(choice=choices), temperature=temperature) for index in range(3)]
+    for output in run(make_loop(native_executor()), given):
+        assert output.finish_reason == "stop"
+        assert text(output) in choices
+
+
+def test_choices_that_begin_alike_and_the_empty_one() -> None:
+    biases = {TOKENIZER.encode("a")[0]: 40.0}
+    for choices, answers in ((("", "a"), {"a"}), (("a", "aa", "aaab"), {"aa", "aaab"}), (("",), {""})):
+        asked = request(0, StructuredOutputs(choice=choices), temperature=0.0, logit_bias=biases)
+        (output,) = run(make_loop(native_executor()), [asked])
+        assert (output.finish_reason, text(output) in answers) == ("stop", True), choices
+
+
 def test_an_engine_without_grammars_refuses() -> None:
     loop = make_loop(native_executor())
     loop._constraints = None

@@ -135,6 +135,9 @@ def _read_tool(name: str, tool: Any) -> Mapping[str, Any]:
     ):
         if not isinstance(function.get(key), kinds | None):
             reject(f"{name}.function.{key}", function[key], wanted, code="invalid_type")
+    kind = (function.get("parameters") or {}).get("type", "object")
+    if kind != "object":
+        reject(f"{name}.function.parameters.type", kind, 'absent or "object": arguments are one object')
     return {**tool, "type": "function", "function": {key: part for key, part in function.items() if part is not None}}
 
 

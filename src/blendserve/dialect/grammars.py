@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from blendserve.dialect.endless import endless_reference
 from blendserve.errors import RequestError
 from blendserve.request import StructuredOutputs
 
@@ -105,12 +106,25 @@ def grammar_text(structure: StructuredOutputs, marker_token: int | None = None, 
 
 
 def rule_of(structure: StructuredOutputs) -> str | None:
-    """What stands behind the name of a rule for JSON and choices; None for other structures."""
+    """What stands behind the name of a rule for JSON and choices, and rules that this needs; None for other
+    structures. Raises: RequestError for a schema that no answer could fit.
+    """
     if structure.json is not None:
-        return _json_rule(json.loads(structure.json))
+        schema = json.loads(structure.json)
+        if (reference := endless_reference(schema)) is not None:
+            raise refusal_of(structure, f"$ref {reference!r} leads back to itself, so that no answer could end")
+        return _json_rule(schema)
     if structure.json_object:
         return _json_rule({"type": "object"})
-    return " | ".join(map(json.dumps, structure.choice)) if structure.choice else None
+    return _choice_rule(structure.choice) if structure.choice else None
+
+
+def _choice_rule(choices: Sequence[str]) -> str:
+    """One terminal, for a rule has few alternatives; a terminal is never empty."""
+    listed = " | ".join(json.dumps(choice) for choice in choices if choice)
+    if not listed:
+        return '""'
+    return ("CHOICE" if all(choices) else 'CHOICE | ""') + f"\nCHOICE: {listed}"
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:

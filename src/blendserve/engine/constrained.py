@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from blendserve.dialect.grammars import param_of
+from blendserve.dialect.grammars import param_of, refusal_of
 from blendserve.engine.finish import GRAMMAR_STOPS
-from blendserve.engine.grammar import GrammarCompiler
+from blendserve.engine.grammar import GrammarCompiler, is_dead_end
 from blendserve.engine.sequence import Int32s, Int64s, SequenceTable
 from blendserve.engine.step import Refused, StepMasks
 from blendserve.errors import RequestError
@@ -191,7 +191,7 @@ class GrammarConstraints:
             matcher, structure = sequence.matcher, sequence.request.sampling.structured_outputs
             assert matcher is not None
             assert structure is not None
-            if not matcher.consume_token(token_id):
+            if not matcher.consume_token(token_id) or matcher.is_error():
                 ends[row] = _lost(structure, matcher.get_error())
             elif matcher.is_stopped():
                 ends[row] = None
@@ -235,9 +235,11 @@ def _constrained(table: SequenceTable, rows: Int64s) -> Int64s:
     return positions
 
 
-def _lost(structure: StructuredOutputs, reason: str) -> RequestError:
+def _lost(structure: StructuredOutputs, error: str) -> RequestError:
+    if is_dead_end(error):
+        return refusal_of(structure, "nothing fits any more in the middle of an answer")
     return RequestError(
-        f"the grammar took more work than is allowed in the middle of an answer: {' '.join(reason.split())[:300]}; "
+        f"the grammar took more work than is allowed in the middle of an answer: {' '.join(error.split())[:300]}; "
         "make it simpler",
         code="grammar_too_complex",
         param=param_of(structure),

@@ -85,9 +85,7 @@ class GrammarCompiler:
             tokens = self._tokens = self._tokens or self._read_tokens()
             text = grammar_for(structure, self._tokenizer)
             matcher = llguidance.LLMatcher(tokens, text, log_level=0, limits=parser_limits())
-            if matcher.is_error():
-                return refusal_of(structure, matcher.get_error())
-            return matcher
+            return matcher if (fault := _fault_of(matcher)) is None else refusal_of(structure, fault)
         except RequestError as error:
             return error
         finally:
@@ -110,6 +108,20 @@ class GrammarCompiler:
             eos_token=list(self.eos_token_ids),
             slices=_SLICES,
         )
+
+
+def _fault_of(matcher: llguidance.LLMatcher) -> str | None:
+    """Why a grammar cannot be followed, not even by its first token."""
+    first = matcher.deep_copy()
+    first.compute_bitmask()
+    if not first.is_error():
+        return None
+    return "nothing fits it" if is_dead_end(first.get_error()) else first.get_error()
+
+
+def is_dead_end(error: str) -> bool:
+    """Is it that no token may come, where some must?"""
+    return error.startswith("NoExtension")
 
 
 class _Vocabulary:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from batch_fakes import read_rows
 from http_cases import KEY, assert_nowhere, errors_of
@@ -35,6 +36,7 @@ def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         port = free.getsockname()[1]
     names = ("--model", str(model), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port))
     limits = ("--max-model-len", "512", "--max-num-seqs", "4", "--dtype", "float32", "--enforce-eager")
+    calls = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     settings = {
         "VLLM_API_KEY": KEY,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -44,7 +46,7 @@ def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     }
     with log.open("w") as file:
         # Not `vllm serve`, which looks for a distribution of that name: the CPU build has another.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *names, *limits]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *names, *limits, *calls]
         # A group of its own: its engine is another process, which must not outlive it.
         server = subprocess.Popen(
             command, env=environment() | settings, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -115,7 +117,7 @@ def test_every_line_ends_once_answered_or_refused_by_the_server(base_url: str, t
         chat("elsewhere", "tell", model="another"),
         "{no JSON",
     ]
-    report = finish(start(base_url, lines, tmp_path))
+    report = finish(start(base_url, lines, tmp_path), exit_code=3)
     answered, refused = rows_by_id(read_rows(tmp_path / "out.jsonl")), rows_by_id(errors_of(tmp_path / "out.jsonl"))
     assert set(answered) == {*(f"chat-{n}" for n in range(4)), "choices", "logprobs", "text", "texts", "tokens"}
     assert set(refused) == {"refused", "too-long", "elsewhere", None}
@@ -136,6 +138,36 @@ def test_every_line_ends_once_answered_or_refused_by_the_server(base_url: str, t
     assert all(refused[name]["response"]["body"]["error"]["message"] for name in statuses)
     assert refused[None]["error"]["code"] == "invalid_json_line"
     assert_nowhere(KEY, tmp_path)
+
+
+def test_shapes_calls_responses_and_scores_are_passed_on(base_url: str, tmp_path: Path) -> None:
+    flag = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "report", "parameters": flag}}
+    named = {"type": "function", "function": {"name": "report"}}
+    shape = {"type": "json_schema", "json_schema": {"name": "flag", "schema": flag, "strict": True}}
+    text = "the capital of france"
+    lines = [
+        chat("shape", "tell", response_format=shape, max_tokens=80, temperature=0),
+        chat("call", "tell", tools=[tool], tool_choice=named, max_tokens=300, temperature=0),
+        line("response", "/v1/responses", model=NAME, input="tell", max_output_tokens=6),
+        completion("scored", text, prompt_logprobs=0, max_tokens=1),
+        line("tokens", "/tokenize", model=NAME, prompt=text),
+    ]
+    finish(start(base_url, lines, tmp_path))
+    bodies = {row["custom_id"]: row["response"]["body"] for row in read_rows(tmp_path / "out.jsonl")}
+    message = bodies["shape"]["choices"][0]["message"]
+    jsonschema.validate(json.loads(message["content"]), flag)
+    assert "tool_calls" in bodies["call"]["choices"][0]["message"], bodies["call"]
+    (call,) = bodies["call"]["choices"][0]["message"]["tool_calls"]
+    jsonschema.validate(json.loads(call["function"]["arguments"]), flag)
+    assert bodies["response"]["object"] == "response"
+    assert bodies["response"]["output"]
+    assert len(bodies["scored"]["choices"][0]["prompt_logprobs"]) == bodies["tokens"]["count"]
 
 
 def test_killed_it_goes_on_where_it_was(base_url: str, tmp_path: Path) -> None:
@@ -169,7 +201,8 @@ def test_a_wrong_path_or_key_ends_the_run_and_no_line(
 
 
 def test_a_model_that_the_server_lacks_is_no_wrong_address(base_url: str, tmp_path: Path) -> None:
-    report = finish(start(base_url, [chat(f"id-{n}", "tell", model="another") for n in range(12)], tmp_path))
+    lines = [chat(f"id-{n}", "tell", model="another") for n in range(12)]
+    report = finish(start(base_url, lines, tmp_path), exit_code=3)
     assert report["num_succeeded"] == 0
     rows = rows_by_id(errors_of(tmp_path / "out.jsonl"))
     assert len(rows) == 12

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ from chat_templates import HERMES_LIKE
 from tiny_files import byte_level_tokenizer, write_directory
 from tiny_models import random_weights
 from vllm_cases import chat, line
-from vllm_real_cases import SPEC, pytestmark
+from vllm_real_cases import SPEC, command, finish, pytestmark, start
 
-from blendserve import run_batch
 from blendserve.dialect.grammars import check_grammar
-from blendserve.engines.settings import VllmSettings
 from blendserve.engines.vllm.api import InstalledVllm
 from blendserve.errors import ConfigError
 from blendserve.models.reasoning_formats import REASONING_FORMATS
@@ -69,21 +66,12 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(thinker: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Bodies and errors of one file that asks for everything."""
-    for name, value in {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}.items():
-        os.environ[name] = value
-    source = tmp_path_factory.mktemp("rows") / "in.jsonl"
+    """Bodies and errors of one file that asks for everything, answered by the command."""
+    path = tmp_path_factory.mktemp("rows")
+    source, output = path / "in.jsonl", path / "out.jsonl"
     source.write_text("\n".join(lines()))
-    settings = VllmSettings(
-        model=str(thinker),
-        max_model_len=512,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        kv_memory_bytes=4 << 20,
-        arguments={"dtype": "float32"},
-    )
-    report = run_batch(source, source.with_name("out.jsonl"), engine=settings)
-    found = {row["custom_id"]: row["response"]["body"] for row in read_rows(Path(report.output_path))}
+    finish(start(command(thinker, source, output), path), exit_code=3)
+    found = {row["custom_id"]: row["response"]["body"] for row in read_rows(output)}
     errors = read_rows(source.with_name("out.errors.jsonl"))
     return found | {row["custom_id"]: row["response"]["body"]["error"] for row in errors}
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from batch_fakes import read_rows
 from vllm_cases import chat
-from vllm_real_cases import environment, finish, model, pytestmark, wait_for_answers
+from vllm_real_cases import command as command_of
+from vllm_real_cases import finish, model, pytestmark, start, wait_for_answers
 
 __all__ = ["model", "pytestmark"]
 
@@ -25,25 +24,7 @@ def command(model: Path, tmp_path: Path, *options: str) -> list[str]:
         for n in range(NUM_LINES)
     ]
     source.write_text("\n".join(lines))
-    limits = ("--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--kv-memory", "4MiB")
-    names = ("run", str(source), "-o", str(tmp_path / "out.jsonl"), "--engine", "vllm", "--json", "--model", str(model))
-    return [
-        sys.executable,
-        "-m",
-        "blendserve",
-        *names,
-        *limits,
-        "--threads",
-        "1",
-        "--vllm-arg",
-        "dtype=float32",
-        *options,
-    ]
-
-
-def start(line: list[str], tmp_path: Path) -> subprocess.Popen[str]:
-    with (tmp_path / "log").open("w") as log:
-        return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=log, text=True)
+    return command_of(model, source, tmp_path / "out.jsonl", *options)
 
 
 def engine_cores_of(pid: int) -> list[int]:
