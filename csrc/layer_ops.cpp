@@ -144,9 +144,13 @@ void LayerOps::merge_segments(NanoBatch& nano, int64_t layer, const AttentionSpl
 }
 
 void LayerOps::pack_attention(const NanoBatch& nano, RowRange rows, uint8_t* packed) {
-  const int64_t width = shape_.qkv_width();
-  pack_activations(weights_.format(), nano.qkv + rows.begin * width, width, 0, rows.end - rows.begin, shape_.q_width(),
-                   packed);
+  const int64_t width = shape_.qkv_width(), k = shape_.q_width();
+  for (int64_t row = rows.begin; row < rows.end; row += kRowPanel) {
+    const int64_t next = std::min(row + kRowPanel, rows.end), after = std::min(next + kRowPanel, rows.end);
+    for (int64_t i = next; i < after; ++i) fetch_row(nano.qkv + i * width, k);
+    pack_activations(weights_.format(), nano.qkv + row * width, width, 0, next - row, k,
+                     packed + activation_bytes(weights_.format(), row - rows.begin, k));
+  }
 }
 
 void LayerOps::activate_and_pack(NanoBatch& nano, int64_t panel, int worker) {

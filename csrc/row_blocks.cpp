@@ -44,6 +44,7 @@ RowBlocks::RowBlocks(Isa isa, const ModelShape& shape, const ModelLimits& limits
       num_threads_(num_threads),
       chunk_(chunk_columns(format_, shape.intermediate_size)),
       products_stride_(2 * chunk_ + kLineFloats),
+      max_pieces_(l2_bytes * 3 / 8 / kPrefetchPieceBytes),
       times_(static_cast<size_t>(num_threads)) {
   const int64_t width = std::max(shape.hidden_size, shape.q_width()), inner = shape.intermediate_size;
   const int64_t row_bytes = activation_bytes(format_, kRowPanel, width) / kRowPanel +
@@ -58,6 +59,7 @@ RowBlocks::RowBlocks(Isa isa, const ModelShape& shape, const ModelLimits& limits
   packed_ = Buffer<uint8_t>(checked_product({num_threads, packed_bytes_}));
   activated_ = Buffer<uint8_t>(checked_product({num_threads, activated_bytes_}));
   products_ = Buffer<float>(checked_product({num_threads, max_rows_, products_stride_}));
+  pieces_ = Buffer<const uint16_t*>(checked_product({num_threads, max_pieces_}));
 }
 
 bool RowBlocks::are_for(int64_t num_rows) const { return max_rows_ > 0 && num_rows >= kMinRows * num_threads_; }
@@ -97,7 +99,8 @@ void RowBlocks::run(NanoBatch& nano, int64_t layer, int64_t block, int worker) {
           worker,
           packed_.data() + worker * packed_bytes_,
           activated_.data() + worker * activated_bytes_,
-          products_.data() + worker * max_rows_ * products_stride_};
+          products_.data() + worker * max_rows_ * products_stride_,
+          pieces_.data() + worker * max_pieces_};
   const LayerWeights* next = layer + 1 < shape_.num_layers ? &weights_.layers[static_cast<size_t>(layer + 1)] : nullptr;
   if (layer < 0) {
     timed(b, Op::kEmbed, [&] { ops_.embed(nano, b.rows); });
@@ -159,11 +162,31 @@ void RowBlocks::run_qkv(const Block& b, const LayerWeights& layer) {
   norm_and_pack(b, layer.input_norm);
   const int64_t width = shape_.qkv_width();
   const float* bias = layer.qkv_bias.empty() ? nullptr : layer.qkv_bias.data();
+  PrefetchPieces pieces = {b.pieces, b.pieces + list_written(b)};
   timed(b, Op::kQkv, [&] {
     matmul_tile(b.packed, layer.qkv, {.row_end = b.num_rows(), .col_end = width}, bias, false,
-                b.nano.qkv + b.rows.begin * width, width);
+                b.nano.qkv + b.rows.begin * width, width, &pieces);
   });
   timed(b, Op::kRotate, [&] { ops_.rotate_and_cache(b.nano, b.layer, b.rows); });
+}
+
+// Blocks of the KV cache that the rows write into, as many as a part of L2 holds: they are fetched beside the product.
+int64_t RowBlocks::list_written(const Block& b) const {
+  constexpr int64_t kPieceElements = kPrefetchPieceBytes / static_cast<int64_t>(sizeof(uint16_t));
+  const KvCache& cache = *b.nano.cache;
+  const int64_t per_block = std::max<int64_t>(cache.head_stride() / kPieceElements, 1);
+  int64_t count = 0;
+  int32_t last = -1;
+  for (int64_t row = b.rows.begin; row < b.rows.end; ++row) {
+    const int32_t block = b.nano.batch.rows()[static_cast<size_t>(row)].block;
+    if (std::exchange(last, block) == block) continue;
+    if (count + per_block * shape_.num_kv_heads > max_pieces_) break;
+    for (int64_t h = 0; h < shape_.num_kv_heads; ++h) {
+      const uint16_t* words = cache.head(b.layer, h) + block * cache.block_stride();
+      for (int64_t piece = 0; piece < per_block; ++piece) b.pieces[count++] = words + piece * kPieceElements;
+    }
+  }
+  return count;
 }
 
 void RowBlocks::norm_and_pack(const Block& b, const std::vector<float>& weight) {

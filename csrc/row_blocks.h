@@ -32,7 +32,9 @@ class RowBlocks {
   // Adds `elapsed_s`, which all blocks since the last call took, to their ops. No block may run meanwhile.
   void share_out(double elapsed_s, OpSeconds& op_s);
 
-  int64_t num_bytes() const { return packed_.num_bytes() + activated_.num_bytes() + products_.num_bytes(); }
+  int64_t num_bytes() const {
+    return packed_.num_bytes() + activated_.num_bytes() + products_.num_bytes() + pieces_.num_bytes();
+  }
 
  private:
   struct alignas(64) WorkerTime {
@@ -47,6 +49,7 @@ class RowBlocks {
     uint8_t* packed;
     uint8_t* activated;
     float* products;
+    const uint16_t** pieces;
 
     int64_t num_rows() const { return rows.end - rows.begin; }
   };
@@ -60,6 +63,7 @@ class RowBlocks {
   void run_mlp(const Block& block, const LayerWeights& layer, const void* next);
   void run_gate_up(const Block& block, const LayerWeights& layer, RowRange columns, const void* next);
   void run_qkv(const Block& block, const LayerWeights& layer);
+  int64_t list_written(const Block& block) const;
   void norm_and_pack(const Block& block, const std::vector<float>& weight);
 
   Isa isa_;
@@ -72,11 +76,13 @@ class RowBlocks {
   int64_t chunk_;  // columns of the MLP that are activated at a time
   int64_t products_stride_;
   int64_t max_rows_;  // of a block; 0: there are none
+  int64_t max_pieces_;
   // Per worker.
   int64_t packed_bytes_ = 0, activated_bytes_ = 0;
-  Buffer<uint8_t> packed_;     // the input of the product at hand
-  Buffer<uint8_t> activated_;  // the input of down
-  Buffer<float> products_;     // gates and ups of a chunk
+  Buffer<uint8_t> packed_;          // the input of the product at hand
+  Buffer<uint8_t> activated_;       // the input of down
+  Buffer<float> products_;          // gates and ups of a chunk
+  Buffer<const uint16_t*> pieces_;  // of the KV cache
   std::vector<WorkerTime> times_;
 };
 
