@@ -112,13 +112,13 @@ def calibrate(
     spec = replace(shape, num_layers=effort.num_layers)
     steps = _measure_steps(spec, num_threads, dtype, kv_dtype, effort, clock)
     points, prefill = _measure_attention(spec, num_threads, kv_dtype, effort, clock)
-    loop_s = measure_loop_s(clock)
     is_divisible = num_threads > 1 and effort.has_all_trials
     side_by_side = _measure_side_by_side(spec, num_threads, dtype, kv_dtype, effort, clock) if is_divisible else None
     has_time = clock() - began_s < effort.total_s / 2
     end_s = began_s + _SHARE_BEFORE_LAST_TRIAL * effort.total_s
     lanes = lanes_to_try({count: spread.median for count, spread in points.items()}, num_threads)
     trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s, lanes) if has_time else ()
+    loop_s = measure_loop_s(clock)
     smallest = steps[min(steps)]
     weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
     constant = Spread.of([(work.elapsed_s - work.matmul_s) / spec.num_layers for work in smallest])
