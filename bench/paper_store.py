@@ -27,7 +27,7 @@ SHARED = (
     "models/known.py",
     "planner/*.py",
 )
-"""What every simulation runs through, as far as figures hang on it: `engine/step.py` only names what goes to and fro."""
+"""What every simulation runs through, as far as figures hang on it. `engine/step.py` only names what is exchanged."""
 OWN: dict[str, tuple[str, ...]] = {
     "blend": ("blend", "pace", "remaining", "horizon", "memory_gate", "reserve", "learner", "forecast"),
     "BlendServe, Alg. 3": ("paper", "ends", "forecast"),
