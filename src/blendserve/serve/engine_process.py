@@ -197,7 +197,9 @@ class EngineWorker:
         tokens = {batch.spec.id: [0, 0, 0] for batch in batches}
         changed: set[int] = set()
         outputs = self._engine.generate(pending, policy)
-        for output in outputs:
+        for count, output in enumerate(outputs, start=1):
+            if count == len(pending) and self._online is not None:
+                self._online.front.hold()  # else single requests could keep a round from ending for ever
             part, number = pending.place_of(output.index)
             batch = batches[part]
             if _is_withdrawn(output) or not batch.apply(number, output):
