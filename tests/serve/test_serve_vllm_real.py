@@ -34,7 +34,7 @@ BODY = {
 def client(
     request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx2.Client]:
-    ways = {"front": (), "blend": ("--vllm-scheduler", "blend"), "own process": ("--vllm-own-process",)}
+    ways = {"front": (), "blend": ("--vllm-scheduler", "blend"), "own process": ("--own-process",)}
     data, port = tmp_path_factory.mktemp("served") / "data", free_port()
     limits = ("--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--kv-memory", "4MiB")
     command = [

@@ -25,7 +25,7 @@ from blendserve.engines.vllm.inflight import StepLoad, VllmInflight
 from blendserve.engines.vllm.queue import PolicyQueue, SchedulerState
 from blendserve.engines.vllm.requests import GrammarOf, failed_output, output_of, was_aborted
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
-from blendserve.job.pending import PendingRequests
+from blendserve.job.pending import PendingRequests, withdrawn_error
 from blendserve.planner.base import Policy
 from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput
@@ -190,6 +190,7 @@ class _Drive:
     def _turn(self) -> None:
         """Bring in what may come in, and run one step."""
         started = self._engine.clock()
+        self._drop()
         if self._ahead is not None and not self._suspects:
             self._ahead.enter()
         if self._queue is None:
@@ -212,6 +213,14 @@ class _Drive:
         if is_taken_down:  # by a signal, say: nobody here aborts what runs
             raise EngineDiedError("it ended requests that were not finished")
         self._stats.add_scheduling(self._engine.clock() - after + before - started, has_step=True)
+
+    def _drop(self) -> None:
+        """Take out what nobody wants any more."""
+        inside = [int(index) for index in self._pending.dropped() if int(index) in self._inside]
+        self._entrance.abort(inside)
+        for index in inside:
+            self._stats.num_errors += 1
+            self._end(failed_output(index, withdrawn_error()))
 
     def _fill(self) -> None:
         """Suspects run alone; then those that an engine took along; then whom the policy proposes."""
