@@ -4,7 +4,8 @@
     python bench/policies.py --mixes library --scale 0.1 --kv-memory 256MiB      a quick look
     python bench/policies.py ... --show                                          the tables of what is done
 
-An entrant is a policy with operators overlapping or not, as in `blend/on` or `fcfs/off`. Every run is stored when it
+An entrant is a policy with operators overlapping or not, as in `blend/on` or `fcfs/off`; `blend/auto`, the default of
+`blendserve run`, overlaps the steps that gain. Every run is stored when it
 ends. A bench that was stopped goes on where it was when it is started again, in another session too; after a change of
 the engine it begins anew. Mixes are those of `token_mixes.py`, and those of `mixes.py` (`text-exam`, ...) where
 `--questions` is given.
@@ -40,7 +41,7 @@ from blendserve.models.known import SMOLLM2_135M
 from blendserve.planner.tree import PrefixTree
 
 POLICIES = ("fcfs", "dfs", "paper", "blend")
-ENTRANTS = tuple(f"{policy}/{overlap}" for overlap in ("off", "on") for policy in POLICIES)
+ENTRANTS = (*(f"{policy}/{overlap}" for overlap in ("off", "on") for policy in POLICIES), "blend/auto")
 BASE = "dfs/off"
 TEXT = "text-"
 

@@ -1,13 +1,15 @@
 """What `blendserve plan` predicts of a run against what the run takes, for several settings of the native engine.
 
     python bench/predict.py                         int8 and bf16, small and default KV memory, off and on: 5 minutes
+    python bench/predict.py --repeats 3                          medians of three rounds: 15 minutes
     python bench/predict.py --dtype int8 --scale 0.03                                             a quick look
 
-The machine is measured first, into a cache of its own, once for each precision of weights (`--effort first-run` as a
-first long run does it, quick and thorough as `blendserve calibrate` does). Then every setting is predicted by the
-functions behind `plan`, and run by `blendserve run`. Run nothing else on the machine meanwhile. The last line says
-which settings were predicted within `--within` (5%); the exit status is 1 where one was not, and 2 where other
-processes took so much of the machine that the times say nothing. Mixes are those of `token_mixes.py`, and those of
+In every round the machine is measured anew, into a cache of its own, for each precision of weights (`--effort
+first-run` as a first long run does it, quick and thorough as `blendserve calibrate` does): machines that are shared get
+faster and slower. Then every setting is predicted by the functions behind `plan`, and run by `blendserve run`. Run
+nothing else on the machine meanwhile. The last line says which settings were predicted within `--within` (5%), by the
+median of the rounds; the exit status is 1 where one was not, and 2 where other processes took so much of the machine
+that the times say nothing. Mixes are those of `token_mixes.py`, and those of
 `mixes.py` (`text-exam`, ...) where `--questions` is given.
 """
 
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import common
@@ -59,17 +62,37 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """One setting: seconds and steps, predicted and run. `others` is the share of the machine that others took."""
+class Round:
+    """One prediction and its run. `others` is the share of the machine that others took."""
 
-    setting: Setting
     predicted: Forecast
     measured: dict[str, Any]
     others: float
 
     @property
+    def run_s(self) -> float:
+        return float(self.measured["run_s"])
+
+    @property
     def ratio(self) -> float:
-        return self.predicted.time_s / float(self.measured["run_s"])
+        return self.predicted.time_s / self.run_s
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One setting: seconds and steps, predicted and run."""
+
+    setting: Setting
+    rounds: list[Round]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the rounds."""
+        return median(each.ratio for each in self.rounds)
+
+    @property
+    def others(self) -> float:
+        return max(each.others for each in self.rounds)
 
 
 def main() -> None:
@@ -84,11 +107,15 @@ def main() -> None:
         os.environ["BLENDSERVE_CACHE"] = str(Path(directory) / "cache")
         batch_file = Path(directory) / f"{arguments.mix}.jsonl"
         mixes.write_batch_file(lines, batch_file)
-        for dtype in dict.fromkeys(setting.dtype for setting in settings):
-            measured = calibrate(usable_cores(), EFFORT_BY_NAME[arguments.effort], dtype=dtype)
-            print(f"{measured.calibration}\n", flush=True)
-            measured.calibration.save(cache_dir())
-        outcomes = [_predict_and_run(setting, batch_file, model) for setting in settings]
+        outcomes = [Outcome(setting, []) for setting in settings]
+        for _ in range(arguments.repeats):
+            for dtype in dict.fromkeys(setting.dtype for setting in settings):
+                measured = calibrate(usable_cores(), EFFORT_BY_NAME[arguments.effort], dtype=dtype)
+                print(f"{measured.calibration}\n", flush=True)
+                measured.calibration.save(cache_dir())
+                for outcome in outcomes:
+                    if outcome.setting.dtype == dtype:
+                        outcome.rounds.append(_predict_and_run(outcome.setting, batch_file, model))
     print("\n" + table(outcomes) + "\n\n" + verdict(outcomes, arguments.within))
     sys.exit(status(outcomes, arguments.within))
 
@@ -131,6 +158,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--mix", default="pool")
     parser.add_argument("--scale", type=float, default=0.15, help="fraction of the requests (0.15: 15 s on 2 cores)")
     parser.add_argument("--within", type=float, default=0.05, help="share that a prediction may be off (0.05)")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds, each with a calibration of its own (1)")
     parser.add_argument("--dtype", type=names, default=list(DTYPES))
     parser.add_argument("--kv-memory", type=names, default=["96MiB", DEFAULT_MEMORY])
     parser.add_argument("--overlap", type=names, default=["off", "on"])
@@ -139,13 +167,13 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _predict_and_run(setting: Setting, batch_file: Path, model: Path) -> Outcome:
+def _predict_and_run(setting: Setting, batch_file: Path, model: Path) -> Round:
     predicted = predict(setting, batch_file, model)
     watch = common.Watch()
     measured = mixes.run_batch_file(batch_file, ["--model", str(model), *setting.options()])
-    outcome = Outcome(setting, predicted, measured, watch.others())
-    print(f"{' '.join(setting)}: predicted {predicted.time_s:.1f} s, run {measured['run_s']:.1f} s", flush=True)
-    return outcome
+    done = Round(predicted, measured, watch.others())
+    print(f"{' '.join(setting)}: predicted {predicted.time_s:.1f} s, run {done.run_s:.1f} s", flush=True)
+    return done
 
 
 def predict(setting: Setting, batch_file: Path, model: Path) -> Forecast:
@@ -160,22 +188,23 @@ def predict(setting: Setting, batch_file: Path, model: Path) -> Forecast:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """A row per setting."""
+    """A row per setting: medians of the rounds; steps of the last one."""
     rows = []
     for outcome in outcomes:
-        (simulated,) = outcome.predicted.result.replicas
-        measured = outcome.measured
+        last = outcome.rounds[-1]
+        (simulated,) = last.predicted.result.replicas
+        ratios = [each.ratio for each in outcome.rounds]
         rows.append(
             [
                 " ".join(outcome.setting),
-                f"{outcome.predicted.time_s:.1f}",
-                f"{measured['run_s']:.1f}",
-                f"{outcome.ratio:.3f}",
+                f"{median(each.predicted.time_s for each in outcome.rounds):.1f}",
+                f"{median(each.run_s for each in outcome.rounds):.1f}",
+                f"{outcome.ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f})",
                 f"{simulated.num_steps}",
-                f"{measured['num_steps']}",
+                f"{last.measured['num_steps']}",
                 f"{simulated.num_preemptions}",
-                f"{measured['num_preemptions']}",
-                f"{measured['scheduling_share']:.1%}",
+                f"{last.measured['num_preemptions']}",
+                f"{last.measured['scheduling_share']:.1%}",
                 f"{outcome.others:.0%}",
             ]
         )

@@ -12,10 +12,12 @@ CALIBRATION = Calibration(
     weight_bytes_per_s=2e10,
     kv_bytes_per_s=3e10,
     prefill_attention_flop_per_s=1e11,
-    constant_s=1e-4,
+    layer_constant_s=3e-6,
+    loop_s=1e-5,
     compute_delay=0.6,
     memory_delay=0.5,
     memory_bytes=8e9,
     gemm_points=((1, 1e10), (256, 2e11)),
+    step_points=((1, 1e10), (256, 2e11)),
     bandwidth_points=((1, 2e10), (2, 3e10)),
 )

@@ -7,14 +7,15 @@ from typing import cast
 
 import predict
 import pytest
-from predict import Outcome, Setting
+from predict import Outcome, Round, Setting
 
 from blendserve.simulator.forecast import Forecast
 
 
-def outcome(predicted_s: float, others: float = 0.0, overlap: str = "on") -> Outcome:
-    forecast = cast(Forecast, SimpleNamespace(time_s=predicted_s))
-    return Outcome(Setting("int8", "96MiB", overlap, "blend"), forecast, {"run_s": 10.0}, others)
+def outcome(*predicted_s: float, others: float = 0.0, overlap: str = "on") -> Outcome:
+    forecasts = [cast(Forecast, SimpleNamespace(time_s=time_s)) for time_s in predicted_s]
+    rounds = [Round(forecast, {"run_s": 10.0}, others) for forecast in forecasts]
+    return Outcome(Setting("int8", "96MiB", overlap, "blend"), rounds)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ def outcome(predicted_s: float, others: float = 0.0, overlap: str = "on") -> Out
     [
         ([outcome(9.6), outcome(10.4)], 0, "predicted within 5%: 2 of 2 settings"),
         ([outcome(10.0), outcome(10.6, overlap="off")], 1, "1 of 2 settings; not int8 96MiB off blend"),
+        ([outcome(7.0, 10.1, 13.0)], 0, "1 of 1 settings"),
         ([outcome(9.0, others=0.2)], 2, "Other processes took 20% of the machine"),
         ([outcome(10.0, others=0.2)], 0, "these times say nothing"),
     ],

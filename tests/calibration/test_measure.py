@@ -49,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_everything_is_measured() -> None:
     measured = calibrate(2, TINY, shape=SPEC, clock=FakeClock())
-    spreads = [measured.weight_bytes_per_s, measured.prefill_attention_flop_per_s, measured.constant_s]
+    spreads = [measured.weight_bytes_per_s, measured.prefill_attention_flop_per_s, measured.layer_constant_s]
     spreads += [point.flop_per_s for point in measured.gemm]
     spreads += [rate for _, rate in measured.kv_bytes_per_s_by_threads]
     assert measured.side_by_side is not None
@@ -66,11 +66,14 @@ def test_everything_is_measured() -> None:
 
 
 def test_the_largest_step_is_modelled_as_measured() -> None:
-    """Three rounds have one median, of times as of rates."""
+    """Three rounds have one median, of times as of rates; the fake clock counts a second for the loop."""
     measured = calibrate(1, TINY, shape=SPEC, clock=FakeClock())
     largest = measured.gemm[-1]
-    floor_s = measured.calibration.step_cost(ModelCost.from_spec(replace(SPEC, num_layers=2))).weight_floor_s
-    expected_s = max(floor_s, measured.calibration.constant_s + largest.step_s)
+    found = measured.calibration
+    assert found.loop_s > 0
+    assert found.step_points[-1][1] == found.gemm_flop_per_s
+    floor_s = found.step_cost(ModelCost.from_spec(replace(SPEC, num_layers=2))).weight_floor_s
+    expected_s = max(floor_s - found.loop_s, largest.step_s)
     assert largest.modelled_s == pytest.approx(expected_s, rel=1e-9)
 
 

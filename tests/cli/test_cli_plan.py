@@ -195,7 +195,7 @@ def test_a_plan_is_of_the_run_that_its_options_describe(
     options: list[str], tiny: Path, tmp_path: Path, empty_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each limit and each loss of overlap takes longer; int8 is calibrated as faster."""
-    bf16 = replace(CALIBRATION, compute_delay=0.0, memory_delay=0.0, constant_s=0.0, gemm_points=())
+    bf16 = replace(CALIBRATION, compute_delay=0.0, memory_delay=0.0, layer_constant_s=0.0, loop_s=0.0, step_points=())
     bf16.save(empty_cache)
     replace(bf16, dtype="int8", gemm_flop_per_s=9e11, weight_bytes_per_s=9e10, kv_bytes_per_s=9e10).save(empty_cache)
     source = tmp_path / "in.jsonl"

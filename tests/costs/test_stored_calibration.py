@@ -26,7 +26,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 4', '"version": 3')]
+    "text", ["", "[]", "{}", '{"version": 1}', CALIBRATION.to_json().replace('"version": 5', '"version": 4')]
 )
 def test_a_bad_calibration_asks_for_a_new_one(text: str) -> None:
     with pytest.raises(ConfigError, match="blendserve calibrate"):
@@ -109,11 +109,11 @@ def test_no_calibration_asks_for_one(tmp_path: Path) -> None:
 def test_calibrated_rates_become_step_times() -> None:
     cost = CALIBRATION.step_cost(MODEL)
     assert cost.token_s == pytest.approx(2 * MODEL.num_matmul_parameters / 2e11)
-    assert cost.constant_s == 1e-4
+    assert cost.constant_s == pytest.approx(1e-5 + 3e-6 * MODEL.num_layers)
     assert cost.memory_s(1000) == pytest.approx(1000 * 131072 / 3e10)
     assert cost.interference == Interference(0.6, 0.5)
     assert CALIBRATION.hardware().flop_per_s == 2e11
-    assert replace(CALIBRATION, constant_s=0.0).step_cost(MODEL).constant_s == 0.0
+    assert replace(CALIBRATION, layer_constant_s=0.0, loop_s=0.0).step_cost(MODEL).constant_s == 0.0
 
 
 def test_a_calibrated_step_multiplies_what_it_samples_by_the_vocabulary() -> None:
@@ -137,7 +137,7 @@ def test_only_the_native_engine_reads_shared_prefixes_once() -> None:
 
 def test_overlapped_steps_read_the_weights_twice_where_that_pays() -> None:
     """auto takes the shorter of both ways, on the overlapped one in every step, off never."""
-    linear = replace(CALIBRATION, gemm_points=())
+    linear = replace(CALIBRATION, step_points=())
     by_mode = {mode: linear.step_cost(MODEL, mode) for mode in ("off", "auto", "on")}
     floor_s = by_mode["on"].weight_floor_s
     many = 10 * floor_s / by_mode["on"].token_s
@@ -158,7 +158,7 @@ def test_overlapped_steps_read_the_weights_twice_where_that_pays() -> None:
 
 def test_steps_of_few_tokens_take_as_long_as_they_were_measured() -> None:
     """Matrix products of 8 tokens at a tenth of the full rate; between points time is linear."""
-    found = replace(CALIBRATION, gemm_points=((1, 2.5e10), (8, 2e10), (64, 2e11), (256, 2e11)), weight_bytes_per_s=1e12)
+    found = replace(CALIBRATION, step_points=((1, 2.5e10), (8, 2e10), (64, 2e11), (256, 2e11)), weight_bytes_per_s=1e12)
     cost = found.step_cost(MODEL)
 
     def step_s(num_tokens: int) -> float:
@@ -170,7 +170,7 @@ def test_steps_of_few_tokens_take_as_long_as_they_were_measured() -> None:
     assert step_s(36) == pytest.approx((step_s(8) + step_s(64)) / 2)
     for count in (64, 256, 1000):
         assert step_s(count) == pytest.approx(count * flop / 2e11)
-    faster = replace(found, gemm_points=((64, 4e11), (256, 2e11))).step_cost(MODEL)
+    faster = replace(found, step_points=((64, 4e11), (256, 2e11))).step_cost(MODEL)
     assert faster.compute_s(64) - faster.constant_s == pytest.approx(64 * flop / 2e11), "bounds hold"
 
 

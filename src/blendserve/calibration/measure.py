@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blendserve.calibration.loop_probe import measure_loop_s
 from blendserve.calibration.overlap_trials import CONTEXT, OverlapTrial, best_overlap, lanes_to_try, measure_overlap
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
 from blendserve.config import BYTES_PER_WEIGHT, Dtype, KvDtype
@@ -89,7 +90,8 @@ class Measurements:
     kv_bytes_per_s_by_threads: tuple[tuple[int, Spread], ...]
     weight_bytes_per_s: Spread
     prefill_attention_flop_per_s: Spread
-    constant_s: Spread
+    layer_constant_s: Spread
+    loop_s: float
     side_by_side: SideBySide | None
     overlap: tuple[OverlapTrial, ...]
 
@@ -116,9 +118,16 @@ def calibrate(
     end_s = began_s + _SHARE_BEFORE_LAST_TRIAL * effort.total_s
     lanes = lanes_to_try({count: spread.median for count, spread in points.items()}, num_threads)
     trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s, lanes) if has_time else ()
-    largest, smallest = steps[max(steps)], steps[min(steps)]
+    loop_s = measure_loop_s(clock)
+    smallest = steps[min(steps)]
     weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
-    constant = Spread.of([work.elapsed_s - work.matmul_s - work.attention_s for work in smallest])
+    constant = Spread.of([(work.elapsed_s - work.matmul_s) / spec.num_layers for work in smallest])
+    start_s = median([work.attention_s for work in smallest])
+    constant_s = constant.median * spec.num_layers
+    rates = {
+        count: median([work.matmul_flop / max(_own_s(work, start_s) - constant_s, work.matmul_s) for work in works])
+        for count, works in steps.items()
+    }
     gemm = {count: Spread.of([work.matmul_flop_per_s for work in works]) for count, works in steps.items()}
     # Without a trial no step is overlapped: that it pays has to be measured.
     cost = best_overlap(trials, trials[0].off[0].weight_bytes / weights.median) if trials else OverlapCost()
@@ -127,15 +136,17 @@ def calibrate(
         dtype=dtype,
         num_threads=num_threads,
         # With the norms, rotations and packing of a large step, which cost every token its share.
-        gemm_flop_per_s=median([work.matmul_flop / (work.elapsed_s - work.attention_s) for work in largest]),
+        gemm_flop_per_s=rates[max(steps)],
         weight_bytes_per_s=weights.median,
         kv_bytes_per_s=points[num_threads].median,
         prefill_attention_flop_per_s=prefill.median,
-        constant_s=constant.median,
+        layer_constant_s=constant.median,
+        loop_s=loop_s,
         compute_delay=cost.interference.compute_delay,
         memory_delay=cost.interference.memory_delay,
         memory_bytes=float(memory_bytes),
         gemm_points=tuple((count, spread.median) for count, spread in gemm.items()),
+        step_points=tuple(rates.items()),
         bandwidth_points=tuple((count, spread.median) for count, spread in points.items()),
         gemm_share=side_by_side.gemm_beside.median if side_by_side else 0.0,
         attention_share=side_by_side.attention_beside.median if side_by_side else 0.0,
@@ -149,17 +160,25 @@ def calibrate(
     cost_model = calibration.step_cost(
         ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype], kv_dtype=kv_dtype)
     )
-    step_s = {count: median([work.elapsed_s - work.attention_s for work in works]) for count, works in steps.items()}
+    step_s = {count: median([_own_s(work, start_s) for work in works]) for count, works in steps.items()}
     return Measurements(
         calibration=calibration,
-        gemm=tuple(GemmPoint(count, gemm[count], step_s[count], cost_model.compute_s(count)) for count in steps),
+        gemm=tuple(
+            GemmPoint(count, gemm[count], step_s[count], cost_model.compute_s(count) - loop_s) for count in steps
+        ),
         kv_bytes_per_s_by_threads=tuple(points.items()),
         weight_bytes_per_s=weights,
         prefill_attention_flop_per_s=prefill,
-        constant_s=constant,
+        layer_constant_s=constant,
+        loop_s=loop_s,
         side_by_side=side_by_side,
         overlap=trials,
     )
+
+
+def _own_s(work: Work, attention_start_s: float) -> float:
+    """What of a step's time is neither loop nor attention, but for the start of attention."""
+    return work.elapsed_s - work.attention_s + attention_start_s
 
 
 def _measure_steps(

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from blendserve.calibration.step_probe import Clock, Effort, Probe, Work, median, rounds_within
 from blendserve.config import Dtype, KvDtype
 from blendserve.costs.step_cost import SEQUENTIAL, Interference, OverlapCost
@@ -17,7 +19,9 @@ from blendserve.models.spec import ModelSpec
 
 _OVERLAP_KV_SHARES = 12  # of an effort's kv_bytes: KV of all layers, not of one
 _MOST_OVERLAP_SEQUENCES = 64  # decodes of so many tokens: about as much memory as compute for grouped-query models
+_PROMPT_SHARES = (0, 1, 3)  # prompt tokens beside each decode
 _LEAST_OVERLAP_GAIN = 0.01
+_DELAYS = np.linspace(0.0, 1.0, 101)
 # Lanes wait for the rest of a fetch now and then: where 23 of 96 threads saturate, 32 are best (bench/memory_lanes.py).
 _LANES_PER_SATURATING_THREAD = 4 / 3
 CONTEXT = 1024
@@ -56,7 +60,8 @@ def measure_overlap(
     end_s: float = math.inf,
     num_lanes: int = 0,
 ) -> tuple[OverlapTrial, ...]:
-    """Steps of decodes alone and with as many tokens of a prompt beside, off and on in turn, for each setting; for no
+    """Steps of decodes alone, and with tokens of a prompt beside them: as many as decodes, and three times as many, so
+    that both attention and matrix products are once the longer part. Off and on in turn, for each setting; for no
     further one after `end_s` of the clock. `num_lanes`: memory lanes to try besides, 0 for none."""
     spec = replace(spec, num_layers=min(spec.num_layers, effort.num_overlap_layers))
     num_bytes = min(_OVERLAP_KV_SHARES * effort.kv_bytes, available_memory_bytes() / 8)
@@ -67,7 +72,7 @@ def measure_overlap(
         spec,
         num_threads=num_threads,
         num_sequences=count,
-        max_tokens=2 * count,
+        max_tokens=(1 + max(_PROMPT_SHARES)) * count,
         context=CONTEXT,
         dtype=dtype,
         kv_dtype=kv_dtype,
@@ -77,9 +82,9 @@ def measure_overlap(
         for cost in costs:
             if trials and clock() > end_s:
                 break
-            for num_prompt_tokens in (0, count):
+            for num_prompt_tokens in [share * count for share in _PROMPT_SHARES]:
                 measure = partial(_off_and_on, p, num_prompt_tokens, cost)
-                pairs = rounds_within(measure, effort, clock, effort.phase_s / (2 * len(costs)))
+                pairs = rounds_within(measure, effort, clock, effort.phase_s / (len(_PROMPT_SHARES) * len(costs)))
                 trials.append(OverlapTrial(count, num_prompt_tokens, cost, *zip(*pairs, strict=True)))
     return tuple(trials)
 
@@ -118,15 +123,18 @@ def best_overlap(trials: Sequence[OverlapTrial], weights_s: float) -> OverlapCos
     if all(trial.on_s > (1 - _LEAST_OVERLAP_GAIN) * trial.off_s for trial in of_cost):
         return replace(cost, interference=SEQUENTIAL)
 
-    def delay(trial: OverlapTrial, hidden_s: float) -> float:
-        compute_s = trial.off_s - trial.memory_s
-        again_s = 2 * max(compute_s / 2, weights_s) - max(compute_s, weights_s)
-        saved_s = max(0.0, trial.off_s - trial.on_s + again_s)
-        return min(1.0, max(0.0, 1 - saved_s / hidden_s))
+    return replace(cost, interference=_explained_by(of_cost, weights_s))
 
-    delays = [
-        Interference(delay(trial, trial.memory_s), delay(trial, trial.off_s - trial.memory_s)) for trial in of_cost
-    ]
-    compute_delay = max(one.compute_delay for one in delays)
-    memory_delay = max(one.memory_delay for one in delays)
-    return replace(cost, interference=Interference(compute_delay, memory_delay))
+
+def _explained_by(trials: Sequence[OverlapTrial], weights_s: float) -> Interference:
+    """The delays of the least squared error, as shares of the steps' times; the greatest of those that are equal."""
+    compute_delay, memory_delay = np.meshgrid(_DELAYS, _DELAYS, indexing="ij")
+    error = np.zeros_like(compute_delay)
+    for trial in trials:
+        compute_s, memory_s = trial.off_s - trial.memory_s, trial.memory_s
+        again_s = 2 * max(compute_s / 2, weights_s) - max(compute_s, weights_s)
+        step_s = np.maximum(compute_s + compute_delay * memory_s, memory_s + memory_delay * compute_s) + again_s
+        error += (step_s / trial.on_s - 1) ** 2
+    best = np.isclose(error, error.min(), rtol=0.0, atol=1e-9)
+    place = np.unravel_index(np.argmax(np.where(best, compute_delay + memory_delay, -1.0)), error.shape)
+    return Interference(float(compute_delay[place]), float(memory_delay[place]))

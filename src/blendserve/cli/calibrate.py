@@ -85,7 +85,8 @@ def describe(measured: Measurements) -> str:
         "",
         f"prefill attention   {_in_giga(measured.prefill_attention_flop_per_s)} GFLOP/s",
         f"weights streaming   {_in_giga(measured.weight_bytes_per_s)} GB/s in a step of one token",
-        f"constant of a step  {_in_ms(measured.constant_s.median)}",
+        f"constant of a layer {measured.layer_constant_s.median * 1e6:.1f} us",
+        f"between two steps   {_in_ms(measured.loop_s)} of scheduling",
         "",
         *_describe_sharing(measured.side_by_side, found.num_threads),
         "",
@@ -141,7 +142,8 @@ def _as_json(measured: Measurements) -> dict[str, object]:
         ],
         "weight_bytes_per_s": measured.weight_bytes_per_s._asdict(),
         "prefill_attention_flop_per_s": measured.prefill_attention_flop_per_s._asdict(),
-        "constant_s": measured.constant_s._asdict(),
+        "layer_constant_s": measured.layer_constant_s._asdict(),
+        "loop_s": measured.loop_s,
         "overlap": [
             {
                 "num_prompt_tokens": trial.num_prompt_tokens,

@@ -25,7 +25,7 @@ from blendserve.errors import ConfigError
 _NATIVE_SHARED_KV_SHARE = 0.56
 _MOST_ITERATION_BYTES = 128  # two cache lines
 _CALIBRATE_AGAIN = "run `blendserve calibrate` again"
-_VERSION = 4
+_VERSION = 5
 
 CalibrationEffort = Literal["first-run", "quick", "thorough"]
 """How a machine was measured: by the first long run on it in at most 3 s, or by `blendserve calibrate`, with --quick or
@@ -37,12 +37,13 @@ class Calibration:
     """Rates measured on this machine, as stored in the user's cache, a file for each `dtype` of weights and each
     `kv_dtype` of keys and values. Rates are those of the whole machine.
 
-    `constant_s` is the fixed time of one step; `gemm_points` are (tokens, flop/s), `bandwidth_points` (threads,
-    bytes/s), kept so that a reader can check the summary. The delays are those of steps that overlap in each core, and
-    `chunk_bytes` to `memory_lanes` the settings they were measured with (`OverlapCost`); delays of 1 say that it does
-    not pay. `gemm_share` and `attention_share` say what separate cores could give: the share of its rate on all threads
-    that each keeps when matrix products run on half of the threads beside decode attention on the other half (0 where
-    that cannot be measured). `effort` says how long it was measured.
+    A step takes `loop_s` of scheduling, and in each layer `layer_constant_s` whatever it holds (norms, rotations, the
+    start of attention). `gemm_points` are (tokens, flop/s) of matrix products, `step_points` the same of whole steps
+    without their constants and attention, `bandwidth_points` (threads, bytes/s). The delays are those of steps that
+    overlap in each core, and `chunk_bytes` to `memory_lanes` the settings they were measured with (`OverlapCost`);
+    delays of 1 say that it does not pay. `gemm_share` and `attention_share` say what separate cores could give: the
+    share of its rate on all threads that each keeps when matrix products run on half of the threads beside decode
+    attention on the other half (0 where that cannot be measured). `effort` says how long it was measured.
     Reading a file of another `version` fails: calibrate again. Raises: ConfigError for rates that are not positive.
     """
 
@@ -53,11 +54,13 @@ class Calibration:
     weight_bytes_per_s: float
     kv_bytes_per_s: float
     prefill_attention_flop_per_s: float
-    constant_s: float
+    layer_constant_s: float
+    loop_s: float
     compute_delay: float
     memory_delay: float
     memory_bytes: float
     gemm_points: tuple[tuple[int, float], ...] = ()
+    step_points: tuple[tuple[int, float], ...] = ()
     bandwidth_points: tuple[tuple[int, float], ...] = ()
     gemm_share: float = 0.0
     attention_share: float = 0.0
@@ -76,9 +79,9 @@ class Calibration:
             self.kv_bytes_per_s,
             self.prefill_attention_flop_per_s,
             self.memory_bytes,
-            *(rate for _, rate in self.gemm_points + self.bandwidth_points),
+            *(rate for _, rate in self.gemm_points + self.step_points + self.bandwidth_points),
         )
-        others = (self.constant_s, self.gemm_share, self.attention_share)
+        others = (self.layer_constant_s, self.loop_s, self.gemm_share, self.attention_share)
         if not (all(0 < rate < math.inf for rate in rates) and all(0 <= value < math.inf for value in others)):
             raise ConfigError(f"a rate in it is not above 0; {_CALIBRATE_AGAIN}")
         settings = (self.chunk_bytes, self.tile_flop, self.iteration_bytes)
@@ -132,16 +135,15 @@ class Calibration:
         """Step cost of a model at the measured rates; `overlap` is the engine's mode."""
         interference = Interference(self.compute_delay, self.memory_delay)
         flop_per_token = 2 * model.num_matmul_parameters
-        last_rate = self.gemm_points[-1][1] if self.gemm_points else 1.0
         # Never negative: the linear part is what bounds rest on.
         extra = [
-            (float(count), max(0.0, flop_per_token * count * (1 / rate - 1 / last_rate)))
-            for count, rate in self.gemm_points
+            (float(count), max(0.0, flop_per_token * count * (1 / rate - 1 / self.gemm_flop_per_s)))
+            for count, rate in self.step_points
         ]
         bytes_per_weight = model.weight_bytes / model.num_parameters
         return StepCost(
             weight_floor_s=bytes_per_weight * model.num_matmul_parameters / self.weight_bytes_per_s,
-            constant_s=self.constant_s,
+            constant_s=self.loop_s + self.layer_constant_s * model.num_layers,
             token_s=2 * model.num_matmul_parameters / self.gemm_flop_per_s,
             kv_token_s=model.kv_bytes_per_token / self.kv_bytes_per_s,
             pair_s=4 * model.attention_width * model.num_layers / self.prefill_attention_flop_per_s,
@@ -165,7 +167,7 @@ class Calibration:
             names = {field.name for field in fields(cls)}
             if values.get("version") != _VERSION or set(values) != names:
                 raise ConfigError(f"it was made by another version of BlendServe; {_CALIBRATE_AGAIN}")
-            for name in ("gemm_points", "bandwidth_points"):
+            for name in ("gemm_points", "step_points", "bandwidth_points"):
                 values[name] = tuple((int(count), float(rate)) for count, rate in values[name])
             return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:
