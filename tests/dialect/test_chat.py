@@ -113,7 +113,7 @@ def test_tools_that_cannot_reach_the_prompt_are_refused() -> None:
 
 def test_arguments_are_one_object() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "array", "items": {}}}}
-    with pytest.raises(RequestError, match='parameters.type is .array.; it must be absent or "object"') as refusal:
+    with pytest.raises(RequestError, match="it must be absent or") as refusal:
         HERMES.line(**{**ASK, "tools": [tool]})
     assert refusal.value.param == "tools[0].function.parameters.type"
 
