@@ -35,9 +35,8 @@ LayerOps::LayerOps(Isa isa, const ModelShape& shape, int64_t max_model_len, cons
       num_threads_(num_threads),
       rotary_(max_model_len, weights.inverse_frequencies, weights.rotary_factor) {}
 
-void LayerOps::embed(NanoBatch& nano, int64_t panel) {
+void LayerOps::embed(NanoBatch& nano, RowRange rows) {
   const int64_t hidden = shape_.hidden_size;
-  const RowRange rows = panel_rows(panel, nano.num_rows());
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int32_t token = nano.batch.rows()[static_cast<size_t>(row)].token;
     float* x = nano.residual + row * hidden;
@@ -49,15 +48,15 @@ void LayerOps::embed(NanoBatch& nano, int64_t panel) {
   }
 }
 
-void LayerOps::norm_and_pack(NanoBatch& nano, const std::vector<float>& weight, int64_t panel, int worker) {
+void LayerOps::norm_and_pack(const NanoBatch& nano, const std::vector<float>& weight, RowRange rows, int64_t index,
+                             uint8_t* packed, int worker) {
   const int64_t hidden = shape_.hidden_size;
-  const RowRange rows = panel_rows(panel, nano.num_rows());
   const RowPanel normed = workspace_.panel(worker, hidden);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     rms_norm_row(isa_, nano.residual + row * hidden, weight.data(), shape_.rms_norm_eps, hidden,
                  normed.row(row - rows.begin));
   }
-  workspace_.pack(normed, rows.end - rows.begin, panel, nano.packed);
+  workspace_.pack(normed, rows.end - rows.begin, index, packed);
 }
 
 void LayerOps::multiply(NanoBatch& nano, const PackedMatrix& w, int64_t tile, const std::vector<float>& bias, float* y,
@@ -69,21 +68,25 @@ void LayerOps::multiply_and_add(NanoBatch& nano, const PackedMatrix& w, int64_t 
   matmul_tile(nano.packed, w, nano.grid.tile(tile), nullptr, true, nano.residual, shape_.hidden_size, pieces);
 }
 
-int64_t LayerOps::rotate_rows(int64_t num_rows) const {
+int64_t LayerOps::num_rotate_rows(int64_t num_rows) const {
   return std::clamp<int64_t>(num_rows / (kRotateTilesPerThread * num_threads_), 1, kMaxRotateRows);
 }
 
-int64_t LayerOps::num_rotate_tiles(int64_t num_rows) const { return div_up(num_rows, rotate_rows(num_rows)); }
+int64_t LayerOps::num_rotate_tiles(int64_t num_rows) const { return div_up(num_rows, num_rotate_rows(num_rows)); }
 
-void LayerOps::rotate_and_cache(NanoBatch& nano, int64_t layer, int64_t tile) {
+RowRange LayerOps::rotate_rows(int64_t tile, int64_t num_rows) const {
+  const int64_t rows = num_rotate_rows(num_rows);
+  return {tile * rows, std::min(num_rows, (tile + 1) * rows)};
+}
+
+void LayerOps::rotate_and_cache(NanoBatch& nano, int64_t layer, RowRange rows) {
   const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-  const int64_t stride = shape_.head_stride(), width = shape_.qkv_width(), rows = rotate_rows(nano.num_rows());
+  const int64_t stride = shape_.head_stride(), width = shape_.qkv_width();
   const float q_scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
-  const int64_t end = std::min(nano.num_rows(), (tile + 1) * rows);
-  for (int64_t row = tile * rows; row < end; ++row) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     const BatchRow& at = nano.batch.rows()[static_cast<size_t>(row)];
     float* head = nano.qkv + row * width;
-    if (row + 1 < end) fetch_row(head + width, width);
+    if (row + 1 < rows.end) fetch_row(head + width, width);
     const auto norm_and_rotate = [&](const std::vector<float>& norm, float scale) {
       if (!norm.empty()) rms_norm_row(isa_, head, norm.data(), shape_.rms_norm_eps, shape_.head_dim, head);
       rotate_row(isa_, head, rotary_.cosine(at.position), rotary_.sine(at.position), rotary_.half(), scale);
@@ -140,10 +143,14 @@ void LayerOps::merge_segments(NanoBatch& nano, int64_t layer, const AttentionSpl
                            nano.partials.data() + split.first_partial * num_partial_floats());
 }
 
-void LayerOps::pack_attention(NanoBatch& nano, int64_t panel) {
-  const RowRange rows = panel_rows(panel, nano.num_rows());
-  pack_activations(weights_.format(), nano.qkv, shape_.qkv_width(), rows.begin, rows.end, shape_.q_width(),
-                   nano.packed);
+void LayerOps::pack_attention(const NanoBatch& nano, RowRange rows, uint8_t* packed) {
+  const int64_t width = shape_.qkv_width(), k = shape_.q_width();
+  for (int64_t row = rows.begin; row < rows.end; row += kRowPanel) {
+    const int64_t next = std::min(row + kRowPanel, rows.end), after = std::min(next + kRowPanel, rows.end);
+    for (int64_t i = next; i < after; ++i) fetch_row(nano.qkv + i * width, k);
+    pack_activations(weights_.format(), nano.qkv + row * width, width, 0, next - row, k,
+                     packed + activation_bytes(weights_.format(), row - rows.begin, k));
+  }
 }
 
 void LayerOps::activate_and_pack(NanoBatch& nano, int64_t panel, int worker) {

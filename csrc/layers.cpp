@@ -49,6 +49,7 @@ Layers::Layers(Isa isa, const ModelShape& shape, const ModelLimits& limits, cons
       trace_(trace),
       ops_(isa, shape, limits.max_model_len, weights, workspace, team.num_threads()),
       l2_bytes_(l2_bytes()),
+      blocks_(isa, shape, limits, weights, ops_, trace, team.num_threads(), l2_bytes_),
       pipeline_(team, pipeline_options(overlap_)),
       nano_batches_{nano_batch(shape, limits, team.num_threads()), nano_batch(shape, limits, team.num_threads())} {}
 
@@ -66,7 +67,7 @@ void Layers::read_apart() {
 }
 
 int64_t Layers::num_bytes() const {
-  int64_t bytes = ops_.num_table_bytes();
+  int64_t bytes = ops_.num_table_bytes() + blocks_.num_bytes();
   for (const NanoBatch& nano : nano_batches_) bytes += nano.partials.num_bytes();
   return bytes;
 }
@@ -80,6 +81,7 @@ void Layers::forward(const StepInput& input, const NanoBatchSplit& split, KvCach
     nano(n).batch.gather(input, split.parts(n), max_tile_tokens);
     nano(n).cache = &cache;
   }
+  is_in_blocks_ = num_nano_batches == 1 && blocks_are_allowed_ && blocks_.are_for(nano(0).num_rows());
   workspace_.place(nano(0), 0);
   workspace_.place(nano(1), round_up(nano(0).num_rows(), kRowPanel));
   pipeline_.run(*this, num_nano_batches);
@@ -99,6 +101,9 @@ OpTiles Layers::begin(int chain, int64_t op) {
   NanoBatch& nano = this->nano(chain);
   nano.started = std::chrono::steady_clock::now();
   const Stage stage = stage_of(op);
+  if (is_in_blocks_ && RowBlocks::have(stage)) {
+    return {RowBlocks::begin_with(stage) ? blocks_.num_blocks(nano.num_rows()) : 0, TileClass::kCompute, 0};
+  }
   if (const PackedMatrix* w = matrix_of(op)) return cut_matmul(nano, *w, stage);
   const auto num_tasks = static_cast<int64_t>(nano.batch.tasks().size());
   const auto compute = [&](int64_t num_tiles) { return OpTiles{num_tiles, TileClass::kCompute, urgency_of(stage)}; };
@@ -119,6 +124,7 @@ OpTiles Layers::begin(int chain, int64_t op) {
 
 void Layers::end(int chain, int64_t op) {
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - nano(chain).started;
+  if (is_in_blocks_ && RowBlocks::begin_with(stage_of(op))) return blocks_.share_out(elapsed.count(), nano(chain).op_s);
   nano(chain).op_s[static_cast<size_t>(counted_op(stage_of(op)))] += elapsed.count();
 }
 
@@ -148,6 +154,9 @@ OpTiles Layers::cut_matmul(NanoBatch& nano, const PackedMatrix& w, Stage stage) 
 }
 
 void Layers::run(int chain, int64_t op, int64_t tile, int worker, PrefetchPieces* pieces) {
+  if (is_in_blocks_ && RowBlocks::begin_with(stage_of(op))) {
+    return blocks_.run(nano(chain), op == 0 ? -1 : layer_of(op), tile, worker);
+  }
   if (!trace_.is_on()) return run_tile(nano(chain), op, tile, worker, pieces);
   const int64_t begin_ns = TraceRecorder::now_ns();
   run_tile(nano(chain), op, tile, worker, pieces);
@@ -161,13 +170,13 @@ void Layers::run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, Pre
   const LayerWeights& layer = this->layer(op);
   switch (stage_of(op)) {
     case Stage::kEmbed:
-      return ops_.embed(nano, tile);
+      return ops_.embed(nano, panel_rows(tile, nano.num_rows()));
     case Stage::kInputNorm:
-      return ops_.norm_and_pack(nano, layer.input_norm, tile, worker);
+      return ops_.norm_and_pack(nano, layer.input_norm, panel_rows(tile, nano.num_rows()), tile, nano.packed, worker);
     case Stage::kQkv:
       return ops_.multiply(nano, layer.qkv, tile, layer.qkv_bias, nano.qkv, shape_.qkv_width(), pieces);
     case Stage::kRotate:
-      return ops_.rotate_and_cache(nano, i, tile);
+      return ops_.rotate_and_cache(nano, i, ops_.rotate_rows(tile, nano.num_rows()));
     case Stage::kAttendCompute:
       return ops_.attend(nano, i, nano.batch.tasks()[static_cast<size_t>(tile)], worker);
     case Stage::kAttendMemory:
@@ -175,11 +184,13 @@ void Layers::run_tile(NanoBatch& nano, int64_t op, int64_t tile, int worker, Pre
     case Stage::kMerge:
       return ops_.merge_segments(nano, i, nano.batch.splits()[static_cast<size_t>(tile)]);
     case Stage::kPackAttention:
-      return ops_.pack_attention(nano, tile);
+      return ops_.pack_attention(nano, panel_rows(tile, nano.num_rows()),
+                                 nano.packed + activation_bytes(weights_.format(), tile * kRowPanel, shape_.q_width()));
     case Stage::kOutput:
       return ops_.multiply_and_add(nano, layer.o, tile, pieces);
     case Stage::kPostNorm:
-      return ops_.norm_and_pack(nano, layer.post_attention_norm, tile, worker);
+      return ops_.norm_and_pack(nano, layer.post_attention_norm, panel_rows(tile, nano.num_rows()), tile, nano.packed,
+                                worker);
     case Stage::kGateUp:
       return ops_.multiply(nano, layer.gate_up, tile, {}, nano.gate_up, 2 * shape_.intermediate_size, pieces);
     case Stage::kActivate:

@@ -10,6 +10,7 @@
 #include "nano_batch.h"
 #include "overlap.h"
 #include "pipeline.h"
+#include "row_blocks.h"
 #include "threads.h"
 #include "trace.h"
 #include "workspace.h"
@@ -26,11 +27,14 @@ class Layers : private Chains {
   void set_overlap(const OverlapOptions& overlap);
   void read_shared_once();
   void read_apart();
+  // From the next step on: never rows in blocks, every op for itself. Changes time, never tokens.
+  void run_ops_apart() { blocks_are_allowed_ = false; }
   // Runs all layers on the parts that the split has. Mutates: the cache, `op_s` by what each op took.
   void forward(const StepInput& input, const NanoBatchSplit& split, KvCache& cache, int num_nano_batches,
                OpSeconds& op_s);
 
-  // Of the last step; their residuals hold its result.
+  // Of the last step; residuals hold its result.
+  bool is_in_blocks() const { return is_in_blocks_; }
   std::span<const NanoBatch> nano_batches() const { return nano_batches_; }
   int64_t num_bytes() const;
 
@@ -58,11 +62,14 @@ class Layers : private Chains {
   TraceRecorder& trace_;
   LayerOps ops_;
   int64_t l2_bytes_;
+  RowBlocks blocks_;
   OverlapOptions overlap_;
   Pipeline pipeline_;
   std::array<NanoBatch, kNumChains> nano_batches_;
   int num_nano_batches_ = 1;            // of the step at hand
   bool is_second_after_first_ = false;  // does its second nano-batch read what the first one writes?
+  bool is_in_blocks_ = false;           // are its rows taken in blocks between attentions?
+  bool blocks_are_allowed_ = true;
 };
 
 }  // namespace blendserve

@@ -60,6 +60,10 @@ class Model {
   // Changes time, never tokens.
   void read_shared_once() { layers_.read_shared_once(); }
   void read_apart() { layers_.read_apart(); }
+  // Whether the ops between two attentions run one after the other on all rows, never on blocks of rows (row_blocks.h).
+  // Changes time, never tokens.
+  void run_ops_apart() { layers_.run_ops_apart(); }
+  bool was_in_blocks() const { return layers_.is_in_blocks(); }  // the last step
   // Logits after every token of one sequence: [tokens.size(), vocab_size]. Uses KV memory of its own.
   void logits(std::span<const int32_t> tokens, float* out);
 

@@ -97,6 +97,11 @@ void PackedMatrix::pack(std::span<const T> weights, WeightMemory* memory) {
   }
 }
 
+const void* PackedMatrix::weights_from(int64_t col) const {
+  if (format_.dtype == Dtype::kInt8) return int8_data() + col * kernels::int8_padded(k_);
+  return data() + col * round_up(k_, 2);
+}
+
 void PackedMatrix::unpack_row(int64_t row, float* out) const {
   if (format_.dtype == Dtype::kInt8) return unpack_int8_row(row, out);
   const int64_t width = weight_panel(format_.isa);
@@ -112,17 +117,26 @@ int64_t activation_bytes(MatmulFormat format, int64_t m, int64_t k) {
 
 void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k,
                       void* packed) {
-  if (format.dtype == Dtype::kInt8) return kernels::int8_rows(format.isa, x, ldx, row_begin, row_end, k, packed);
+  pack_activation_columns(format, x + row_begin * ldx, ldx, row_end - row_begin, 0, k, k,
+                          static_cast<uint8_t*>(packed) + activation_bytes(format, row_begin, k));
+}
+
+void pack_activation_columns(MatmulFormat format, const float* x, int64_t ldx, int64_t num_rows, int64_t begin,
+                             int64_t end, int64_t k, void* packed) {
+  if (format.dtype == Dtype::kInt8) return kernels::int8_rows(format.isa, x, ldx, num_rows, begin, end, k, packed);
 #if defined(__x86_64__)
-  if (format.isa == Isa::kAvx512Bf16) return kernels::pack_rows_avx512bf16(x, ldx, row_begin, row_end, k, packed);
+  if (format.isa == Isa::kAvx512Bf16) return kernels::pack_rows_avx512bf16(x, ldx, num_rows, begin, end, k, packed);
 #endif
-  const int64_t stride = kernels::row_stride(k);
-  const size_t num_padding = static_cast<size_t>(stride - k);
-  for (int64_t row = row_begin; row < row_end; ++row) {
+  const int64_t stride = kernels::row_stride(k), num_padding = end == k ? stride - k : 0;
+  for (int64_t row = 0; row < num_rows; ++row) {
     float* out = static_cast<float*>(packed) + row * stride;
-    std::memcpy(out, x + row * ldx, static_cast<size_t>(k) * sizeof(float));
-    std::memset(out + k, 0, num_padding * sizeof(float));
+    std::memcpy(out + begin, x + row * ldx, static_cast<size_t>(end - begin) * sizeof(float));
+    std::memset(out + end, 0, static_cast<size_t>(num_padding) * sizeof(float));
   }
+}
+
+int64_t activation_grain(MatmulFormat format, int64_t k) {
+  return format.dtype == Dtype::kInt8 ? kernels::int8_group(k) : 2;
 }
 
 int64_t num_prefetch_pieces([[maybe_unused]] MatmulFormat format, [[maybe_unused]] const MatmulTile& tile,

@@ -52,6 +52,8 @@ class PackedMatrix {
   const int8_t* int8_data() const { return static_cast<const int8_t*>(data_.get()); }
   const float* scales() const { return scales_.data(); }      // int8: per column, padded to whole panels
   const int32_t* offsets() const { return offsets_.data(); }  // int8: what sums start from, per group and column
+  // Where the weights of the columns from `col` on begin, a multiple of kColumnPanel.
+  const void* weights_from(int64_t col) const;
   // Writes row `row` (k values) as float32: the embedding of a token where the head is tied to it.
   void unpack_row(int64_t row, float* out) const;
 
@@ -82,15 +84,23 @@ inline constexpr int64_t kRowPanel = 12;
 void pack_activations(MatmulFormat format, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k,
                       void* packed);
 
+// Packs columns [begin, end) of `num_rows` rows of k columns: `x` has those columns alone, `packed` begins with the
+// rows' first one. `begin` and `end` are multiples of activation_grain() or k.
+void pack_activation_columns(MatmulFormat format, const float* x, int64_t ldx, int64_t num_rows, int64_t begin,
+                             int64_t end, int64_t k, void* packed);
+int64_t activation_grain(MatmulFormat format, int64_t k);
+
 // Column tiles are multiples of this many columns (the last one may be shorter).
 inline constexpr int64_t kColumnPanel = 32;
 // y[row, col] = (accumulate ? y[row, col] : 0) + sum_k x[row, k] * w[col, k] (+ bias[col] where bias is not null) for
 // rows [row_begin, row_end) and columns [col_begin, col_end); row_begin a multiple of kRowPanel, col_begin of
 // kColumnPanel. The sum starts from y where it accumulates; bias is added last and counts columns from 0, as y does.
 struct MatmulTile {
-  int64_t row_begin, row_end, col_begin, col_end;
+  int64_t row_begin = 0, row_end = 0, col_begin = 0, col_end = 0;
   // First column that the same thread probably multiplies by next: the tile asks for its weights. None by default.
   int64_t next_col = -1;
+  // Where that is another matrix: its first weights.
+  const void* next_weights = nullptr;
 };
 // How many pieces a tile takes at most; 0 where its kernel takes none.
 int64_t num_prefetch_pieces(MatmulFormat format, const MatmulTile& tile, int64_t k, int64_t iteration_bytes);

@@ -192,8 +192,9 @@ void run_strip(const TileArgs& a, const RowGroups& groups, int64_t k, int64_t bl
     const int64_t row = a.tile.row_begin + groups.begin(group);
     const int64_t next_row = a.tile.row_begin + groups.begin(group + 1);
     PrefetchSchedule schedule;
-    const int64_t next = column_to_ask_for(a.tile, col, num_columns);
-    if (next >= 0) schedule = shares.of_set(group, a.w + next / kWeightPanel * panel_stride + k * kWeightPanel);
+    const uint16_t* from = a.w + k * kWeightPanel;
+    const void* next = weights_to_ask_for(a.tile, col, num_columns, from, num_k * int64_t{sizeof(*w)});
+    if (next != nullptr) schedule = shares.of_set(group, next);
     if (groups.count > 1) schedule.pieces = a.pieces;
     float* y = a.y + row * a.ldy + col;
     ask_for_outputs(y + (next_row - row) * a.ldy, a.ldy, min64(kMaxRows, a.tile.row_end - next_row), num_columns);

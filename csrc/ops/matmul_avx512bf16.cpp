@@ -184,8 +184,8 @@ void run_rows(const TileArgs& a, const RowSets& sets, int64_t set, int64_t begin
     const int64_t num_columns = min64(width, end - col), num_panels = ceil_div(num_columns, kPanel);
     const uint16_t* w = a.w + col / kPanel * panel_stride;
     PrefetchSchedule schedule;
-    const int64_t next = column_to_ask_for(a.tile, col, sets.strip);
-    if (set < sets.num_asking && next >= 0) schedule = sets.shares.of_set(set, a.w + next / kPanel * panel_stride);
+    const void* next = weights_to_ask_for(a.tile, col, sets.strip, a.w, num_k * int64_t{sizeof(uint16_t)});
+    if (set < sets.num_asking && next != nullptr) schedule = sets.shares.of_set(set, next);
     if (sets.count > 1) schedule.pieces = a.pieces;
     const Block b{.x = static_cast<const uint16_t*>(a.x) + row * num_k,
                   .w = w,
@@ -226,18 +226,20 @@ void tile_avx512bf16(const TileArgs& a) {
 }
 
 // Four rows of 32 values at a time. Rows of a panel that are not there become zeros.
-void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed) {
+void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t num_rows, int64_t begin, int64_t end, int64_t k,
+                          void* packed) {
   const int64_t num_k = round_up(k, 2);
-  for (int64_t row = row_begin; row < row_end; row += 4) {
+  for (int64_t row = 0; row < num_rows; row += 4) {
     uint16_t* out = static_cast<uint16_t*>(packed) + row / kRowPanel * kRowPanel * num_k + row % kRowPanel * 2;
+    out += begin * kRowPanel;
     const float* from = x + row * ldx;
-    for (int64_t i = 0; i < k; i += 32, from += 32, out += 32 * kRowPanel) {
+    for (int64_t i = begin; i < end; i += 32, from += 32, out += 32 * kRowPanel) {
       __m512i rows[4];
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        rows[r] = row + r < row_end ? rounded(from + r * ldx, k - i) : _mm512_setzero_si512();
+        rows[r] = row + r < num_rows ? rounded(from + r * ldx, end - i) : _mm512_setzero_si512();
       }
-      store_pairs(rows, (num_k - i) / 2, out);
+      store_pairs(rows, (round_up(end, 2) - i) / 2, out);
     }
   }
 }

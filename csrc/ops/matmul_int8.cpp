@@ -112,12 +112,13 @@ void int8_tile_portable(const Int8TileArgs& a) {
   }
 }
 
-void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed) {
+void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t num_rows, int64_t begin, int64_t end, int64_t k,
+               void* packed) {
   const int64_t group = int8_group(k), padded = int8_padded(k);
-  for (int64_t row = row_begin; row < row_end; ++row) {
+  for (int64_t row = 0; row < num_rows; ++row) {
     uint8_t* out = static_cast<uint8_t*>(packed) + row * int8_row_stride(k);
-    for (int64_t begin = 0; begin < k; begin += group) {
-      const int64_t count = min64(group, k - begin);
+    for (int64_t i = begin; i < end; i += group) {
+      const int64_t count = min64(group, end - i);
 #if defined(__x86_64__)
       const bool is_wide = isa == Isa::kAvx512Vnni || isa == Isa::kAvx512Bf16;
       const auto make_group = is_wide                 ? int8_group_avx512
@@ -126,10 +127,10 @@ void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t 
 #else
       const auto make_group = int8_group_portable;
 #endif
-      const float scale = make_group(x + row * ldx + begin, count, out + begin);
-      std::memcpy(out + padded + begin / group * int64_t{sizeof(float)}, &scale, sizeof(scale));
+      const float scale = make_group(x + row * ldx + i - begin, count, out + i);
+      std::memcpy(out + padded + i / group * int64_t{sizeof(float)}, &scale, sizeof(scale));
     }
-    for (int64_t i = k; i < padded; ++i) out[i] = kInt8Zero;
+    for (int64_t i = k; end == k && i < padded; ++i) out[i] = kInt8Zero;
   }
 }
 

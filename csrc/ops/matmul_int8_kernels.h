@@ -253,9 +253,9 @@ template <class Lanes>
 void run_int8_set(const Int8TileArgs& a, const Int8Plan<Lanes>& plan, int64_t set, int64_t col) {
   const int64_t num_columns = min64(plan.kStrip, a.tile.col_end - col), num_panels = ceil_div(num_columns, kInt8Panel);
   const int64_t row = plan.begin(set), num_rows = plan.begin(set + 1) - row;
-  const int64_t next = column_to_ask_for(a.tile, col, plan.kStrip);
+  const void* next = weights_to_ask_for(a.tile, col, plan.kStrip, a.w, int8_padded(a.k));
   PrefetchSchedule schedule;
-  if (next >= 0) schedule = plan.shares.of_set(set, a.w + next / kInt8Panel * plan.panel_stride);
+  if (next != nullptr) schedule = plan.shares.of_set(set, next);
   if (plan.num_sets > 1) schedule.pieces = a.pieces;
   const Int8Block b{.x = a.x + row * plan.ldx,
                     .ldx = plan.ldx,

@@ -103,7 +103,8 @@ void int8_tile_avx2(const Int8TileArgs& args);
 void int8_tile_avxvnni(const Int8TileArgs& args);
 void int8_tile_avx512vnni(const Int8TileArgs& args);
 // Dispatch of the int8 halves of pack_activations, matmul_tile and num_prefetch_pieces.
-void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
+void int8_rows(Isa isa, const float* x, int64_t ldx, int64_t num_rows, int64_t begin, int64_t end, int64_t k,
+               void* packed);
 void int8_tile(const void* packed_x, const PackedMatrix& w, const MatmulTile& tile, const float* bias, bool accumulate,
                float* y, int64_t ldy, PrefetchPieces* pieces);
 int64_t num_prefetch_pieces_int8(Isa isa, const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
@@ -121,7 +122,8 @@ int64_t num_prefetch_pieces_int8_avx2(const MatmulTile& tile, int64_t k, int64_t
 int64_t num_prefetch_pieces_int8_avxvnni(const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
 int64_t num_prefetch_pieces_int8_avx512vnni(const MatmulTile& tile, int64_t k, int64_t iteration_bytes);
 void tile_avx512bf16(const TileArgs& args);
-void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t row_begin, int64_t row_end, int64_t k, void* packed);
+void pack_rows_avx512bf16(const float* x, int64_t ldx, int64_t num_rows, int64_t begin, int64_t end, int64_t k,
+                          void* packed);
 
 // Runs a kernel on a block (y, ldy, is_loaded, bias) whose columns end before its last weight panel does: on copies
 // that are as wide as whole panels.

@@ -46,9 +46,11 @@ struct PrefetchSchedule {
   PrefetchPieces* pieces = nullptr;
 };
 
-// The column after the strip [col, col + width) of a tile whose weights are to be asked for; -1 for none.
-[[gnu::always_inline]] constexpr int64_t column_to_ask_for(const MatmulTile& tile, int64_t col, int64_t width) {
-  return col + width < tile.col_end ? col + width : tile.next_col;
+// The weights that are needed after those of the strip [col, col + width) of a tile; null for none.
+[[gnu::always_inline]] inline const void* weights_to_ask_for(const MatmulTile& tile, int64_t col, int64_t width,
+                                                             const void* weights, int64_t column_bytes) {
+  const int64_t next = col + width < tile.col_end ? col + width : tile.next_col;
+  return next >= 0 ? static_cast<const char*>(weights) + next * column_bytes : tile.next_weights;
 }
 
 // Asks for outputs that a kernel will soon update: each row is on a page of its own, where no hardware prefetcher
