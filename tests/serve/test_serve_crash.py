@@ -126,7 +126,7 @@ def test_what_a_dead_engine_process_has_started_is_ended(is_leader_alive: bool) 
     waiting = "; sys.stdin.read()" if is_leader_alive else ""
     command = [sys.executable, "-c", code + waiting]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as leader:  # type: ignore[call-overload]
+    with subprocess.Popen(command, process_group=0, **pipes) as leader:  # type: ignore[call-overload]
         child = int(leader.stdout.readline())
         if not is_leader_alive:
             leader.wait()

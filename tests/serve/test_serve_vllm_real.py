@@ -56,7 +56,7 @@ def client(
 
             wait_until(is_ready, TIMEOUT_S)
             yield found
-        leaders = sessions_of(process.pid)
+        leaders = groups_of(process.pid)
         process.terminate()
         process.wait(60)
         wait_until(lambda: not any(map(members_of, leaders)), 30)
@@ -79,12 +79,12 @@ def processes() -> dict[int, list[str]]:
     return {pid: stat for pid in pids if (stat := stat_of(pid)) and stat[0] != "Z"}
 
 
-def sessions_of(parent: int) -> list[int]:
-    return [int(stat[3]) for stat in processes().values() if int(stat[1]) == parent]
+def groups_of(parent: int) -> list[int]:
+    return [int(stat[2]) for stat in processes().values() if int(stat[1]) == parent]
 
 
-def members_of(session: int) -> list[int]:
-    return [pid for pid, stat in processes().items() if int(stat[3]) == session]
+def members_of(group: int) -> list[int]:
+    return [pid for pid, stat in processes().items() if int(stat[2]) == group]
 
 
 def deltas_of(client: httpx2.Client, body: dict[str, Any]) -> list[str]:

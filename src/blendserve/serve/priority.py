@@ -33,7 +33,7 @@ class Spawner:
         """A process that keeps one file descriptor, and leads a group of all that it starts."""
 
         def begin() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, start_new_session=True)
+            return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, process_group=0)
 
         return self._thread.submit(begin).result()
 
