@@ -1,8 +1,10 @@
 """What the service's API costs its engine: the same lines by `blendserve run` and by a service that many clients ask.
 
-Both run by turns. Before its turn the service is given a batch of these lines and many batches that wait for another
-model; clients then ask for all of them, each once in --pause seconds, until the batch has ended. Every turn of the
-service is a new process. Compared are the seconds in which requests ran, without loading and planning.
+Three run by turns: `blendserve run`, a service that nobody asks, and one that clients ask. Before its turn a service
+is given a batch of these lines and many batches that wait for another model; clients then ask for all of them, each
+once in --pause seconds, until the batch has ended. Every turn of the service is a new process. Compared are the seconds
+in which requests ran, without loading and planning. The clients are one process that does as little as it can, for it
+has the same cores.
 
     python bench/serve_load.py
     python bench/serve_load.py --clients 200 --batches 1000 --lines 40 --pairs 5 --model ./my-model
@@ -11,12 +13,12 @@ service is a new process. Compared are the seconds in which requests ran, withou
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
 import json
 import os
 import random
 import re
+import selectors
 import socket
 import subprocess
 import sys
@@ -36,6 +38,8 @@ from blendserve.serve.store import SqliteStore
 
 CHAT = "/v1/chat/completions"
 NAME, WAITING = "measured", "waiting"
+OWNER_PAUSE_S = 0.5
+"""Who made the batch asks for it so often."""
 
 
 class Turn(NamedTuple):
@@ -67,30 +71,41 @@ def main() -> None:
 def measure(directory: Path, arguments: argparse.Namespace) -> None:
     source = directory / "in.jsonl"
     source.write_bytes(some_lines(arguments.lines, NAME))
-    alone, turns = [], []
+    alone, unasked, turns = [], [], []
     for number in range(arguments.pairs):
         alone.append(run_alone(source, directory / f"{number}.jsonl", arguments.model))
-        turns.append(run_served(source, directory / f"data{number}", arguments))
-        print(f"turn {number + 1}: run {alone[-1]:.2f} s, served {turns[-1].run_s:.2f} s", flush=True)
-    report(alone, turns)
+        unasked.append(run_served(source, directory / f"unasked{number}", arguments, num_clients=0))
+        turns.append(run_served(source, directory / f"data{number}", arguments, num_clients=arguments.clients))
+        found = alone[-1], unasked[-1].run_s, turns[-1].run_s
+        print("turn {}: run {:.2f} s, unasked {:.2f} s, asked {:.2f} s".format(number + 1, *found), flush=True)
+    report(alone, unasked, turns)
 
 
-def report(alone: list[float], turns: list[Turn]) -> None:
-    ratios = sorted(turn.run_s / seconds for turn, seconds in zip(turns, alone, strict=True))
+def report(alone: list[float], unasked: list[Turn], turns: list[Turn]) -> None:
+    def over_run(served: list[Turn]) -> str:
+        return common.summarise([turn.run_s / one for turn, one in zip(served, alone, strict=True)]).text(3)
+
     latencies = sorted(latency for turn in turns for latency in turn.latencies)
     seconds = sum(turn.seconds for turn in turns)
     places = [latencies[round(share * (len(latencies) - 1))] for share in (0.5, 0.99, 1.0)]
     rows = [
         ("blendserve run", f"{common.summarise(alone).text(2)} s"),
+        ("served, nobody asks", f"{common.summarise([turn.run_s for turn in unasked]).text(2)} s"),
         ("served, clients ask", f"{common.summarise([turn.run_s for turn in turns]).text(2)} s"),
-        ("served over run, median of pairs", f"{common.summarise(ratios).text(3)}"),
+        ("nobody asks over run, by turns", over_run(unasked)),
+        ("clients ask over run, by turns", over_run(turns)),
         ("requests answered meanwhile", f"{len(latencies)}, {len(latencies) / seconds:.0f} per second"),
         ("latency median, p99, longest", ", ".join(f"{1e3 * value:.1f} ms" for value in places)),
-        ("CPU of the API's process", f"{100 * sum(turn.service_s for turn in turns) / seconds:.1f}% of a core"),
-        ("CPU of the clients", f"{100 * sum(turn.client_s for turn in turns) / seconds:.1f}% of a core"),
+        ("CPU of the API, nobody asks", of_a_core([turn.service_s for turn in unasked], unasked)),
+        ("CPU of the API, clients ask", of_a_core([turn.service_s for turn in turns], turns)),
+        ("CPU of the clients", of_a_core([turn.client_s for turn in turns], turns)),
     ]
     for label, value in rows:
         print(f"{label:<36}{value}")
+
+
+def of_a_core(cpu_s: list[float], turns: list[Turn]) -> str:
+    return f"{100 * sum(cpu_s) / sum(turn.seconds for turn in turns):.1f}% of a core"
 
 
 def some_lines(count: int, model: str) -> bytes:
@@ -110,14 +125,14 @@ def run_alone(source: Path, output: Path, model: str) -> float:
     return float(times["run_s"])
 
 
-def run_served(source: Path, data: Path, arguments: argparse.Namespace) -> Turn:
+def run_served(source: Path, data: Path, arguments: argparse.Namespace, *, num_clients: int) -> Turn:
     """One turn of a new service."""
     id, others = store_batches(data, source, arguments.batches)
     options = [word for name in (NAME, WAITING) for word in ("--model", f"{name}={arguments.model}")]
     with service(data, options) as url:
         pid = int((data / "service.lock").read_text())
         started, used, before_s = time.perf_counter(), time.process_time(), cpu_seconds(pid)
-        latencies = asyncio.run(ask_until_ended(url, id, others, arguments))
+        latencies = ask_until_ended(url, id, others, num_clients, arguments.pause)
         seconds, client_s = time.perf_counter() - started, time.process_time() - used
         service_s = cpu_seconds(pid) - before_s
         metrics = httpx2.get(f"{url}/metrics").text
@@ -171,43 +186,45 @@ def service(data: Path, options: list[str]) -> Iterator[str]:
         yield url
 
 
-async def ask_until_ended(url: str, id: str, others: list[str], arguments: argparse.Namespace) -> list[float]:
-    """Clients with a connection each ask until the batch has ended. Returns: how long each request took."""
-    port, is_over = int(url.rpartition(":")[2]), asyncio.Event()
-    latencies: list[float] = []
-
-    async def client(number: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.sleep(arguments.pause * number / arguments.clients)
-        asked = number
-        while not is_over.is_set():
-            asked += arguments.clients
-            await ask(reader, writer, others[asked % len(others)], latencies)
-            await asyncio.sleep(arguments.pause)
-        writer.close()
-
-    clients = [asyncio.create_task(client(number)) for number in range(arguments.clients)]
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    while (await ask(reader, writer, id, []))["status"] != "completed":
-        await asyncio.sleep(0.5)
-    is_over.set()
-    writer.close()
-    await asyncio.gather(*clients)
+def ask_until_ended(url: str, id: str, others: list[str], num_clients: int, pause_s: float) -> list[float]:
+    """Clients with a connection each ask until the batch has ended, one after the other within the pause. Returns: how
+    long each request took.
+    """
+    port = int(url.rpartition(":")[2])
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(num_clients)]
+    selector, sent_at, latencies = selectors.DefaultSelector(), dict[socket.socket, float](), list[float]()
+    for client in clients:
+        selector.register(client, selectors.EVENT_READ)
+    with socket.create_connection(("127.0.0.1", port)) as owner:
+        owner.settimeout(60)
+        started = time.perf_counter()
+        asked_at, number = started, 0
+        while True:
+            now = time.perf_counter()
+            if now >= asked_at:
+                asked_at = now + OWNER_PAUSE_S
+                owner.sendall(request_of(id))
+                if b'"status": "completed"' in owner.recv(65536):
+                    break
+            due = started + number * pause_s / num_clients if clients else asked_at
+            if clients and now >= due:
+                client = clients[number % num_clients]
+                if client not in sent_at:  # else it still waits
+                    sent_at[client] = now
+                    client.sendall(request_of(others[number % len(others)]))
+                number += 1
+            for key, _ in selector.select(max(0.0, min(due, asked_at) - time.perf_counter())):
+                client = key.fileobj  # type: ignore[assignment]
+                answer = client.recv(65536)
+                assert answer.startswith(b"HTTP/1.1 200 "), answer
+                latencies.append(time.perf_counter() - sent_at.pop(client))
+    for client in clients:
+        client.close()
     return latencies
 
 
-async def ask(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, latencies: list[float]
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    writer.write(f"GET /v1/batches/{id} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\n\r\n".encode())
-    head = await reader.readuntil(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 "), head
-    size = re.search(rb"content-length: (\d+)", head)
-    assert size is not None
-    body: dict[str, Any] = json.loads(await reader.readexactly(int(size[1])))
-    latencies.append(time.perf_counter() - started)
-    return body
+def request_of(id: str) -> bytes:
+    return f"GET /v1/batches/{id} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\n\r\n".encode()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +19,7 @@ from serve_process import service_process
 
 from blendserve.engines.http.fake_server import FakeSettings, serving
 from blendserve.errors import ConfigError
+from blendserve.serve.engine_host import end_group, end_leftovers
 from blendserve.serve.service import Service
 
 VICTIMS: tuple[dict[str, bool], ...] = ({"engine": False}, {"service": False}, {})
@@ -114,3 +117,21 @@ def test_two_services_never_share_a_directory(tmp_path: Path) -> None:
         Service(settings)
     first.close()
     Service(settings).close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("is_leader_alive", [False, True])
+def test_what_a_dead_engine_process_has_started_is_ended(is_leader_alive: bool) -> None:
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '1000']).pid, flush=True)"
+    waiting = "; sys.stdin.read()" if is_leader_alive else ""
+    command = [sys.executable, "-c", code + waiting]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, process_group=0, **pipes) as leader:  # type: ignore[call-overload]
+        child = int(leader.stdout.readline())
+        if not is_leader_alive:
+            leader.wait()
+        end_leftovers(leader.pid)
+        if is_leader_alive:
+            assert Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
+            end_group(leader.pid)
+        wait_until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text())

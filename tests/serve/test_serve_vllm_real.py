@@ -56,10 +56,35 @@ def client(
 
             wait_until(is_ready, TIMEOUT_S)
             yield found
-    finally:
+        leaders = groups_of(process.pid)
         process.terminate()
         process.wait(60)
+        wait_until(lambda: not any(map(members_of, leaders)), 30)
+    finally:
+        process.kill()
+        process.wait(60)
         print(log.read_text()[-3000:], file=sys.stderr)
+
+
+def stat_of(pid: int) -> list[str]:
+    """Fields of a process from its state on; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def processes() -> dict[int, list[str]]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return {pid: stat for pid in pids if (stat := stat_of(pid)) and stat[0] != "Z"}
+
+
+def groups_of(parent: int) -> list[int]:
+    return [int(stat[2]) for stat in processes().values() if int(stat[1]) == parent]
+
+
+def members_of(group: int) -> list[int]:
+    return [pid for pid, stat in processes().items() if int(stat[2]) == group]
 
 
 def deltas_of(client: httpx2.Client, body: dict[str, Any]) -> list[str]:

@@ -26,6 +26,9 @@ class AskedBatch(NamedTuple):
 def read_asked(body: Mapping[str, Any]) -> AskedBatch:
     """Raises: ApiError."""
     endpoint, window = body.get("endpoint"), body.get("completion_window")
+    for name, value in (("endpoint", endpoint), ("completion_window", window)):
+        if value is None:
+            raise invalid(f"'{name}' is required.", name, "missing_required_parameter")
     if endpoint not in ENDPOINTS:
         raise invalid(f"endpoint is {str(endpoint)[:80]!r}; it must be one of {', '.join(ENDPOINTS)}.", "endpoint")
     window_s = window_seconds(window) if isinstance(window, str) else None

@@ -6,6 +6,8 @@ What comes from it is handed to the event loop; nothing here waits for the engin
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +31,30 @@ class Died:
 
     number: int
     exit_code: int
+
+
+def end_group(leader: int) -> None:
+    """Kill an engine process and all that it has started, such as vLLM's own processes, which else would stay."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def end_leftovers(leader: int) -> None:
+    """Kill what an engine process has started, where it is dead itself. Its number stays taken while they live."""
+    if leader <= 1:
+        return
+    try:
+        os.kill(leader, 0)
+    except ProcessLookupError:
+        end_group(leader)
+    except PermissionError:
+        pass
+
+
+def _bury(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of an engine process, and end what it has left. Such a child may hold the connection open."""
+    process.wait()
+    end_group(process.pid)
 
 
 Hear = Callable[[int, Report | Died], None]
@@ -68,6 +94,7 @@ class EngineHost:
         self._connection = Connection(ours.detach())
         listening = (self._process, self._connection, self.number)
         threading.Thread(target=self._listen, args=listening, name="engine-host", daemon=True).start()
+        threading.Thread(target=_bury, args=(self._process,), name="engine-end", daemon=True).start()
         self.send(Open(model, self._lock_path))
 
     def send(self, command: Command) -> None:
@@ -79,7 +106,7 @@ class EngineHost:
     def kill(self) -> None:
         """End the process at once. `Died` follows."""
         if self._process is not None:
-            self._process.kill()
+            end_group(self._process.pid)
 
     async def close(self) -> None:
         """End the process in good order, or at once if it takes too long."""
@@ -88,11 +115,10 @@ class EngineHost:
         if process is None:
             return
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(process.wait, _END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            await asyncio.to_thread(process.wait)
+        end_group(process.pid)
+        await asyncio.to_thread(process.wait)
 
     def forget(self) -> None:
         """The process is dead: another one may be started."""
@@ -104,6 +130,7 @@ class EngineHost:
         with suppress(EOFError, OSError):
             while True:
                 self._tell(number, connection.recv())
+        _bury(process)
         self._tell(number, Died(number, process.wait()))
 
     def _tell(self, number: int, report: Report | Died) -> None:

@@ -277,6 +277,8 @@ def _listen(connection: Connection, worker: EngineWorker) -> None:
         while True:
             worker.hear(connection.recv())
     except (EOFError, OSError):
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)  # with what an engine has started
         os._exit(0)
 
 
@@ -287,6 +289,9 @@ def main(descriptor: int) -> int:
     opening: Open = connection.recv()
     lock = open_own(opening.lock_path, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)  # an engine of a killed service may need a moment to end
+    os.ftruncate(lock, 0)
+    if os.getpgrp() == os.getpid():
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)  # the next service ends what this process may leave
     model = opening.model
     try:
         engine = open_engine(model.engine, notify=lambda text: print(text, file=sys.stderr, flush=True))

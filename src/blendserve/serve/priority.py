@@ -30,9 +30,12 @@ class Spawner:
         self._thread.submit(threading.get_native_id).result()  # the thread begins now, with today's priority
 
     def start(self, command: list[str], descriptor: int) -> subprocess.Popen[bytes]:
-        """A process that keeps one file descriptor."""
-        started = self._thread.submit(subprocess.Popen, command, pass_fds=[descriptor], stdin=subprocess.DEVNULL)
-        return started.result()
+        """A process that keeps one file descriptor, and leads a group of all that it starts."""
+
+        def begin() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, process_group=0)
+
+        return self._thread.submit(begin).result()
 
     def close(self) -> None:
         self._thread.shutdown()

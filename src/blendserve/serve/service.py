@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from blendserve.errors import ConfigError
 from blendserve.job.disk import open_own
@@ -14,6 +14,7 @@ from blendserve.serve.asking import Asking
 from blendserve.serve.batches import Batches
 from blendserve.serve.blobs import DirectoryBlobs
 from blendserve.serve.clock import Clock, steady_clock
+from blendserve.serve.engine_host import end_leftovers
 from blendserve.serve.keys import KeyFile
 from blendserve.serve.library import Library
 from blendserve.serve.poll_body import PollBodies
@@ -25,6 +26,7 @@ from blendserve.serve.store import SqliteStore
 from blendserve.serve.webhooks import Webhooks
 
 _SWEEP_S = 30.0
+_OLD_ENGINE_PAUSE_S = 0.05
 
 
 class Service:
@@ -141,8 +143,22 @@ def _lock(settings: ServeSettings) -> int:
 
 
 def _wait_for_old_engine(settings: ServeSettings) -> None:
-    """The engine process of a killed service ends by itself; its journals are free then."""
+    """The engine process of a killed service ends by itself; its journals are free then. What it has started may stay
+    where it was killed too, and is ended here.
+    """
     lock = open_own(settings.data / "engine.lock", os.O_RDWR | os.O_CREAT)
-    with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    os.close(lock)
+    written = os.pread(lock, 32, 0).strip()
+    leader = int(written) if written.isdigit() else 0
+    try:
+        while True:
+            end_leftovers(leader)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_OLD_ENGINE_PAUSE_S)
+        os.ftruncate(lock, 0)
+    except OSError:
+        pass  # a file system without locks
+    finally:
+        os.close(lock)

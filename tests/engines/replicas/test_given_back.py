@@ -124,7 +124,7 @@ def test_a_run_that_begins_no_more_answers_what_it_has_begun(opened: Any, tmp_pa
     assert sorted(output.index for output in ended) == list(range(NUM_LINES))
     withdrawn = [output for output in ended if isinstance(output.error, RequestError)]
     assert 0 < len(withdrawn) < NUM_LINES
-    assert {output.error.code for output in withdrawn} == {WITHDRAWN}  # type: ignore[union-attr]
+    assert {output.error.code for output in withdrawn} == {WITHDRAWN}
 
 
 @pytest.mark.parametrize("arguments", [{}, BY_SCHEDULER], ids=["front", "scheduler"])
