@@ -1,7 +1,7 @@
 """Requests that go ahead of a plan: single questions are admitted before what is planned, into the same steps.
 
 The plan's policy never sees them. Any thread may add requests; everything else happens in the engine's thread, between
-two steps.
+two steps. `Front.run` does it for our own loop; other engines take what waits by themselves.
 """
 
 from __future__ import annotations
@@ -42,26 +42,31 @@ class Front:
         self._lock = threading.Lock()
         self._numbers = count(FIRST_INDEX)
         self._requests: dict[int, Request] = {}
+        self._bodies: dict[int, bytes] = {}
         self._waiting: deque[int] = deque()
+        self._unwanted: set[int] = set()
         self._is_held = False
 
-    def add(self, requests: Sequence[Request]) -> list[int]:
-        """Queue requests. Returns: the index of each."""
+    def add(self, requests: Sequence[Request], body: bytes = b"") -> list[int]:
+        """Queue the requests of one line. `body`: what of it the engine itself reads. Returns: the index of each."""
         with self._lock:
             indices = [next(self._numbers) for _ in requests]
             for index, request in zip(indices, requests, strict=True):
                 keys = tuple(_FrontKey(key) for key in request.block_keys)
                 self._requests[index] = replace(request, index=index, block_keys=keys)
+                self._bodies[index] = body
             self._waiting.extend(indices)
         return indices
 
     def withdraw(self, indices: Sequence[int]) -> None:
-        """Forget those of these requests that wait."""
+        """Forget those of these requests that wait. Engines that can stop those that run do so."""
         with self._lock:
             for index in indices:
                 if index in self._waiting:
                     self._waiting.remove(index)
-                    del self._requests[index]
+                    self._forget(index)
+                elif index in self._requests:
+                    self._unwanted.add(index)
 
     @property
     def num_waiting(self) -> int:
@@ -79,17 +84,64 @@ class Front:
         """Run a plan, and whatever is added meanwhile. Yields: outputs of the plan. Requests of the front that have not
         ended when the run does go ahead of the next one.
         """
-        self._is_held = False
+        self.open()
         outputs = engine.run(_Source(source, self), _FrontPolicy(policy, self, engine.batcher.table))
         try:
             for output in outputs:
                 if output.index < FIRST_INDEX:
                     yield output
                 else:
-                    self._end(output)
+                    self.end(output)
         finally:
-            with self._lock:
-                self._waiting = deque(sorted(self._requests))
+            self.start_over()
+
+    def open(self) -> None:
+        """Let requests in, as a run begins."""
+        self._is_held = False
+
+    def start_over(self) -> None:
+        """What has no end yet waits again, as a run ends or the engine is lost. Nobody gets what nobody wants."""
+        with self._lock:
+            for index in self._unwanted & self._requests.keys():
+                self._forget(index)
+            self._unwanted.clear()
+            self._waiting = deque(sorted(self._requests))
+
+    def take(self) -> list[int]:
+        """All that may come in now: they wait no longer."""
+        with self._lock:
+            taken = [] if self._is_held else list(self._waiting)
+            if taken:
+                self._waiting.clear()
+        return taken
+
+    def take_unwanted(self) -> list[int]:
+        """Requests that run and that nobody waits for any more. They are forgotten: the caller stops them."""
+        if not self._unwanted:
+            return []
+        with self._lock:
+            taken = sorted(self._unwanted & self._requests.keys())
+            self._unwanted.clear()
+            for index in taken:
+                self._forget(index)
+        return taken
+
+    def body(self, index: int) -> bytes:
+        """What the engine itself reads of a request's line."""
+        return self._bodies[index]
+
+    def tell(self, index: int, token_ids: TokenIds) -> None:
+        """A request that runs has written so much."""
+        self._on_tokens(index, token_ids)
+
+    def end(self, output: SequenceOutput) -> None:
+        """A request has ended."""
+        with self._lock:
+            is_wanted = output.index in self._requests
+            if is_wanted:
+                self._forget(output.index)
+        if is_wanted:
+            self._on_output(output.index, output)
 
     def request(self, index: int) -> Request:
         return self._requests[index]
@@ -108,12 +160,10 @@ class Front:
     def watch(self, table: SequenceTable) -> None:
         """Tell what has come of the requests that run."""
         for row in (table.request_index >= FIRST_INDEX).nonzero()[0].tolist():
-            self._on_tokens(int(table.request_index[row]), table.output_token_ids(row))
+            self.tell(int(table.request_index[row]), table.output_token_ids(row))
 
-    def _end(self, output: SequenceOutput) -> None:
-        with self._lock:
-            del self._requests[output.index]
-        self._on_output(output.index, output)
+    def _forget(self, index: int) -> None:
+        del self._requests[index], self._bodies[index]
 
 
 class _Source:

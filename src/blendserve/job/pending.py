@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from blendserve.config import BLOCK_SIZE
 from blendserve.costs.model_cost import CostModel
+from blendserve.errors import RequestError
 from blendserve.job.store import TokenStore
 from blendserve.planner.base import Int64s, RequestTable
 from blendserve.planner.plan import Plan, make_plan
 from blendserve.planner.sorting import FlatPrompts
 from blendserve.planner.tree import PrefixTree
 from blendserve.request import Request
+
+WITHDRAWN = "withdrawn"
+"""The code of the error that ends a request which nobody wants any more."""
 
 
 class PendingRequests:
@@ -28,6 +34,20 @@ class PendingRequests:
 
     def __getitem__(self, index: int, /) -> Request:
         return self.store.request(int(self.numbers[index]), index)
+
+    @property
+    def can_be_withdrawn(self) -> bool:
+        """May rows be dropped, or the run be told to begin nothing more, while it runs?"""
+        return False
+
+    @property
+    def begins_no_more(self) -> bool:
+        """Is the run to end with what runs? Rows that have not begun then raise RequestError."""
+        return False
+
+    def dropped(self) -> Int64s:
+        """Rows that nobody wants any more, begun or not; each is told once. Engines may stop them."""
+        return np.zeros(0, np.int64)
 
     def table(self) -> RequestTable:
         """Lengths and limits of every row, for a policy."""
@@ -50,6 +70,11 @@ class PendingRequests:
         tree = PrefixTree.from_flat(self.flat_prompts())
         self.store.release()
         return tree
+
+
+def withdrawn_error() -> RequestError:
+    """The end of a request that nobody wants any more."""
+    return RequestError("the request was withdrawn", code=WITHDRAWN)
 
 
 def plan_pending(

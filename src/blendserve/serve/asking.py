@@ -89,6 +89,6 @@ class Asking:
         if not scheduler.can_ask:
             raise ApiError(
                 501,
-                "This engine answers batches only; the native engine and --engine http answer single requests too.",
+                "Replicas answer batches only; without --replicas every engine answers single requests too.",
                 code="not_supported",
             )

@@ -24,11 +24,11 @@ from blendserve.engines.base import Engine, FrontedEngine
 from blendserve.engines.opening import open_engine
 from blendserve.errors import BlendServeError, CapacityError, ConfigError, ExecutorError, RequestError
 from blendserve.job.disk import open_own
-from blendserve.job.pending import PendingRequests
+from blendserve.job.pending import WITHDRAWN, PendingRequests
 from blendserve.report.icicle import icicle
 from blendserve.report.plan_page import density_chart
 from blendserve.request import SamplingParams, SequenceOutput, TokenIds
-from blendserve.serve.joined import WITHDRAWN, RoundRequests
+from blendserve.serve.joined import RoundRequests
 from blendserve.serve.messages import (
     Ask,
     BatchBroken,
@@ -159,7 +159,7 @@ class EngineWorker:
         run_s = 0.0
         if any(map(len, parts)):
             pending = RoundRequests(
-                parts, lambda part: batches[part].is_closed or self._yielded_round == command.number
+                parts, lambda part: batches[part].is_closed, lambda: self._yielded_round == command.number
             )
             self._drawn_round = (command.number, pending)
             self._generate(pending, batches, command.policy)
@@ -197,7 +197,9 @@ class EngineWorker:
         tokens = {batch.spec.id: [0, 0, 0] for batch in batches}
         changed: set[int] = set()
         outputs = self._engine.generate(pending, policy)
-        for output in outputs:
+        for count, output in enumerate(outputs, start=1):
+            if count == len(pending) and self._online is not None:
+                self._online.front.hold()  # else single requests could keep a round from ending for ever
             part, number = pending.place_of(output.index)
             batch = batches[part]
             if _is_withdrawn(output) or not batch.apply(number, output):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
+import random
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from html import escape
@@ -172,4 +172,4 @@ HANDLERS: Mapping[Any, Any] = {
 
 
 def request_id() -> str:
-    return f"req_{secrets.token_hex(16)}"
+    return f"req_{random.getrandbits(128):032x}"

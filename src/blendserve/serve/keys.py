@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,9 +54,11 @@ class KeyFile:
 
     def keys(self) -> tuple[ApiKey, ...]:
         """All keys, read again where the file changed. Raises: ConfigError when it is damaged."""
-        try:
-            found = os.stat(self._name)  # every request comes here, and this is the quickest way
-        except FileNotFoundError:
+        found = None
+        if os.access(self._name, os.F_OK):  # every request comes here, and an error of `stat` is slow
+            with suppress(FileNotFoundError):
+                found = os.stat(self._name)
+        if found is None:
             self._stamp, self._keys = None, ()
             return ()
         stamp = (found.st_mtime_ns, found.st_size, found.st_ino)

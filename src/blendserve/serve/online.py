@@ -19,7 +19,7 @@ from blendserve.dialect.schema import BatchLine, ServedModel, parse_line
 from blendserve.dialect.urls import CHAT_URL, RESPONSES_URL
 from blendserve.engine.front import Front
 from blendserve.engines.base import Engine
-from blendserve.errors import BlendServeError
+from blendserve.errors import BlendServeError, RequestError
 from blendserve.job.ingest import TokenLists, encode_lines
 from blendserve.job.reader import BadLine
 from blendserve.job.record_log import RecordKind, RecordLog
@@ -56,6 +56,7 @@ class OnlineLine:
     def __init__(self, ask: Ask, engine: Engine, served: ServedModel) -> None:
         self.ask = ask
         self.answer: Reply | None = None
+        self._is_closed = False
         self._engine = engine
         with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as name:
             self._open(Path(name), served)  # files stay open and mapped when their names are gone
@@ -64,11 +65,22 @@ class OnlineLine:
     def num_requests(self) -> int:
         return self.store.num_requests
 
+    @property
+    def body(self) -> bytes:
+        """What the engine itself reads of the line."""
+        return self.store.body(0)
+
     def apply(self, number: int, output: SequenceOutput) -> None:
         """Take the end of one request; `answer` is set once all have ended."""
         self._rows.apply(number, output)
         if self._rows.num_rows and self.answer is None:
             self.answer = _reply(self.ask.id, self._log.latest())
+            self.close()
+
+    def close(self) -> None:
+        """Nothing is applied any more. Closing again does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
             self._log.close()
 
     def text_so_far(self, token_ids: TokenIds) -> str:
@@ -127,29 +139,42 @@ class Online:
         except BlendServeError as error:
             self._send(_reply(ask.id, error_row(1, None, error)))
             return
+        except OSError as error:
+            full = RequestError(f"the request cannot be kept: {error.strerror}", code="no_space", status_code=507)
+            self._send(_reply(ask.id, error_row(1, None, full)))
+            return
         with self._lock:
-            indices = self.front.add(requests)
+            indices = self.front.add(requests, line.body)
             self._places |= {index: (line, number) for number, index in enumerate(indices)}
             self._indices[ask.id] = indices
 
     def forget(self, id: str) -> None:
         """Nobody waits for an answer any more: what has not begun never runs."""
-        self.front.withdraw(self._indices.get(id, []))
+        with self._lock:
+            indices = self._indices.pop(id, [])
+            for index in indices:
+                self._sent.pop(index, None)
+                line, _ = self._places.pop(index, (None, 0))
+                if line is not None:
+                    line.close()
+        self.front.withdraw(indices)
 
     def _on_tokens(self, index: int, token_ids: TokenIds) -> None:
         with self._lock:
-            line, number = self._places[index]
-        if line.is_streamed:
+            line, number = self._places.get(index, (None, 0))
+        if line is not None and line.is_streamed:
             self._send_piece(line, index, number, line.text_so_far(token_ids))
 
     def _on_output(self, index: int, output: SequenceOutput) -> None:
         with self._lock:
-            line, number = self._places.pop(index)
             self._sent.pop(index, None)
-        line.apply(number, output)
-        if line.answer is not None:
-            with self._lock:
+            line, number = self._places.pop(index, (None, 0))
+            if line is None:
+                return
+            line.apply(number, output)
+            if line.answer is not None:
                 self._indices.pop(line.ask.id, None)
+        if line.answer is not None:
             self._send(line.answer)
 
     def _send_piece(self, line: OnlineLine, index: int, number: int, text: str) -> None:

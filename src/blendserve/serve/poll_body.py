@@ -12,11 +12,11 @@ _MAX_KEPT = 10_000
 
 
 class _Kept(NamedTuple):
-    """The body without its last brace, and of which state it is."""
+    """A body, and of which state it is."""
 
     record: BatchRecord
-    counts: tuple[int, int] | None
-    head: bytes
+    moving: tuple[object, ...]
+    body: bytes
 
 
 class PollBodies:
@@ -28,29 +28,41 @@ class PollBodies:
 
     def body(self, batch: BatchRecord) -> bytes:
         """OpenAI's object of a stored batch, and beside it what only this service knows."""
-        return self._head(batch) + b', "blendserve": ' + json.dumps(outlook(self._scheduler, batch)).encode() + b"}"
-
-    def _head(self, batch: BatchRecord) -> bytes:
-        counts = None if batch.is_ended else self._scheduler.counts(batch.id)
-        kept = self._kept.get(batch.id)
-        if kept is not None and kept.record is batch and kept.counts == counts:
-            return kept.head
-        head = json.dumps(batch.counted(counts).to_json(), ensure_ascii=False).encode()[:-1]
-        self._kept[batch.id] = _Kept(batch, counts, head)
+        id, moving = batch.id, self._moving(batch)
+        kept = self._kept.get(id)
+        if kept is not None and kept.record is batch and kept.moving == moving:
+            return kept.body
+        counts = None if batch.is_ended else self._scheduler.counts(id)
+        shown = {**batch.counted(counts).to_json(), "blendserve": outlook(self._scheduler, batch)}
+        body = json.dumps(shown, ensure_ascii=False).encode()
+        self._kept[id] = _Kept(batch, moving, body)
         if len(self._kept) > _MAX_KEPT:
             del self._kept[next(iter(self._kept))]
-        return head
+        return body
+
+    def _moving(self, batch: BatchRecord) -> tuple[object, ...]:
+        """What changes in a body while the record stays as it is."""
+        id, scheduler = batch.id, self._scheduler
+        if batch.is_ended:
+            return ()
+        return scheduler.progress.get(id), scheduler.is_running(id), *_end_of(scheduler, batch)
 
 
 def outlook(scheduler: Scheduler, batch: BatchRecord) -> dict[str, Any] | None:
     """What OpenAI's object does not say of a batch that has not ended: its rows so far, and when it will end."""
     if batch.is_ended:
         return None
-    end = scheduler.forecast.ends().get(batch.id)
+    expected_end_at, is_in_danger = _end_of(scheduler, batch)
     return {
         "output_so_far": f"/v1/batches/{batch.id}/output",
         "errors_so_far": f"/v1/batches/{batch.id}/errors",
-        "is_running": batch.id in scheduler.running_ids,
-        "expected_end_at": None if end is None else int(end),
-        "is_in_danger": end is not None and end > batch.expires_at,
+        "is_running": scheduler.is_running(batch.id),
+        "expected_end_at": expected_end_at,
+        "is_in_danger": is_in_danger,
     }
+
+
+def _end_of(scheduler: Scheduler, batch: BatchRecord) -> tuple[int | None, bool]:
+    """When the batch will end, as far as is known, and whether that is too late."""
+    end = scheduler.forecast.ends().get(batch.id)
+    return (None, False) if end is None else (int(end), end > batch.expires_at)

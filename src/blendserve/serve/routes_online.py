@@ -16,7 +16,7 @@ from starlette.routing import Route
 from blendserve.dialect.urls import EMBEDDINGS_URL
 from blendserve.engines.http.address import ServerAddress
 from blendserve.engines.http.credentials import find_credentials
-from blendserve.engines.settings import HttpSettings
+from blendserve.engines.settings import HttpSettings, ReplicaSettings
 from blendserve.serve.asking import Heard
 from blendserve.serve.failures import ApiError, invalid
 from blendserve.serve.http import json_of, service_of
@@ -35,8 +35,9 @@ async def answer(request: Request) -> Response:
     model = service.settings.model_named(name) if isinstance(name, str) or name is None else None
     if model is None:
         raise ApiError(404, f"The model {str(name)[:80]!r} does not exist.", code="model_not_found", param="model")
-    if isinstance(model.engine, HttpSettings):
-        return await _forwarded(model.engine, url, body)
+    engine = model.engine.engine if isinstance(model.engine, ReplicaSettings) else model.engine
+    if isinstance(engine, HttpSettings):
+        return await _forwarded(engine, url, body)
     is_streamed = body.get("stream", False)
     if not isinstance(is_streamed, bool):
         raise invalid("stream must be true or false.", "stream")

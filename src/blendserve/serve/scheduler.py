@@ -103,6 +103,10 @@ class Scheduler:
     def running_ids(self) -> frozenset[str]:
         return frozenset(self._running.batch_ids if self._running else ())
 
+    def is_running(self, batch_id: str) -> bool:
+        """Is the batch in the round that runs?"""
+        return self._running is not None and batch_id in self._running.num_done_before
+
     def wake(self) -> None:
         self._wake.set()
 

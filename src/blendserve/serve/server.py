@@ -24,6 +24,8 @@ from blendserve.serve.settings import ServeSettings
 HEADER_S = 20.0
 """A client has so long to send the head of a request."""
 MAX_CONNECTIONS = 2000
+_RENEWAL_S = 5.0
+"""A connection that polls may be closed so much earlier than its time, which spares a timer for each poll."""
 
 
 class _Patient(H11Protocol):
@@ -33,6 +35,7 @@ class _Patient(H11Protocol):
 
     polls: Polls
     _timer: asyncio.TimerHandle | None = None
+    _renewed_s = 0.0
     _counted_cycle: Any = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -69,10 +72,15 @@ class _Patient(H11Protocol):
 
     def _reply(self, reply: bytes) -> None:
         self._stop_timer()
-        self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         self.transport.write(reply)
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        now_s = self.loop.time()
+        if self.timeout_keep_alive_task is None or now_s > self._renewed_s + _RENEWAL_S:
+            self._unset_keepalive_if_required()
+            self._renewed_s = now_s
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _await_head(self) -> None:
         self._timer = self.loop.call_later(HEADER_S, self._close_slow)

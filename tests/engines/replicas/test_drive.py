@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from batch_fakes import answer
 from parallel_cases import FakeReplicaEngine, plan_of_pending
 
 from blendserve.engines.replicas.drive import drive
-from blendserve.engines.replicas.events import Batch, Begin, Command, Event, Lost, Poll, Ready
+from blendserve.engines.replicas.events import Batch, Begin, Command, Drop, Event, Lost, Poll, Ready
 from blendserve.engines.replicas.ledger import Ledger
 from blendserve.engines.replicas.part import SharedJob
 from blendserve.engines.replicas.replica import Replica
 from blendserve.errors import ExecutorError
 from blendserve.job.pending import PendingRequests
+from blendserve.planner.base import Int64s
 from blendserve.planner.partition import partition
 from blendserve.request import SequenceOutput
 
@@ -42,6 +44,8 @@ class LocalFleet:
         match command:
             case Begin():
                 replica.begin(command.lease, command.requests)
+            case Drop():
+                replica.drop(command.lease, command.requests)
             case Poll():
                 self._polls[command.replica] = command
                 self.largest_share = max(self.largest_share, command.share)
@@ -91,7 +95,7 @@ def run(
     ledger = Ledger(partition(plan, num_replicas).parts, job.rank)
     fleet = LocalFleet(job, num_replicas, random.Random(seed), death_rate, max_restarts)
     try:
-        return list(drive(ledger, fleet)), fleet, ledger
+        return list(drive(ledger, fleet, pending)), fleet, ledger
     finally:
         fleet.close()
 
@@ -132,3 +136,58 @@ def test_work_is_stolen_at_the_end(pending: PendingRequests) -> None:
     stolen = [run(pending, 3, seed, 0.0, 0)[1:] for seed in range(6)]
     assert any(fleet.largest_share > 0 for fleet, _ in stolen)
     assert any(ledger.num_stolen > 0 for _, ledger in stolen)
+
+
+class Unwanted(PendingRequests):
+    """Requests of which some are dropped, and that may begin no more, once so many have ended."""
+
+    def __init__(self, pending: PendingRequests, drops_at: int, dropped: list[int], ends_at: int) -> None:
+        super().__init__(pending.store, pending.numbers)
+        self.num_ended = 0
+        self._drops_at, self._dropped, self._ends_at = drops_at, dropped, ends_at
+
+    @property
+    def begins_no_more(self) -> bool:
+        return self.num_ended >= self._ends_at
+
+    def dropped(self) -> Int64s:
+        if self.num_ended < self._drops_at:
+            return super().dropped()
+        told, self._dropped = self._dropped, []
+        return np.array(told, np.int64)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_dropped_has_no_answer_and_takes_nothing_along(pending: PendingRequests, seed: int) -> None:
+    dropped = list(range(3, len(pending), 3))
+    unwanted = Unwanted(pending, 5, dropped, len(pending) + 1)
+    plan = plan_of_pending(unwanted)
+    job = SharedJob.of(unwanted, plan)
+    ledger = Ledger(partition(plan, 3).parts, job.rank)
+    fleet = LocalFleet(job, 3, random.Random(seed), 0.1, 1000)
+    found = []
+    try:
+        for output in drive(ledger, fleet, unwanted):
+            unwanted.num_ended += 1
+            found.append(output.index)
+    finally:
+        fleet.close()
+    assert len(set(found)) == len(found)
+    assert set(range(len(pending))) - set(dropped) <= set(found)
+    ledger.check()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_run_that_begins_no_more_ends(pending: PendingRequests, seed: int) -> None:
+    unwanted = Unwanted(pending, 0, [], 2)
+    plan = plan_of_pending(unwanted)
+    job = SharedJob.of(unwanted, plan)
+    ledger = Ledger(partition(plan, 2).parts, job.rank)
+    fleet = LocalFleet(job, 2, random.Random(seed), 0.1, 1000)
+    try:
+        for _ in drive(ledger, fleet, unwanted):
+            unwanted.num_ended += 1
+    finally:
+        fleet.close()
+    assert ledger.is_done
+    ledger.check()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from parallel_cases import answer_of, batch, ledger_of, run_commands
 
-from blendserve.engines.replicas.events import Batch, Begin, Command, Lost, Poll, Ready
+from blendserve.engines.replicas.events import Batch, Begin, Command, Drop, Lost, Poll, Ready
 from blendserve.engines.replicas.ledger import MIN_PIECE, Ledger, Phase, middle
 from blendserve.errors import ExecutorError
 
@@ -27,6 +27,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.lease = [0] * num_replicas
         self.old: list[Batch] = []
         self.done: list[int] = []
+        self.dropped: set[int] = set()
         self.num_requests = num_requests
 
     def note(self, command: Command) -> None:
@@ -34,6 +35,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not self.held[command.replica], "a replica that works is given more"
             assert len(command.requests)
             assert not set(command.requests.tolist()) & set().union(set(self.done), *self.held), "sent twice"
+            assert not set(command.requests.tolist()) & self.dropped, "nobody wants it"
             assert (np.diff(command.requests) > 0).all()
             self.held[command.replica] = set(command.requests.tolist())
             self.lease[command.replica] = command.lease
@@ -59,10 +61,11 @@ class LedgerMachine(RuleBasedStateMachine):
         left = self.held[replica] - {*ended, *given}
         happened = batch(replica, self.lease[replica], ended, given, is_drained=not left)
         accepted = [output.index for output in self.ledger.apply(happened)]
-        assert accepted == ended
+        assert accepted == [row for row in ended if row not in self.dropped]
         self.done += accepted
         self.held[replica] = left
         self.old.append(happened)
+        self.settle()
 
     @precondition(lambda self: self.old)
     @rule(data=st.data())
@@ -74,12 +77,31 @@ class LedgerMachine(RuleBasedStateMachine):
         if replica < len(self.held):
             self.ledger.apply(Lost(replica, is_final, "killed"))
             self.held[replica] = set()
+            self.settle()
+
+    @rule(rows=st.sets(st.integers(0, 89), max_size=20))
+    def nobody_wants(self, rows: set[int]) -> None:
+        wanted = {row for row in rows if row < self.num_requests}
+        self.ledger.withdraw(np.array(sorted(wanted), np.int64))
+        self.dropped |= wanted - set(self.done)
+
+    @rule(chance=st.integers(0, 9))
+    def begins_no_more(self, chance: int) -> None:
+        if not chance:
+            self.ledger.end_early()
+            self.settle()
+
+    def settle(self) -> None:
+        """What has not begun never does, once the run is to end early."""
+        if self.ledger.begins_no_more:
+            begun = set().union(set(self.done), *self.held)
+            self.dropped |= set(range(self.num_requests)) - begun
 
     @invariant()
     def nothing_is_lost_or_doubled(self) -> None:
         if hasattr(self, "ledger"):
             self.ledger.check()
-            assert len(set(self.done)) == len(self.done) == self.ledger.num_journalled
+            assert len(set(self.done)) == len(self.done) == self.ledger.num_journalled - len(self.dropped)
 
     def teardown(self) -> None:
         """From any state, replicas that work in peace finish the job, unless all are gone."""
@@ -93,7 +115,7 @@ class LedgerMachine(RuleBasedStateMachine):
             run_commands(self.ledger, self.note)
             for replica in range(len(self.held)):
                 self.answers(replica, 0.6, 0.6)
-        assert self.ledger.is_hopeless or sorted(self.done) == list(range(self.num_requests))
+        assert self.ledger.is_hopeless or sorted({*self.done, *self.dropped}) == list(range(self.num_requests))
 
 
 TestLedgerMachine = LedgerMachine.TestCase
@@ -210,3 +232,33 @@ def test_the_middle() -> None:
     assert middle(rows, 3).tolist() == [3, 4, 5]
     assert middle(rows, 0).tolist() == []
     assert middle(rows, 40).tolist() == rows.tolist()
+
+
+def test_a_replica_is_told_once_what_nobody_wants_any_more() -> None:
+    ledger = ledger_of([40, 60], ready=True)
+    run_commands(ledger)
+    ledger.withdraw(np.arange(30, 50, dtype=np.int64))
+    drops = [command for command in run_commands(ledger) if isinstance(command, Drop)]
+    assert [(drop.replica, drop.lease, drop.requests.tolist()) for drop in drops] == [
+        (0, 1, list(range(30, 40))),
+        (1, 1, list(range(40, 50))),
+    ]
+    assert not any(isinstance(command, Drop) for command in run_commands(ledger))
+    assert [output.index for output in ledger.apply(batch(0, 1, range(35)))] == list(range(30))
+
+
+def test_a_run_that_ends_early_asks_for_all_that_is_not_begun() -> None:
+    ledger = ledger_of([40, 60], ready=True)
+    run_commands(ledger)
+    ledger.end_early()
+    assert not ledger.is_done
+    for replica in range(2):
+        ledger.apply(batch(replica, 1, []))
+    assert run_commands(ledger) == [Poll(0, 1, 1.0), Poll(1, 1, 1.0)]
+    for replica, rows in ((0, range(5, 40)), (1, range(45, 100))):
+        ledger.apply(batch(replica, 1, [], rows))
+    run_commands(ledger)
+    assert not ledger.is_done
+    for replica, rows in ((0, range(5)), (1, range(40, 45))):
+        assert len(ledger.apply(batch(replica, 1, rows, is_drained=True))) == 5
+    assert ledger.is_done

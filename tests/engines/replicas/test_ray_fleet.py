@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +19,11 @@ from blendserve.engines.replicas.ray_fleet import Expected, RayFleet
 from blendserve.engines.replicas.replica import Hello, Reply
 from blendserve.engines.settings import ReplicaSettings
 from blendserve.errors import BlendServeError, ConfigError, ExecutorError
+from blendserve.job.pending import PendingRequests
 from blendserve.request import SequenceOutput
+
+WANTED = PendingRequests(cast(Any, None), np.zeros(0, np.int64))
+"""Nothing of it is ever dropped."""
 
 REFUSED = ExecutorError("http://localhost:1/v1 answered 401: no such key")
 IDS = "The actor died unexpectedly before finishing this task.\n\tclass_name: Replica\n\tactor_id: 7\n\tip: 10.0.0.2\n"
@@ -146,7 +150,7 @@ def answered(ledger: Ledger, fleet: RayFleet, error: type[BaseException], messag
     """Rows that are answered until `error` is raised."""
     rows: list[int] = []
     with pytest.raises(error, match=message):
-        read(drive(ledger, fleet), rows)
+        read(drive(ledger, fleet, WANTED), rows)
     return sorted(rows)
 
 
@@ -191,7 +195,7 @@ def test_an_interrupt_keeps_what_replicas_have_at_hand() -> None:
     """What has come and is not consumed, and what comes where they are asked again; who is silent is not waited for."""
     ledger = ledger_of([4, 4], ready=False)
     fake = FakeRay({"hello": [up()], "take": [reply(0, 1, 2), reply(3)]}, {"hello": [up()], "take": [None]})
-    outputs: Any = drive(ledger, fleet_of(fake))
+    outputs: Any = drive(ledger, fleet_of(fake), WANTED)
     assert next(outputs).index == 0
     rows: list[int] = []
     with pytest.raises(KeyboardInterrupt):
@@ -202,7 +206,7 @@ def test_an_interrupt_keeps_what_replicas_have_at_hand() -> None:
 
 def test_a_second_interrupt_ends_at_once() -> None:
     ledger = ledger_of([4], ready=False)
-    outputs: Any = drive(ledger, fleet_of(FakeRay({"hello": [up()], "take": [reply(0, 1, 2)]}), 1))
+    outputs: Any = drive(ledger, fleet_of(FakeRay({"hello": [up()], "take": [reply(0, 1, 2)]}), 1), WANTED)
     next(outputs)
     assert next(interrupted(outputs)).index == 1
     with pytest.raises(KeyboardInterrupt):

@@ -26,12 +26,13 @@ from blendserve.engines.http.inflight import HttpInflight
 from blendserve.engines.http.pacing import Pacer, RetrySettings
 from blendserve.engines.http.replies import Answer, Failure, Stop, judge, judge_silence, words_of
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
-from blendserve.job.pending import PendingRequests
+from blendserve.job.pending import PendingRequests, withdrawn_error
 from blendserve.planner.base import Policy
 from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput, ServerResponse
 
 KEPT = "finished work is kept: run the same command again to go on"
+_DROP_S = 0.25
 MAX_DOUBTS = 8
 """So many requests that are refused as a wrong address refuses them, with no other answer, mean that it is one."""
 
@@ -98,6 +99,7 @@ class _Dispatch:
         self._finished: queue.SimpleQueue[SequenceOutput | None] = queue.SimpleQueue()
         self._end: Future[None] = Future()
         self._is_ready = threading.Event()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._is_held = False
         self._is_told = False
         is_first = len(pending) == pending.store.num_requests  # else the address was right once
@@ -167,8 +169,13 @@ class _Dispatch:
             max_connections=settings.max_inflight,
             max_response_bytes=settings.max_response_bytes,
         )
-        async with client, asyncio.TaskGroup() as tasks:
-            await self._dispatch(client, tasks)
+        dropping = asyncio.create_task(self._drop_unwanted()) if self._pending.can_be_withdrawn else None
+        try:
+            async with client, asyncio.TaskGroup() as tasks:
+                await self._dispatch(client, tasks)
+        finally:
+            if dropping is not None:
+                dropping.cancel()
         if self._last_postponed is not None:
             raise self._too_early(self._last_postponed)
         if self._doubtful:
@@ -180,10 +187,18 @@ class _Dispatch:
             self._is_held = self._finished.qsize() >= self._settings.max_inflight
             if not (self._is_held and self._finished.qsize()):  # what waits to be written counts as memory
                 for index in self._inflight.admit(self._clock.monotonic()):
-                    tasks.create_task(self._serve(client, index))
+                    self._tasks[index] = tasks.create_task(self._serve(client, index))
             if self._inflight.num_waiting:
                 await self._freed.wait()
                 self._freed.clear()
+
+    async def _drop_unwanted(self) -> None:
+        """Hang up on the server where nobody wants the answer any more."""
+        while True:
+            await asyncio.sleep(_DROP_S)
+            for index in self._pending.dropped().tolist():
+                if (task := self._tasks.get(index)) is not None and task.cancel():
+                    self._finish(self._error_output(index, withdrawn_error(), None))
 
     async def _serve(self, client: HttpClient, index: int) -> None:
         """Ask until there is an end, or the server wants to be asked too late for this run."""
@@ -248,8 +263,8 @@ class _Dispatch:
             yield
         finally:
             self._pacer.end(index)
-        async with self._changed:
-            self._changed.notify_all()
+            async with self._changed:
+                self._changed.notify_all()
 
     def _tell(self, verdict: Answer | Failure, now_s: float) -> None:
         """Keep the counters, and tell of an outage. Raises: ExecutorError when it has lasted too long."""
@@ -317,6 +332,7 @@ class _Dispatch:
         self._finished.put(output)
 
     def _leave(self, output: SequenceOutput) -> None:
+        self._tasks.pop(output.index, None)
         self._engine.stats.num_answered += 1
         self._make_room(output.index, output.num_output_tokens)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from blendserve.engines.replicas.events import Batch, Command, Event, Poll
 from blendserve.engines.replicas.ledger import Ledger, Phase
 from blendserve.errors import BlendServeError, ExecutorError
+from blendserve.job.pending import PendingRequests
 from blendserve.request import SequenceOutput
 
 
@@ -24,15 +25,16 @@ class Fleet(Protocol):
     def collect(self) -> Sequence[Batch]: ...
 
 
-def drive(ledger: Ledger, fleet: Fleet) -> Iterator[SequenceOutput]:
-    """Yield every answer once, as it comes. A replica is asked for more only when what it sent has been consumed. What
-    replicas have at hand when an interrupt or an error ends the run is yielded before that is raised.
+def drive(ledger: Ledger, fleet: Fleet, pending: PendingRequests) -> Iterator[SequenceOutput]:
+    """Yield every answer once, as it comes; rows of `pending` that are dropped meanwhile have none. A replica is asked
+    for more only when what it sent has been consumed. What replicas have at hand when an interrupt or an error ends the
+    run is yielded before that is raised.
 
     Raises: ExecutorError when no replica is left; what the fleet raises.
     """
     came: deque[SequenceOutput] = deque()
     try:
-        while not ledger.is_done:
+        while not _is_done(ledger, pending):
             _command(ledger, fleet)
             for event in fleet.wait():
                 came.extend(ledger.apply(event))
@@ -42,6 +44,15 @@ def drive(ledger: Ledger, fleet: Fleet) -> Iterator[SequenceOutput]:
         yield from came  # these are paid for
         yield from _last_answers(ledger, fleet)
         raise
+
+
+def _is_done(ledger: Ledger, pending: PendingRequests) -> bool:
+    """Is no answer left to wait for, now that nobody wants some of them?"""
+    if len(dropped := pending.dropped()):
+        ledger.withdraw(dropped)
+    if pending.begins_no_more and not ledger.begins_no_more:
+        ledger.end_early()
+    return ledger.is_done
 
 
 def _command(ledger: Ledger, fleet: Fleet) -> None:

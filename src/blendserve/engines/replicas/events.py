@@ -25,7 +25,15 @@ class Poll(NamedTuple):
     share: float
 
 
-Command = Begin | Poll
+class Drop(NamedTuple):
+    """A replica is told not to begin rows that nobody wants any more. It need not answer."""
+
+    replica: int
+    lease: int
+    requests: Int64s
+
+
+Command = Begin | Poll | Drop
 
 
 class Ready(NamedTuple):

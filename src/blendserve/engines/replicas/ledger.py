@@ -8,12 +8,12 @@ parts; leases, losses and stealing are ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 
-from blendserve.engines.replicas.events import Batch, Begin, Command, Event, Lost, Poll, Ready
+from blendserve.engines.replicas.events import Batch, Begin, Command, Drop, Event, Lost, Poll, Ready
 from blendserve.errors import ExecutorError
 from blendserve.planner.base import Int64s
 from blendserve.request import SequenceOutput
@@ -36,7 +36,9 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class ReplicaState:
-    """`lease` is the number of the latest; `has_spare`: it may hold requests of it that it has not started."""
+    """`lease` is the number of the latest; `has_spare`: it may hold requests of it that it has not started. `to_drop`:
+    what it was sent and nobody wants any more.
+    """
 
     phase: Phase = Phase.ABSENT
     lease: int = 0
@@ -45,6 +47,7 @@ class ReplicaState:
     share_asked: float = 0.0
     has_spare: bool = False
     reason: str = ""
+    to_drop: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class Ledger:
@@ -59,6 +62,7 @@ class Ledger:
         self.num_journalled = 0
         self.num_stolen = 0
         self.num_losses = 0
+        self.begins_no_more = False
         self._rank = rank
         self._place = np.full(len(rank), UNSENT, np.int64)
         self._home = np.full(len(rank), NOBODY, np.int64)
@@ -77,11 +81,28 @@ class Ledger:
     def num_in(self, phase: Phase) -> int:
         return sum(state.phase is phase for state in self.replicas)
 
+    def withdraw(self, requests: Int64s) -> None:
+        """Nobody wants these rows any more: they count as journalled, and what comes of them counts no more."""
+        rows = requests[self._place[requests] != JOURNALLED]
+        for replica, state in enumerate(self.replicas):
+            there = rows[self._place[rows] == replica]
+            state.num_in_flight -= len(there)
+            state.to_drop = np.concatenate((state.to_drop, there))
+        self._place[rows] = JOURNALLED
+        self.num_journalled += len(rows)
+
+    def end_early(self) -> None:
+        """Have nothing more begun: what replicas have not started is withdrawn as they give it back."""
+        self.begins_no_more = True
+        self.withdraw(np.flatnonzero(self._place == UNSENT))
+
     # Decide
 
     def decide(self) -> Command | None:
         """What to do next, None where one can only wait. Mutates nothing: apply the command once it is done."""
         for replica, state in enumerate(self.replicas):
+            if len(state.to_drop):
+                return Drop(replica, state.lease, state.to_drop)
             if state.phase is Phase.IDLE and len(piece := self._piece_for(replica)):
                 return Begin(replica, state.lease + 1, np.sort(piece))
         for replica, state in enumerate(self.replicas):
@@ -103,6 +124,8 @@ class Ledger:
 
     def _share_wanted(self, replica: int) -> float:
         """How much of what it has not started a busy replica should give back, so that nobody is idle."""
+        if self.begins_no_more:
+            return 1.0 if self.replicas[replica].has_spare else 0.0
         num_idle = self.num_in(Phase.IDLE)
         donors = [other for other, state in enumerate(self.replicas) if state.phase is Phase.BUSY and state.has_spare]
         num_asked = sum(self.replicas[other].share_asked > 0 for other in donors)
@@ -129,6 +152,8 @@ class Ledger:
             case Poll():
                 state = self.replicas[happened.replica]
                 state.is_polled, state.share_asked = True, happened.share
+            case Drop():
+                self.replicas[happened.replica].to_drop = np.zeros(0, np.int64)
             case Ready():
                 if self.replicas[happened.replica].phase is Phase.ABSENT:
                     self.replicas[happened.replica].phase = Phase.IDLE
@@ -162,6 +187,8 @@ class Ledger:
         self._home[returned] = NOBODY
         self.num_journalled += len(accepted)
         state.num_in_flight -= len(accepted) + len(returned)
+        if self.begins_no_more:
+            self.withdraw(returned)
         if state.share_asked and not len(returned):
             state.has_spare = False
         state.is_polled, state.share_asked = False, 0.0
@@ -184,6 +211,9 @@ class Ledger:
             self._home[(self._place == UNSENT) & (self._home == lost.replica)] = NOBODY
         state.phase = Phase.GONE if lost.is_final else Phase.ABSENT
         state.num_in_flight, state.is_polled, state.share_asked, state.reason = 0, False, 0.0, lost.reason
+        state.to_drop = np.zeros(0, np.int64)
+        if self.begins_no_more:
+            self.end_early()
 
     def check(self) -> None:
         """Assert the invariants. For tests: slow."""

@@ -98,5 +98,12 @@ class JobPart(PendingRequests):
             self._is_taken[given] = self._is_given_back[given] = True
         return np.sort(self.requests[given])
 
+    def drop(self, requests: Int64s) -> None:
+        """Give back those of these rows of the job that the engine has not looked up."""
+        rows = np.flatnonzero(np.isin(self.requests, requests))
+        with self._lock:
+            rows = rows[~self._is_taken[rows]]
+            self._is_taken[rows] = self._is_given_back[rows] = True
+
     def is_given_back(self, index: int) -> bool:
         return bool(self._is_given_back[index])

@@ -65,7 +65,7 @@ class ReplicaPool:
                 notify=self._notify,
             )
             try:
-                yield from drive(self.ledger, fleet)
+                yield from drive(self.ledger, fleet, pending)
             finally:
                 self.startup_s = (fleet.first_up_s or time.perf_counter()) - began_s
                 fleet.close(is_at_ease=self.ledger.is_done)

@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from blendserve.engines.replicas.cluster import ReplicaShape, first_line
-from blendserve.engines.replicas.events import Batch, Begin, Command, Event, Lost, Poll, Ready
+from blendserve.engines.replicas.events import Batch, Begin, Command, Drop, Event, Lost, Poll, Ready
 from blendserve.engines.replicas.part import SharedJob
 from blendserve.engines.replicas.replica import Hello, OpenEngine, Replica, Reply
 from blendserve.engines.settings import ReplicaSettings
@@ -92,6 +92,8 @@ class RayFleet:
         match command:
             case Begin():
                 actor.begin.remote(command.lease, command.requests)  # if it is lost, so is the poll that follows
+            case Drop():
+                actor.drop.remote(command.lease, command.requests)  # if it is lost, work is done for nobody
             case Poll():
                 ref = actor.take.remote(command.lease, command.share, POLL_S)
                 self._call_by_ref[ref] = (command.replica, command.lease)

@@ -103,6 +103,11 @@ class Replica:
             return Reply(False, (), np.zeros(0, np.int64), False, None)
         return self._lease.take(share, wait_s)
 
+    def drop(self, lease: int, requests: Int64s) -> None:
+        """Do not begin rows of the job that nobody wants any more."""
+        if self._lease is not None and self._lease.number == lease:
+            self._lease.drop(requests)
+
     def close(self) -> None:
         """Stop working and close the engine."""
         self._drop_lease()
@@ -135,6 +140,9 @@ class _Lease:
         outputs = tuple(self._ended(0.0 if share else wait_s))
         is_over = self._is_drained
         return Reply(True, outputs, returned, is_over and self._error is None, self._error if is_over else None)
+
+    def drop(self, requests: Int64s) -> None:
+        self._part.drop(requests)
 
     def abandon(self) -> None:
         """Let the engine stop at its next output, and wait until it has."""

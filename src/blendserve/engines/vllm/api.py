@@ -55,7 +55,8 @@ class VllmApi(Protocol):
     """What we ask of vLLM beside an engine's `add_request`, `step` and `abort_request`.
 
     `open_engine` returns an `LLMEngine` whose statistics go to `counters`, `scheduler_of` its scheduler where it runs
-    in this process, `is_death` tells the end of an engine from the fault of the request that was handed to it.
+    in this process, `sampling_params` those of a request that tells its tokens at its end or, where `is_streamed`,
+    after every step; `is_death` tells the end of an engine from the fault of the request that was handed to it.
     """
 
     @property
@@ -63,7 +64,9 @@ class VllmApi(Protocol):
     def open_engine(self, arguments: Mapping[str, Any], counters: VllmCounters) -> Any: ...
     def close_engine(self, engine: Any) -> None: ...
     def scheduler_of(self, engine: Any) -> Any | None: ...
-    def sampling_params(self, structure: Mapping[str, Any] | None, **values: Any) -> Any: ...
+    def sampling_params(
+        self, structure: Mapping[str, Any] | None, *, is_streamed: bool = False, **values: Any
+    ) -> Any: ...
     def embedding_params(self, dimensions: int | None) -> Any: ...
     def lora_request(self, name: str, number: int, path: str) -> Any: ...
     def tokens_prompt(self, token_ids: Sequence[int]) -> Any: ...
@@ -126,11 +129,12 @@ class InstalledVllm:
         core = getattr(engine.engine_core, "engine_core", None)
         return getattr(core, "scheduler", None)
 
-    def sampling_params(self, structure: Mapping[str, Any] | None, **values: Any) -> Any:
+    def sampling_params(self, structure: Mapping[str, Any] | None, *, is_streamed: bool = False, **values: Any) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
         structured = StructuredOutputsParams(**structure) if structure else None
-        return SamplingParams(**values, structured_outputs=structured, output_kind=RequestOutputKind.FINAL_ONLY)
+        kind = RequestOutputKind.CUMULATIVE if is_streamed else RequestOutputKind.FINAL_ONLY
+        return SamplingParams(**values, structured_outputs=structured, output_kind=kind)
 
     def embedding_params(self, dimensions: int | None) -> Any:
         from vllm.pooling_params import PoolingParams

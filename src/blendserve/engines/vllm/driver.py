@@ -14,15 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blendserve.dialect.extras import Extras
+from blendserve.engine.front import Front
 from blendserve.engine.stats import RunStats
+from blendserve.engines.vllm.ahead import Ahead
 from blendserve.engines.vllm.api import VllmApi, VllmLimits, without_secrets
 from blendserve.engines.vllm.cost import LoadTotals
 from blendserve.engines.vllm.counters import VllmCounters
+from blendserve.engines.vllm.entrance import EngineDiedError, Entrance
 from blendserve.engines.vllm.inflight import StepLoad, VllmInflight
 from blendserve.engines.vllm.queue import PolicyQueue, SchedulerState
-from blendserve.engines.vllm.requests import GrammarOf, arguments_of, failed_output, output_of, was_aborted
+from blendserve.engines.vllm.requests import GrammarOf, failed_output, output_of, was_aborted
 from blendserve.errors import BlendServeError, ExecutorError, RequestError
-from blendserve.job.pending import PendingRequests
+from blendserve.job.pending import PendingRequests, withdrawn_error
 from blendserve.planner.base import Policy
 from blendserve.planner.plan import Plan
 from blendserve.request import SequenceOutput
@@ -80,31 +83,66 @@ class VllmDriver:
         if engine is not None:
             self.api.close_engine(engine)
 
-    def run(self, pending: PendingRequests, plan: Plan, policy: Policy) -> Iterator[SequenceOutput]:
-        """Yield the end of every request as it comes; each ends once, however often engines die. Closing the iterator
-        takes what runs out of the engine.
+    def run(
+        self, pending: PendingRequests, plan: Plan, policy: Policy, front: Front | None = None
+    ) -> Iterator[SequenceOutput]:
+        """Yield the end of every request as it comes; each ends once, however often engines die. Requests of `front` go
+        ahead. Closing the iterator takes what runs out of the engine.
 
         Raises: ExecutorError when engines die one after the other.
         """
-        return _Drive(self, pending, plan, policy).outputs()
+        return _Drive(self, pending, plan, policy, front).outputs()
 
+    def answer(self, front: Front) -> None:
+        """Answer the requests of a front while nothing else runs. Raises: ExecutorError."""
+        self.open()
+        entrance = Entrance(self)
+        ahead, num_deaths = Ahead(front, entrance), 0
+        try:
+            while ahead.has_work:
+                try:
+                    ahead.enter()
+                    if ahead.inside and ahead.hear(entrance.step()):
+                        num_deaths = 0
+                except EngineDiedError as death:
+                    ahead.lost(death)
+                    num_deaths += 1
+                    if num_deaths > MAX_DEATHS:
+                        raise ExecutorError(f"vLLM's engine died {num_deaths} times; last: {death}") from death
+                    self.open_again(death)
+        finally:
+            ahead.leave()
 
-class _EngineDiedError(Exception):
-    """An engine that takes no more calls; `__cause__` is what it died of."""
+    def open_again(self, death: EngineDiedError) -> None:
+        """Open another engine in place of a dead one. Raises: ExecutorError."""
+        self.notify(f"vLLM's engine died ({death}); opening another one")
+        self.num_restarts += 1
+        try:
+            self.close()
+        except Exception as error:  # noqa: BLE001  (what is dead may not close well)
+            self.notify(f"the dead engine could not be closed: {error}")
+        self.engine = None
+        try:
+            self.open()
+        except Exception as error:
+            raise ExecutorError(f"vLLM's engine died ({death}) and cannot be opened again: {error}; {KEPT}") from error
+        self.counters.kv_use = 0.0
 
 
 class _Drive:
     """One run: what is inside the engine, and what has to come in again after its death."""
 
-    def __init__(self, engine: VllmDriver, pending: PendingRequests, plan: Plan, policy: Policy) -> None:
+    def __init__(
+        self, engine: VllmDriver, pending: PendingRequests, plan: Plan, policy: Policy, front: Front | None
+    ) -> None:
         self._engine = engine
         self._api = engine.api
         self._pending = pending
         self._plan = plan
         limits = engine.open()
         self._limits = limits
-        numbered = enumerate(sorted(engine.adapters.items()), start=1)
-        self._loras = {name: self._api.lora_request(name, number, path) for number, (name, path) in numbered}
+        self._entrance = Entrance(engine)
+        self._ahead = None if front is None else Ahead(front, self._entrance)
         self._stats = engine.stats = RunStats(limits.capacity_tokens)
         self._num_preemptions_before = engine.counters.num_preemptions  # an engine may serve several runs
         self._num_hits_seen = engine.counters.num_hit_tokens
@@ -134,7 +172,7 @@ class _Drive:
             while self._ended or self._is_left():
                 try:
                     self._turn()
-                except _EngineDiedError as death:
+                except EngineDiedError as death:
                     self._restart(death)
                 ended, self._ended = self._ended, []
                 yield from ended
@@ -142,17 +180,25 @@ class _Drive:
             self._abort()
 
     def _is_left(self) -> bool:
-        return bool(self._inside) or self._inflight.num_left > 0
+        is_ahead = self._ahead is not None and self._ahead.has_work
+        return bool(self._inside) or is_ahead or self._inflight.num_left > 0
+
+    @property
+    def _has_inside(self) -> bool:
+        return bool(self._inside) or (self._ahead is not None and bool(self._ahead.inside))
 
     def _turn(self) -> None:
         """Bring in what may come in, and run one step."""
         started = self._engine.clock()
+        self._drop()
+        if self._ahead is not None and not self._suspects:
+            self._ahead.enter()
         if self._queue is None:
             self._fill()
-        if not (self._inside or (self._queue is not None and self._inflight.num_waiting)):
+        if not (self._has_inside or (self._queue is not None and self._inflight.num_waiting)):
             return
         before = self._engine.clock()
-        finished = self._step()
+        finished = self._entrance.step()
         after = self._engine.clock()
         self._record(after - before)
         ended = [output for output in finished if output.finished and int(output.request_id) in self._inside]
@@ -162,9 +208,19 @@ class _Drive:
                 is_taken_down = True
             else:
                 self._finish(int(output.request_id), output)
+        if self._ahead is not None:
+            self._ahead.hear(finished)
         if is_taken_down:  # by a signal, say: nobody here aborts what runs
-            raise _EngineDiedError("it ended requests that were not finished")
+            raise EngineDiedError("it ended requests that were not finished")
         self._stats.add_scheduling(self._engine.clock() - after + before - started, has_step=True)
+
+    def _drop(self) -> None:
+        """Take out what nobody wants any more."""
+        inside = [int(index) for index in self._pending.dropped() if int(index) in self._inside]
+        self._entrance.abort(inside)
+        for index in inside:
+            self._stats.num_errors += 1
+            self._end(failed_output(index, withdrawn_error()))
 
     def _fill(self) -> None:
         """Suspects run alone; then those that an engine took along; then whom the policy proposes."""
@@ -180,45 +236,13 @@ class _Drive:
     def _add(self, index: int) -> bool:
         """Hand a request to vLLM; False, and the end of it, where vLLM refuses it."""
         try:
-            request = self._pending[index]
-            prompt, params, lora = arguments_of(
-                request,
-                self._extras(index),
-                self._api,
-                self._engine.engine,
-                self._loras,
-                embeds=self._engine.embeds,
-                grammar_of=self._engine.grammar_of,
-            )
-            self._opened.add_request(str(index), prompt, params, lora_request=lora)
+            self._entrance.add(index, self._pending[index], self._extras(index))
         except RequestError as error:
             self._refuse(index, error)
-            return False
-        except _EngineDiedError:
-            raise
-        except Exception as error:
-            if self._api.is_death(error):
-                raise _EngineDiedError(str(error) or type(error).__name__) from error
-            self._refuse(index, RequestError(f"vLLM refuses the request: {error}", code="invalid_value"))
             return False
         self._inside.add(index)
         self._stats.num_admissions += 1
         return True
-
-    @property
-    def _opened(self) -> Any:
-        engine = self._engine.engine
-        assert engine is not None, "a run without an engine"
-        return engine
-
-    def _step(self) -> Any:
-        """Run one step. Whatever comes out of it but outputs is the engine's death: no request can be told apart."""
-        try:
-            return self._opened.step()
-        except (BlendServeError, _EngineDiedError):
-            raise
-        except Exception as error:
-            raise _EngineDiedError(str(error) or type(error).__name__) from error
 
     def _finish(self, index: int, output: Any) -> None:
         self._num_deaths_in_row = 0
@@ -273,34 +297,25 @@ class _Drive:
 
     # After a death
 
-    def _restart(self, death: _EngineDiedError) -> None:
+    def _restart(self, death: EngineDiedError) -> None:
         """Open another engine; from here on everything goes through the front door. Raises: ExecutorError."""
         self._num_deaths_in_row += 1
+        if self._ahead is not None:
+            self._ahead.lost(death)
         if self._num_deaths_in_row > MAX_DEATHS:
             self._inside.clear()  # nothing can be taken out of what is dead
             raise ExecutorError(
                 f"vLLM's engine died {self._num_deaths_in_row} times without an answer between, the limit is "
                 f"{MAX_DEATHS}; last: {death}; {KEPT}"
             ) from death
-        self._engine.notify(f"vLLM's engine died ({death}); opening another one")
         self._blame(death)
-        self._engine.num_restarts += 1
-        try:
-            self._engine.close()
-        except Exception as error:  # noqa: BLE001  (what is dead may not close well)
-            self._engine.notify(f"the dead engine could not be closed: {error}")
-        self._engine.engine = None
-        try:
-            self._engine.open()
-        except Exception as error:
-            raise ExecutorError(f"vLLM's engine died ({death}) and cannot be opened again: {error}; {KEPT}") from error
-        self._engine.counters.kv_use = 0.0
+        self._engine.open_again(death)
         self._leave_queue()
         were_inside = self._inflight.start_over()
         self._inside.clear()
         self._again = deque(index for index in were_inside if index not in self._suspects)
 
-    def _blame(self, death: _EngineDiedError) -> None:
+    def _blame(self, death: EngineDiedError) -> None:
         """Count the death against those who were inside, and end the request that no engine survives."""
         if self._suspects and self._inside == {self._suspects[0]}:
             index = self._suspects[0]
@@ -322,6 +337,9 @@ class _Drive:
             self._queue = None
 
     def _abort(self) -> None:
-        if self._inside and self._engine.engine is not None:
-            inside, self._inside = sorted(self._inside), set()
-            self._engine.engine.abort_request([str(index) for index in inside])
+        inside, self._inside = sorted(self._inside), set()
+        self._entrance.abort(inside)
+        if self._ahead is not None:
+            self._ahead.leave()
+        if self._queue is not None:
+            self._queue.unbind()

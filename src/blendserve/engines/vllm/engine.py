@@ -14,6 +14,7 @@ from blendserve.dialect.defaults import checked_defaults
 from blendserve.dialect.extras import Abilities
 from blendserve.dialect.schema import ServedModel
 from blendserve.dialect.urls import EMBEDDINGS_URL, TEXT_URLS
+from blendserve.engine.front import Front
 from blendserve.engine.grammar import grammar_for
 from blendserve.engine.stats import RunStats
 from blendserve.engines.base import EngineStatus, EngineTimes, Notify
@@ -121,6 +122,7 @@ class VllmEngine:
         self.capacity_bytes = settings.kv_memory_bytes or 0
         self.times = EngineTimes()
         self.stats: RunStats | None = None
+        self.front: Front | None = None
         self._is_cpu = is_cpu_build()
         arguments = engine_arguments(settings, files.path, self._model, max_model_len, is_cpu=self._is_cpu)
         scheduler, note = scheduler_class(settings, api.version, is_cpu=self._is_cpu)
@@ -153,10 +155,15 @@ class VllmEngine:
         planned_s = time.perf_counter()
         self.times = EngineTimes(loaded_s - started_s, planned_s - loaded_s)
         try:
-            yield from self._driver.run(pending, plan, make_policy(policy, plan))
+            yield from self._driver.run(pending, plan, make_policy(policy, plan), self.front)
         finally:
             self.times = self.times._replace(run_s=time.perf_counter() - planned_s)
             self.stats = self._driver.stats
+
+    def answer_front(self) -> None:
+        """Answer the requests of the front while nothing is planned."""
+        assert self.front is not None, "there is no front"
+        self._driver.answer(self.front)
 
     def plan(self, pending: PendingRequests) -> Plan:
         """The order of `pending` on this device, in blocks as vLLM has them; on an A100, in blocks as it likely will,

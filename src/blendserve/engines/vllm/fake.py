@@ -63,8 +63,8 @@ class FakeVllm:
     def scheduler_of(self, engine: Any) -> Any | None:
         return None if self.has_own_process else engine.scheduler
 
-    def sampling_params(self, structure: Mapping[str, Any] | None, **values: Any) -> Any:
-        return SimpleNamespace(structure=structure, **values)
+    def sampling_params(self, structure: Mapping[str, Any] | None, *, is_streamed: bool = False, **values: Any) -> Any:
+        return SimpleNamespace(structure=structure, is_streamed=is_streamed, **values)
 
     def embedding_params(self, dimensions: int | None) -> Any:
         return SimpleNamespace(dimensions=dimensions, max_tokens=0)
@@ -312,7 +312,12 @@ class FakeEngine:
         self._record()
         for request in ended:
             del self._requests[request.external_id]
-        return [_output(request) for request in ended]
+        streamed = [
+            _output(request, is_finished=False)
+            for request in scheduler.running
+            if getattr(request.params, "is_streamed", False) and request.num_output_tokens
+        ]
+        return streamed + [_output(request) for request in ended]
 
     def abort_request(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -346,10 +351,10 @@ def answer_to(prompt: Sequence[int], count: int) -> list[int]:
     return [(first + 7 * position) % VOCABULARY for position in range(count)]
 
 
-def _output(request: FakeRequest, finish_reason: str | None = None) -> Any:
+def _output(request: FakeRequest, finish_reason: str | None = None, *, is_finished: bool = True) -> Any:
     common = {
         "request_id": request.external_id,
-        "finished": True,
+        "finished": is_finished,
         "prompt_token_ids": request.prompt,
         "num_cached_tokens": request.num_cached_tokens,
     }

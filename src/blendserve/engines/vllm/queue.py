@@ -1,8 +1,9 @@
 """A waiting queue for vLLM's scheduler that hands out requests as a policy proposes them, by exact memory and hits.
 
 It has the methods of vLLM's `RequestQueue` and imports nothing of it. Until a run is bound to it, it is first come,
-first served. vLLM asks it whether anything may start (`bool`), looks at the first (`peek_request`), and pops what got
-memory; what it skips it pops and prepends again, what it preempts it prepends.
+first served. Single requests, which no plan knows, go ahead of the policy's. vLLM asks it whether anything may start
+(`bool`), looks at the first (`peek_request`), and pops what got memory; what it skips it pops and prepends again, what
+it preempts it prepends.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from blendserve.engine.front import FIRST_INDEX
 from blendserve.planner.base import EngineLimits, Int64s, Policy, Proposal, SchedulerView, scheduler_view
 
 MAX_STEPS = 16
@@ -60,8 +62,14 @@ class SchedulerState:
         return self._columns
 
 
+def is_single(request: Any) -> bool:
+    """Is this a request that no plan knows?"""
+    return index_of(request) >= FIRST_INDEX
+
+
 def _columns_of(running: Sequence[Any]) -> Int64s:
-    """Index, prompt, computed and output tokens of requests: int64[4, num_running]."""
+    """Index, prompt, computed and output tokens of a plan's requests: int64[4, num_running]."""
+    running = [request for request in running if not is_single(request)]
     return np.array(
         [
             [index_of(request) for request in running],
@@ -80,6 +88,7 @@ class PolicyQueue:
 
     def __init__(self) -> None:
         self._arrived: deque[Any] = deque()
+        self._singles: deque[Any] = deque()
         self._policy: Policy | None = None
         self._proposed: Any | None = None
 
@@ -95,6 +104,12 @@ class PolicyQueue:
         self.admitted: set[int] = set()
         """Indices that the policy has admitted and that have no end yet."""
 
+    def unbind(self) -> None:
+        """Be first come, first served again: the run is over, and what it had here was taken out."""
+        self._policy = self._proposed = None
+        self._arrived.extend(self._singles)
+        self._singles.clear()
+
     def finish(self, index: int, num_output_tokens: int) -> None:
         """A request has ended, as its caller knows."""
         assert self._policy is not None
@@ -108,23 +123,26 @@ class PolicyQueue:
         """May anything start now?"""
         if self._policy is None:
             return bool(self._arrived)
-        self._proposed = self._deferred[0] if self._deferred else self._propose(self._policy)
+        first = next((queue[0] for queue in (self._deferred, self._singles) if queue), None)
+        self._proposed = self._propose(self._policy) if first is None else first
         return self._proposed is not None
 
     def __len__(self) -> int:
         """Requests that wait, those included that vLLM has not been told of."""
         if self._policy is None:
             return len(self._arrived)
-        return self._policy.num_waiting + len(self._deferred)
+        return self._policy.num_waiting + len(self._deferred) + len(self._singles)
 
     def __iter__(self) -> Iterator[Any]:
         if self._policy is None:
             return iter(tuple(self._arrived))
-        return iter((*self._deferred, *self._held.values()))
+        return iter((*self._deferred, *self._singles, *self._held.values()))
 
     def add_request(self, request: Any) -> None:
         if self._policy is None:
             self._arrived.append(request)
+        elif is_single(request):
+            self._singles.append(request)
         else:
             self._held[index_of(request)] = request
 
@@ -140,8 +158,9 @@ class PolicyQueue:
         if self._policy is None:
             return self._arrived.popleft()
         request, self._proposed = self.peek_request(), None
-        if self._deferred:
-            return self._deferred.popleft()
+        for queue in (self._deferred, self._singles):
+            if queue:
+                return queue.popleft()
         index = index_of(request)
         del self._held[index]
         self.admitted.add(index)
@@ -152,6 +171,9 @@ class PolicyQueue:
         """Take back a preempted request: the policy decides when it comes again."""
         if self._policy is None:
             self._arrived.appendleft(request)
+            return
+        if is_single(request):
+            self._singles.appendleft(request)
             return
         index = index_of(request)
         self._held[index] = request
@@ -172,6 +194,7 @@ class PolicyQueue:
             self._arrived = deque(request for request in self._arrived if request not in removed)
             return
         self._deferred = deque(request for request in self._deferred if request not in removed)
+        self._singles = deque(request for request in self._singles if request not in removed)
         self._held = {index: request for index, request in self._held.items() if request not in removed}
 
     def _propose(self, policy: Policy) -> Any | None:

@@ -34,9 +34,11 @@ def arguments_of(
     *,
     embeds: bool,
     grammar_of: GrammarOf | None = None,
+    is_streamed: bool = False,
 ) -> VllmArguments:
-    """Translate a request. `grammar_of` makes grammars for llguidance; None: vLLM uses something else. Raises:
-    RequestError where vLLM cannot make a prompt of its messages, or ValueError where it refuses a parameter.
+    """Translate a request. `grammar_of` makes grammars for llguidance; None: vLLM uses something else. `is_streamed`:
+    vLLM is to tell its tokens after every step. Raises: RequestError where vLLM cannot make a prompt of its messages,
+    or ValueError where it refuses a parameter.
     """
     lora = adapters[extras.adapter] if extras.adapter is not None else None
     if embeds:
@@ -44,10 +46,11 @@ def arguments_of(
         return VllmArguments(prompt, api.embedding_params(extras.dimensions), lora)
     if not extras.messages:
         prompt = api.tokens_prompt(request.prompt_token_ids.tolist())
-        return VllmArguments(prompt, _sampling_params(request, api, request.max_output_tokens, grammar_of), lora)
-    # how long the prompt is, only vLLM knows: the limit stays the user's
-    params = _sampling_params(request, api, request.sampling.max_tokens, grammar_of)
-    return VllmArguments(_chat_prompt(extras, api, engine), params, lora)
+        limit: int | None = request.max_output_tokens
+    else:
+        prompt = _chat_prompt(extras, api, engine)
+        limit = request.sampling.max_tokens  # how long the prompt is, only vLLM knows: the limit stays the user's
+    return VllmArguments(prompt, _sampling_params(request, api, limit, grammar_of, is_streamed=is_streamed), lora)
 
 
 def _chat_prompt(extras: Extras, api: VllmApi, engine: Any) -> Any:
@@ -59,11 +62,14 @@ def _chat_prompt(extras: Extras, api: VllmApi, engine: Any) -> Any:
         ) from error
 
 
-def _sampling_params(request: Request, api: VllmApi, max_tokens: int | None, grammar_of: GrammarOf | None) -> Any:
+def _sampling_params(
+    request: Request, api: VllmApi, max_tokens: int | None, grammar_of: GrammarOf | None, *, is_streamed: bool
+) -> Any:
     """Only a seed that the user gave is passed on: vLLM samples seeded requests one by one."""
     sampling = request.sampling
     return api.sampling_params(
         _structure(sampling.structured_outputs, grammar_of),
+        is_streamed=is_streamed,
         max_tokens=max_tokens if max_tokens != 0 else 1,  # vLLM writes one token at least, which is then dropped
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
