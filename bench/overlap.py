@@ -4,6 +4,8 @@
     python bench/overlap.py --starved        one thread, alone and beside a process that streams memory on another core
 
 Decodes with prompts beside them, decodes alone and prompts alone, each off and on in turn; medians with their range.
+The balanced step has as many tokens of a prompt as make its compute take as long as the attention of its decodes. The
+bench looks for that number first, without overlap. The two steps beside it have half and twice as many.
 Random weights of the default model's shape, or of a 1B Llama's (`--shape llama-1b`), with a fifth of its layers and
 without its head, so that filling the KV memory takes seconds. `auto` takes what `blendserve calibrate` stored; without
 that it overlaps nothing.
@@ -20,7 +22,7 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +39,8 @@ from blendserve.host import usable_cores
 from blendserve.models.known import SMOLLM2_135M
 
 PROMPT_TOKENS = 512
+TOKEN_STEP = 8
+"""Of the search for a balanced step."""
 STREAM_BYTES = 256 << 20
 """Far more than the caches hold."""
 LLAMA_1B = replace(
@@ -68,10 +72,35 @@ class Mix:
         return time.perf_counter() - started, work
 
 
-def mixes(num_sequences: int) -> list[Mix]:
+def balanced_tokens(compute_lead: Callable[[int], float], most: int) -> int:
+    """The fewest prompt tokens whose step has compute for as long as its decodes have attention, at most `most`.
+    `compute_lead` is the difference in seconds, by the number of tokens."""
+    low, high = 0, most // TOKEN_STEP
+    while low < high:
+        middle = (low + high) // 2
+        if compute_lead(middle * TOKEN_STEP) >= 0:
+            high = middle
+        else:
+            low = middle + 1
+    return low * TOKEN_STEP
+
+
+def measured_balance(probe: Probe, num_rounds: int) -> int:
+    """Prompt tokens of a balanced step of this probe. All but the decodes' attention counts as compute."""
+    probe.set_overlap("off", OverlapCost())
+    memory_s = median([probe.decode().attention_s for _ in range(num_rounds)])
+
+    def compute_lead(num_tokens: int) -> float:
+        return median([probe.mixed(num_tokens).elapsed_s for _ in range(num_rounds)]) - 2 * memory_s
+
+    return balanced_tokens(compute_lead, PROMPT_TOKENS // 2)
+
+
+def mixes(num_balanced: int) -> list[Mix]:
     return [
-        Mix("balanced", True, num_sequences // 4),
-        Mix("more compute", True, num_sequences),
+        Mix(f"more memory ({num_balanced // 2})", True, num_balanced // 2),
+        Mix(f"balanced ({num_balanced})", True, num_balanced),
+        Mix(f"more compute ({2 * num_balanced})", True, 2 * num_balanced),
         Mix("decode alone", True, 0),
         Mix("prefill alone", False, PROMPT_TOKENS),
     ]
@@ -163,7 +192,8 @@ def measure(arguments: argparse.Namespace, cost: OverlapCost) -> None:
         print(
             f"peaks of one op alone: {peaks.flop_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.1f} GB/s; {cost}"
         )
-        rows = [row(probe, mix, arguments.mode, cost, peaks, arguments.rounds) for mix in mixes(arguments.sequences)]
+        num_balanced = measured_balance(probe, min(arguments.rounds, 3))
+        rows = [row(probe, mix, arguments.mode, cost, peaks, arguments.rounds) for mix in mixes(num_balanced)]
     shares = ["share off", f"share {arguments.mode}"]
     print(table(["step", "off ms", f"{arguments.mode} ms", "speedup", "GFLOP/s", "GB/s", *shares], rows), flush=True)
 

@@ -1,8 +1,10 @@
 // Time of one step by op, on random weights of SmolLM2-135M's shape.
 //   build/dev/bench_step [threads] [isa] [dtype] [rounds of shared prefixes, instead of the rest]
+//   build/dev/bench_step THREADS ISA DTYPE apart      every op on all rows before the next, never on blocks of rows
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -142,7 +144,9 @@ int main(int argc, char** argv) {
   const Isa isa = argc > 2 ? isa_from_name(argv[2]) : best_isa();
   const Dtype dtype = argc > 3 ? dtype_from_name(argv[3]) : Dtype::kBf16;
   Model model(isa, kShape, kLimits, random_weights({isa, dtype}), num_threads);
-  if (argc > 4) {
+  const bool is_apart = argc > 4 && std::strcmp(argv[4], "apart") == 0;
+  if (is_apart) model.run_ops_apart();
+  if (argc > 4 && !is_apart) {
     for (const int num_sequences : {2, 4, 8, 16, 64}) measure_shared_prefix(model, num_sequences, std::atoi(argv[4]));
     return 0;
   }

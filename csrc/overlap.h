@@ -7,7 +7,7 @@
 
 namespace blendserve {
 
-// kOn: wherever a step has decodes and can be split. kAuto: where that saves time.
+// kOn: wherever a step has some KV to fetch for its decodes and can be split. kAuto: where that saves time.
 enum class OverlapMode { kOff, kOn, kAuto };
 
 // The defaults but the mode and the rates are what served best on a 2-core Zen 4 with 1 MiB of L2 per core

@@ -36,6 +36,7 @@ void complete_blocks_for_a_reader(Run& run) {
 void overlap_changes_no_bit() {
   OverlapOptions overlap;
   overlap.mode = OverlapMode::kOn;
+  overlap.kv_bytes_per_s = 1.0;  // any decode has much to fetch
   on_each_format([&](MatmulFormat format, KvDtype kv_dtype) {
     for (const ModelShape& shape : {kPlain, kPadded}) {
       Run apart(format, shape, 1, kv_dtype);
@@ -57,6 +58,7 @@ void overlap_changes_no_bit() {
 void overlap_reads_only_what_is_written() {
   OverlapOptions overlap;
   overlap.mode = OverlapMode::kOn;
+  overlap.kv_bytes_per_s = 1.0;  // any decode has much to fetch
   on_each_format([&](MatmulFormat format, KvDtype kv_dtype) {
     Run apart(format, kPlain, 1, kv_dtype);
     complete_blocks_for_a_reader(apart);
@@ -102,6 +104,8 @@ void overlap_is_for_steps_where_it_pays() {
   options.mode = OverlapMode::kOn;
   CHECK(overlap_pays(decode, rates, options));
   CHECK(!overlap_pays(prefill, rates, options));  // there is nothing to fetch
+  // Products of 500 rows take 100e9 / 165e9 s; a sixteenth of that is 34,091 tokens of KV at 18e9 bytes/s.
+  CHECK(!overlap_pays({500, 34'000, 0}, rates, options) && overlap_pays({500, 34'200, 0}, rates, options));
   options.mode = OverlapMode::kOff;
   CHECK(!overlap_pays(balanced, rates, options));
 }
