@@ -86,7 +86,8 @@ class SyntheticWeights:
 
 
 class Probe:
-    """A native executor with steps made by hand; sequence i owns the i-th run of KV blocks. Close it after use."""
+    """A native executor with steps made by hand. The KV blocks of a sequence lie anywhere, as they do after a while of
+    running: side by side they would be read 6 to 8% faster. Close it after use."""
 
     def __init__(
         self,
@@ -112,7 +113,8 @@ class Probe:
         num_blocks = num_sequences * blocks_each
         self._executor = NativeExecutor(spec, SyntheticWeights(spec), config, num_blocks=num_blocks)
         self._token_ids = np.zeros((num_sequences, config.max_model_len), dtype=np.int32)
-        self._block_tables = np.arange(num_blocks, dtype=np.int32).reshape(num_sequences, blocks_each)
+        blocks = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+        self._block_tables = blocks.reshape(num_sequences, blocks_each)
 
     def touch(self) -> None:
         """Write one token into every KV block: memory that was never written is not read from memory. Each block stands
