@@ -118,7 +118,7 @@ def calibrate(
     end_s = began_s + _SHARE_BEFORE_LAST_TRIAL * effort.total_s
     lanes = lanes_to_try({count: spread.median for count, spread in points.items()}, num_threads)
     trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s, lanes) if has_time else ()
-    loop_s = measure_loop_s(clock)
+    loop_s = measure_loop_s(spec, num_threads, dtype, clock)
     smallest = steps[min(steps)]
     weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
     constant = Spread.of([(work.elapsed_s - work.matmul_s) / spec.num_layers for work in smallest])
