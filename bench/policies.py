@@ -5,10 +5,9 @@
     python bench/policies.py ... --show                                          the tables of what is done
 
 An entrant is a policy with operators overlapping or not, as in `blend/on` or `fcfs/off`; `blend/auto`, the default of
-`blendserve run`, overlaps the steps that gain. Every run is stored when it
-ends. A bench that was stopped goes on where it was when it is started again, in another session too; after a change of
-the engine it begins anew. Mixes are those of `token_mixes.py`, and those of `mixes.py` (`text-exam`, ...) where
-`--questions` is given.
+`blendserve run`, overlaps the steps that gain. Every run is stored when it ends. A bench that was stopped goes on where
+it was when it is started again, in another session too; after a change of the engine it begins anew. Mixes are those of
+`token_mixes.py`, and those of `mixes.py` (`text-exam`, ...) where `--questions` is given.
 
 A run is parsing, planning, running and writing; loading the model is left out. Balance is 1 where every step mixes
 compute and memory as the whole run does. "Others" is the share of the machine that other processes took.

@@ -9,8 +9,8 @@ first-run` as a first long run does it, quick and thorough as `blendserve calibr
 faster and slower. Then every setting is predicted by the functions behind `plan`, and run by `blendserve run`. Run
 nothing else on the machine meanwhile. The last line says which settings were predicted within `--within` (5%), by the
 median of the rounds; the exit status is 1 where one was not, and 2 where other processes took so much of the machine
-that the times say nothing. Mixes are those of `token_mixes.py`, and those of
-`mixes.py` (`text-exam`, ...) where `--questions` is given.
+that the times say nothing. Mixes are those of `token_mixes.py`, and those of `mixes.py` (`text-exam`, ...) where
+`--questions` is given.
 """
 
 from __future__ import annotations
