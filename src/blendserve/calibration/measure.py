@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -119,34 +120,29 @@ def calibrate(
     lanes = lanes_to_try({count: spread.median for count, spread in points.items()}, num_threads)
     trials = measure_overlap(spec, num_threads, effort, clock, dtype, kv_dtype, end_s, lanes) if has_time else ()
     loop_s = measure_loop_s(spec, num_threads, dtype, clock)
-    smallest = steps[min(steps)]
-    weights = Spread.of([work.weight_bytes / work.matmul_s for work in smallest])
-    constant = Spread.of([(work.elapsed_s - work.matmul_s) / spec.num_layers for work in smallest])
-    start_s = median([work.attention_s for work in smallest])
-    constant_s = constant.median * spec.num_layers
-    rates = {
-        count: median([work.matmul_flop / max(_own_s(work, start_s) - constant_s, work.matmul_s) for work in works])
-        for count, works in steps.items()
-    }
-    gemm = {count: Spread.of([work.matmul_flop_per_s for work in works]) for count, works in steps.items()}
+    found = _StepTimes.of(steps, spec.num_layers)
     # Without a trial no step is overlapped: that it pays has to be measured.
-    cost = best_overlap(trials, trials[0].off[0].weight_bytes / weights.median) if trials else OverlapCost()
+    cost = (
+        best_overlap(trials, trials[0].off[0].weight_bytes / found.weight_bytes_per_s.median)
+        if trials
+        else OverlapCost()
+    )
     calibration = Calibration(
         machine=machine_name(),
         dtype=dtype,
         num_threads=num_threads,
         # With the norms, rotations and packing of a large step, which cost every token its share.
-        gemm_flop_per_s=rates[max(steps)],
-        weight_bytes_per_s=weights.median,
+        gemm_flop_per_s=found.step_flop_per_s[max(steps)],
+        weight_bytes_per_s=found.weight_bytes_per_s.median,
         kv_bytes_per_s=points[num_threads].median,
         prefill_attention_flop_per_s=prefill.median,
-        layer_constant_s=constant.median,
+        layer_constant_s=found.layer_constant_s.median,
         loop_s=loop_s,
         compute_delay=cost.interference.compute_delay,
         memory_delay=cost.interference.memory_delay,
         memory_bytes=float(memory_bytes),
-        gemm_points=tuple((count, spread.median) for count, spread in gemm.items()),
-        step_points=tuple(rates.items()),
+        gemm_points=tuple((count, spread.median) for count, spread in found.gemm_flop_per_s.items()),
+        step_points=tuple(found.step_flop_per_s.items()),
         bandwidth_points=tuple((count, spread.median) for count, spread in points.items()),
         gemm_share=side_by_side.gemm_beside.median if side_by_side else 0.0,
         attention_share=side_by_side.attention_beside.median if side_by_side else 0.0,
@@ -160,25 +156,56 @@ def calibrate(
     cost_model = calibration.step_cost(
         ModelCost.from_spec(spec, bytes_per_weight=BYTES_PER_WEIGHT[dtype], kv_dtype=kv_dtype)
     )
-    step_s = {count: median([_own_s(work, start_s) for work in works]) for count, works in steps.items()}
     return Measurements(
         calibration=calibration,
         gemm=tuple(
-            GemmPoint(count, gemm[count], step_s[count], cost_model.compute_s(count) - loop_s) for count in steps
+            GemmPoint(count, rate, found.own_s[count], cost_model.compute_s(count) - loop_s)
+            for count, rate in found.gemm_flop_per_s.items()
         ),
         kv_bytes_per_s_by_threads=tuple(points.items()),
-        weight_bytes_per_s=weights,
+        weight_bytes_per_s=found.weight_bytes_per_s,
         prefill_attention_flop_per_s=prefill,
-        layer_constant_s=constant,
+        layer_constant_s=found.layer_constant_s,
         loop_s=loop_s,
         side_by_side=side_by_side,
         overlap=trials,
     )
 
 
-def _own_s(work: Work, attention_start_s: float) -> float:
-    """What of a step's time is neither loop nor attention, but for the start of attention."""
-    return work.elapsed_s - work.attention_s + attention_start_s
+class _StepTimes(NamedTuple):
+    """What steps without decodes say, most of it by their number of tokens. `own_s` is a step without what attention
+    reads; `step_flop_per_s` the rate of matrix products over all of that but the constants.
+    """
+
+    weight_bytes_per_s: Spread
+    layer_constant_s: Spread
+    gemm_flop_per_s: dict[int, Spread]
+    step_flop_per_s: dict[int, float]
+    own_s: dict[int, float]
+
+    @classmethod
+    def of(cls, steps: Mapping[int, Sequence[Work]], num_layers: int) -> _StepTimes:
+        """The smallest step tells the constants, the start of attention among them."""
+        smallest = steps[min(steps)]
+        start_s = median([work.attention_s for work in smallest])
+        constant = Spread.of([(work.elapsed_s - work.matmul_s) / num_layers for work in smallest])
+        constant_s = constant.median * num_layers
+
+        def own_s(work: Work) -> float:
+            return work.elapsed_s - work.attention_s + start_s
+
+        def flop_per_s(work: Work) -> float:
+            return work.matmul_flop / max(own_s(work) - constant_s, work.matmul_s)
+
+        return cls(
+            weight_bytes_per_s=Spread.of([work.weight_bytes / work.matmul_s for work in smallest]),
+            layer_constant_s=constant,
+            gemm_flop_per_s={
+                count: Spread.of([work.matmul_flop_per_s for work in works]) for count, works in steps.items()
+            },
+            step_flop_per_s={count: median([flop_per_s(work) for work in works]) for count, works in steps.items()},
+            own_s={count: median([own_s(work) for work in works]) for count, works in steps.items()},
+        )
 
 
 def _measure_steps(

@@ -122,7 +122,6 @@ def best_overlap(trials: Sequence[OverlapTrial], weights_s: float) -> OverlapCos
     cost, of_cost = min(by_cost.items(), key=lambda item: sum(trial.on_s / trial.off_s for trial in item[1]))
     if all(trial.on_s > (1 - _LEAST_OVERLAP_GAIN) * trial.off_s for trial in of_cost):
         return replace(cost, interference=SEQUENTIAL)
-
     return replace(cost, interference=_explained_by(of_cost, weights_s))
 
 

@@ -140,8 +140,7 @@ class GrammarConstraints:
         pairs = [(entry.matcher, at) for at, entry in enumerate(asked)]
         executor.unsafe_compute_mask_ptr(pairs, words.ctypes.data, words.shape[1] * words.itemsize, len(words))
         for at, entry in enumerate(asked):
-            without_end = words[at] & ~self._end_words if entry.is_endless else words[:0]
-            if without_end.any():
+            if entry.is_endless and (without_end := words[at] & ~self._end_words).any():
                 words[at] = without_end
         self._mask_s += time.perf_counter() - started
         return words
